@@ -1,0 +1,207 @@
+"""LoRA adapters as pytrees: the trainable arrays, the product that they add, and how they move in and out of the base.
+
+Letters: B rows, T tokens, L layers, I inputs, O outputs, R rank.
+
+An adapter is a dict `{"layers": {target: Pair}, "head": {...}}`, either part of which may be missing. Its leaves are exactly
+the arrays that are trained; a frozen A is no leaf (`freeze_a` moves it into the base parameters).
+"""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+FROZEN_A = "lora_a"  # the key of the base parameters under which frozen A matrices live
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter is: W + (alpha / rank) B A on every matrix named by `targets` (Hu et al. 2021, section 4.1).
+
+    `targets` are a family's short names ("q", "v"), or ("all-linear",); empty means no matrix (a head alone).
+    `last_layers` adapts only that many layers nearest the output; None adapts all.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("q", "v")
+    last_layers: int | None = None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank must be 1 or more, not {self.rank}.")
+
+
+@struct.dataclass
+class Pair:
+    """One adapted matrix, stacked over layers: a [L, R, I] (None when frozen), b [L, O, R]; the scale is no leaf."""
+
+    a: Any
+    b: Any
+    scale: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class PerRow:
+    """A weight that all rows share, with a zero slot per row whose cotangent tells of that row's gradient alone.
+
+    A slot of the weight's own shape behind a row axis receives each row's gradient; a slot [B] receives each row's
+    squared gradient norm, for which no per-row gradient is ever formed (the ghost norm, Goodfellow 2015; Li et al. 2022).
+    """
+
+    weight: Any
+    slot: Any
+
+
+def linear(x, weight):
+    """x [B, T, I] times weight [O, I] transposed -> [B, T, O], in x's dtype; a `PerRow` weight also feeds its slot."""
+    if isinstance(weight, PerRow):
+        return _per_row_linear(x, weight.weight.astype(x.dtype), weight.slot)
+    return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _per_row_linear(x, weight, slot):
+    return jnp.einsum("bti,oi->bto", x, weight)
+
+
+def _per_row_forward(x, weight, slot):
+    return _per_row_linear(x, weight, slot), (x, weight, slot)
+
+
+def _per_row_backward(residuals, g):
+    x, weight, slot = residuals
+    grad_x = jnp.einsum("bto,oi->bti", g, weight)
+    # A row whose gradient is not finite gets cotangent 0 from the caller, and 0 * inf is nan: it must not reach the sum.
+    g, x = (jnp.where(jnp.isfinite(y), y, 0).astype(jnp.float32) for y in (g, x)) if slot.ndim == 1 else (g, x)
+    grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)
+    if slot.ndim == 1:
+        return grad_x, grad_weight, _squared_norm(g, x)
+    return grad_x, grad_weight, jnp.einsum("bto,bti->boi", g, x, preferred_element_type=slot.dtype)
+
+
+def _squared_norm(g, x):
+    """|sum_t g_t x_t^T|^2 of each row, by whichever of the product and the Gram matrices is smaller -> [B]."""
+    (_, tokens, outputs), inputs = g.shape, x.shape[-1]
+    if outputs * inputs <= 2 * tokens * tokens:
+        return jnp.square(jnp.einsum("bto,bti->boi", g, x)).sum((1, 2))
+    return (jnp.einsum("bto,bso->bts", g, g) * jnp.einsum("bti,bsi->bts", x, x)).sum((1, 2))
+
+
+_per_row_linear.defvjp(_per_row_forward, _per_row_backward)
+
+
+def product(x, pair):
+    """The adapter's part of an adapted dense layer, scale * B A x: x [B, T, I] -> [B, T, O] (Hu et al. 2021, eq. 3)."""
+    return pair.scale * linear(linear(x, pair.a), pair.b)
+
+
+def head(x, params):
+    """A classification head on x [B, I] with `kernel` [I, O] and `bias` [O] -> logits [B, O], in float32."""
+    x = x.astype(jnp.float32)[:, None]
+    kernel = jax.tree.map(lambda w: jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, params["kernel"])
+    return (linear(x, kernel) + linear(jnp.ones_like(x[..., :1]), _column(params["bias"])))[:, 0]
+
+
+def _column(bias):
+    """A bias [O] as the weight [O, 1] of a constant input."""
+    if isinstance(bias, PerRow):
+        return PerRow(bias.weight[:, None], bias.slot if bias.slot.ndim == 1 else bias.slot[..., None])
+    return bias[:, None]
+
+
+def with_slots(adapter, slots):
+    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of zeros [B]."""
+    def under_layers(leaf, slot):
+        if slot.ndim == 1:
+            return PerRow(leaf, jnp.broadcast_to(slot, (leaf.shape[0], *slot.shape)))
+        return PerRow(leaf, jnp.moveaxis(slot, 0, 1))
+
+    return {part: jax.tree.map(under_layers if part == "layers" else PerRow, adapter[part], slots[part]) for part in adapter}
+
+
+def init(key, model, params, config):
+    """A fresh adapter for `model`: A uniform as PEFT draws it (Kaiming, a = sqrt(5)), B zero, the head as it stands.
+
+    `key` is a JAX key; leaves are float32. A rank above a matrix's own size warns. Raises ValueError on unknown targets.
+    """
+    adapter = {}
+    if config.targets:
+        depth = model.config.num_layers if config.last_layers is None else config.last_layers
+        if not 1 <= depth <= model.config.num_layers:
+            raise ValueError(f"last_layers must lie in 1..{model.config.num_layers}, not {depth}.")
+        adapter["layers"] = {}
+        for index, (name, (inputs, outputs)) in enumerate(sorted(resolve_targets(model, config.targets).items())):
+            if config.rank > min(inputs, outputs):
+                warnings.warn(f"rank {config.rank} exceeds {name}'s own {min(inputs, outputs)}: full rank costs less.", stacklevel=2)
+            bound = inputs**-0.5
+            a = jax.random.uniform(jax.random.fold_in(key, index), (depth, config.rank, inputs), jnp.float32, -bound, bound)
+            b = jnp.zeros((depth, outputs, config.rank), jnp.float32)
+            adapter["layers"][name] = Pair(a, b, config.alpha / config.rank)
+    if "head" in params:
+        adapter["head"] = jax.tree.map(lambda x: x.astype(jnp.float32), params["head"])
+    if not adapter:
+        raise ValueError("nothing to train: no targets, and the model has no classification head.")
+    return adapter
+
+
+def resolve_targets(model, targets):
+    """The matrices that `targets` name in `model`, once each: {name: (inputs, outputs)}."""
+    if tuple(targets) == ("all-linear",):
+        return {name: target.shape for name, target in model.targets.items()}
+    chosen = {}
+    for name in targets:
+        full = [t for t, target in model.targets.items() if name in (t, *target.aliases)]
+        if not full:
+            known = ", ".join(alias for target in model.targets.values() for alias in target.aliases)
+            raise ValueError(f"unknown target {name!r}; this model has {known}, or all-linear.")
+        chosen.update({t: model.targets[t].shape for t in full})
+    return chosen
+
+
+def freeze_a(params, adapter):
+    """Move every A out of the adapter into the base parameters (FFA-LoRA, Sun et al. 2024) -> (params, adapter)."""
+    if "layers" not in adapter:
+        return params, adapter
+    frozen = {name: pair.a for name, pair in adapter["layers"].items()}
+    bare = {name: pair.replace(a=None) for name, pair in adapter["layers"].items()}
+    return {**params, FROZEN_A: frozen}, {**adapter, "layers": bare}
+
+
+def with_frozen_a(params, adapter):
+    """The adapter with the A matrices that `freeze_a` moved into `params` put back, for `apply` and for files."""
+    if adapter is None or "layers" not in adapter or FROZEN_A not in params:
+        return adapter
+    pairs = {name: pair if pair.a is not None else pair.replace(a=params[FROZEN_A][name]) for name, pair in adapter["layers"].items()}
+    return {**adapter, "layers": pairs}
+
+
+def merge(model, params, adapter, config):
+    """Fold the adapter into the base: W + (alpha / rank) B A, and its head in the head's place -> params without adapter.
+
+    `config` is the adapter's own LoraConfig; kernels keep their dtype.
+    """
+    adapter = with_frozen_a(params, adapter)
+    merged = {name: value for name, value in params.items() if name != FROZEN_A}
+    if "head" in adapter:
+        merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter["head"], params["head"])
+    for name, pair in adapter.get("layers", {}).items():
+        delta = (config.alpha / config.rank) * jnp.einsum("lor,lri->lio", pair.b, pair.a)
+        merged["layers"] = _add_at(merged["layers"], model.targets[name].path, delta)
+    return merged
+
+
+def _add_at(tree, path, delta):
+    """`tree` with `delta` [L', I, O] added to the last L' layers of the kernel at `path`, in float32."""
+    if path:
+        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], delta)}
+    first = tree.shape[0] - delta.shape[0]
+    return tree.at[first:].set((tree[first:].astype(jnp.float32) + delta).astype(tree.dtype))
+
+
+def count(tree):
+    """How many numbers the leaves of `tree` hold: what a client sends each round, less its bytes a number."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,41 @@
+"""What a model family says of itself: its adaptable matrices, its weights' names, the options it refuses."""
+
+import dataclasses
+
+from dplora_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One adaptable matrix, stacked over layers: its kernel's `path` below params["layers"], (inputs, outputs), the short
+    names that select it, and its module in the Hugging Face layout with {} for the layer."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, int]
+    aliases: tuple[str, ...]
+    module: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One parameter and the Hugging Face tensor that holds it; {} in `name` stands for the layer.
+
+    `part` is "kernel" (stored transposed, [O, I]), "embedding", "scale" or "bias". An optional one that lacks stays zero.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    part: str
+    optional: bool = False
+
+    @property
+    def tensor(self):
+        """The tensor's full name."""
+        return f"{self.name}.{'bias' if self.part == 'bias' else 'weight'}"
+
+
+def refuse_unsupported(hf, allowed):
+    """Raise InputError where config.json `hf` sets an option of `allowed` {name: values} to another value."""
+    for name, values in allowed.items():
+        if hf.get(name, values[0]) not in values:
+            raise InputError(f"config.json: {name}={hf[name]!r} is not supported, only {' or '.join(map(repr, values))}.")
