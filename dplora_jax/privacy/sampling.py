@@ -1,0 +1,25 @@
+"""Poisson sampling into a batch of fixed capacity (design as accounted by Chua et al., arXiv 2508.15089)."""
+
+import jax
+import jax.numpy as jnp
+
+BITS = 30  # of each record's draw: joins are decided to 2^-30, and fit int32 with room for "never"
+
+
+def threshold(sampling_rate):
+    """The integer below which a record's draw joins; rounded down, so that the true rate never exceeds the accounted one."""
+    return int(sampling_rate * (1 << BITS))
+
+
+def poisson(key, size, join_below, own_capacity, records, capacity):
+    """Which of a client's records join this step -> (indices [capacity] int32, weights [capacity] float32 of 0 or 1).
+
+    Each of the first `size` records joins independently with probability join_below / 2^30; beyond `own_capacity` a uniformly
+    random subset of those who joined stays: given that a record joined, its draw is uniform, so the smallest draws are
+    such a subset. `records` >= size and `capacity` >= own_capacity are static; rows of weight 0 are padding.
+    """
+    draws = (jax.random.bits(key, (records,), jnp.uint32) >> (32 - BITS)).astype(jnp.int32)
+    draws = jnp.where(jnp.arange(records) < size, draws, 1 << BITS)
+    negated, indices = jax.lax.top_k(-draws, capacity)
+    joined = (-negated < join_below) & (jnp.arange(capacity) < own_capacity)
+    return jnp.where(joined, indices, 0), joined.astype(jnp.float32)

@@ -1,0 +1,79 @@
+"""Each client's secret, and the keys that derive from it.
+
+A secret is 256 bits from the operating system. A key is HMAC-SHA256(secret, purpose, round, attempt): 32 bytes, read as the
+four threefry keys of `noise.gaussian`. Steps and leaves are folded in on the device.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+
+import numpy as np
+
+PURPOSES = ("noise", "sampling")
+FILE = "secrets.json"
+
+
+def from_seed(seed, clients):
+    """Secrets that anyone can derive from `seed`: for reproducible runs, which are not for release."""
+    return [hashlib.sha256(f"seed {seed} client {k}".encode()).digest() for k in range(clients)]
+
+
+def load_or_create(private, clients):
+    """The clients' secrets (a list of 32 bytes) from `private`/secrets.json, made and made durable when there is none.
+
+    `private` is created with mode 0700, the file with mode 0600.
+    """
+    private = pathlib.Path(private)
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private.chmod(0o700)
+    path = private / FILE
+    if path.exists():
+        return [bytes.fromhex(text) for text in json.loads(path.read_text())]
+    secrets = [os.urandom(32) for _ in range(clients)]
+    draft = private / f"{FILE}.{os.getpid()}"
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump([secret.hex() for secret in secrets], file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    sync_directory(private)
+    return secrets
+
+
+def destroy(private):
+    """Overwrite and remove the secrets, if they are there (a file system that keeps old blocks may still hold them)."""
+    path = pathlib.Path(private) / FILE
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+    sync_directory(path.parent)
+
+
+def sync_directory(path):
+    """Make a directory's entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(secret, *parts):
+    """HMAC-SHA256 under `secret` of the parts, each told apart from its neighbours -> 32 bytes."""
+    return hmac.new(secret, json.dumps(parts).encode(), hashlib.sha256).digest()
+
+
+def round_keys(secrets, rounds, attempt):
+    """The keys of a dispatch: {purpose: uint32 [rounds, K, 4, 2]} for the round numbers in `rounds`."""
+
+    def key(secret, purpose, number):
+        return np.frombuffer(digest(secret, purpose, int(number), int(attempt)), np.uint32).reshape(4, 2)
+
+    return {p: np.array([[key(s, p, r) for s in secrets] for r in rounds], np.uint32).reshape(len(rounds), len(secrets), 4, 2) for p in PURPOSES}

@@ -1,0 +1,1 @@
+"""The programs that one runs: each reads flags or a workdir, and leaves files."""
