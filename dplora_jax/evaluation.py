@@ -1,0 +1,37 @@
+"""Metrics of an adapter on the public test set, computed over the whole mesh."""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dplora_jax.data import tasks
+from dplora_jax.federation.aggregation import CLIENTS
+
+ROWS = 256  # of a batch on one device
+
+
+def classifier(model, mesh, params, test):
+    """A function adapter -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
+
+    `params` lie on the mesh already; the test's rows are split over the clients axis, and compiled once.
+    """
+    labels, count = test["labels"], len(test["labels"])
+    devices = mesh.shape[CLIENTS]
+    size = devices * min(ROWS, -(-count // devices))
+    split = NamedSharding(mesh, PartitionSpec(CLIENTS))
+    inputs = {name: value for name, value in test.items() if name != "labels"}
+
+    def batch(start):
+        rows = {name: value[start : start + size] for name, value in inputs.items()}
+        pad = {name: np.pad(value, [(0, size - len(value)), (0, 0)]) for name, value in rows.items()}
+        return {name: jax.device_put(value, split) for name, value in pad.items()}
+
+    batches = [batch(start) for start in range(0, count, size)]
+    predict = jax.jit(lambda params, adapter, batch: model.apply(params, batch, adapter).argmax(-1))
+
+    def evaluate(adapter):
+        predicted = [predict(params, adapter, batch) for batch in batches]
+        predicted = np.concatenate([np.asarray(rows) for rows in predicted])[:count]
+        return {"accuracy": tasks.accuracy(predicted, labels), "macro_f1": tasks.macro_f1(predicted, labels, model.config.num_labels)}
+
+    return evaluate

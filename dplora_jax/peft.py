@@ -1,0 +1,128 @@
+"""Adapter files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`, both ways."""
+
+import json
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dplora_jax.errors import InputError
+from dplora_jax.lora import LoraConfig, Pair
+
+PREFIX = "base_model.model."
+# What PEFT can do and this program does not: {option: the values that mean "not used"}.
+UNUSED = {
+    "use_dora": (False, None), "use_rslora": (False, None), "bias": ("none",), "lora_bias": (False, None),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,), "use_qalora": (False, None),
+    "use_bdlora": (None, False), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []), "fan_in_fan_out": (False,),
+}  # fmt: skip
+
+
+def save(path, model, adapter, config):
+    """Write `adapter` (every A present: see lora.with_frozen_a) of LoraConfig `config` into the directory `path`."""
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(value) for name, value in to_state_dict(model, adapter, config).items()}
+    depth = model.config.num_layers
+    first = depth - (config.last_layers or depth)
+    document = {
+        "peft_type": "LORA", "task_type": None if model.config.num_labels is None else "SEQ_CLS",
+        "base_model_name_or_path": None, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
+        "target_modules": _target_modules(model, adapter.get("layers", {})),
+        "layers_to_transform": list(range(first, depth)) if first else None,
+        "modules_to_save": [model.head_name] if "head" in adapter else None,
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "use_dora": False, "use_rslora": False,
+    }  # fmt: skip
+    _replace(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    _replace(path / "adapter_config.json", (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _replace(path, data):
+    draft = path.with_name(path.name + ".draft")
+    draft.write_bytes(data)
+    os.replace(draft, path)
+
+
+def _target_modules(model, chosen):
+    """PEFT's list of module suffixes; a regular expression where a suffix would also match a matrix that is not adapted."""
+    names = {target: model.targets[target].module.split("{}.")[-1] for target in model.targets}
+    suffixes = [names[target].split(".")[-1] if names[target].endswith(target) else names[target] for target in chosen]
+    greedy = any(f".{names[t]}".endswith(f".{s}") for t in model.targets if t not in chosen for s in suffixes)
+    if not greedy:
+        return suffixes
+    modules = "|".join(model.targets[t].module.replace(".", r"\.").replace("{}", r"\d+") for t in chosen)
+    return f"(?:{modules})"
+
+
+def to_state_dict(model, tree, config):
+    """Any tree shaped like an adapter (a gradient, say) under PEFT's names: {name: numpy array}; a frozen A is left out."""
+    first = model.config.num_layers - (config.last_layers or model.config.num_layers)
+    out = {}
+    for target, pair in tree.get("layers", {}).items():
+        for letter, stacked in (("A", pair.a), ("B", pair.b)):
+            for index, matrix in enumerate(() if stacked is None else np.asarray(stacked)):
+                out[f"{PREFIX}{model.targets[target].module.format(first + index)}.lora_{letter}.weight"] = matrix
+    if "head" in tree:
+        out[f"{PREFIX}{model.head_name}.weight"] = np.asarray(tree["head"]["kernel"]).T
+        out[f"{PREFIX}{model.head_name}.bias"] = np.asarray(tree["head"]["bias"])
+    return out
+
+
+def load(path, model, params):
+    """An adapter directory -> (adapter, LoraConfig), float32. A head that the file lacks is the base's own.
+
+    Raises InputError where a file is missing or damaged, does not fit the model, or uses what is not implemented.
+    """
+    path = pathlib.Path(path)
+    try:
+        document = json.loads((path / "adapter_config.json").read_text())
+        tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
+    except (OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
+    if document.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type={document.get('peft_type')!r} is not supported, only 'LORA'.")
+    for option, unused in UNUSED.items():
+        if document.get(option, unused[0]) not in unused:
+            raise InputError(f"{path}: the adapter uses {option}={document[option]!r}, which is not supported.")
+    strange = set(document.get("modules_to_save") or ()) - {getattr(model, "head_name", None)}
+    if strange:
+        raise InputError(f"{path}: modules_to_save={sorted(strange)} is not supported, only the head.")
+    rank, alpha = document["r"], document["lora_alpha"]
+    layers, last_layers = _layers(path, model, tensors, alpha / rank)
+    adapter = {"layers": layers} if layers else {}
+    if "head" in params:
+        weight = tensors.pop(f"{PREFIX}{model.head_name}.weight", None)
+        bias = tensors.pop(f"{PREFIX}{model.head_name}.bias", None)
+        kernel = params["head"]["kernel"] if weight is None else weight.T
+        adapter["head"] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(params["head"]["bias"] if bias is None else bias, jnp.float32)}
+        if adapter["head"]["kernel"].shape != params["head"]["kernel"].shape:
+            raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
+    if tensors:
+        raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
+    return adapter, LoraConfig(rank, alpha, tuple(sorted(layers)), last_layers)
+
+
+def _layers(path, model, tensors, scale):
+    """Take the A and B matrices out of `tensors` -> ({target: Pair}, last_layers)."""
+    layers, last_layers, depth = {}, None, model.config.num_layers
+    for target, place in model.targets.items():
+        names = {i: f"{PREFIX}{place.module.format(i)}.lora_{{}}.weight" for i in range(depth)}
+        present = [i for i, name in names.items() if name.format("A") in tensors]
+        if not present:
+            continue
+        if present != list(range(depth - len(present), depth)) or (layers and len(present) != (last_layers or depth)):
+            raise InputError(f"{path}: {target} is adapted on layers {present}; only the same last layers of every target are supported.")
+        last_layers = None if len(present) == depth else len(present)
+        try:
+            a, b = (np.stack([tensors.pop(names[i].format(letter)) for i in present]).astype(np.float32) for letter in "AB")
+        except (KeyError, ValueError):
+            raise InputError(f"{path}: the matrices of {target} are incomplete or differ in shape from layer to layer.") from None
+        if (a.shape[2], b.shape[1]) != place.shape or a.shape[1] != b.shape[2]:
+            raise InputError(f"{path}: {target} has A {a.shape[1:]} and B {b.shape[1:]}, which do not fit {place.shape}.")
+        layers[target] = Pair(jnp.asarray(a), jnp.asarray(b), scale)
+    return layers, last_layers

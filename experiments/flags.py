@@ -1,0 +1,171 @@
+"""The command line of a run: absl flags and flagfiles at the edge, one frozen RunConfig at once behind it.
+
+RunConfig's fields are the flags: a name, a default and a help text stand here and nowhere else.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+from absl import flags
+
+from dplora_jax.errors import InputError
+
+SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
+# Flags that may differ when a run goes on in its workdir: they say where and how it is computed and shown, not what.
+FREE_ON_RESUME = ("workdir", "mesh", "dispatch_rounds", "eval_every", "private_diagnostics", "wave", "microbatch")
+
+
+def flag(default, text):
+    """A field of RunConfig with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Every flag of `experiments.run`, as resolved."""
+
+    model: str = flag("all-MiniLM-L6-v2", "directory, installed package or hub id of the base model")
+    dataset: str = flag("finance_demo", "finance_demo, financial_phrasebank, twitter_financial_news_sentiment, csv, jsonl, parquet")
+    data_dir: str | None = flag(None, "directory with train.* (and test.*) of --dataset")
+    test_data: str | None = flag(None, "file with the public test set")
+    text_column: str | None = flag(None, "column of the text, for csv, jsonl and parquet")
+    label_column: str | None = flag(None, "column of the label, for csv, jsonl and parquet")
+    labels: str | None = flag(None, "comma-separated label set; default: the task's, else the public test's")
+    test_fraction: float | None = flag(None, "share of the table held out as the test set; giving it declares that share public")
+    split_seed: int = flag(0, "seed of the test split and of the simulated partition")
+    max_length: int = flag(64, "tokens a row, public; longer texts are cut")
+    clients: int = flag(5, "how many parties")
+    partition: str = flag("iid", "how records are dealt to clients: iid, dirichlet:ALPHA (by label), column:NAME")
+    rounds: int = flag(50, "rounds of the federation")
+    local_steps: int = flag(1, "noisy steps of each client in a round")
+    expected_batch_size: float = flag(64.0, "mean of the Poisson sample of each client's step")
+    rank: int = flag(4, "LoRA rank")
+    alpha: float = flag(8.0, "LoRA alpha: the adapter's product is scaled by alpha / rank")
+    targets: str = flag("q,v", "comma-separated matrices to adapt, or all-linear")
+    last_layers: int | None = flag(None, "adapt only this many layers nearest the output")
+    freeze_a: bool = flag(False, "train B alone (FFA-LoRA)")
+    head_only: bool = flag(False, "train the classification head alone, no LoRA: a control")
+    trust: str = flag("local", "local: each client's noise carries its guarantee; none: no privacy, a control")
+    epsilon: str | None = flag(None, "privacy budget of each client; inf is --trust=none, none unsets a flagfile's")
+    delta: float = flag(1e-5, "delta of the guarantee")
+    noise_multiplier: str | None = flag(None, "sigma, in place of --epsilon: noise std = sigma * clip_norm on the sum")
+    clip_norm: float = flag(1.0, "L2 norm to which each example's gradient is clipped; inf, with --trust=none, clips nothing")
+    client_optimizer: str = flag("sgd", "sgd or adam, fresh in every round")
+    client_lr: float = flag(0.3, "learning rate of the adapter matrices")
+    head_lr: float | None = flag(None, "learning rate of the classification head; default: client_lr")
+    lr_decay: float = flag(1.0, "learning rates fall linearly over the rounds, to this share of themselves")
+    server_lr: float = flag(1.0, "learning rate of the server on the mean upload")
+    server_momentum: float = flag(0.0, "momentum of the server")
+    ema: float = flag(0.0, "decay of the running average of released adapters; 0 keeps the last")
+    eval_every: int = flag(5, "rounds between evaluations on the public test set; 0 never evaluates")
+    dispatch_rounds: int = flag(25, "the most rounds in one dispatch of the compiled program")
+    mesh: str = flag("auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices")
+    wave: int = flag(1, "clients that a device computes at a time")
+    microbatch: int | None = flag(None, "rows of a client's batch that a device holds at a time; default: all")
+    seed: int | None = flag(None, "makes the run reproducible, noise included: its outputs are NOT for release")
+    private_diagnostics: bool = flag(False, "write exact losses, clip fractions and sampled counts into private/")
+    workdir: str | None = flag(None, "where everything goes; default: runs/<flagfile's name>")
+
+    @property
+    def private(self):
+        """Whether the run gives any guarantee."""
+        return self.trust != "none"
+
+    @property
+    def target_list(self):
+        """--targets as a tuple; empty with --head_only."""
+        return () if self.head_only else tuple(name.strip() for name in self.targets.split(",") if name.strip())
+
+
+def parse(argv):
+    """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong."""
+    values = flags.FlagValues()
+    define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for field in dataclasses.fields(RunConfig):
+        kind = next(t for t in define if field.type is t or field.type == t | None)
+        define[kind](field.name, field.default, field.metadata["help"], flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    argv, flagfile = _find_flagfiles(argv)
+    try:
+        rest = values(["run", *argv])[1:]
+    except flags.Error as error:
+        raise InputError(" ".join(str(error).split())) from None
+    if values.help:
+        print(f"python -m experiments.run --flagfile=finance.flags [flags]\n{values.get_help()}")
+        raise SystemExit(0)
+    if rest:
+        raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+    given = {field.name: values[field.name].value for field in dataclasses.fields(RunConfig)}
+    given["workdir"] = given["workdir"] or f"runs/{flagfile or given['dataset']}"
+    return resolve(RunConfig(**given))
+
+
+def _find_flagfiles(argv):
+    """Each --flagfile that is not in the current folder is looked for among the shipped ones -> (argv, last one's name)."""
+    out, name = [], None
+    spaced = iter(argv)
+    for arg in spaced:
+        option, equals, value = arg.partition("=")
+        if option.lstrip("-") == "flagfile" and option.startswith("-"):
+            value = value if equals else next(spaced, "")
+            path = pathlib.Path(value)
+            path = path if path.is_file() else SHIPPED / value
+            if not value or not path.is_file():
+                shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*.flags")))
+                raise InputError(f"flagfile {value!r} is neither here nor among the shipped ones ({shipped}).")
+            arg, name = f"--flagfile={path}", path.stem
+        out.append(arg)
+    return out, name
+
+
+def number(text, name):
+    """An optional number of a flag: None for none, inf allowed."""
+    if text is None or str(text).lower() in ("none", ""):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--{name}={text} is no number, nor none.") from None
+
+
+def resolve(config):
+    """Check every flag against the others and settle what follows from them -> RunConfig with numbers for numbers."""
+    budget, sigma = number(config.epsilon, "epsilon"), number(config.noise_multiplier, "noise_multiplier")
+    if config.trust not in ("local", "none"):
+        raise InputError(f"--trust={config.trust} is not known: local or none.")
+    if budget is not None and sigma is not None:
+        raise InputError("--epsilon and --noise_multiplier exclude each other; --epsilon=none unsets a flagfile's.")
+    trust = "none" if budget == math.inf or config.trust == "none" else "local"
+    if trust == "none":
+        budget = sigma = None
+    elif budget is None and sigma is None:
+        raise InputError("--trust=local needs --epsilon or --noise_multiplier; --trust=none runs without privacy.")
+    for ok, sentence in _ranges(config, trust, budget, sigma):
+        if not ok:
+            raise InputError(sentence)
+    head_lr = config.client_lr if config.head_lr is None else config.head_lr
+    return dataclasses.replace(config, trust=trust, epsilon=budget, noise_multiplier=sigma, head_lr=head_lr)
+
+
+def _ranges(config, trust, budget, sigma):
+    """(holds, what to say if not) for each flag with a range."""
+    private = trust != "none"
+    yield budget is None or 0 < budget <= 1000, f"--epsilon={budget} must lie above 0, at most 1000 (inf for no privacy)."
+    yield sigma is None or 0.05 <= sigma < math.inf, f"--noise_multiplier={sigma} must be 0.05 or more; --trust=none runs without noise."
+    yield 0 < config.delta < 1, f"--delta={config.delta} must lie between 0 and 1."
+    yield config.clip_norm > 0, f"--clip_norm={config.clip_norm} must be above 0."
+    yield not private or math.isfinite(config.clip_norm), "--clip_norm=inf clips nothing: only --trust=none allows it."
+    for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
+        yield getattr(config, name) >= 1, f"--{name}={getattr(config, name)} must be 1 or more."
+    for name in ("microbatch", "last_layers"):
+        yield getattr(config, name) is None or getattr(config, name) >= 1, f"--{name}={getattr(config, name)} must be 1 or more."
+    for name in ("client_lr", "server_lr", "expected_batch_size", "alpha"):
+        yield 0 < getattr(config, name) < math.inf, f"--{name}={getattr(config, name)} must be a number above 0."
+    yield config.head_lr is None or 0 <= config.head_lr < math.inf, f"--head_lr={config.head_lr} must be 0 or more."
+    for name in ("ema", "server_momentum"):
+        yield 0 <= getattr(config, name) < 1, f"--{name}={getattr(config, name)} must lie in [0, 1)."
+    yield 0 <= config.lr_decay <= 1, f"--lr_decay={config.lr_decay} must lie in [0, 1]."
+    yield config.eval_every >= 0, f"--eval_every={config.eval_every} must be 0 or more."
+    yield config.client_optimizer in ("sgd", "adam"), f"--client_optimizer={config.client_optimizer} is not known: sgd or adam."
+    yield config.head_only or config.target_list, "--targets is empty: --head_only trains a head alone."

@@ -1,0 +1,158 @@
+"""From a RunConfig to everything that a run needs; every mistake of a user's stops here, before any training."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import dplora_jax
+from dplora_jax import evaluation, lora, losses, models
+from dplora_jax.data import partition, sources, tasks
+from dplora_jax.errors import InputError
+from dplora_jax.federation import aggregation, mesh, round
+from dplora_jax.federation.client import LocalConfig
+from dplora_jax.privacy import accounting, trust
+
+
+class Prepared(NamedTuple):
+    """A run, ready: what `run.train` works with."""
+
+    model: Any
+    params: Any
+    lora_config: lora.LoraConfig
+    federation: round.Federation
+    mesh: Any
+    placement: mesh.Placement
+    mechanisms: list
+    state: round.State
+    evaluate: Callable
+    facts: dict  # what config.json says under "federation"
+    fingerprint: bytes  # of everything that feeds the mechanism; to be keyed before it is shown
+
+
+def prepare(config, stored=None):
+    """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
+    mechanisms are kept. Raises InputError."""
+    corpus, shares = _records(config)
+    sizes = [len(share) for share in shares]
+    model, params = models.from_pretrained(config.model, num_labels=len(corpus.label_names))
+    grid = mesh.make(config.mesh, config.clients, model)
+    tokenizer = models.load_tokenizer(config.model)
+    tasks.check_length(config.max_length, model, tokenizer)
+    train = tasks.classification(tokenizer, corpus.train, config.max_length)
+    test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
+    mechanisms = _mechanisms(config, sizes, stored)
+    adapter, params, lora_config = _adapter(config, model, params)
+    shards = [{name: array[share] for name, array in train.items()} for share in shares]
+    wave = min(config.wave, config.clients)
+    placement = mesh.place(grid, shards, mechanisms, config.clip_norm, wave)
+    local = LocalConfig(config.local_steps, config.clip_norm, placement.records, placement.capacity, microbatch=config.microbatch, private=config.private)
+    client_optimizer, server_optimizer = optimizers(config)
+    federation = round.Federation(model, losses.classification, local, client_optimizer, server_optimizer, config.ema, wave)
+    fingerprint = _fingerprint(config, shards, params, mechanisms, grid)
+    params = jax.device_put(params, mesh.base_sharding(grid, params))
+    state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
+    evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
+    facts = _facts(config, corpus, sizes, mechanisms, params, adapter, grid)
+    return Prepared(model, params, lora_config, federation, grid, placement, mechanisms, state, evaluate, facts, fingerprint)
+
+
+def _records(config):
+    """The corpus, and each client's indices into its training records."""
+    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels else None
+    corpus = sources.load(
+        sources.Source(
+            dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
+            label_column=config.label_column, group_column=partition.group_column(config.partition), labels=names,
+            test_fraction=config.test_fraction, split_seed=config.split_seed,
+        ),
+        need_test=config.eval_every > 0,
+    )  # fmt: skip
+    return corpus, partition.partition(config.partition, corpus.train.labels, corpus.train.groups, config.clients, config.split_seed)
+
+
+def _mechanisms(config, sizes, stored):
+    """Each client's sampling and noise: as an earlier start settled them, calibrated to the budget, or as flagged."""
+    if stored is not None:
+        rows = stored["federation"]["clients"]
+        return [accounting.Mechanism(c["records"], c["sampling_rate"], c["capacity"], c["noise_multiplier"]) for c in rows]
+    steps = config.rounds * config.local_steps
+    if config.epsilon is not None:
+        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta)
+    return accounting.with_noise(sizes, config.expected_batch_size, steps, config.noise_multiplier or 0.0, config.delta)
+
+
+def _adapter(config, model, params):
+    """(adapter, params, LoraConfig); the adapter's start is public, so a fixed key serves when there is no seed."""
+    lora_config = lora.LoraConfig(config.rank, config.alpha, config.target_list, config.last_layers)
+    try:
+        adapter = lora.init(jax.random.key(config.seed or 0), model, params, lora_config)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if config.freeze_a:
+        params, adapter = lora.freeze_a(params, adapter)
+    return adapter, params, lora_config
+
+
+def optimizers(config):
+    """(client's, server's) optax transformations: a learning rate for each part, momentum at the server.
+
+    The clients' rates are constant within a round; their fall over the rounds, a factor on every upload, is the server's.
+    """
+    make = {"sgd": optax.sgd, "adam": optax.adam}[config.client_optimizer]
+    client = aggregation.groups({"layers": make(config.client_lr), "head": make(config.head_lr)})
+    rate = optax.linear_schedule(config.server_lr, config.server_lr * config.lr_decay, config.rounds)
+    momentum = optax.trace(config.server_momentum) if config.server_momentum else optax.identity()
+    return client, optax.chain(momentum, optax.scale_by_learning_rate(rate))
+
+
+def _fingerprint(config, shards, params, mechanisms, grid):
+    """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved."""
+    digest = hashlib.sha256()
+    facts = dataclasses.asdict(config) | {"workdir": None, "private_diagnostics": None, "dispatch_rounds": None, "eval_every": None}
+    devices = [device.device_kind for device in grid.devices.flat]
+    digest.update(repr((sorted(facts.items(), key=str), mechanisms, dict(grid.shape), devices, jax.process_count())).encode())
+    digest.update(repr((jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""), str(jax.config.values))).encode())
+    for path in sorted(pathlib.Path(dplora_jax.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    for leaf in jax.tree.leaves((shards, params)):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.digest()
+
+
+def _facts(config, corpus, sizes, mechanisms, params, adapter, grid):
+    """What `config.json` and the report say beyond the flags; all of it public."""
+    steps, total = config.rounds * config.local_steps, sum(sizes)
+    sent, full = lora.count(adapter), lora.count({k: v for k, v in params.items() if k != lora.FROZEN_A})
+    spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
+    clients = [
+        {"client": k, **dataclasses.asdict(m), "epsilon": e, "weight": m.records / total} for k, (m, e) in enumerate(zip(mechanisms, spent, strict=True))
+    ]
+    method = [
+        f"DP-LoRA (arXiv 2312.17493), per-example clipping at L2 norm {config.clip_norm:g}" if config.private else "Federated LoRA, no noise",
+        "FedAvg weighted by n_k / n",
+        "head alone, no LoRA" if config.head_only else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
+    ]
+    method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
+    return {
+        "clients": clients,
+        "data": {"description": corpus.description, "synthetic": corpus.synthetic, "train_records": total,
+                 "test_records": len(corpus.test.texts) if corpus.test else 0, "labels": list(corpus.label_names)},
+        "trust": list(trust.STATEMENTS[config.trust]),
+        "release": None if not config.private else "for release" if config.seed is None else "NOT FOR RELEASE: --seed makes the noise reproducible",
+        "communication": {"adapter_parameters": sent, "full_parameters": full, "bytes_up_per_client_per_round": 4 * sent,
+                          "bytes_down_per_client_per_round": 4 * sent, "full_bytes_per_client_per_round": 4 * full, "ratio": full / sent},
+        "method": method,
+        "environment": {"jax": jax.__version__, "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
+                        "mesh": "x".join(map(str, grid.devices.shape))},
+        "accounting": "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
+                      "neighbours differ in one record, replaced by a null record.",
+    }  # fmt: skip

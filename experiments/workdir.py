@@ -1,0 +1,72 @@
+"""The files of a run's working directory: its lock, its configuration, its metrics."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+
+from dplora_jax.errors import InputError
+from experiments.flags import FREE_ON_RESUME
+
+
+def write_atomically(path, text):
+    """Replace `path` by `text` as one step, durably."""
+    draft = path.with_name(f"{path.name}.draft")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def locked(workdir):
+    """Hold the working directory for this process; InputError when another holds it."""
+    workdir = pathlib.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / ".lock", "w")  # noqa: SIM115 - held until the process ends
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}).") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--workdir={workdir} is in use by another run.") from None
+        yield workdir
+
+
+def plain(value):
+    """A JSON value for `value`: infinity as "inf", which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def stored_config(workdir, config):
+    """The `config.json` of an earlier start here, or None; InputError where flags that enter the training differ."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    now = plain(dataclasses.asdict(config))
+    differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != stored.get(name)]
+    if differ:
+        raise InputError(f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir.")
+    return stored
+
+
+def write_config(workdir, config, federation):
+    """Write `config.json`: every flag as resolved, and what the run made of them under "federation"."""
+    document = plain(dataclasses.asdict(config)) | {"federation": plain(federation)}
+    write_atomically(workdir / "config.json", json.dumps(document, indent=2) + "\n")
+
+
+def write_metrics(workdir, lines):
+    """Write `metrics.jsonl` anew: a line a round."""
+    write_atomically(workdir / "metrics.jsonl", "".join(json.dumps(plain(line)) + "\n" for line in lines))
