@@ -10,6 +10,14 @@ from dplora_jax.federation.aggregation import CLIENTS
 ROWS = 256  # of a batch on one device
 
 
+def padded_batches(table, size):
+    """The rows of `table` (dict of [N, ...] arrays) as dicts of [size, ...] arrays, the last one filled up with zeros."""
+    count = len(next(iter(table.values())))
+    for start in range(0, count, size):
+        rows = {name: value[start : start + size] for name, value in table.items()}
+        yield {name: np.pad(value, [(0, size - len(value)), *[(0, 0)] * (value.ndim - 1)]) for name, value in rows.items()}
+
+
 def classifier(model, mesh, params, test):
     """A function adapter -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
 
@@ -20,13 +28,7 @@ def classifier(model, mesh, params, test):
     size = devices * min(ROWS, -(-count // devices))
     split = NamedSharding(mesh, PartitionSpec(CLIENTS))
     inputs = {name: value for name, value in test.items() if name != "labels"}
-
-    def batch(start):
-        rows = {name: value[start : start + size] for name, value in inputs.items()}
-        pad = {name: np.pad(value, [(0, size - len(value)), (0, 0)]) for name, value in rows.items()}
-        return {name: jax.device_put(value, split) for name, value in pad.items()}
-
-    batches = [batch(start) for start in range(0, count, size)]
+    batches = [jax.device_put(batch, split) for batch in padded_batches(inputs, size)]
     predict = jax.jit(lambda params, adapter, batch: model.apply(params, batch, adapter).argmax(-1))
 
     def evaluate(adapter):

@@ -59,13 +59,15 @@ class PerRow:
 def linear(x, weight):
     """x [B, T, I] times weight [O, I] transposed -> [B, T, O], in x's dtype; a `PerRow` weight also feeds its slot."""
     if isinstance(weight, PerRow):
-        return _per_row_linear(x, weight.weight.astype(x.dtype), weight.slot)
+        return _per_row_linear(x, weight.weight, weight.slot)
     return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
 
 
 @jax.custom_vjp
 def _per_row_linear(x, weight, slot):
-    return jnp.einsum("bti,oi->bto", x, weight)
+    # The cast lies inside, so that the sum over rows keeps the weight's precision: rounded to bfloat16, it would move by
+    # more than one row's share when one row changes.
+    return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
 
 
 def _per_row_forward(x, weight, slot):
@@ -74,13 +76,15 @@ def _per_row_forward(x, weight, slot):
 
 def _per_row_backward(residuals, g):
     x, weight, slot = residuals
-    grad_x = jnp.einsum("bto,oi->bti", g, weight)
+    grad_x = jnp.einsum("bto,oi->bti", g, weight.astype(x.dtype))
+    if slot.ndim > 1:
+        grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)
+        return grad_x, grad_weight, jnp.einsum("bto,bti->boi", g, x, preferred_element_type=slot.dtype)
+    g, x = g.astype(jnp.float32), x.astype(jnp.float32)
+    squares = _squared_norm(g, x)
     # A row whose gradient is not finite gets cotangent 0 from the caller, and 0 * inf is nan: it must not reach the sum.
-    g, x = (jnp.where(jnp.isfinite(y), y, 0).astype(jnp.float32) for y in (g, x)) if slot.ndim == 1 else (g, x)
-    grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)
-    if slot.ndim == 1:
-        return grad_x, grad_weight, _squared_norm(g, x)
-    return grad_x, grad_weight, jnp.einsum("bto,bti->boi", g, x, preferred_element_type=slot.dtype)
+    g, x = (jnp.where(jnp.isfinite(y), y, 0) for y in (g, x))
+    return grad_x, jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype), squares
 
 
 def _squared_norm(g, x):
@@ -88,7 +92,8 @@ def _squared_norm(g, x):
     (_, tokens, outputs), inputs = g.shape, x.shape[-1]
     if outputs * inputs <= 2 * tokens * tokens:
         return jnp.square(jnp.einsum("bto,bti->boi", g, x)).sum((1, 2))
-    return (jnp.einsum("bto,bso->bts", g, g) * jnp.einsum("bti,bsi->bts", x, x)).sum((1, 2))
+    squares = (jnp.einsum("bto,bso->bts", g, g) * jnp.einsum("bti,bsi->bts", x, x)).sum((1, 2))
+    return jnp.maximum(squares, 0)  # tokens that cancel leave a rounding error of either sign
 
 
 _per_row_linear.defvjp(_per_row_forward, _per_row_backward)

@@ -29,11 +29,13 @@ def save(path, model, adapter, config):
     tensors = {name: np.ascontiguousarray(value) for name, value in to_state_dict(model, adapter, config).items()}
     depth = model.config.num_layers
     first = depth - (config.last_layers or depth)
+    modules = _target_modules(model, adapter.get("layers", {}), first)
     document = {
         "peft_type": "LORA", "task_type": None if model.config.num_labels is None else "SEQ_CLS",
         "base_model_name_or_path": None, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
-        "target_modules": _target_modules(model, adapter.get("layers", {})),
-        "layers_to_transform": list(range(first, depth)) if first else None,
+        "target_modules": modules,
+        # PEFT refuses layer numbers next to a regular expression, which names the layers itself.
+        "layers_to_transform": list(range(first, depth)) if first and isinstance(modules, list) else None,
         "modules_to_save": [model.head_name] if "head" in adapter else None,
         "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
         "use_dora": False, "use_rslora": False,
@@ -48,15 +50,17 @@ def _replace(path, data):
     os.replace(draft, path)
 
 
-def _target_modules(model, chosen):
+def _target_modules(model, chosen, first):
     """PEFT's list of module suffixes; a regular expression where a suffix would also match a matrix that is not adapted."""
+    if not chosen:
+        return "dummy-target-modules"  # PEFT's own word for an adapter without matrices: it refuses an empty list
     names = {target: model.targets[target].module.split("{}.")[-1] for target in model.targets}
     suffixes = [names[target].split(".")[-1] if names[target].endswith(target) else names[target] for target in chosen]
     greedy = any(f".{names[t]}".endswith(f".{s}") for t in model.targets if t not in chosen for s in suffixes)
     if not greedy:
         return suffixes
-    modules = "|".join(model.targets[t].module.replace(".", r"\.").replace("{}", r"\d+") for t in chosen)
-    return f"(?:{modules})"
+    layers = f"({'|'.join(map(str, range(first, model.config.num_layers)))})"
+    return "|".join(model.targets[t].module.replace(".", r"\.").replace("{}", layers) for t in chosen)
 
 
 def to_state_dict(model, tree, config):
@@ -82,32 +86,38 @@ def load(path, model, params):
     try:
         document = json.loads((path / "adapter_config.json").read_text())
         tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
-    if document.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type={document.get('peft_type')!r} is not supported, only 'LORA'.")
+    peft_type = document.get("peft_type") if isinstance(document, dict) else None
+    if peft_type != "LORA":
+        raise InputError(f"{path}: peft_type={peft_type!r} is not supported, only 'LORA'.")
     for option, unused in UNUSED.items():
         if document.get(option, unused[0]) not in unused:
             raise InputError(f"{path}: the adapter uses {option}={document[option]!r}, which is not supported.")
-    strange = set(document.get("modules_to_save") or ()) - {getattr(model, "head_name", None)}
+    # PEFT lists both of its usual names of a head for every classifier; which one it is, the tensors tell.
+    strange = set(document.get("modules_to_save") or ()) - {getattr(model, "head_name", None), "classifier", "score"}
     if strange:
         raise InputError(f"{path}: modules_to_save={sorted(strange)} is not supported, only the head.")
-    rank, alpha = document["r"], document["lora_alpha"]
-    layers, last_layers = _layers(path, model, tensors, alpha / rank)
+    rank, alpha = document.get("r"), document.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise InputError(f"{path}: adapter_config.json has r={rank!r} and lora_alpha={alpha!r}, which make no adapter.")
+    layers, last_layers = _layers(path, model, tensors, rank, alpha / rank)
     adapter = {"layers": layers} if layers else {}
     if "head" in params:
-        weight = tensors.pop(f"{PREFIX}{model.head_name}.weight", None)
-        bias = tensors.pop(f"{PREFIX}{model.head_name}.bias", None)
-        kernel = params["head"]["kernel"] if weight is None else weight.T
-        adapter["head"] = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(params["head"]["bias"] if bias is None else bias, jnp.float32)}
-        if adapter["head"]["kernel"].shape != params["head"]["kernel"].shape:
+        head = {part: tensors.pop(f"{PREFIX}{model.head_name}.{part}", None) for part in ("weight", "bias")}
+        if (head["weight"] is None) != (head["bias"] is None):
+            raise InputError(f"{path}: the adapter's head has only one of {model.head_name}.weight and {model.head_name}.bias.")
+        own = params["head"]
+        new = own if head["weight"] is None else {"kernel": head["weight"].T, "bias": head["bias"]}
+        if any(new[part].shape != own[part].shape for part in own):
             raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
+        adapter["head"] = {part: jnp.asarray(new[part], jnp.float32) for part in own}
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
     return adapter, LoraConfig(rank, alpha, tuple(sorted(layers)), last_layers)
 
 
-def _layers(path, model, tensors, scale):
+def _layers(path, model, tensors, rank, scale):
     """Take the A and B matrices out of `tensors` -> ({target: Pair}, last_layers)."""
     layers, last_layers, depth = {}, None, model.config.num_layers
     for target, place in model.targets.items():
@@ -122,7 +132,8 @@ def _layers(path, model, tensors, scale):
             a, b = (np.stack([tensors.pop(names[i].format(letter)) for i in present]).astype(np.float32) for letter in "AB")
         except (KeyError, ValueError):
             raise InputError(f"{path}: the matrices of {target} are incomplete or differ in shape from layer to layer.") from None
-        if (a.shape[2], b.shape[1]) != place.shape or a.shape[1] != b.shape[2]:
-            raise InputError(f"{path}: {target} has A {a.shape[1:]} and B {b.shape[1:]}, which do not fit {place.shape}.")
+        inputs, outputs = place.shape
+        if a.shape[1:] != (rank, inputs) or b.shape[1:] != (outputs, rank):
+            raise InputError(f"{path}: {target} has A {a.shape[1:]} and B {b.shape[1:]}, which do not fit rank {rank} and {place.shape}.")
         layers[target] = Pair(jnp.asarray(a), jnp.asarray(b), scale)
     return layers, last_layers

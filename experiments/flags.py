@@ -13,7 +13,7 @@ from dplora_jax.errors import InputError
 
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 # Flags that may differ when a run goes on in its workdir: they say where and how it is computed and shown, not what.
-FREE_ON_RESUME = ("workdir", "mesh", "dispatch_rounds", "eval_every", "private_diagnostics", "wave", "microbatch")
+FREE_ON_RESUME = ("workdir", "mesh", "dispatch_rounds", "eval_every", "private_diagnostics", "wave", "microbatch", "cache_frozen")
 
 
 def flag(default, text):
@@ -63,6 +63,7 @@ class RunConfig:
     mesh: str = flag("auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices")
     wave: int = flag(1, "clients that a device computes at a time")
     microbatch: int | None = flag(None, "rows of a client's batch that a device holds at a time; default: all")
+    cache_frozen: bool = flag(True, "run the layers below the adapted ones once for each record, not at each step")
     seed: int | None = flag(None, "makes the run reproducible, noise included: its outputs are NOT for release")
     private_diagnostics: bool = flag(False, "write exact losses, clip fractions and sampled counts into private/")
     workdir: str | None = flag(None, "where everything goes; default: runs/<flagfile's name>")

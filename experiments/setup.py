@@ -21,6 +21,8 @@ from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, trust
 
+CHUNK = 128  # rows at a time through the frozen layers
+
 
 class Prepared(NamedTuple):
     """A run, ready: what `run.train` works with."""
@@ -51,14 +53,15 @@ def prepare(config, stored=None):
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
     mechanisms = _mechanisms(config, sizes, stored)
     adapter, params, lora_config = _adapter(config, model, params)
+    fingerprint = _fingerprint(config, (train, shares), params, mechanisms, grid)
+    params = jax.device_put(params, mesh.base_sharding(grid, params))
+    model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
     wave = min(config.wave, config.clients)
     placement = mesh.place(grid, shards, mechanisms, config.clip_norm, wave)
     local = LocalConfig(config.local_steps, config.clip_norm, placement.records, placement.capacity, microbatch=config.microbatch, private=config.private)
     client_optimizer, server_optimizer = optimizers(config)
     federation = round.Federation(model, losses.classification, local, client_optimizer, server_optimizer, config.ema, wave)
-    fingerprint = _fingerprint(config, shards, params, mechanisms, grid)
-    params = jax.device_put(params, mesh.base_sharding(grid, params))
     state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
     facts = _facts(config, corpus, sizes, mechanisms, params, adapter, grid)
@@ -102,6 +105,25 @@ def _adapter(config, model, params):
     return adapter, params, lora_config
 
 
+def _run_frozen_layers(config, model, params, *tables):
+    """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
+    `hidden` in place of `input_ids`). A client does so with its own records, on its own device."""
+    start = model.config.num_layers if config.head_only else model.config.num_layers - (config.last_layers or model.config.num_layers)
+    if not start or not config.cache_frozen:
+        return model, *tables
+    prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
+
+    def run(table):
+        if table is None:
+            return None
+        inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
+        chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
+        hidden = np.concatenate(chunks)[: len(table["labels"])]
+        return {"hidden": hidden, **{name: value for name, value in table.items() if name != "input_ids"}}
+
+    return dataclasses.replace(model, start=start), *map(run, tables)
+
+
 def optimizers(config):
     """(client's, server's) optax transformations: a learning rate for each part, momentum at the server.
 
@@ -114,7 +136,7 @@ def optimizers(config):
     return client, optax.chain(momentum, optax.scale_by_learning_rate(rate))
 
 
-def _fingerprint(config, shards, params, mechanisms, grid):
+def _fingerprint(config, records, params, mechanisms, grid):
     """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved."""
     digest = hashlib.sha256()
     facts = dataclasses.asdict(config) | {"workdir": None, "private_diagnostics": None, "dispatch_rounds": None, "eval_every": None}
@@ -123,7 +145,7 @@ def _fingerprint(config, shards, params, mechanisms, grid):
     digest.update(repr((jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""), str(jax.config.values))).encode())
     for path in sorted(pathlib.Path(dplora_jax.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    for leaf in jax.tree.leaves((shards, params)):
+    for leaf in jax.tree.leaves((records, params)):
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.digest()
 

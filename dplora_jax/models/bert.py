@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import Target, Weight, refuse_unsupported
+from dplora_jax.models.family import Target, Weight, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attended, attention, run_layers
 
 
@@ -78,10 +78,15 @@ class Transform(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Bert:
-    """The model as pure functions of its parameters; hashable, so that it can be closed over or passed as static."""
+    """The model as pure functions of its parameters; hashable, so that it can be closed over or passed as static.
+
+    `start` is the first layer that `apply` runs: with it, batches carry `hidden` [B, T, D], what `prefix` made of the layers
+    below, in place of `input_ids`. Layers that nothing adapts are run once for each record so, not once for each step.
+    """
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
+    start: int = 0
 
     def init(self, key):
         """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""
@@ -105,20 +110,31 @@ class Bert:
         and `position_ids` [B, T]. `adapter` as `lora.init` makes it.
         """
         c, adapter = self.config, lora.with_frozen_a(params, adapter) or {}
-        ids, mask = batch["input_ids"], attended(batch)
-        positions = batch.get("position_ids", jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
-        segments = batch.get("token_type_ids", jnp.zeros_like(ids))
-        x = Embed(c).apply({"params": params["embed"]}, ids, positions, segments).astype(self.dtype)
-
-        def block(layer, x, pairs):
-            return Block(c).apply({"params": layer}, x, mask[:, None], pairs)
-
-        x = run_layers(block, params["layers"], x, adapter.get("layers"), c.remat)
+        x, mask = batch["hidden"] if self.start else self._embed(params, batch), attended(batch)
+        x = self._layers(params, x.astype(self.dtype), mask, slice(self.start, None), adapter.get("layers"))
         if c.num_labels is None:
             x = Transform(c).apply({"params": params["mlm"]["transform"]}, x)
             logits = jnp.einsum("btd,vd->btv", x, params["embed"]["word"].astype(x.dtype))
             return logits.astype(jnp.float32) + params["mlm"]["bias"].astype(jnp.float32)
         return lora.head(self._pool(params, x, mask), adapter.get("head", params["head"]))
+
+    def prefix(self, params, batch, layers):
+        """What the first `layers` layers make of `batch` -> [B, T, D] in the model's dtype: `hidden` for a model of that `start`."""
+        x = self._embed(params, batch).astype(self.dtype)
+        return self._layers(params, x, attended(batch), slice(layers), None)
+
+    def _embed(self, params, batch):
+        ids = batch["input_ids"]
+        positions = batch.get("position_ids", jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
+        segments = batch.get("token_type_ids", jnp.zeros_like(ids))
+        return Embed(self.config).apply({"params": params["embed"]}, ids, positions, segments)
+
+    def _layers(self, params, x, mask, span, adapter):
+        def block(layer, x, pairs):
+            return Block(self.config).apply({"params": layer}, x, mask[:, None], pairs)
+
+        layers = jax.tree.map(lambda p: p[span], params["layers"])
+        return run_layers(block, layers, x, adapter, self.config.remat)
 
     def _pool(self, params, x, mask):
         """One feature vector a row, float32 [B, D]."""
@@ -176,9 +192,12 @@ def from_config(hf, num_labels, pooling, normalize):
     refuse_unsupported(hf, {"position_embedding_type": (None, "absolute"), "is_decoder": (False,), "add_cross_attention": (False,), "tie_word_embeddings": (True,)})
     if hf.get("hidden_act", "gelu") not in ACTIVATIONS:
         raise InputError(f"config.json: hidden_act={hf['hidden_act']!r} is not supported; known: {', '.join(ACTIVATIONS)}.")
+    vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments = sizes(
+        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size",
+    )  # fmt: skip
+    if width % num_heads:
+        raise InputError(f"config.json: hidden_size={width} is no multiple of num_attention_heads={num_heads}.")
     return BertConfig(
-        vocab_size=hf["vocab_size"], width=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"], mlp_width=hf["intermediate_size"], max_positions=hf["max_position_embeddings"],
-        num_segments=hf["type_vocab_size"], activation=hf.get("hidden_act", "gelu"), norm_eps=hf["layer_norm_eps"],
-        num_labels=num_labels, pooling=pooling, normalize=normalize,
+        vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments, hf.get("hidden_act", "gelu"),
+        hf.get("layer_norm_eps", 1e-12), num_labels, pooling, normalize,
     )  # fmt: skip

@@ -39,3 +39,11 @@ def refuse_unsupported(hf, allowed):
     for name, values in allowed.items():
         if hf.get(name, values[0]) not in values:
             raise InputError(f"config.json: {name}={hf[name]!r} is not supported, only {' or '.join(map(repr, values))}.")
+
+
+def sizes(hf, *names):
+    """The whole numbers above 0 that config.json `hf` gives for `names`; InputError where one lacks or is no such number."""
+    for name in names:
+        if not isinstance(hf.get(name), int) or hf[name] < 1:
+            raise InputError(f"config.json: {name}={hf.get(name)!r} must be a whole number above 0.")
+    return [hf[name] for name in names]

@@ -70,9 +70,9 @@ def run_layers(block, params, x, adapter=None, remat=False):
     def scan(x, layers, pairs):
         return jax.lax.scan(lambda x, layer: (body(layer[0], x, layer[1]), None), x, (layers, pairs))[0]
 
-    if not adapter:
-        return scan(x, params, None)
     depth = jax.tree.leaves(params)[0].shape[0]
+    if not depth or not adapter:
+        return scan(x, params, None) if depth else x
     plain = depth - jax.tree.leaves(adapter)[0].shape[0]
     if plain:
         x = scan(x, jax.tree.map(lambda p: p[:plain], params), None)
@@ -82,4 +82,6 @@ def run_layers(block, params, x, adapter=None, remat=False):
 def attended(batch):
     """The mask [B, T] of `batch`, True where a token is attended; all of them when it carries none."""
     mask = batch.get("attention_mask")
-    return jnp.ones_like(batch["input_ids"], bool) if mask is None else mask.astype(bool)
+    if mask is not None:
+        return mask.astype(bool)
+    return jnp.ones((batch["input_ids"] if "input_ids" in batch else batch["hidden"]).shape[:2], bool)

@@ -74,14 +74,17 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None):
         return model, read_params(model, checkpoint)
 
 
-def read_json(path):
-    """A JSON file as a dict; InputError where it is missing or malformed."""
+def read_json(path, kind=dict):
+    """A JSON file that holds a `kind`; InputError where it is missing or malformed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: a model's directory needs it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(document, kind):
+        raise InputError(f"{path} holds a JSON {type(document).__name__}, not a {kind.__name__}.")
+    return document
 
 
 def sentence_pooling(directory):
@@ -89,7 +92,7 @@ def sentence_pooling(directory):
     if not (directory / "modules.json").exists():
         return None, False
     pooling, normalize = None, False
-    for module in read_json(directory / "modules.json"):
+    for module in read_json(directory / "modules.json", list):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
             modes = [k for k, on in read_json(directory / module["path"] / "config.json").items() if on is True and k.startswith("pooling_mode")]
@@ -109,7 +112,7 @@ class Checkpoint:
     def __init__(self, directory):
         self.directory = directory
         index = directory / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
         if not index.exists() and not (directory / names[0]).exists():
             converted = " (pytorch_model.bin is not read: save it again with save_pretrained)" if (directory / "pytorch_model.bin").exists() else ""
             raise InputError(f"{directory} holds no model.safetensors{converted}.")

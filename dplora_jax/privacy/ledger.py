@@ -27,8 +27,13 @@ class Ledger:
                 os.fsync(file.fileno())
         try:
             self.entries = [json.loads(line) for line in whole.splitlines()]
-        except json.JSONDecodeError:
-            raise InputError(f"{self.path} is damaged: a line before the last is no JSON; restore it or start a new --workdir.") from None
+            damaged = not all(isinstance(entry, dict) and "entry" in entry for entry in self.entries)
+        except ValueError:  # no JSON, or no UTF-8
+            damaged = True
+        if damaged:
+            raise InputError(
+                f"{self.path} is damaged: a line before the last is no entry; restore it or start a new --workdir."
+            )
 
     def append(self, **entry):
         """Add one line and make it durable before returning."""

@@ -1,103 +1,23 @@
 """Loading benchmarks from a stand-in of the hub on this machine, and from a hub that does not answer."""
 
-import contextlib
-import http.server
-import json
-import os
-import subprocess
-import sys
-import textwrap
-import threading
-import urllib.parse
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import hub_stand_in
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_stand_in import UNREACHABLE, run_python
 
 from dplora_jax.data.sources import BENCHMARKS
 
-ROOT = Path(__file__).parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-
-def run_python(code: str, **env) -> subprocess.CompletedProcess:
-    """Runs `code` in a fresh process, which reads the Hugging Face settings of `env`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env=clean | {k: str(v) for k, v in env.items()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers the hub's questions about one repository, whose `files` are {path: content}."""
-
-    files: dict[str, bytes]
-    repo: str
-    revision: str
-
-    def send(self, status: int, body: bytes = b"", **headers):
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def answer(self):
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        api, raw = f"/api/datasets/{self.repo}", f"/datasets/{self.repo}/resolve/"
-        for revision in (COMMIT, self.revision):
-            if path == f"{api}/revision/{revision}":
-                info = {"id": self.repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "siblings": []}
-                return self.send(200, json.dumps(info).encode(), Content_Type="application/json")
-            if path == f"{api}/paths-info/{revision}":
-                wanted = urllib.parse.parse_qs(asked).get("paths", []) if "=" in asked else json.loads(asked)["paths"]
-                return self.listing([name for name in self.files if name in wanted], wanted)
-            if path.startswith(f"{api}/tree/{revision}"):
-                return self.listing(
-                    [name for name in self.files if name.startswith(path.split(revision)[1].strip("/"))]
-                )
-            name = path.removeprefix(f"{raw}{revision}/")
-            if name in self.files:
-                return self.send(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
-        code = "EntryNotFound" if path.startswith((raw, api + "/")) else "RepoNotFound"
-        return self.send(404, X_Error_Code=code, X_Repo_Commit=COMMIT)
-
-    do_GET = do_HEAD = do_POST = answer
-
-    def listing(self, names, asked=()):
-        entries = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": "0" * 40} for n in names]
-        parents = {str(p) for n in self.files for p in Path(n).parents} - {"."}
-        entries += [
-            {"type": "directory", "path": p, "oid": "0" * 40} for p in sorted(parents) if p in asked or not asked
-        ]
-        self.send(200, json.dumps(entries).encode(), Content_Type="application/json")
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
 def stand_in(dataset: str, files: dict[str, bytes]):
     bench = BENCHMARKS[dataset]
-    handler = type("Hub", (Hub,), {"files": files, "repo": bench.hub_id, "revision": bench.hub_revision})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return hub_stand_in.stand_in("datasets", bench.hub_id, files, bench.hub_revision)
 
 
-def load_in_process(dataset: str, home: Path, endpoint: str) -> subprocess.CompletedProcess:
+def load_in_process(dataset: str, home: Path, endpoint: str) -> CompletedProcess:
     code = f"""
     from dplora_jax.data.sources import Source, load
     corpus = load(Source({dataset!r}))
@@ -135,7 +55,7 @@ def test_unreachable_hub_is_one_sentence_that_names_the_ways_out(tmp_path):
     except InputError as error:
         print(error)
     """
-    done = run_python(code, HF_HOME=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    done = run_python(code, HF_HOME=tmp_path, HF_ENDPOINT=UNREACHABLE)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
     assert "--data_dir" in done.stdout

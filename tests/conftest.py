@@ -1,0 +1,82 @@
+"""Shared fixtures: eight virtual devices, and a tiny BERT with a tokenizer of its own, written as a checkpoint."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dplora_jax.models import bert
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] profit cost sales loss rose fell grew shrank sharply again today firm bank north south".split()
+TINY = {
+    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16, "type_vocab_size": 2,
+    "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+}  # fmt: skip
+
+
+@pytest.fixture
+def golden():
+    """The directory of reference values."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A directory with a random two-layer BERT (mean pooling: it has no pooler) and a word-level tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny_bert")
+    model = bert.Bert(bert.from_config(TINY, 3, "mean", False))
+    params = jax.tree.map(lambda p: 4 * np.asarray(p), model.init(jax.random.key(0)))
+    tensors = {}
+    for weight in model.weights():
+        value = params
+        for key in weight.path:
+            value = value[key]
+        if weight.path[0] == "head":
+            continue
+        rows = enumerate(value) if "{}" in weight.name else [(0, value)]
+        for layer, row in rows:
+            tensors[weight.tensor.format(layer)] = np.ascontiguousarray(row.T if weight.part == "kernel" else row)
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(TINY))
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory):
+    """A tokenizer.json that knows WORDS, as transformers' fast BERT tokenizer reads it."""
+    import tokenizers
+
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **special}))
+
+
+@pytest.fixture(scope="session")
+def finance_table(tmp_path_factory):
+    """A directory with train.csv (60 rows) and test.csv (30 rows) of text, label and bank, in the tiny tokenizer's words."""
+    directory = tmp_path_factory.mktemp("finance_table")
+    rng = np.random.default_rng(0)
+    label = {("profit", "rose"): "good", ("profit", "fell"): "bad", ("cost", "rose"): "bad", ("cost", "fell"): "good"}
+    for name, count in (("train", 60), ("test", 30)):
+        rows = ["text,label,bank"]
+        for index in range(count):
+            noun, verb = ("profit", "cost")[rng.integers(2)], ("rose", "fell")[rng.integers(2)]
+            rows.append(f"{noun} {verb} {WORDS[rng.integers(13, 20)]},{label[noun, verb]},{('north', 'south', 'east')[index % 3]}")
+        (directory / f"{name}.csv").write_text("\n".join(rows) + "\n")
+    return directory

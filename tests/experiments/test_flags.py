@@ -1,0 +1,77 @@
+"""The command line: what it settles, and the one sentence for each mistake."""
+
+import pytest
+
+from dplora_jax.errors import InputError
+from experiments import flags
+
+
+def test_flagfile_is_read_and_later_flags_win():
+    config = flags.parse(["--flagfile=finance.flags", "--rounds=2"])
+    assert config.dataset == "finance_demo"
+    assert config.rounds == 2
+    assert config.epsilon == 8.0
+    assert config.workdir == "runs/finance"
+
+
+def test_flagfile_here_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    (tmp_path / "finance.flags").write_text("--epsilon=3\n--rounds=7\n")
+    monkeypatch.chdir(tmp_path)
+    assert flags.parse(["--flagfile", "finance.flags"]).rounds == 7
+
+
+def test_noise_multiplier_takes_the_place_of_a_flagfiles_epsilon():
+    config = flags.parse(["--flagfile=finance.flags", "--epsilon=none", "--noise_multiplier=2"])
+    assert config.epsilon is None
+    assert config.noise_multiplier == 2.0
+
+
+def test_infinite_epsilon_is_trust_none():
+    config = flags.parse(["--epsilon=inf"])
+    assert config.trust == "none"
+    assert not config.private
+    assert config.epsilon is None
+
+
+def test_head_learning_rate_follows_the_adapters_unless_given():
+    assert flags.parse(["--epsilon=8", "--client_lr=0.5"]).head_lr == 0.5
+    assert flags.parse(["--epsilon=8", "--client_lr=0.5", "--head_lr=2"]).head_lr == 2
+
+
+def test_head_only_has_no_targets():
+    assert flags.parse(["--epsilon=8", "--head_only"]).target_list == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--epsilon=0"], "--epsilon"),
+        (["--epsilon=-1"], "--epsilon"),
+        (["--epsilon=nan"], "--epsilon"),
+        (["--epsilon=many"], "--epsilon"),
+        (["--epsilon=8", "--delta=0"], "--delta"),
+        (["--epsilon=8", "--delta=1"], "--delta"),
+        (["--epsilon=8", "--delta=nan"], "--delta"),
+        (["--epsilon=8", "--noise_multiplier=1"], "exclude"),
+        (["--noise_multiplier=0"], "--noise_multiplier"),
+        ([], "--epsilon"),
+        (["--trust=blind", "--epsilon=8"], "--trust"),
+        (["--epsilon=8", "--clip_norm=0"], "--clip_norm"),
+        (["--epsilon=8", "--clip_norm=inf"], "--clip_norm"),
+        (["--epsilon=8", "--clip_norm=nan"], "--clip_norm"),
+        (["--epsilon=8", "--rounds=0"], "--rounds"),
+        (["--epsilon=8", "--clients=0"], "--clients"),
+        (["--epsilon=8", "--client_lr=nan"], "--client_lr"),
+        (["--epsilon=8", "--expected_batch_size=0"], "--expected_batch_size"),
+        (["--epsilon=8", "--ema=1"], "--ema"),
+        (["--epsilon=8", "--targets="], "--targets"),
+        (["--epsilon=8", "--rank=many"], "rank"),
+        (["--epsilon=8", "--colour=red"], "colour"),
+        (["--epsilon=8", "stray"], "stray"),
+        (["--flagfile=nowhere.flags"], "nowhere.flags"),
+    ],
+)
+def test_mistake_is_one_sentence_that_names_the_flag(argv, words):
+    with pytest.raises(InputError, match=words) as caught:
+        flags.parse(argv)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,266 @@
+"""The main job as a person runs it: its files, its end, its resumption after a kill, its refusals."""
+
+import json
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dplora_jax.privacy import accounting
+from dplora_jax.privacy.ledger import Ledger
+from experiments import run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(tiny_bert, finance_table, tmp_path):
+    """The flags of a small run with every moving part, and a workdir of its own."""
+    return [
+        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
+        "--max_length=8", "--clients=3", "--rounds=6", "--local_steps=2", "--expected_batch_size=8", "--rank=2",
+        "--epsilon=8", "--delta=1e-3", "--client_lr=0.1", "--head_lr=1", "--server_momentum=0.5", "--ema=0.5",
+        "--eval_every=2", f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def adapter_of(workdir):
+    return safetensors.numpy.load_file(pathlib.Path(workdir) / "adapter" / "adapter_model.safetensors")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
+    assert run.main(command) == 0
+    folder = tmp_path / "run"
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "epsilon" in said.out
+    assert str(folder / "adapter") in said.out
+    lines = lines_of(folder / "metrics.jsonl")
+    assert [line["round"] for line in lines] == list(range(7))
+    assert [line["round"] for line in lines if "accuracy" in line] == [0, 2, 4, 6]
+    assert all(len(line["epsilon"]) == 3 for line in lines)
+    assert lines[-1]["epsilon_max"] <= 8
+    assert lines[-1]["epsilon_max"] > 7.9
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rank"] == 2
+    assert config["epsilon"] == 8
+    assert (folder / "report.html").exists()
+    assert set(adapter_of(folder)) >= {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+    assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
+    assert list((folder / "private").iterdir()) == [], "secrets outlived the run"
+
+
+def test_epsilon_shown_is_the_ledgers_own(command, tmp_path):
+    run.main(command)
+    folder = tmp_path / "run"
+    ledger = Ledger(folder / "privacy_ledger.jsonl")
+    assert lines_of(folder / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
+    mechanism = accounting.Mechanism(*ledger.entries[0]["clients"][0])
+    assert accounting.epsilon(mechanism, 12, 1e-3) == pytest.approx(ledger.epsilons(1e-3)[0])
+
+
+def test_finished_run_says_so_and_does_nothing(command, tmp_path, capsys):
+    run.main(command)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    capsys.readouterr()
+    assert run.main(command) == 0
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_other_configuration_is_refused_by_name(command, capsys):
+    run.main(command)
+    assert run.main([*command, "--rank=3", "--delta=1e-4"]) == 2
+    said = capsys.readouterr().err
+    assert "--rank" in said
+    assert "--delta" in said
+
+
+def test_default_run_leaves_no_exact_private_statistic(command, tmp_path):
+    """The same seeded run is made twice, once with diagnostics, which tell what to look for in the files of the other."""
+    run.main([*command, "--seed=1", f"--workdir={tmp_path / 'told'}", "--private_diagnostics"])
+    told = lines_of(tmp_path / "told" / "private" / "diagnostics.jsonl")
+    assert stat.S_IMODE((tmp_path / "told" / "private" / "diagnostics.jsonl").stat().st_mode) == 0o600
+    run.main([*command, "--seed=1"])
+    assert not (tmp_path / "run" / "private" / "diagnostics.jsonl").exists()
+    text = "".join(path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*") if path.suffix in (".json", ".jsonl", ".html"))
+    losses = [f"{value:.5g}" for line in told for client in line["loss"] for value in client]
+    assert len(losses) == 36
+    assert not [loss for loss in losses if loss in text]
+    assert not any(word in text for word in ("clip_fraction", "sampled_count", "train_loss"))
+
+
+def test_seed_repeats_the_run_and_marks_it(command, tmp_path, capsys):
+    for name in ("first", "second"):
+        run.main([*command, "--seed=3", f"--workdir={tmp_path / name}"])
+    first, second = adapter_of(tmp_path / "first"), adapter_of(tmp_path / "second")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert "NOT FOR RELEASE" in capsys.readouterr().out
+    assert "NOT FOR RELEASE" in (tmp_path / "first" / "report.html").read_text()
+    run.main([*command, f"--workdir={tmp_path / 'third'}"])
+    third = adapter_of(tmp_path / "third")
+    assert not np.array_equal(first["base_model.model.classifier.weight"], third["base_model.model.classifier.weight"])
+
+
+def test_trust_none_says_so_and_costs_infinity(command, tmp_path, capsys):
+    assert run.main([*command, "--epsilon=inf"]) == 0
+    assert "NO PRIVACY" in capsys.readouterr().out
+    assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["epsilon_max"] == "inf"
+
+
+def start(arguments):
+    """The command as a process of its own, on one device."""
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_rounds(folder, rounds, process):
+    """Return once the metrics of that many rounds are released."""
+    until = time.time() + 120
+    while time.time() < until and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len(lines_of(folder / "metrics.jsonl")) > rounds:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no round {rounds}: {process.communicate()}")
+
+
+def test_killed_run_resumes_to_the_same_bits(command, tmp_path):
+    longer = [*command, "--seed=5", "--rounds=40", "--dispatch_rounds=1"]
+    whole = start([*longer, f"--workdir={tmp_path / 'whole'}"])
+    assert whole.wait(300) == 0, whole.stderr.read()
+    folder = tmp_path / "killed"
+    for rounds in (3, 11):
+        process = start([*longer, f"--workdir={folder}"])
+        wait_for_rounds(folder, rounds, process)
+        process.kill()
+        process.communicate()
+    assert not (folder / "adapter").exists(), "the run was over before it was killed"
+    last = start([*longer, f"--workdir={folder}"])
+    assert last.wait(300) == 0, last.stderr.read()
+    expected, found = adapter_of(tmp_path / "whole"), adapter_of(folder)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert [line["round"] for line in lines_of(folder / "metrics.jsonl")] == list(range(41))
+    assert Ledger(folder / "privacy_ledger.jsonl").charged_rounds() == 40
+
+
+def test_sigterm_saves_and_exits_75(command, tmp_path):
+    longer = [*command, "--rounds=200", "--dispatch_rounds=1"]
+    folder = tmp_path / "run"
+    process = start(longer)
+    wait_for_rounds(folder, 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    ledger = Ledger(folder / "privacy_ledger.jsonl")
+    assert ledger.open_entry() is None
+    assert len(lines_of(folder / "metrics.jsonl")) == ledger.charged_rounds() + 1
+
+
+def crash_before(monkeypatch, name):
+    """Make the first call of `run.<name>` end the run as a crash would."""
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, name, crash)
+
+
+def test_dispatch_lost_before_its_checkpoint_is_replayed_and_paid_once(command, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_before(patch, "_commit")
+        with pytest.raises(KeyboardInterrupt):
+            run.main(command)
+    ledger = tmp_path / "run" / "privacy_ledger.jsonl"
+    assert Ledger(ledger).open_entry()["rounds"] == [1, 3]
+    assert run.main(command) == 0
+    assert Ledger(ledger).charged_rounds() == 6
+    assert {entry["attempt"] for entry in Ledger(ledger).entries if "attempt" in entry} == {0}
+
+
+def test_replay_on_another_mesh_draws_new_keys_pays_for_both_and_ends_within_budget(command, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        crash_before(patch, "_commit")
+        with pytest.raises(KeyboardInterrupt):
+            run.main([*command, "--mesh=1x1"])
+    assert run.main([*command, "--mesh=3x1"]) == 0
+    ledger = Ledger(tmp_path / "run" / "privacy_ledger.jsonl")
+    begun = [(entry["rounds"], entry["attempt"]) for entry in ledger.entries if entry["entry"] == "begin"]
+    assert begun == [([1, 3], 0), ([1, 3], 1), ([3, 5], 0)]
+    assert max(ledger.epsilons(1e-3)) <= 8
+    assert "rounds 5 to 6 were not run" in capsys.readouterr().out
+    last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["round"] == 4
+    assert last["epsilon_max"] == pytest.approx(max(ledger.epsilons(1e-3)))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--model=no/such-model"], "hub"),
+        (["--dataset=nothing"], "nothing"),
+        (["--text_column=body"], "body"),
+        (["--labels=good,fine"], "label"),
+        (["--clients=61"], "61"),
+        (["--partition=column:bank", "--clients=4"], "bank"),
+        (["--partition=sideways"], "sideways"),
+        (["--epsilon=2000"], "--epsilon"),
+        (["--mesh=1x3"], "--mesh"),
+        (["--mesh=99x1"], "99"),
+        (["--max_length=99"], "--max_length"),
+        (["--targets=z"], "'z'"),
+        (["--last_layers=9"], "last_layers"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(command, tmp_path, capsys, monkeypatch, extra, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run.main([*command, *extra]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert words in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run" / "privacy_ledger.jsonl").exists(), "something was charged"
+
+
+def test_missing_public_test_set_is_refused_unless_never_evaluated(command, finance_table, tmp_path, capsys):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "train.csv").write_bytes((finance_table / "train.csv").read_bytes())
+    without = [*command, f"--data_dir={alone}", "--labels=good,bad"]
+    assert run.main(without) == 2
+    assert "--eval_every=0" in capsys.readouterr().err
+    assert run.main([*without, "--eval_every=0", "--rounds=1"]) == 0
+
+
+def test_corrupt_weights_are_refused(command, tiny_bert, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_bert.iterdir():
+        data = path.read_bytes()
+        (broken / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    assert run.main([*command, f"--model={broken}"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_rank_above_a_matrixs_own_size_is_a_warning(command, capsys):
+    assert run.main([*command, "--rank=20", "--rounds=1"]) == 0
+    assert "warning: rank 20" in capsys.readouterr().err
+
+
+def test_run_by_column_with_unequal_clients_has_its_own_rates(command, tmp_path):
+    assert run.main([*command, "--partition=dirichlet:0.5"]) == 0
+    clients = json.loads((tmp_path / "run" / "config.json").read_text())["federation"]["clients"]
+    assert len({client["records"] for client in clients}) > 1
+    assert all(client["sampling_rate"] == min(1, 8 / client["records"]) for client in clients)
+    assert all(7.9 < client["epsilon"] <= 8 for client in clients)

@@ -1,0 +1,96 @@
+"""A stand-in of the Hugging Face hub on this machine, for subprocesses that read its address from HF_ENDPOINT."""
+
+import contextlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import urllib.parse
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNREACHABLE = "http://127.0.0.1:9"  # the discard port: nothing listens
+
+
+def run_python(code: str, **env) -> subprocess.CompletedProcess:
+    """Runs `code` in a fresh process, which reads the Hugging Face settings of `env`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env=clean | {k: str(v) for k, v in env.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers the hub's questions about one repository of `kind` "datasets" or "models", whose `files` are {path: content}."""
+
+    kind: str
+    files: dict[str, bytes]
+    repo: str
+    revision: str
+
+    def send(self, status: int, body: bytes = b"", **headers):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        folder = "" if self.kind == "models" else f"/{self.kind}"
+        api, raw = f"/api/{self.kind}/{self.repo}", f"{folder}/{self.repo}/resolve/"
+        for revision in (COMMIT, self.revision):
+            if path == f"{api}/revision/{revision}":
+                siblings = [{"rfilename": name} for name in self.files]
+                info = {"id": self.repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
+                body = json.dumps(info | {"siblings": siblings}).encode()
+                return self.send(200, body, Content_Type="application/json")
+            if path == f"{api}/paths-info/{revision}":
+                wanted = urllib.parse.parse_qs(asked).get("paths", []) if "=" in asked else json.loads(asked)["paths"]
+                return self.listing([name for name in self.files if name in wanted], wanted)
+            if path.startswith(f"{api}/tree/{revision}"):
+                return self.listing(
+                    [name for name in self.files if name.startswith(path.split(revision)[1].strip("/"))]
+                )
+            name = path.removeprefix(f"{raw}{revision}/")
+            if name in self.files:
+                return self.send(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+        code = "EntryNotFound" if path.startswith((raw, api + "/")) else "RepoNotFound"
+        return self.send(404, X_Error_Code=code, X_Repo_Commit=COMMIT)
+
+    do_GET = do_HEAD = do_POST = answer
+
+    def listing(self, names, asked=()):
+        entries = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": "0" * 40} for n in names]
+        parents = {str(p) for n in self.files for p in Path(n).parents} - {"."}
+        entries += [
+            {"type": "directory", "path": p, "oid": "0" * 40} for p in sorted(parents) if p in asked or not asked
+        ]
+        self.send(200, json.dumps(entries).encode(), Content_Type="application/json")
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def stand_in(kind: str, repo: str, files: dict[str, bytes], revision: str = "main"):
+    """Serves one repository for the length of the block, and gives the address for HF_ENDPOINT."""
+    handler = type("Hub", (Hub,), {"kind": kind, "files": files, "repo": repo, "revision": revision})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
