@@ -122,7 +122,7 @@ def _layers(path, model, tensors, rank, scale):
     layers, last_layers, depth = {}, None, model.config.num_layers
     for target, place in model.targets.items():
         names = {i: f"{PREFIX}{place.module.format(i)}.lora_{{}}.weight" for i in range(depth)}
-        present = [i for i, name in names.items() if name.format("A") in tensors]
+        present = [i for i, name in names.items() if name.format("A") in tensors or name.format("B") in tensors]
         if not present:
             continue
         if present != list(range(depth - len(present), depth)) or (layers and len(present) != (last_layers or depth)):

@@ -85,9 +85,7 @@ def train(job):
     stop = _on_sigterm()
     done, state, lines = _restore(job)
     with progress.bar(job.config.rounds, done) as show:
-        while (todo := _next_dispatch(job, done)) is not None:
-            if stop:
-                return STOPPED
+        while not stop and (todo := _next_dispatch(job, done)) is not None:
             rounds, attempt = todo
             state, shown, seconds = _dispatch(job, state, rounds, attempt)
             done = rounds[1] - 1
@@ -97,6 +95,8 @@ def train(job):
             lines = [*lines, *fresh]
             _commit(job, done, state, lines, shown, (rounds, attempt))
             show(done, fresh[-1])
+    if stop and done < job.config.rounds:
+        return STOPPED
     _finish(job, done, state)
     return 0
 

@@ -31,6 +31,14 @@ def golden():
     return GOLDEN
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Half the compile time, for modules whose tests compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """A directory with a random two-layer BERT (mean pooling: it has no pooler) and a word-level tokenizer."""

@@ -30,7 +30,7 @@ def run_python(code: str, **env) -> subprocess.CompletedProcess:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers the hub's questions about one repository of `kind` "datasets" or "models", whose `files` are {path: content}."""
+    """Answers questions about one repository of `kind` "datasets" or "models", whose `files` are {path: content}."""
 
     kind: str
     files: dict[str, bytes]

@@ -180,9 +180,14 @@ def load_tokenizer(name_or_path):
 
     directory = locate(name_or_path)
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory, padding_side="right")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="right")
     except Exception as error:
         raise InputError(f"{directory} holds no tokenizer that transformers can read ({type(error).__name__}).") from None
+    # From a config.json alone, transformers makes a tokenizer that knows no word.
+    files = tokenizer.vocab_files_names.values()
+    if not any((directory / name).exists() for name in files):
+        raise InputError(f"{directory} holds no tokenizer: it has none of {', '.join(files)}.")
+    return tokenizer
 
 
 def _at(tree, path):

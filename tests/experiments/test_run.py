@@ -113,6 +113,14 @@ def test_seed_repeats_the_run_and_marks_it(command, tmp_path, capsys):
     assert not np.array_equal(first["base_model.model.classifier.weight"], third["base_model.model.classifier.weight"])
 
 
+def test_frozen_layers_may_run_once_a_record_or_at_each_step(command, tmp_path):
+    for name in ("cache_frozen", "nocache_frozen"):
+        run.main([*command, "--seed=3", "--last_layers=1", f"--{name}", f"--workdir={tmp_path / name}"])
+    once, each = adapter_of(tmp_path / "cache_frozen"), adapter_of(tmp_path / "nocache_frozen")
+    assert all(np.allclose(once[name], each[name], atol=1e-5) for name in each)
+    assert np.abs(each["base_model.model.classifier.weight"]).max() > 1e-2
+
+
 def test_trust_none_says_so_and_costs_infinity(command, tmp_path, capsys):
     assert run.main([*command, "--epsilon=inf"]) == 0
     assert "NO PRIVACY" in capsys.readouterr().out
