@@ -15,7 +15,9 @@ def padded_batches(table, size):
     count = len(next(iter(table.values())))
     for start in range(0, count, size):
         rows = {name: value[start : start + size] for name, value in table.items()}
-        yield {name: np.pad(value, [(0, size - len(value)), *[(0, 0)] * (value.ndim - 1)]) for name, value in rows.items()}
+        yield {
+            name: np.pad(value, [(0, size - len(value)), *[(0, 0)] * (value.ndim - 1)]) for name, value in rows.items()
+        }
 
 
 def classifier(model, mesh, params, test):
@@ -34,6 +36,9 @@ def classifier(model, mesh, params, test):
     def evaluate(adapter):
         predicted = [predict(params, adapter, batch) for batch in batches]
         predicted = np.concatenate([np.asarray(rows) for rows in predicted])[:count]
-        return {"accuracy": tasks.accuracy(predicted, labels), "macro_f1": tasks.macro_f1(predicted, labels, model.config.num_labels)}
+        return {
+            "accuracy": tasks.accuracy(predicted, labels),
+            "macro_f1": tasks.macro_f1(predicted, labels, model.config.num_labels),
+        }
 
     return evaluate

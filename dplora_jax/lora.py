@@ -120,12 +120,15 @@ def _column(bias):
 
 def with_slots(adapter, slots):
     """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of zeros [B]."""
+
     def under_layers(leaf, slot):
         if slot.ndim == 1:
             return PerRow(leaf, jnp.broadcast_to(slot, (leaf.shape[0], *slot.shape)))
         return PerRow(leaf, jnp.moveaxis(slot, 0, 1))
 
-    return {part: jax.tree.map(under_layers if part == "layers" else PerRow, adapter[part], slots[part]) for part in adapter}
+    return {
+        part: jax.tree.map(under_layers if part == "layers" else PerRow, adapter[part], slots[part]) for part in adapter
+    }
 
 
 def init(key, model, params, config):
@@ -141,9 +144,14 @@ def init(key, model, params, config):
         adapter["layers"] = {}
         for index, (name, (inputs, outputs)) in enumerate(sorted(resolve_targets(model, config.targets).items())):
             if config.rank > min(inputs, outputs):
-                warnings.warn(f"rank {config.rank} exceeds {name}'s own {min(inputs, outputs)}: full rank costs less.", stacklevel=2)
+                warnings.warn(
+                    f"rank {config.rank} exceeds {name}'s own {min(inputs, outputs)}: full rank costs less.",
+                    stacklevel=2,
+                )
             bound = inputs**-0.5
-            a = jax.random.uniform(jax.random.fold_in(key, index), (depth, config.rank, inputs), jnp.float32, -bound, bound)
+            a = jax.random.uniform(
+                jax.random.fold_in(key, index), (depth, config.rank, inputs), jnp.float32, -bound, bound
+            )
             b = jnp.zeros((depth, outputs, config.rank), jnp.float32)
             adapter["layers"][name] = Pair(a, b, config.alpha / config.rank)
     if "head" in params:
@@ -180,7 +188,10 @@ def with_frozen_a(params, adapter):
     """The adapter with the A matrices that `freeze_a` moved into `params` put back, for `apply` and for files."""
     if adapter is None or "layers" not in adapter or FROZEN_A not in params:
         return adapter
-    pairs = {name: pair if pair.a is not None else pair.replace(a=params[FROZEN_A][name]) for name, pair in adapter["layers"].items()}
+    pairs = {
+        name: pair if pair.a is not None else pair.replace(a=params[FROZEN_A][name])
+        for name, pair in adapter["layers"].items()
+    }
     return {**adapter, "layers": pairs}
 
 

@@ -106,7 +106,9 @@ def load(path, model, params):
     if "head" in params:
         head = {part: tensors.pop(f"{PREFIX}{model.head_name}.{part}", None) for part in ("weight", "bias")}
         if (head["weight"] is None) != (head["bias"] is None):
-            raise InputError(f"{path}: the adapter's head has only one of {model.head_name}.weight and {model.head_name}.bias.")
+            raise InputError(
+                f"{path}: the adapter's head has only one of {model.head_name}.weight and {model.head_name}.bias."
+            )
         own = params["head"]
         new = own if head["weight"] is None else {"kernel": head["weight"].T, "bias": head["bias"]}
         if any(new[part].shape != own[part].shape for part in own):
@@ -126,14 +128,22 @@ def _layers(path, model, tensors, rank, scale):
         if not present:
             continue
         if present != list(range(depth - len(present), depth)) or (layers and len(present) != (last_layers or depth)):
-            raise InputError(f"{path}: {target} is adapted on layers {present}; only the same last layers of every target are supported.")
+            raise InputError(
+                f"{path}: {target} is adapted on layers {present}; only the same last layers of every target are supported."
+            )
         last_layers = None if len(present) == depth else len(present)
         try:
-            a, b = (np.stack([tensors.pop(names[i].format(letter)) for i in present]).astype(np.float32) for letter in "AB")
+            a, b = (
+                np.stack([tensors.pop(names[i].format(letter)) for i in present]).astype(np.float32) for letter in "AB"
+            )
         except (KeyError, ValueError):
-            raise InputError(f"{path}: the matrices of {target} are incomplete or differ in shape from layer to layer.") from None
+            raise InputError(
+                f"{path}: the matrices of {target} are incomplete or differ in shape from layer to layer."
+            ) from None
         inputs, outputs = place.shape
         if a.shape[1:] != (rank, inputs) or b.shape[1:] != (outputs, rank):
-            raise InputError(f"{path}: {target} has A {a.shape[1:]} and B {b.shape[1:]}, which do not fit rank {rank} and {place.shape}.")
+            raise InputError(
+                f"{path}: {target} has A {a.shape[1:]} and B {b.shape[1:]}, which do not fit rank {rank} and {place.shape}."
+            )
         layers[target] = Pair(jnp.asarray(a), jnp.asarray(b), scale)
     return layers, last_layers

@@ -38,7 +38,9 @@ def steps(config):
     """{name: step}, each a compiled function of one adapter, and the adapter: one plain form, and a noisy step in each
     clipping form, all ending in the same SGD update."""
     model, params = models.from_pretrained(config.model, num_labels=3)
-    adapter = lora.init(jax.random.key(0), model, params, lora.LoraConfig(config.rank, 2.0 * config.rank, tuple(config.targets)))
+    adapter = lora.init(
+        jax.random.key(0), model, params, lora.LoraConfig(config.rank, 2.0 * config.rank, tuple(config.targets))
+    )
     if config.freeze_a:
         params, adapter = lora.freeze_a(params, adapter)
     shape, rng = (config.batch, config.length), np.random.default_rng(0)
@@ -95,7 +97,9 @@ def main(argv=None):
     for name, seconds in times.items():
         low, ratio, high = np.quantile(seconds / times["plain"], [0.25, 0.5, 0.75])
         rate = config.batch / np.median(seconds)
-        print(f"{name:18} {np.median(seconds):9.3f} {ratio:8.3f} {low:6.3f} .. {high:5.3f} {rate:11.1f} {rate * config.length:9.0f}")
+        print(
+            f"{name:18} {np.median(seconds):9.3f} {ratio:8.3f} {low:6.3f} .. {high:5.3f} {rate:11.1f} {rate * config.length:9.0f}"
+        )
     sizes = (120, 310, 640, 1100, 1700)
     start = time.perf_counter()
     accounting.calibrate(sizes, 64, 50, 8.0, 1e-5)

@@ -13,7 +13,16 @@ from dplora_jax.errors import InputError
 
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 # Flags that may differ when a run goes on in its workdir: they say where and how it is computed and shown, not what.
-FREE_ON_RESUME = ("workdir", "mesh", "dispatch_rounds", "eval_every", "private_diagnostics", "wave", "microbatch", "cache_frozen")
+FREE_ON_RESUME = (
+    "workdir",
+    "mesh",
+    "dispatch_rounds",
+    "eval_every",
+    "private_diagnostics",
+    "wave",
+    "microbatch",
+    "cache_frozen",
+)
 
 
 def flag(default, text):
@@ -26,13 +35,17 @@ class RunConfig:
     """Every flag of `experiments.run`, as resolved."""
 
     model: str = flag("all-MiniLM-L6-v2", "directory, installed package or hub id of the base model")
-    dataset: str = flag("finance_demo", "finance_demo, financial_phrasebank, twitter_financial_news_sentiment, csv, jsonl, parquet")
+    dataset: str = flag(
+        "finance_demo", "finance_demo, financial_phrasebank, twitter_financial_news_sentiment, csv, jsonl, parquet"
+    )
     data_dir: str | None = flag(None, "directory with train.* (and test.*) of --dataset")
     test_data: str | None = flag(None, "file with the public test set")
     text_column: str | None = flag(None, "column of the text, for csv, jsonl and parquet")
     label_column: str | None = flag(None, "column of the label, for csv, jsonl and parquet")
     labels: str | None = flag(None, "comma-separated label set; default: the task's, else the public test's")
-    test_fraction: float | None = flag(None, "share of the table held out as the test set; giving it declares that share public")
+    test_fraction: float | None = flag(
+        None, "share of the table held out as the test set; giving it declares that share public"
+    )
     split_seed: int = flag(0, "seed of the test split and of the simulated partition")
     max_length: int = flag(64, "tokens a row, public; longer texts are cut")
     clients: int = flag(5, "how many parties")
@@ -50,7 +63,9 @@ class RunConfig:
     epsilon: str | None = flag(None, "privacy budget of each client; inf is --trust=none, none unsets a flagfile's")
     delta: float = flag(1e-5, "delta of the guarantee")
     noise_multiplier: str | None = flag(None, "sigma, in place of --epsilon: noise std = sigma * clip_norm on the sum")
-    clip_norm: float = flag(1.0, "L2 norm to which each example's gradient is clipped; inf, with --trust=none, clips nothing")
+    clip_norm: float = flag(
+        1.0, "L2 norm to which each example's gradient is clipped; inf, with --trust=none, clips nothing"
+    )
     client_optimizer: str = flag("sgd", "sgd or adam, fresh in every round")
     client_lr: float = flag(0.3, "learning rate of the adapter matrices")
     head_lr: float | None = flag(None, "learning rate of the classification head; default: client_lr")
@@ -82,7 +97,12 @@ class RunConfig:
 def parse(argv):
     """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong."""
     values = flags.FlagValues()
-    define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    define = {
+        bool: flags.DEFINE_boolean,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
     for field in dataclasses.fields(RunConfig):
         kind = next(t for t in define if field.type is t or field.type == t | None)
         define[kind](field.name, field.default, field.metadata["help"], flag_values=values)
@@ -152,15 +172,24 @@ def resolve(config):
 def _ranges(config, trust, budget, sigma):
     """(holds, what to say if not) for each flag with a range."""
     private = trust != "none"
-    yield budget is None or 0 < budget <= 1000, f"--epsilon={budget} must lie above 0, at most 1000 (inf for no privacy)."
-    yield sigma is None or 0.05 <= sigma < math.inf, f"--noise_multiplier={sigma} must be 0.05 or more; --trust=none runs without noise."
+    yield (
+        budget is None or 0 < budget <= 1000,
+        f"--epsilon={budget} must lie above 0, at most 1000 (inf for no privacy).",
+    )
+    yield (
+        sigma is None or 0.05 <= sigma < math.inf,
+        f"--noise_multiplier={sigma} must be 0.05 or more; --trust=none runs without noise.",
+    )
     yield 0 < config.delta < 1, f"--delta={config.delta} must lie between 0 and 1."
     yield config.clip_norm > 0, f"--clip_norm={config.clip_norm} must be above 0."
     yield not private or math.isfinite(config.clip_norm), "--clip_norm=inf clips nothing: only --trust=none allows it."
     for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
         yield getattr(config, name) >= 1, f"--{name}={getattr(config, name)} must be 1 or more."
     for name in ("microbatch", "last_layers"):
-        yield getattr(config, name) is None or getattr(config, name) >= 1, f"--{name}={getattr(config, name)} must be 1 or more."
+        yield (
+            getattr(config, name) is None or getattr(config, name) >= 1,
+            f"--{name}={getattr(config, name)} must be 1 or more.",
+        )
     for name in ("client_lr", "server_lr", "expected_batch_size", "alpha"):
         yield 0 < getattr(config, name) < math.inf, f"--{name}={getattr(config, name)} must be a number above 0."
     yield config.head_lr is None or 0 <= config.head_lr < math.inf, f"--head_lr={config.head_lr} must be 0 or more."
@@ -168,5 +197,8 @@ def _ranges(config, trust, budget, sigma):
         yield 0 <= getattr(config, name) < 1, f"--{name}={getattr(config, name)} must lie in [0, 1)."
     yield 0 <= config.lr_decay <= 1, f"--lr_decay={config.lr_decay} must lie in [0, 1]."
     yield config.eval_every >= 0, f"--eval_every={config.eval_every} must be 0 or more."
-    yield config.client_optimizer in ("sgd", "adam"), f"--client_optimizer={config.client_optimizer} is not known: sgd or adam."
+    yield (
+        config.client_optimizer in ("sgd", "adam"),
+        f"--client_optimizer={config.client_optimizer} is not known: sgd or adam.",
+    )
     yield config.head_only or config.target_list, "--targets is empty: --head_only trains a head alone."

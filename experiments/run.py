@@ -63,11 +63,17 @@ def run(config, folder, command):
     from experiments import setup
 
     if (folder / "private" / secrets.FILE).exists() is False and ledger.entries and config.seed is None:
-        raise InputError(f"{folder} has a ledger but its secrets are gone: its noise cannot go on; start a new --workdir.")
+        raise InputError(
+            f"{folder} has a ledger but its secrets are gone: its noise cannot go on; start a new --workdir."
+        )
     prepared = setup.prepare(config, stored)
     if stored is None:
         workdir.write_config(folder, config, prepared.facts | {"command": command})
-    keys = secrets.load_or_create(folder / "private", config.clients) if config.seed is None else secrets.from_seed(config.seed, config.clients)
+    keys = (
+        secrets.load_or_create(folder / "private", config.clients)
+        if config.seed is None
+        else secrets.from_seed(config.seed, config.clients)
+    )
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}))
@@ -114,8 +120,19 @@ def _restore(job):
 
     restored = job.checkpoints.restore(job.prepared.state)
     if restored is None:
-        line = {"round": 0, "epsilon": [0.0] * job.config.clients, "epsilon_max": 0.0, "seconds": 0.0, "bytes_up_per_client": 0, "bytes_down_per_client": 0}
-        state, done, notes = job.prepared.state, 0, {"lines": [line | job.prepared.evaluate(job.prepared.state.adapter)]}
+        line = {
+            "round": 0,
+            "epsilon": [0.0] * job.config.clients,
+            "epsilon_max": 0.0,
+            "seconds": 0.0,
+            "bytes_up_per_client": 0,
+            "bytes_down_per_client": 0,
+        }
+        state, done, notes = (
+            job.prepared.state,
+            0,
+            {"lines": [line | job.prepared.evaluate(job.prepared.state.adapter)]},
+        )
         job.checkpoints.save(0, state, notes)
         job.checkpoints.wait()
     else:
@@ -188,15 +205,25 @@ def _lines(job, rounds, attempt, seconds):
     before = job.ledger.charged_rounds() - length  # paid for before this dispatch, lost attempts included
     inner = tuple((before + i) * config.local_steps for i in range(1, length))
     outer = ((before + length) * config.local_steps,)
-    curves = {m: accounting.epsilon_curve(m, inner, config.delta, 1e-2) + accounting.epsilon_curve(m, outer, config.delta) for m in set(job.prepared.mechanisms)}
+    curves = {
+        m: accounting.epsilon_curve(m, inner, config.delta, 1e-2) + accounting.epsilon_curve(m, outer, config.delta)
+        for m in set(job.prepared.mechanisms)
+    }
     lines = []
     for index in range(length):
         spent = [curves[m][index] for m in job.prepared.mechanisms]
         rate = length * config.local_steps * sum(m.sampling_rate * m.records for m in job.prepared.mechanisms) / seconds
         lines.append(
-            {"round": rounds[0] + index, "epsilon": spent, "epsilon_max": max(spent), "seconds": seconds / length, "examples_per_second": rate,
-             "bytes_up_per_client": sent["bytes_up_per_client_per_round"], "bytes_down_per_client": sent["bytes_down_per_client_per_round"]}
-        )  # fmt: skip
+            {
+                "round": rounds[0] + index,
+                "epsilon": spent,
+                "epsilon_max": max(spent),
+                "seconds": seconds / length,
+                "examples_per_second": rate,
+                "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
+                "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
+            }
+        )
     return lines
 
 
@@ -219,7 +246,16 @@ def _write_diagnostics(job, rounds, shown):
     with open(os.open(private / "diagnostics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
         for index, number in enumerate(range(*rounds)):
             values = {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
-            file.write(json.dumps({"round": number, "note": "PRIVATE: exact statistics of the records, outside the guarantee", **values}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "round": number,
+                        "note": "PRIVATE: exact statistics of the records, outside the guarantee",
+                        **values,
+                    }
+                )
+                + "\n"
+            )
 
 
 def _released(job, state):
@@ -239,7 +275,8 @@ def _finish(job, done, state):
     peft.save(job.folder / "adapter", job.prepared.model, jax.device_get(adapter), job.prepared.lora_config)
     report.write(job.folder)
     if done < job.config.rounds:
-        print(f"The budget ended early: rounds {done + 1} to {job.config.rounds} were not run, since a lost attempt had to be paid for.")
+        missing = f"rounds {done + 1} to {job.config.rounds} were not run"
+        print(f"The budget ended early: {missing}, since a lost attempt had to be paid for.")
     job.ledger.append(entry="end", round=done)
     secrets.destroy(job.folder / "private")
 
@@ -249,8 +286,16 @@ def summary(folder):
     config = json.loads((folder / "config.json").read_text())
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
     facts, sent = config["federation"], config["federation"]["communication"]
-    metrics = f"test accuracy {last['accuracy']:.3f}, macro-F1 {last['macro_f1']:.3f}" if "accuracy" in last else "not evaluated"
-    budget = "NO PRIVACY" if config["trust"] == "none" else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for every client's records"
+    metrics = (
+        f"test accuracy {last['accuracy']:.3f}, macro-F1 {last['macro_f1']:.3f}"
+        if "accuracy" in last
+        else "not evaluated"
+    )
+    budget = (
+        "NO PRIVACY"
+        if config["trust"] == "none"
+        else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for every client's records"
+    )
     rounds = last["round"]
     kind = " (synthetic data)" if facts["data"]["synthetic"] else ""
     seeded = " NOT FOR RELEASE (--seed)." if config["seed"] is not None and config["trust"] != "none" else ""

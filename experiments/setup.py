@@ -59,13 +59,24 @@ def prepare(config, stored=None):
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
     wave = min(config.wave, config.clients)
     placement = mesh.place(grid, shards, mechanisms, config.clip_norm, wave)
-    local = LocalConfig(config.local_steps, config.clip_norm, placement.records, placement.capacity, microbatch=config.microbatch, private=config.private)
+    local = LocalConfig(
+        config.local_steps,
+        config.clip_norm,
+        placement.records,
+        placement.capacity,
+        microbatch=config.microbatch,
+        private=config.private,
+    )
     client_optimizer, server_optimizer = optimizers(config)
-    federation = round.Federation(model, losses.classification, local, client_optimizer, server_optimizer, config.ema, wave)
+    federation = round.Federation(
+        model, losses.classification, local, client_optimizer, server_optimizer, config.ema, wave
+    )
     state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
     facts = _facts(config, corpus, sizes, mechanisms, params, adapter, grid)
-    return Prepared(model, params, lora_config, federation, grid, placement, mechanisms, state, evaluate, facts, fingerprint)
+    return Prepared(
+        model, params, lora_config, federation, grid, placement, mechanisms, state, evaluate, facts, fingerprint
+    )
 
 
 def _records(config):
@@ -79,14 +90,18 @@ def _records(config):
         ),
         need_test=config.eval_every > 0,
     )  # fmt: skip
-    return corpus, partition.partition(config.partition, corpus.train.labels, corpus.train.groups, config.clients, config.split_seed)
+    return corpus, partition.partition(
+        config.partition, corpus.train.labels, corpus.train.groups, config.clients, config.split_seed
+    )
 
 
 def _mechanisms(config, sizes, stored):
     """Each client's sampling and noise: as an earlier start settled them, calibrated to the budget, or as flagged."""
     if stored is not None:
         rows = stored["federation"]["clients"]
-        return [accounting.Mechanism(c["records"], c["sampling_rate"], c["capacity"], c["noise_multiplier"]) for c in rows]
+        return [
+            accounting.Mechanism(c["records"], c["sampling_rate"], c["capacity"], c["noise_multiplier"]) for c in rows
+        ]
     steps = config.rounds * config.local_steps
     if config.epsilon is not None:
         return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta)
@@ -108,7 +123,11 @@ def _adapter(config, model, params):
 def _run_frozen_layers(config, model, params, *tables):
     """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
     `hidden` in place of `input_ids`). A client does so with its own records, on its own device."""
-    start = model.config.num_layers if config.head_only else model.config.num_layers - (config.last_layers or model.config.num_layers)
+    start = (
+        model.config.num_layers
+        if config.head_only
+        else model.config.num_layers - (config.last_layers or model.config.num_layers)
+    )
     if not start or not config.cache_frozen:
         return model, *tables
     prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
@@ -139,10 +158,19 @@ def optimizers(config):
 def _fingerprint(config, records, params, mechanisms, grid):
     """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved."""
     digest = hashlib.sha256()
-    facts = dataclasses.asdict(config) | {"workdir": None, "private_diagnostics": None, "dispatch_rounds": None, "eval_every": None}
+    facts = dataclasses.asdict(config) | {
+        "workdir": None,
+        "private_diagnostics": None,
+        "dispatch_rounds": None,
+        "eval_every": None,
+    }
     devices = [device.device_kind for device in grid.devices.flat]
-    digest.update(repr((sorted(facts.items(), key=str), mechanisms, dict(grid.shape), devices, jax.process_count())).encode())
-    digest.update(repr((jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""), str(jax.config.values))).encode())
+    digest.update(
+        repr((sorted(facts.items(), key=str), mechanisms, dict(grid.shape), devices, jax.process_count())).encode()
+    )
+    digest.update(
+        repr((jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""), str(jax.config.values))).encode()
+    )
     for path in sorted(pathlib.Path(dplora_jax.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     for leaf in jax.tree.leaves((records, params)):
@@ -156,25 +184,52 @@ def _facts(config, corpus, sizes, mechanisms, params, adapter, grid):
     sent, full = lora.count(adapter), lora.count({k: v for k, v in params.items() if k != lora.FROZEN_A})
     spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
     clients = [
-        {"client": k, **dataclasses.asdict(m), "epsilon": e, "weight": m.records / total} for k, (m, e) in enumerate(zip(mechanisms, spent, strict=True))
+        {"client": k, **dataclasses.asdict(m), "epsilon": e, "weight": m.records / total}
+        for k, (m, e) in enumerate(zip(mechanisms, spent, strict=True))
     ]
     method = [
-        f"DP-LoRA (arXiv 2312.17493), per-example clipping at L2 norm {config.clip_norm:g}" if config.private else "Federated LoRA, no noise",
+        f"DP-LoRA (arXiv 2312.17493), per-example clipping at L2 norm {config.clip_norm:g}"
+        if config.private
+        else "Federated LoRA, no noise",
         "FedAvg weighted by n_k / n",
-        "head alone, no LoRA" if config.head_only else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
+        "head alone, no LoRA"
+        if config.head_only
+        else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
     ]
     method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
+    bytes_sent, bytes_full = 4 * sent, 4 * full
     return {
         "clients": clients,
-        "data": {"description": corpus.description, "synthetic": corpus.synthetic, "train_records": total,
-                 "test_records": len(corpus.test.texts) if corpus.test else 0, "labels": list(corpus.label_names)},
+        "data": {
+            "description": corpus.description,
+            "synthetic": corpus.synthetic,
+            "train_records": total,
+            "test_records": len(corpus.test.texts) if corpus.test else 0,
+            "labels": list(corpus.label_names),
+        },
         "trust": list(trust.STATEMENTS[config.trust]),
-        "release": None if not config.private else "for release" if config.seed is None else "NOT FOR RELEASE: --seed makes the noise reproducible",
-        "communication": {"adapter_parameters": sent, "full_parameters": full, "bytes_up_per_client_per_round": 4 * sent,
-                          "bytes_down_per_client_per_round": 4 * sent, "full_bytes_per_client_per_round": 4 * full, "ratio": full / sent},
+        "release": _release(config),
+        "communication": {
+            "adapter_parameters": sent,
+            "full_parameters": full,
+            "bytes_up_per_client_per_round": bytes_sent,
+            "bytes_down_per_client_per_round": bytes_sent,
+            "full_bytes_per_client_per_round": bytes_full,
+            "ratio": full / sent,
+        },
         "method": method,
-        "environment": {"jax": jax.__version__, "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
-                        "mesh": "x".join(map(str, grid.devices.shape))},
-        "accounting": "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
-                      "neighbours differ in one record, replaced by a null record.",
-    }  # fmt: skip
+        "environment": {
+            "jax": jax.__version__,
+            "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
+            "mesh": "x".join(map(str, grid.devices.shape)),
+        },
+        "accounting": "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian "
+        "mechanism; neighbours differ in one record, replaced by a null record.",
+    }
+
+
+def _release(config):
+    """Whether the outputs may leave the house; None where there is no privacy to speak of."""
+    if not config.private:
+        return None
+    return "for release" if config.seed is None else "NOT FOR RELEASE: --seed makes the noise reproducible"

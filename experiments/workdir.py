@@ -57,7 +57,9 @@ def stored_config(workdir, config):
     now = plain(dataclasses.asdict(config))
     differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != stored.get(name)]
     if differ:
-        raise InputError(f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir.")
+        raise InputError(
+            f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir."
+        )
     return stored
 
 

@@ -17,7 +17,24 @@ import safetensors.numpy
 from dplora_jax.models import bert
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] profit cost sales loss rose fell grew shrank sharply again today firm bank north south".split()
+WORDS = [
+    *(
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "profit",
+        "cost",
+        "sales",
+        "loss",
+        "rose",
+        "fell",
+        "grew",
+        "shrank",
+    ),
+    *("sharply", "again", "today", "firm", "bank", "north", "south"),
+]
 TINY = {
     "model_type": "bert", "architectures": ["BertModel"], "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16, "type_vocab_size": 2,
@@ -69,9 +86,17 @@ def write_tokenizer(directory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
     tokenizer.save(str(directory / "tokenizer.json"))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **special}))
 
 
@@ -85,6 +110,8 @@ def finance_table(tmp_path_factory):
         rows = ["text,label,bank"]
         for index in range(count):
             noun, verb = ("profit", "cost")[rng.integers(2)], ("rose", "fell")[rng.integers(2)]
-            rows.append(f"{noun} {verb} {WORDS[rng.integers(13, 20)]},{label[noun, verb]},{('north', 'south', 'east')[index % 3]}")
+            rows.append(
+                f"{noun} {verb} {WORDS[rng.integers(13, 20)]},{label[noun, verb]},{('north', 'south', 'east')[index % 3]}"
+            )
         (directory / f"{name}.csv").write_text("\n".join(rows) + "\n")
     return directory

@@ -15,10 +15,13 @@ def weighted_sum(weights, uploads):
     return jax.tree.map(lambda u: jnp.tensordot(weights, u, 1), uploads)
 
 
-def groups(config_lrs):
+def groups(transforms):
     """A transformation that gives each top-level part of an adapter its own: {"layers": ..., "head": ...}."""
-    label = lambda tree: {part: jax.tree.map(lambda _: part, tree[part]) for part in tree}  # noqa: E731
-    return optax.multi_transform(config_lrs, label)
+
+    def label(tree):
+        return {part: jax.tree.map(lambda _, part=part: part, tree[part]) for part in tree}
+
+    return optax.multi_transform(transforms, label)
 
 
 class Average(NamedTuple):

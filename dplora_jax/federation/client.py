@@ -34,7 +34,8 @@ class Client(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
     """The static part of a local step. `records` and `capacity` are the largest of any client; `private` False is trust mode
-    `none`: no noise, and no clipping when `clip_norm` is infinite. `microbatch` rows are held in memory at a time (None = all)."""
+    `none`: no noise, and no clipping when `clip_norm` is infinite. `microbatch` rows are held in memory at a time
+    (None = all)."""
 
     local_steps: int
     clip_norm: float
@@ -77,7 +78,9 @@ def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Clien
 def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index):
     """(clipped sum + noise) / the public expected batch size, and what to show of it."""
     key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][0], impl="threefry2x32"), index)
-    rows, weights = sampling.poisson(key, client.size, client.join_below, client.capacity, config.records, config.capacity)
+    rows, weights = sampling.poisson(
+        key, client.size, client.join_below, client.capacity, config.records, config.capacity
+    )
     batch = {name: array[client.offset + rows] for name, array in data.items()}
     grad_sum, norms, losses = _in_microbatches(loss_fn, config, adapter, batch, weights)
     if config.private:

@@ -30,10 +30,17 @@ def make(spec, clients, model):
         rows, columns = map(int, parts)
     if rows * columns > len(devices):
         raise InputError(f"--mesh={spec} needs {rows * columns} devices, and there are {len(devices)}.")
-    odd = sorted({size for target in model.targets.values() for size in target.shape if size % columns} | {n for n in (model.config.num_heads,) if n % columns})
+    odd = sorted(
+        {size for target in model.targets.values() for size in target.shape if size % columns}
+        | {n for n in (model.config.num_heads,) if n % columns}
+    )
     if odd:
-        raise InputError(f"--mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does.")
-    return Mesh(np.array(devices[: rows * columns]).reshape(rows, columns), (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
+        raise InputError(
+            f"--mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does."
+        )
+    return Mesh(
+        np.array(devices[: rows * columns]).reshape(rows, columns), (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2
+    )
 
 
 def base_sharding(mesh, params):

@@ -64,7 +64,9 @@ def make(federation: Federation, mesh, transcript=False, diagnostics=False):
         def one_round(state, keys):
             total, shown = _all_clients(federation, params, clients, data, state.adapter, keys)
             mean = jax.lax.psum(total, CLIENTS)
-            step, server = federation.server_optimizer.update(jax.tree.map(jnp.negative, mean), state.server, state.adapter)
+            step, server = federation.server_optimizer.update(
+                jax.tree.map(jnp.negative, mean), state.server, state.adapter
+            )
             adapter = optax.apply_updates(state.adapter, step)
             average = aggregation.average_update(state.average, adapter, federation.ema)
             return State(adapter, server, average), _select(shown, transcript, diagnostics)
@@ -103,5 +105,7 @@ def _all_clients(federation, params, clients, data, adapter, keys):
 def _select(shown, transcript, diagnostics):
     """The parts of `shown` that the program may put out."""
     uploads, trace = shown
-    private = {"loss": trace.loss, "clip_fraction": trace.clip_fraction, "sampled": trace.sampled} if diagnostics else None
+    private = (
+        {"loss": trace.loss, "clip_fraction": trace.clip_fraction, "sampled": trace.sampled} if diagnostics else None
+    )
     return {"uploads": uploads, "released": trace.released} if transcript else None, private

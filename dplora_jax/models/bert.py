@@ -119,7 +119,7 @@ class Bert:
         return lora.head(self._pool(params, x, mask), adapter.get("head", params["head"]))
 
     def prefix(self, params, batch, layers):
-        """What the first `layers` layers make of `batch` -> [B, T, D] in the model's dtype: `hidden` for a model of that `start`."""
+        """What the first `layers` layers make of `batch` -> [B, T, D]: `hidden` for a model of that `start`."""
         x = self._embed(params, batch).astype(self.dtype)
         return self._layers(params, x, attended(batch), slice(layers), None)
 
@@ -171,29 +171,59 @@ class Bert:
             "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
             "output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense",
         }  # fmt: skip
-        table = [Weight(("layers", ours, part), f"encoder.layer.{{}}.{theirs}", part) for ours, theirs in layer.items() for part in ("kernel", "bias")]
+        table = [
+            Weight(("layers", ours, part), f"encoder.layer.{{}}.{theirs}", part)
+            for ours, theirs in layer.items()
+            for part in ("kernel", "bias")
+        ]
         norms = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
-        table += [Weight(("layers", ours, "norm", part), f"encoder.layer.{{}}.{theirs}", part) for ours, theirs in norms.items() for part in ("scale", "bias")]
-        table += [Weight(("embed", ours), f"embeddings.{theirs}_embeddings", "embedding") for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))]
+        table += [
+            Weight(("layers", ours, "norm", part), f"encoder.layer.{{}}.{theirs}", part)
+            for ours, theirs in norms.items()
+            for part in ("scale", "bias")
+        ]
+        table += [
+            Weight(("embed", ours), f"embeddings.{theirs}_embeddings", "embedding")
+            for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))
+        ]
         table += [Weight(("embed", "norm", "norm", part), "embeddings.LayerNorm", part) for part in ("scale", "bias")]
         if self.config.num_labels is None:
-            head = [Weight(("mlm", "transform", "dense", part), "cls.predictions.transform.dense", part) for part in ("kernel", "bias")]
-            head += [Weight(("mlm", "transform", "norm", "norm", part), "cls.predictions.transform.LayerNorm", part) for part in ("scale", "bias")]
+            head = [
+                Weight(("mlm", "transform", "dense", part), "cls.predictions.transform.dense", part)
+                for part in ("kernel", "bias")
+            ]
+            head += [
+                Weight(("mlm", "transform", "norm", "norm", part), "cls.predictions.transform.LayerNorm", part)
+                for part in ("scale", "bias")
+            ]
             head += [Weight(("mlm", "bias"), "cls.predictions", "bias")]
         else:
             head = [Weight(("head", part), self.head_name, part) for part in ("kernel", "bias")]
             if self.config.pooling == "pooler":
                 table += [Weight(("pooler", part), "pooler.dense", part) for part in ("kernel", "bias")]
-        return [dataclasses.replace(w, name="bert." + w.name) for w in table] + [dataclasses.replace(w, optional=True) for w in head]
+        return [dataclasses.replace(w, name="bert." + w.name) for w in table] + [
+            dataclasses.replace(w, optional=True) for w in head
+        ]
 
 
 def from_config(hf, num_labels, pooling, normalize):
     """BertConfig from Hugging Face's `config.json` (a dict); refuses by name what is not implemented."""
-    refuse_unsupported(hf, {"position_embedding_type": (None, "absolute"), "is_decoder": (False,), "add_cross_attention": (False,), "tie_word_embeddings": (True,)})
+    refuse_unsupported(
+        hf,
+        {
+            "position_embedding_type": (None, "absolute"),
+            "is_decoder": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+        },
+    )
     if hf.get("hidden_act", "gelu") not in ACTIVATIONS:
-        raise InputError(f"config.json: hidden_act={hf['hidden_act']!r} is not supported; known: {', '.join(ACTIVATIONS)}.")
+        raise InputError(
+            f"config.json: hidden_act={hf['hidden_act']!r} is not supported; known: {', '.join(ACTIVATIONS)}."
+        )
     vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments = sizes(
-        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size",
+        hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "max_position_embeddings", "type_vocab_size",
     )  # fmt: skip
     if width % num_heads:
         raise InputError(f"config.json: hidden_size={width} is no multiple of num_attention_heads={num_heads}.")

@@ -38,7 +38,9 @@ def refuse_unsupported(hf, allowed):
     """Raise InputError where config.json `hf` sets an option of `allowed` {name: values} to another value."""
     for name, values in allowed.items():
         if hf.get(name, values[0]) not in values:
-            raise InputError(f"config.json: {name}={hf[name]!r} is not supported, only {' or '.join(map(repr, values))}.")
+            raise InputError(
+                f"config.json: {name}={hf[name]!r} is not supported, only {' or '.join(map(repr, values))}."
+            )
 
 
 def sizes(hf, *names):

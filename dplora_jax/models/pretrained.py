@@ -63,7 +63,9 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None):
     directory = locate(name_or_path)
     hf = read_json(directory / "config.json")
     if hf.get("model_type") not in FAMILIES:
-        raise InputError(f"{directory}: model_type={hf.get('model_type')!r} is not supported; known: {', '.join(FAMILIES)}.")
+        raise InputError(
+            f"{directory}: model_type={hf.get('model_type')!r} is not supported; known: {', '.join(FAMILIES)}."
+        )
     if num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
         num_labels = len(hf.get("id2label") or (0, 1))
     with Checkpoint(directory) as checkpoint:
@@ -95,9 +97,15 @@ def sentence_pooling(directory):
     for module in read_json(directory / "modules.json", list):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            modes = [k for k, on in read_json(directory / module["path"] / "config.json").items() if on is True and k.startswith("pooling_mode")]
+            modes = [
+                k
+                for k, on in read_json(directory / module["path"] / "config.json").items()
+                if on is True and k.startswith("pooling_mode")
+            ]
             if modes != ["pooling_mode_mean_tokens"]:
-                raise InputError(f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}.")
+                raise InputError(
+                    f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}."
+                )
             pooling = "mean"
         elif kind == "Normalize":
             normalize = True
@@ -112,9 +120,15 @@ class Checkpoint:
     def __init__(self, directory):
         self.directory = directory
         index = directory / "model.safetensors.index.json"
-        names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+        names = (
+            sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
+        )
         if not index.exists() and not (directory / names[0]).exists():
-            converted = " (pytorch_model.bin is not read: save it again with save_pretrained)" if (directory / "pytorch_model.bin").exists() else ""
+            converted = (
+                " (pytorch_model.bin is not read: save it again with save_pretrained)"
+                if (directory / "pytorch_model.bin").exists()
+                else ""
+            )
             raise InputError(f"{directory} holds no model.safetensors{converted}.")
         self._files = {}
         for name in names:
@@ -168,7 +182,9 @@ def read_params(model, checkpoint):
                 tensor = tensor.T if weight.part == "kernel" else tensor
                 if tensor.shape != row.shape:
                     hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
-                    raise InputError(f"{checkpoint.directory}: tensor {name} has shape {tensor.shape}, expected {row.shape}{hint}.")
+                    raise InputError(
+                        f"{checkpoint.directory}: tensor {name} has shape {tensor.shape}, expected {row.shape}{hint}."
+                    )
                 row[...] = tensor
         _put(params, weight.path, jnp.asarray(value))
     return params
@@ -182,7 +198,9 @@ def load_tokenizer(name_or_path):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="right")
     except Exception as error:
-        raise InputError(f"{directory} holds no tokenizer that transformers can read ({type(error).__name__}).") from None
+        raise InputError(
+            f"{directory} holds no tokenizer that transformers can read ({type(error).__name__})."
+        ) from None
     # From a config.json alone, transformers makes a tokenizer that knows no word.
     files = tokenizer.vocab_files_names.values()
     if not any((directory / name).exists() for name in files):

@@ -36,7 +36,9 @@ def step_loss(mechanism, grid=GRID):
     options = {"value_discretization_interval": grid, "neighboring_relation": NEIGHBOURS}
     if m.capacity >= m.records:  # nothing is ever cut off
         return pld.from_gaussian_mechanism(m.noise_multiplier, sampling_prob=m.sampling_rate, **options)
-    return pld.from_truncated_subsampled_gaussian_mechanism(m.records, m.sampling_rate, m.capacity, m.noise_multiplier, **options)
+    return pld.from_truncated_subsampled_gaussian_mechanism(
+        m.records, m.sampling_rate, m.capacity, m.noise_multiplier, **options
+    )
 
 
 def epsilon(mechanism, steps, delta, grid=GRID):
@@ -88,7 +90,11 @@ def calibrate(sizes, expected_batch_size, steps, target, delta):
 
         plain = _least_noise(cost, target, guess, tolerance=2e-3)
         capacity, spread = _least_capacity(size, rate, functools.partial(cost, plain), spread)
-        noise = plain if capacity == size and cost(plain) <= target else _least_noise(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
+        noise = (
+            plain
+            if capacity == size and cost(plain) <= target
+            else _least_noise(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
+        )
         found[size], guess = Mechanism(size, rate, capacity, noise), noise
     return [found[size] for size in sizes]
 
@@ -133,7 +139,9 @@ def _least_noise(cost, target, guess, tolerance):
         inside = low < aim < (high or math.inf)
         noise = aim if inside else math.sqrt(low * high) if high else low * 2
         noise = min(max(noise, NOISE_RANGE[0]), NOISE_RANGE[1])
-    raise InputError(f"epsilon {target:g} is out of reach: no noise multiplier in {NOISE_RANGE} gives it; raise --epsilon or --delta.")
+    raise InputError(
+        f"epsilon {target:g} is out of reach: no noise multiplier in {NOISE_RANGE} gives it; raise --epsilon or --delta."
+    )
 
 
 def _slope(costs):

@@ -69,7 +69,14 @@ class Ledger:
     def begin(self, rounds, attempt, mechanisms, local_steps, fingerprint):
         """Charge a dispatch before it runs. `fingerprint` (hex) covers everything that feeds the mechanism."""
         clients = [[m.records, m.sampling_rate, m.capacity, m.noise_multiplier] for m in mechanisms]
-        self.append(entry="begin", rounds=list(rounds), attempt=attempt, clients=clients, local_steps=local_steps, fingerprint=fingerprint)
+        self.append(
+            entry="begin",
+            rounds=list(rounds),
+            attempt=attempt,
+            clients=clients,
+            local_steps=local_steps,
+            fingerprint=fingerprint,
+        )
 
     def commit(self, rounds, attempt):
         """Say that the dispatch's checkpoint is durable."""

@@ -76,4 +76,9 @@ def round_keys(secrets, rounds, attempt):
     def key(secret, purpose, number):
         return np.frombuffer(digest(secret, purpose, int(number), int(attempt)), np.uint32).reshape(4, 2)
 
-    return {p: np.array([[key(s, p, r) for s in secrets] for r in rounds], np.uint32).reshape(len(rounds), len(secrets), 4, 2) for p in PURPOSES}
+    return {
+        p: np.array([[key(s, p, r) for s in secrets] for r in rounds], np.uint32).reshape(
+            len(rounds), len(secrets), 4, 2
+        )
+        for p in PURPOSES
+    }

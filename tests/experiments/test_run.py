@@ -72,7 +72,11 @@ def test_epsilon_shown_is_the_ledgers_own(command, tmp_path):
 
 def test_finished_run_says_so_and_does_nothing(command, tmp_path, capsys):
     run.main(command)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     capsys.readouterr()
     assert run.main(command) == 0
     assert "finished" in capsys.readouterr().out
@@ -94,7 +98,11 @@ def test_default_run_leaves_no_exact_private_statistic(command, tmp_path):
     assert stat.S_IMODE((tmp_path / "told" / "private" / "diagnostics.jsonl").stat().st_mode) == 0o600
     run.main([*command, "--seed=1"])
     assert not (tmp_path / "run" / "private" / "diagnostics.jsonl").exists()
-    text = "".join(path.read_text(errors="ignore") for path in (tmp_path / "run").rglob("*") if path.suffix in (".json", ".jsonl", ".html"))
+    text = "".join(
+        path.read_text(errors="ignore")
+        for path in (tmp_path / "run").rglob("*")
+        if path.suffix in (".json", ".jsonl", ".html")
+    )
     losses = [f"{value:.5g}" for line in told for client in line["loss"] for value in client]
     assert len(losses) == 36
     assert not [loss for loss in losses if loss in text]
@@ -131,7 +139,11 @@ def start(arguments):
     """The command as a process of its own, on one device."""
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", *arguments], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "experiments.run", *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -197,7 +209,9 @@ def test_dispatch_lost_before_its_checkpoint_is_replayed_and_paid_once(command, 
     assert {entry["attempt"] for entry in Ledger(ledger).entries if "attempt" in entry} == {0}
 
 
-def test_replay_on_another_mesh_draws_new_keys_pays_for_both_and_ends_within_budget(command, tmp_path, monkeypatch, capsys):
+def test_replay_on_another_mesh_draws_new_keys_pays_for_both_and_ends_within_budget(
+    command, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         crash_before(patch, "_commit")
         with pytest.raises(KeyboardInterrupt):
