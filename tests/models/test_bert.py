@@ -9,6 +9,7 @@ import pytest
 from conftest import GOLDEN
 
 from dplora_jax import lora, models
+from dplora_jax.models import layers
 from dplora_jax.models.bert import Bert
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -189,11 +190,21 @@ def test_adapting_the_last_layers_equals_a_full_adapter_that_is_zero_below(class
     assert np.abs(whole - apply(model, params, batch, {"head": top["head"]})).max() > 1e-3
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_starting_above_a_prefix_equals_the_whole(classifier, layers):
+def test_scanned_layers_equal_unrolled_ones(classifier, monkeypatch):
     model, params, batch, _ = classifier
-    hidden = model.prefix(params, batch, layers)
-    above = dataclasses.replace(model, start=layers)
+    adapter = trained(model, params, lora.LoraConfig(4, 8, last_layers=2))
+    results = []
+    for unrolled in (3, 0):
+        monkeypatch.setattr(layers, "SHALLOW", unrolled)
+        results.append(jax.jit(lambda a: model.apply(params, batch, a))(adapter))
+    np.testing.assert_allclose(*results, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_starting_above_a_prefix_equals_the_whole(classifier, depth):
+    model, params, batch, _ = classifier
+    hidden = model.prefix(params, batch, depth)
+    above = dataclasses.replace(model, start=depth)
     rest = {"hidden": hidden, "attention_mask": batch["attention_mask"]}
     np.testing.assert_allclose(apply(above, params, rest), apply(model, params, batch), atol=1e-5)
 

@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dplora_jax import lora, losses, models
+from dplora_jax.models import layers
 from dplora_jax.privacy import clipping
 from dplora_jax.privacy.clipping import clipped_grad_sum
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CLASSIFIER, MLM = "bert_tiny_classifier", "bert_tiny_mlm"
-# Checkpoint, adapter, whether A is frozen. Ranks 4 and 16 take different ways to a ghost norm; a classifier has a head.
+# Checkpoint, adapter, whether A is frozen, how many layers are unrolled at most (0: they are scanned, as in deep models).
+# Ranks 4 and 16 take different ways to a ghost norm; a classifier has a head.
 CASES = {
-    "classifier": (CLASSIFIER, lora.LoraConfig(4, 8), False),
-    "classifier, frozen A": (CLASSIFIER, lora.LoraConfig(16, 8, ("q", "down"), last_layers=1), True),
-    "language model": (MLM, lora.LoraConfig(16, 8, ("all-linear",), last_layers=2), False),
-    "language model, frozen A": (MLM, lora.LoraConfig(4, 8, ("v", "o")), True),
+    "classifier": (CLASSIFIER, lora.LoraConfig(4, 8), False, 3),
+    "classifier, frozen A": (CLASSIFIER, lora.LoraConfig(16, 8, ("q", "down"), last_layers=1), True, 0),
+    "language model": (MLM, lora.LoraConfig(16, 8, ("all-linear",), last_layers=2), False, 0),
+    "language model, frozen A": (MLM, lora.LoraConfig(4, 8, ("v", "o")), True, 0),
 }
 FORMS = ("vmap", "broadcast", "ghost")
 ONES = np.ones(3, np.float32)
@@ -32,7 +34,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 @functools.cache
 def setup(case, dtype=jnp.float32):
     """(model, params, adapter with every leaf random, batch of three rows)."""
-    name, config, frozen = CASES[case]
+    name, config, frozen, _ = CASES[case]
     model, params = models.from_pretrained(GOLDEN / name, dtype)
     rng = np.random.default_rng(0)
     adapter = lora.init(jax.random.key(0), model, params, config)
@@ -58,7 +60,9 @@ def compiled(case, form, dtype=jnp.float32):
     model = setup(case, dtype)[0]
 
     def run(params, adapter, batch, clip_norm, weights):
-        return clipped_grad_sum(loss_of(model, params), adapter, batch, clip_norm, weights, form)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "SHALLOW", CASES[case][3])
+            return clipped_grad_sum(loss_of(model, params), adapter, batch, clip_norm, weights, form)
 
     run = jax.jit(run)
     # A Python number and a numpy one would each compile anew.
