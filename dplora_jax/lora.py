@@ -7,6 +7,7 @@ the arrays that are trained; a frozen A is no leaf (`freeze_a` moves it into the
 """
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+# Accelerators round float32 products by default; norms and the sums that they bound must not be rounded differently.
+EXACT = jax.lax.Precision.HIGHEST
 FROZEN_A = "lora_a"  # the key of the base parameters under which frozen A matrices live
 
 
@@ -79,20 +82,22 @@ def _per_row_backward(residuals, g):
     grad_x = jnp.einsum("bto,oi->bti", g, weight.astype(x.dtype))
     if slot.ndim > 1:
         grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)
-        return grad_x, grad_weight, jnp.einsum("bto,bti->boi", g, x, preferred_element_type=slot.dtype)
+        per_row = jnp.einsum("bto,bti->boi", g, x, preferred_element_type=slot.dtype, precision=EXACT)
+        return grad_x, grad_weight, per_row
     g, x = g.astype(jnp.float32), x.astype(jnp.float32)
     squares = _squared_norm(g, x)
     # A row whose gradient is not finite gets cotangent 0 from the caller, and 0 * inf is nan: it must not reach the sum.
     g, x = (jnp.where(jnp.isfinite(y), y, 0) for y in (g, x))
-    return grad_x, jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype), squares
+    return grad_x, jnp.einsum("bto,bti->oi", g, x, precision=EXACT).astype(weight.dtype), squares
 
 
 def _squared_norm(g, x):
     """|sum_t g_t x_t^T|^2 of each row, by whichever of the product and the Gram matrices is smaller -> [B]."""
     (_, tokens, outputs), inputs = g.shape, x.shape[-1]
     if outputs * inputs <= 2 * tokens * tokens:
-        return jnp.square(jnp.einsum("bto,bti->boi", g, x)).sum((1, 2))
-    squares = (jnp.einsum("bto,bso->bts", g, g) * jnp.einsum("bti,bsi->bts", x, x)).sum((1, 2))
+        return jnp.square(jnp.einsum("bto,bti->boi", g, x, precision=EXACT)).sum((1, 2))
+    gram = functools.partial(jnp.einsum, precision=EXACT)
+    squares = (gram("bto,bso->bts", g, g) * gram("bti,bsi->bts", x, x)).sum((1, 2))
     return jnp.maximum(squares, 0)  # tokens that cancel leave a rounding error of either sign
 
 

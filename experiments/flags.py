@@ -42,6 +42,12 @@ class RunConfig:
     test_data: str | None = flag(None, "file with the public test set")
     text_column: str | None = flag(None, "column of the text, for csv, jsonl and parquet")
     label_column: str | None = flag(None, "column of the label, for csv, jsonl and parquet")
+    prompt_column: str | None = flag(
+        None, "column of the prompt, for question answering (language models: not in this version)"
+    )
+    answer_column: str | None = flag(
+        None, "column of the answer, for question answering (language models: not in this version)"
+    )
     labels: str | None = flag(None, "comma-separated label set; default: the task's, else the public test's")
     test_fraction: float | None = flag(
         None, "share of the table held out as the test set; giving it declares that share public"
@@ -165,6 +171,10 @@ def resolve(config):
     for ok, sentence in _ranges(config, trust, budget, sigma):
         if not ok:
             raise InputError(sentence)
+    if config.prompt_column or config.answer_column:
+        raise InputError(
+            "--prompt_column and --answer_column need a language model; this version trains classifiers alone."
+        )
     head_lr = config.client_lr if config.head_lr is None else config.head_lr
     return dataclasses.replace(config, trust=trust, epsilon=budget, noise_multiplier=sigma, head_lr=head_lr)
 

@@ -123,6 +123,16 @@ def _table(head: list[str], body: list[list[str]], foot: list[list[str]] = ()) -
     )
 
 
+def _charged(clients: list[dict], rows: list[dict]) -> list[dict]:
+    """The clients with the epsilon that they have spent by the last round, in place of the one that was planned."""
+    spent = (rows[-1].get("epsilon") or []) if rows and rows[-1].get("round") else []
+    return (
+        [client | {"epsilon": value} for client, value in zip(clients, spent, strict=True)]
+        if len(spent) == len(clients)
+        else clients
+    )
+
+
 def _clients(clients: list[dict]) -> str:
     """A row per client, or the first ones and the spread of all."""
     names = list(CLIENT_COLUMNS)
@@ -186,7 +196,10 @@ def _repeat(rows: list[dict], told: dict) -> str:
     seconds = sum(row.get("seconds") or 0 for row in rows)
     if seconds:
         words.append(
-            ["time", f"{seconds / 60:.1f} minutes for {rows[-1]['round']} rounds, compilation and evaluation included"]
+            [
+                "time",
+                f"{seconds / 60:.1f} minutes for {rows[-1]['round']} rounds, compilation and evaluation not counted",
+            ]
         )
     command = f'<pre class="box" tabindex="0"><code>{show(told["command"])}</code></pre>' if told.get("command") else ""
     return command + (_table([], words) if words else "")
@@ -210,7 +223,7 @@ def _page(config: dict, rows: list[dict]) -> str:
     sections = [
         ("Utility and what it cost", figures(config, rows, private)),
         ("What the guarantee says", _guarantee(config, rows, told, private)),
-        ("Clients", _clients(told.get("clients") or [])),
+        ("Clients", _clients(_charged(told.get("clients") or [], rows))),
         ("Communication", _communication(config, rows, told.get("communication") or {})),
         ("Method", _list(told.get("method") or [])),
         ("How to repeat it", _repeat(rows, told)),

@@ -88,6 +88,7 @@ def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
     from experiments import progress
 
+    _check_records(job)
     stop = _on_sigterm()
     done, state, lines = _restore(job)
     with progress.bar(job.config.rounds, done) as show:
@@ -103,7 +104,7 @@ def train(job):
             show(done, fresh[-1])
     if stop and done < job.config.rounds:
         return STOPPED
-    _finish(job, done, state)
+    _finish(job, done, state, lines)
     return 0
 
 
@@ -144,11 +145,20 @@ def _restore(job):
     return done, state, notes["lines"]
 
 
-def _fingerprint(job):
-    """The prepared fingerprint keyed with the run's secrets: a plain hash would tell whose records are in."""
+def _check_records(job):
+    """Refuse records that are not those of the ledger: its budget was planned for these alone."""
+    last = job.ledger.last_begun
+    if last and last["records"] != _keyed(job, "records"):
+        raise InputError(
+            f"the records are not those that {job.folder} began with: restore them, or start a new --workdir."
+        )
+
+
+def _keyed(job, name):
+    """A digest of the prepared parts, keyed with the run's secrets: a plain hash would tell whose records are in."""
     from dplora_jax.privacy import secrets
 
-    return secrets.digest(b"".join(job.secrets), "fingerprint", job.prepared.fingerprint.hex()).hex()
+    return secrets.digest(b"".join(job.secrets), name, getattr(job.prepared, name).hex()).hex()
 
 
 def _next_dispatch(job, done):
@@ -160,7 +170,7 @@ def _next_dispatch(job, done):
     config, ledger = job.config, job.ledger
     if done >= config.rounds:
         return None
-    entry, fingerprint = ledger.open_entry(), _fingerprint(job)
+    entry, fingerprint = ledger.open_entry(), _keyed(job, "fingerprint")
     if entry and entry["rounds"][0] == done + 1 and entry["fingerprint"] == fingerprint:
         return tuple(entry["rounds"]), entry["attempt"]
     last = min(done + config.dispatch_rounds, config.rounds)
@@ -172,7 +182,8 @@ def _next_dispatch(job, done):
         return None
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.local_steps, fingerprint)
+    more = {"records": _keyed(job, "records"), "release": job.prepared.facts["release"] or "NO PRIVACY"}
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.local_steps, fingerprint, **more)
     return rounds, attempt
 
 
@@ -220,6 +231,7 @@ def _lines(job, rounds, attempt, seconds):
                 "epsilon_max": max(spent),
                 "seconds": seconds / length,
                 "examples_per_second": rate,
+                "release": job.prepared.facts["release"] or "NO PRIVACY",
                 "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
                 "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
             }
@@ -263,16 +275,29 @@ def _released(job, state):
     return state.average.mean if job.config.ema else state.adapter
 
 
-def _finish(job, done, state):
-    """Write adapter and report, close the ledger, destroy the secrets; say which rounds the budget did not allow."""
+def _settled(job, state, lines):
+    """The lines with the last one as the ledger has it: evaluated, and charged with every attempt that was begun."""
+    last = dict(lines[-1])
+    if job.config.eval_every and not {"accuracy"} & set(last):
+        last |= job.prepared.evaluate(_released(job, state))
+    if job.config.private:
+        last["epsilon"] = job.ledger.epsilons(job.config.delta)
+        last["epsilon_max"] = max(last["epsilon"])
+    return [*lines[:-1], last]
+
+
+def _finish(job, done, state, lines):
+    """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
     import jax
 
     from dplora_jax import lora, peft
     from dplora_jax.privacy import secrets
-    from experiments import report
+    from experiments import report, workdir
 
+    workdir.write_metrics(job.folder, _settled(job, state, lines))
     adapter = lora.with_frozen_a(job.prepared.params, _released(job, state))
     peft.save(job.folder / "adapter", job.prepared.model, jax.device_get(adapter), job.prepared.lora_config)
+    workdir.write_atomically(job.folder / "adapter" / "README.md", f"# LoRA adapter\n\n{summary(job.folder)}\n")
     report.write(job.folder)
     if done < job.config.rounds:
         missing = f"rounds {done + 1} to {job.config.rounds} were not run"

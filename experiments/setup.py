@@ -2,18 +2,22 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import math
 import os
 import pathlib
+import platform
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import dplora_jax
+import experiments
 from dplora_jax import evaluation, lora, losses, models
 from dplora_jax.data import partition, sources, tasks
 from dplora_jax.errors import InputError
@@ -22,6 +26,7 @@ from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, trust
 
 CHUNK = 128  # rows at a time through the frozen layers
+CACHE_BYTES = 4 << 30  # of their outputs, at most
 
 
 class Prepared(NamedTuple):
@@ -37,7 +42,8 @@ class Prepared(NamedTuple):
     state: round.State
     evaluate: Callable
     facts: dict  # what config.json says under "federation"
-    fingerprint: bytes  # of everything that feeds the mechanism; to be keyed before it is shown
+    records: bytes  # a digest of the clients' records, and
+    fingerprint: bytes  # one of everything that feeds the mechanism; both to be keyed before they are shown
 
 
 def prepare(config, stored=None):
@@ -53,7 +59,8 @@ def prepare(config, stored=None):
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
     mechanisms = _mechanisms(config, sizes, stored)
     adapter, params, lora_config = _adapter(config, model, params)
-    fingerprint = _fingerprint(config, (train, shares), params, mechanisms, grid)
+    records = _digest_arrays((train, shares))
+    fingerprint = _fingerprint(config, records, params, mechanisms, grid)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
@@ -74,8 +81,23 @@ def prepare(config, stored=None):
     state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
     facts = _facts(config, corpus, sizes, mechanisms, params, adapter, grid)
+    if config.private and not all(math.isfinite(client["epsilon"]) for client in facts["clients"]):
+        raise InputError(
+            f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
+        )
     return Prepared(
-        model, params, lora_config, federation, grid, placement, mechanisms, state, evaluate, facts, fingerprint
+        model,
+        params,
+        lora_config,
+        federation,
+        grid,
+        placement,
+        mechanisms,
+        state,
+        evaluate,
+        facts,
+        records,
+        fingerprint,
     )
 
 
@@ -99,6 +121,12 @@ def _mechanisms(config, sizes, stored):
     """Each client's sampling and noise: as an earlier start settled them, calibrated to the budget, or as flagged."""
     if stored is not None:
         rows = stored["federation"]["clients"]
+        began = [row["records"] for row in rows]
+        if began != list(sizes):
+            raise InputError(
+                f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
+                "planned for; restore them, or start a new --workdir."
+            )
         return [
             accounting.Mechanism(c["records"], c["sampling_rate"], c["capacity"], c["noise_multiplier"]) for c in rows
         ]
@@ -122,13 +150,14 @@ def _adapter(config, model, params):
 
 def _run_frozen_layers(config, model, params, *tables):
     """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
-    `hidden` in place of `input_ids`). A client does so with its own records, on its own device."""
-    start = (
-        model.config.num_layers
-        if config.head_only
-        else model.config.num_layers - (config.last_layers or model.config.num_layers)
-    )
+    `hidden` in place of `input_ids`). Here all records go through together; in a deployment each client runs its own."""
+    depth = model.config.num_layers
+    start = depth if config.head_only else depth - (config.last_layers or depth)
     if not start or not config.cache_frozen:
+        return model, *tables
+    rows = sum(len(table["labels"]) for table in tables if table is not None)
+    if 4 * rows * config.max_length * model.config.width > CACHE_BYTES:
+        print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, *tables
     prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
 
@@ -155,27 +184,47 @@ def optimizers(config):
     return client, optax.chain(momentum, optax.scale_by_learning_rate(rate))
 
 
+def _digest_arrays(tree):
+    """SHA-256 of the leaves' bytes."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.digest()
+
+
 def _fingerprint(config, records, params, mechanisms, grid):
     """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved."""
     digest = hashlib.sha256()
-    facts = dataclasses.asdict(config) | {
-        "workdir": None,
-        "private_diagnostics": None,
-        "dispatch_rounds": None,
-        "eval_every": None,
-    }
-    devices = [device.device_kind for device in grid.devices.flat]
-    digest.update(
-        repr((sorted(facts.items(), key=str), mechanisms, dict(grid.shape), devices, jax.process_count())).encode()
+    free = ("workdir", "dispatch_rounds", "eval_every")  # they move no bit of a round
+    facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")]
+    machine = (
+        [device.device_kind for device in grid.devices.flat],
+        jax.process_count(),
+        platform.machine(),
+        _processor(),
     )
-    digest.update(
-        repr((jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS", ""), str(jax.config.values))).encode()
-    )
-    for path in sorted(pathlib.Path(dplora_jax.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    for leaf in jax.tree.leaves((records, params)):
-        digest.update(np.ascontiguousarray(leaf).data)
+    environment = os.environ.get("XLA_FLAGS", ""), str(jax.config.values)
+    digest.update(repr((sorted(facts.items()), mechanisms, dict(grid.shape), versions, machine, environment)).encode())
+    for package in (dplora_jax, experiments):
+        for path in sorted(pathlib.Path(package.__file__).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+    digest.update(records + _digest_arrays(params))
     return digest.digest()
+
+
+def _processor():
+    """The processor and how many of its cores are ours: another one may add in another order."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    return (
+        platform.processor(),
+        model,
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    )
 
 
 def _facts(config, corpus, sizes, mechanisms, params, adapter, grid):

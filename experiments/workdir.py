@@ -53,7 +53,11 @@ def stored_config(workdir, config):
     path = workdir / "config.json"
     if not path.exists():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored["federation"]["clients"]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path} is damaged: restore it, or start a new --workdir.") from None
     now = plain(dataclasses.asdict(config))
     differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != stored.get(name)]
     if differ:

@@ -156,6 +156,8 @@ def _load_benchmark(source: Source, benchmark: Benchmark) -> Corpus:
     names = benchmark.label_names
     codes = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     description = f"{source.dataset}: public benchmark ({origin})"
+    if test is not None and source.test_fraction is not None:
+        raise InputError(f"--test_fraction does not fit --dataset={source.dataset} with a test file; leave it out.")
     if test is None:
         fraction = BENCHMARK_TEST_FRACTION if source.test_fraction is None else source.test_fraction
         train, test = _split(train, fraction, source.split_seed)
@@ -182,7 +184,8 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
             f"{source.data_dir} has no public test set to evaluate on; give --test_data (or test{suffixes[0]} beside "
             "train), or --test_fraction to declare a random part of train public, or --eval_every=0."
         )
-    train = _rows(tables.read_file(path), str(path), source.text_column, source.label_column, source.group_column)
+    columns = source.text_column, source.label_column, source.group_column
+    train = _rows(tables.read_file(path), str(path), *columns, private=True)
     test = None
     if has_test:
         table, where = _read_test(source, test_path, private=path)
@@ -202,12 +205,18 @@ def _read_test(source: Source, beside: Path | None, private: Path | None = None)
     return tables.read_file(path), str(path)
 
 
-def _rows(table: dict[str, list], where: str, text: str, label: str, group: str | None) -> _Rows:
-    """The columns of use, checked: each is there, and no cell is missing or empty."""
+def _rows(table: dict[str, list], where: str, text: str, label: str, group: str | None, private: bool = False) -> _Rows:
+    """The columns of use, checked: each is there, and no cell is missing or empty. A private table's columns are counted and
+    not named: without a header line they would be its first record."""
     columns = {"text": text, "label": label} | ({"group": group} if group else {})
     for name in columns.values():
         if name not in table:
-            raise InputError(f"{where} has no column '{name}'; its columns are {', '.join(sorted(table))}.")
+            known = (
+                f"it has {len(table)} (is the header line there?)"
+                if private
+                else f"its columns are {', '.join(sorted(table))}"
+            )
+            raise InputError(f"{where} has no column '{name}'; {known}."[:1000])
     if any(not isinstance(value, str) for value in table[text] if value is not None):
         raise InputError(f"{where} has values in column '{text}' that are not text; name a text column.")
     texts = [value or "" for value in table[text]]

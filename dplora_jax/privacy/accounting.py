@@ -30,6 +30,7 @@ class Mechanism:
     noise_multiplier: float
 
 
+@functools.lru_cache(maxsize=64)
 def step_loss(mechanism, grid=GRID):
     """The privacy loss distribution of one step; compose it with `self_compose(steps)`."""
     m = mechanism

@@ -57,7 +57,7 @@ def _factors(squares, clip_norm, weights):
 def _weighted_sum(factors, g):
     """sum_i factors_i g_i, in which a factor of 0 silences whatever the row holds (0 * nan is nan)."""
     kept = jnp.where((factors > 0).reshape(-1, *[1] * (g.ndim - 1)), g, 0)
-    return jnp.tensordot(factors, kept.astype(jnp.float32), 1).astype(g.dtype)
+    return jnp.tensordot(factors, kept.astype(jnp.float32), 1, precision=lora.EXACT).astype(g.dtype)
 
 
 def _vmap(loss_fn, adapter, batch):

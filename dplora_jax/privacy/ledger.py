@@ -12,6 +12,16 @@ import pathlib
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, secrets
 
+KEYS = {
+    "begin": ("rounds", "attempt", "clients", "local_steps", "fingerprint"),
+    "commit": ("rounds", "attempt"),
+    "end": (),
+}
+
+
+def _is_entry(entry):
+    return isinstance(entry, dict) and entry.get("entry") in KEYS and all(key in entry for key in KEYS[entry["entry"]])
+
 
 class Ledger:
     """The entries of one file, read at the start and appended to durably. A torn last line (a crash while it was written,
@@ -27,7 +37,7 @@ class Ledger:
                 os.fsync(file.fileno())
         try:
             self.entries = [json.loads(line) for line in whole.splitlines()]
-            damaged = not all(isinstance(entry, dict) and "entry" in entry for entry in self.entries)
+            damaged = not all(map(_is_entry, self.entries))
         except ValueError:  # no JSON, or no UTF-8
             damaged = True
         if damaged:
@@ -54,6 +64,11 @@ class Ledger:
         """Whether the run has come to its end."""
         return bool(self._of("end"))
 
+    @property
+    def last_begun(self):
+        """The newest begin entry, or None."""
+        return (self._of("begin") or [None])[-1]
+
     def open_entry(self):
         """The begin entry that no commit followed, or None."""
         begun = self._of("begin")
@@ -66,8 +81,9 @@ class Ledger:
         used = [e["attempt"] for e in self._of("begin") if e["rounds"][0] < rounds[1] and rounds[0] < e["rounds"][1]]
         return max(used, default=-1) + 1
 
-    def begin(self, rounds, attempt, mechanisms, local_steps, fingerprint):
-        """Charge a dispatch before it runs. `fingerprint` (hex) covers everything that feeds the mechanism."""
+    def begin(self, rounds, attempt, mechanisms, local_steps, fingerprint, **more):
+        """Charge a dispatch before it runs. `fingerprint` (hex) covers everything that feeds the mechanism; `more` is written
+        along (JSON values)."""
         clients = [[m.records, m.sampling_rate, m.capacity, m.noise_multiplier] for m in mechanisms]
         self.append(
             entry="begin",
@@ -76,6 +92,7 @@ class Ledger:
             clients=clients,
             local_steps=local_steps,
             fingerprint=fingerprint,
+            **more,
         )
 
     def commit(self, rounds, attempt):
