@@ -148,8 +148,9 @@ MALFORMED = {
     "no column": (
         b"words,feeling\n" + SECRET + b",a\n",
         "train.csv",
-        "no column 'mood'; its columns are feeling, words",
+        "no column 'mood'; it has 2",
     ),
+    "no header": (SECRET + b",a\ny,b\n", "train.csv", "no column 'words'; it has 2"),
     "label": (b"words,mood\n" + SECRET + b"," + SECRET + b"\n", "train.csv", "1 rows .* known ones .a, b."),
     "torn json": (b'{"words": "' + SECRET + b'", "mood": "a"}\n{"words": "' + SECRET, "train.jsonl", "cannot be read"),
     "missing key": (b'{"words": "' + SECRET + b'", "mood": "a"}\n{"words": "x"}\n', "train.jsonl", "column 'mood'"),
