@@ -51,13 +51,13 @@ def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax.privacy import ledger as ledgers
     from dplora_jax.privacy import secrets
-    from experiments import workdir
+    from experiments import summary, workdir
 
     stored = workdir.stored_config(folder, config)
     ledger = ledgers.Ledger(folder / "privacy_ledger.jsonl")
     if ledger.ended:
         secrets.destroy(folder / "private")
-        print(f"This run is finished, nothing was done. {summary(folder)}")
+        print(f"This run is finished, nothing was done. {summary.line(folder)}")
         return 0
     from dplora_jax.checkpoint import Checkpoints
     from experiments import setup
@@ -80,7 +80,7 @@ def run(config, folder, command):
     finally:
         checkpoints.close()
     if code == 0:
-        print(summary(folder))
+        print(summary.line(folder))
     return code
 
 
@@ -292,52 +292,18 @@ def _finish(job, done, state, lines):
 
     from dplora_jax import lora, peft
     from dplora_jax.privacy import secrets
-    from experiments import report, workdir
+    from experiments import report, summary, workdir
 
     workdir.write_metrics(job.folder, _settled(job, state, lines))
     adapter = lora.with_frozen_a(job.prepared.params, _released(job, state))
     peft.save(job.folder / "adapter", job.prepared.model, jax.device_get(adapter), job.prepared.lora_config)
-    workdir.write_atomically(job.folder / "adapter" / "README.md", f"# LoRA adapter\n\n{summary(job.folder)}\n")
+    workdir.write_atomically(job.folder / "adapter" / "README.md", f"# LoRA adapter\n\n{summary.line(job.folder)}\n")
     report.write(job.folder)
     if done < job.config.rounds:
         missing = f"rounds {done + 1} to {job.config.rounds} were not run"
         print(f"The budget ended early: {missing}, since a lost attempt had to be paid for.")
     job.ledger.append(entry="end", round=done)
     secrets.destroy(job.folder / "private")
-
-
-def summary(folder):
-    """The line to end with, from the run's own files."""
-    config = json.loads((folder / "config.json").read_text())
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
-    facts, sent = config["federation"], config["federation"]["communication"]
-    metrics = (
-        f"test accuracy {last['accuracy']:.3f}, macro-F1 {last['macro_f1']:.3f}"
-        if "accuracy" in last
-        else "not evaluated"
-    )
-    budget = (
-        "NO PRIVACY"
-        if config["trust"] == "none"
-        else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for every client's records"
-    )
-    rounds = last["round"]
-    kind = " (synthetic data)" if facts["data"]["synthetic"] else ""
-    seeded = " NOT FOR RELEASE (--seed)." if config["seed"] is not None and config["trust"] != "none" else ""
-    return (
-        f"{config['dataset']}{kind}, {config['clients']} clients, {rounds} rounds: {metrics}; {budget}; "
-        f"{_bytes(rounds * sent['bytes_up_per_client_per_round'])} sent by each client instead of "
-        f"{_bytes(rounds * sent['full_bytes_per_client_per_round'])} for full fine-tuning ({sent['ratio']:,.0f}x less). "
-        f"Adapter: {folder / 'adapter'}  Report: {folder / 'report.html'}{seeded}"
-    )
-
-
-def _bytes(number):
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"
 
 
 if __name__ == "__main__":

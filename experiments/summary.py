@@ -1,0 +1,37 @@
+"""The line that a run ends with."""
+
+import json
+
+
+def line(folder):
+    """The line to end with, from the run's own files."""
+    config = json.loads((folder / "config.json").read_text())
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    facts, sent = config["federation"], config["federation"]["communication"]
+    metrics = (
+        f"test accuracy {last['accuracy']:.3f}, macro-F1 {last['macro_f1']:.3f}"
+        if "accuracy" in last
+        else "not evaluated"
+    )
+    budget = (
+        "NO PRIVACY"
+        if config["trust"] == "none"
+        else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for every client's records"
+    )
+    rounds = last["round"]
+    kind = " (synthetic data)" if facts["data"]["synthetic"] else ""
+    seeded = " NOT FOR RELEASE (--seed)." if config["seed"] is not None and config["trust"] != "none" else ""
+    return (
+        f"{config['dataset']}{kind}, {config['clients']} clients, {rounds} rounds: {metrics}; {budget}; "
+        f"{_bytes(rounds * sent['bytes_up_per_client_per_round'])} sent by each client instead of "
+        f"{_bytes(rounds * sent['full_bytes_per_client_per_round'])} for full fine-tuning ({sent['ratio']:,.0f}x less). "
+        f"Adapter: {folder / 'adapter'}  Report: {folder / 'report.html'}{seeded}"
+    )
+
+
+def _bytes(number):
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
