@@ -62,7 +62,7 @@ def run(config, folder, command):
     from dplora_jax.checkpoint import Checkpoints
     from experiments import setup
 
-    if (folder / "private" / secrets.FILE).exists() is False and ledger.entries and config.seed is None:
+    if not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
         raise InputError(
             f"{folder} has a ledger but its secrets are gone: its noise cannot go on; start a new --workdir."
         )
@@ -96,7 +96,7 @@ def train(job):
             rounds, attempt = todo
             state, shown, seconds = _dispatch(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = _lines(job, rounds, attempt, seconds)
+            fresh = _lines(job, rounds, seconds)
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
                 fresh[-1] |= job.prepared.evaluate(_released(job, state))
             lines = [*lines, *fresh]
@@ -207,7 +207,7 @@ def _dispatch(job, state, rounds, attempt):
     return state, private, time.perf_counter() - start
 
 
-def _lines(job, rounds, attempt, seconds):
+def _lines(job, rounds, seconds):
     """The metrics lines of rounds [a, b): everything in them is public."""
     from dplora_jax.privacy import accounting
 
@@ -278,7 +278,7 @@ def _released(job, state):
 def _settled(job, state, lines):
     """The lines with the last one as the ledger has it: evaluated, and charged with every attempt that was begun."""
     last = dict(lines[-1])
-    if job.config.eval_every and not {"accuracy"} & set(last):
+    if job.config.eval_every and "accuracy" not in last:
         last |= job.prepared.evaluate(_released(job, state))
     if job.config.private:
         last["epsilon"] = job.ledger.epsilons(job.config.delta)

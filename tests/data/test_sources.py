@@ -1,14 +1,11 @@
 """Loading records: the demo, benchmarks from files, and a person's own tables."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_stand_in import run_python
 
 from dplora_jax.data.sources import Source, load
 from dplora_jax.errors import InputError
@@ -39,19 +36,6 @@ def own(folder: Path, dataset: str = "csv", **more) -> Source:
 
 def rows(labels, start: int = 0) -> list[dict]:
     return [{"words": f"text {start + i}", "mood": mood, "bank": "AB"[i % 2]} for i, mood in enumerate(labels)]
-
-
-def run_python(code: str, **env) -> subprocess.CompletedProcess:
-    """Runs `code` in a fresh process, which reads the Hugging Face settings of `env`."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env=clean | {k: str(v) for k, v in env.items()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_demo_says_that_it_is_synthetic_and_follows_its_seed():
