@@ -10,7 +10,6 @@ from hub_stand_in import run_python
 from dplora_jax.data.sources import Source, load
 from dplora_jax.errors import InputError
 
-ROOT = Path(__file__).parents[2]
 MARKER = "zebra-crossing-secret"
 
 
