@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 # Accelerators round float32 products by default; norms and the sums that they bound must not be rounded differently.
@@ -110,10 +111,13 @@ def product(x, pair):
 
 
 def head(x, params):
-    """A classification head on x [B, I] with `kernel` [I, O] and `bias` [O] -> logits [B, O], in float32."""
+    """A classification head on x [B, I] with `kernel` [I, O] and, where it has one, `bias` [O] -> logits [B, O] float32."""
     x = x.astype(jnp.float32)[:, None]
     kernel = jax.tree.map(lambda w: jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w, params["kernel"])
-    return (linear(x, kernel) + linear(jnp.ones_like(x[..., :1]), _column(params["bias"])))[:, 0]
+    y = linear(x, kernel)
+    if "bias" in params:
+        y = y + linear(jnp.ones_like(x[..., :1]), _column(params["bias"]))
+    return y[:, 0]
 
 
 def _column(bias):
@@ -203,7 +207,8 @@ def with_frozen_a(params, adapter):
 def merge(model, params, adapter, config):
     """Fold the adapter into the base: W + (alpha / rank) B A, and its head in the head's place -> params without adapter.
 
-    `config` is the adapter's own LoraConfig; kernels keep their dtype.
+    `config` is the adapter's own LoraConfig; kernels keep their dtype. Raises ValueError where they are quantised: rounded
+    again, they would lose much of what was learned.
     """
     adapter = with_frozen_a(params, adapter)
     merged = {name: value for name, value in params.items() if name != FROZEN_A}
@@ -219,6 +224,8 @@ def _add_at(tree, path, delta):
     """`tree` with `delta` [L', I, O] added to the last L' layers of the kernel at `path`, in float32."""
     if path:
         return {**tree, path[0]: _add_at(tree[path[0]], path[1:], delta)}
+    if not isinstance(tree, jax.Array | np.ndarray):
+        raise ValueError("an adapter does not merge into quantised matrices: load the base unquantised.")
     first = tree.shape[0] - delta.shape[0]
     return tree.at[first:].set((tree[first:].astype(jnp.float32) + delta).astype(tree.dtype))
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dplora_jax import next_token
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelLoss:
@@ -30,12 +32,28 @@ def classification(model, params):
     return ModelLoss(model, params, classification_of_logits)
 
 
-def language_model(model, params):
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModelLoss(ModelLoss):
+    """A ModelLoss of next tokens that makes logits only where there can be a target, a few positions at a time."""
+
+    max_targets: int | None = None
+
+    def __call__(self, adapter, batch):
+        if not hasattr(self.model, "vocabulary"):
+            return super().__call__(adapter, batch)
+        hidden_BxTxD = self.model.hidden(self.params, batch, adapter)
+        vocabulary = self.model.vocabulary(self.params).astype(hidden_BxTxD.dtype)
+        return next_token.loss(hidden_BxTxD, vocabulary, *next_token.targets(batch), self.max_targets)
+
+
+def language_model(model, params, max_targets=None):
     """Mean next-token cross-entropy of each row over its attended targets, in nats: a ModelLoss.
 
     Batches may carry `loss_mask` [B, T]: then only the tokens that it marks are targets. A row without targets has loss 0.
+    `max_targets` is a public bound on the targets of a row: only so many positions then meet the vocabulary, and a row's targets
+    beyond it do not count.
     """
-    return ModelLoss(model, params, language_model_of_logits)
+    return LanguageModelLoss(model, params, language_model_of_logits, max_targets)
 
 
 def classification_of_logits(logits_BxV, batch):
@@ -45,9 +63,7 @@ def classification_of_logits(logits_BxV, batch):
 
 def language_model_of_logits(logits_BxTxV, batch):
     """Mean cross-entropy over the targets of each row -> [B] float32: token t+1 is predicted at position t."""
-    targets_BxT = batch["input_ids"][:, 1:]
-    counted = batch.get("loss_mask", batch.get("attention_mask"))
-    counted = jnp.ones_like(targets_BxT, jnp.float32) if counted is None else counted[:, 1:].astype(jnp.float32)
+    targets_BxT, counted = next_token.targets(batch)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV[:, :-1].astype(jnp.float32), targets_BxT)
     return (losses * counted).sum(1) / jnp.maximum(counted.sum(1), 1)
 

@@ -11,14 +11,16 @@ import safetensors.numpy
 
 from dplora_jax.errors import InputError
 from dplora_jax.lora import LoraConfig, Pair
+from dplora_jax.models.decoder import Decoder
 
 PREFIX = "base_model.model."
+HEAD_PARTS = {"kernel": "weight", "bias": "bias"}  # ours: PEFT's
 # What PEFT can do and this program does not: {option: the values that mean "not used"}.
 UNUSED = {
     "use_dora": (False, None), "use_rslora": (False, None), "bias": ("none",), "lora_bias": (False, None),
     "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,), "use_qalora": (False, None),
     "use_bdlora": (None, False), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
-    "target_parameters": (None, []), "fan_in_fan_out": (False,),
+    "target_parameters": (None, []),
 }  # fmt: skip
 
 
@@ -31,17 +33,23 @@ def save(path, model, adapter, config):
     first = depth - (config.last_layers or depth)
     modules = _target_modules(model, adapter.get("layers", {}), first)
     document = {
-        "peft_type": "LORA", "task_type": None if model.config.num_labels is None else "SEQ_CLS",
+        "peft_type": "LORA", "task_type": _task_type(model),
         "base_model_name_or_path": None, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
         "target_modules": modules,
         # PEFT refuses layer numbers next to a regular expression, which names the layers itself.
         "layers_to_transform": list(range(first, depth)) if first and isinstance(modules, list) else None,
         "modules_to_save": [model.head_name] if "head" in adapter else None,
-        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-        "use_dora": False, "use_rslora": False,
+        "bias": "none", "fan_in_fan_out": getattr(model, "fan_in_fan_out", False), "inference_mode": True,
+        "init_lora_weights": True, "use_dora": False, "use_rslora": False,
     }  # fmt: skip
     _replace(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     _replace(path / "adapter_config.json", (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _task_type(model):
+    if model.config.num_labels is not None:
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if isinstance(model, Decoder) else None
 
 
 def _replace(path, data):
@@ -72,8 +80,9 @@ def to_state_dict(model, tree, config):
             for index, matrix in enumerate(() if stacked is None else np.asarray(stacked)):
                 out[f"{PREFIX}{model.targets[target].module.format(first + index)}.lora_{letter}.weight"] = matrix
     if "head" in tree:
-        out[f"{PREFIX}{model.head_name}.weight"] = np.asarray(tree["head"]["kernel"]).T
-        out[f"{PREFIX}{model.head_name}.bias"] = np.asarray(tree["head"]["bias"])
+        for part, value in tree["head"].items():
+            value = np.asarray(value)
+            out[f"{PREFIX}{model.head_name}.{HEAD_PARTS[part]}"] = value.T if part == "kernel" else value
     return out
 
 
@@ -104,19 +113,25 @@ def load(path, model, params):
     layers, last_layers = _layers(path, model, tensors, rank, alpha / rank)
     adapter = {"layers": layers} if layers else {}
     if "head" in params:
-        head = {part: tensors.pop(f"{PREFIX}{model.head_name}.{part}", None) for part in ("weight", "bias")}
-        if (head["weight"] is None) != (head["bias"] is None):
-            raise InputError(
-                f"{path}: the adapter's head has only one of {model.head_name}.weight and {model.head_name}.bias."
-            )
-        own = params["head"]
-        new = own if head["weight"] is None else {"kernel": head["weight"].T, "bias": head["bias"]}
-        if any(new[part].shape != own[part].shape for part in own):
-            raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
-        adapter["head"] = {part: jnp.asarray(new[part], jnp.float32) for part in own}
+        adapter["head"] = _head(path, model, params["head"], tensors)
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
     return adapter, LoraConfig(rank, alpha, tuple(sorted(layers)), last_layers)
+
+
+def _head(path, model, own, tensors):
+    """Take the head out of `tensors`; the base's `own` where the file has none."""
+    names = {part: f"{PREFIX}{model.head_name}.{HEAD_PARTS[part]}" for part in own}
+    found = [name for name in names.values() if name in tensors]
+    if not found:
+        return {part: jnp.asarray(value, jnp.float32) for part, value in own.items()}
+    if len(found) < len(own):
+        raise InputError(f"{path}: the adapter's head has only {found[0]} of {' and '.join(names.values())}.")
+    head = {part: tensors.pop(name) for part, name in names.items()}
+    head["kernel"] = head["kernel"].T
+    if any(head[part].shape != own[part].shape for part in own):
+        raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
+    return {part: jnp.asarray(value, jnp.float32) for part, value in head.items()}
 
 
 def _layers(path, model, tensors, rank, scale):

@@ -4,6 +4,7 @@
 
 prints, for each form of the step, the median time, its ratio to the fastest plain step of the same round of the
 interleaving (median and quartiles), examples and tokens a second; then how long calibration takes for five clients.
+With `--measure=memory` it prints what loading, the loss and frozen weights in fewer bits take (experiments/memory.py).
 """
 
 import platform
@@ -19,6 +20,7 @@ from absl import flags
 from dplora_jax import lora, losses, models
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, clipping, noise
+from experiments import memory
 
 
 def define():
@@ -30,6 +32,9 @@ def define():
     flags.DEFINE_integer("rank", 4, "LoRA rank", lower_bound=1, flag_values=values)
     flags.DEFINE_list("targets", ["q", "v"], "matrices to adapt", flag_values=values)
     flags.DEFINE_boolean("freeze_a", False, "train B alone", flag_values=values)
+    flags.DEFINE_enum("measure", "time", ["time", "memory"], "what to measure", flag_values=values)
+    flags.DEFINE_float("gigabytes", 1.2, "size of the model made to measure loading", flag_values=values)
+    flags.DEFINE_string("frozen", "SmolLM2-135M-Instruct", "the base to hold in fewer bits", flag_values=values)
     flags.DEFINE_integer("repeats", 9, "how often each form is timed", lower_bound=3, flag_values=values)
     return values
 
@@ -86,6 +91,15 @@ def main(argv=None):
     config = define()
     try:
         config(["benchmark", *(sys.argv[1:] if argv is None else argv)])
+        if config.measure == "memory":
+            for lines in (
+                memory.loading(config.gigabytes),
+                memory.next_token_loss(8, 512, 64),
+                memory.frozen_base(config.frozen),
+            ):
+                for line in lines:
+                    print(line, flush=True)
+            return 0
         functions, arguments = steps(config)
     except (flags.Error, InputError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -10,6 +10,7 @@ import pathlib
 from absl import flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.models.quantized import KINDS
 
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 # Flags that may differ when a run goes on in its workdir: they say where and how it is computed and shown, not what.
@@ -34,7 +35,10 @@ def flag(default, text):
 class RunConfig:
     """Every flag of `experiments.run`, as resolved."""
 
-    model: str = flag("all-MiniLM-L6-v2", "directory, installed package or hub id of the base model")
+    model: str = flag("all-MiniLM-L6-v2", "directory, .gguf file, installed package or hub id of the base model")
+    dtype: str = flag("float32", "float32 or bfloat16: of the base's weights and of matrix products")
+    quantize: str | None = flag(None, "int8 or nf4: keep the frozen matrices in 8 or 4 bits; default: as --dtype says")
+    remat: bool = flag(False, "compute each layer's activations again in the backward pass: less memory, more time")
     dataset: str = flag(
         "finance_demo", "finance_demo, financial_phrasebank, twitter_financial_news_sentiment, csv, jsonl, parquet"
     )
@@ -171,6 +175,10 @@ def resolve(config):
     for ok, sentence in _ranges(config, trust, budget, sigma):
         if not ok:
             raise InputError(sentence)
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype={config.dtype} is not known: float32 or bfloat16.")
+    if config.quantize not in (None, *KINDS):
+        raise InputError(f"--quantize={config.quantize} is not known: {' or '.join(KINDS)}.")
     if config.prompt_column or config.answer_column:
         raise InputError(
             "--prompt_column and --answer_column need a language model; this version trains classifiers alone."

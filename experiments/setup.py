@@ -51,7 +51,9 @@ def prepare(config, stored=None):
     mechanisms are kept. Raises InputError."""
     corpus, shares = _records(config)
     sizes = [len(share) for share in shares]
-    model, params = models.from_pretrained(config.model, num_labels=len(corpus.label_names))
+    model, params = models.from_pretrained(config.model, config.dtype, len(corpus.label_names), config.quantize)
+    if config.remat:
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     grid = mesh.make(config.mesh, config.clients, model)
     tokenizer = models.load_tokenizer(config.model)
     tasks.check_length(config.max_length, model, tokenizer)
@@ -80,7 +82,7 @@ def prepare(config, stored=None):
     )
     state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
-    facts = _facts(config, corpus, sizes, mechanisms, params, adapter, grid)
+    facts = _facts(config, corpus, sizes, mechanisms, model, adapter, grid)
     if config.private and not all(math.isfinite(client["epsilon"]) for client in facts["clients"]):
         raise InputError(
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
@@ -188,7 +190,7 @@ def _digest_arrays(tree):
     """SHA-256 of the leaves' bytes."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).data)
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 
@@ -227,10 +229,10 @@ def _processor():
     )
 
 
-def _facts(config, corpus, sizes, mechanisms, params, adapter, grid):
+def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
     """What `config.json` and the report say beyond the flags; all of it public."""
     steps, total = config.rounds * config.local_steps, sum(sizes)
-    sent, full = lora.count(adapter), lora.count({k: v for k, v in params.items() if k != lora.FROZEN_A})
+    sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
     clients = [
         {"client": k, **dataclasses.asdict(m), "epsilon": e, "weight": m.records / total}

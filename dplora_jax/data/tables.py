@@ -5,6 +5,7 @@
 
 import contextlib
 import csv
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dplora_jax.errors import InputError
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_TIMEOUT_SECONDS = 5.0
+CACHE = "dplora-"  # how the name of a call's own cache begins; its process's number follows
 
 
 def find(folder: str, stem: str, suffixes: tuple[str, ...]) -> Path | None:
@@ -89,6 +91,24 @@ def _csv_options(datasets: ModuleType, path: Path) -> dict:
     return {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
 
 
+def _sweep():
+    """Delete the caches of this user's processes that were killed before they could: private text lies in them."""
+    for left in Path(tempfile.gettempdir()).glob(f"{CACHE}*-*"):
+        owner = left.name.removeprefix(CACHE).split("-")[0]
+        if owner.isdigit() and not _alive(int(owner)) and left.stat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process):
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def _datasets() -> Iterator[tuple[ModuleType, str]]:
     """The `datasets` library, silent and counting no downloads, with a cache folder of mode 0700 deleted at the end."""
@@ -96,7 +116,8 @@ def _datasets() -> Iterator[tuple[ModuleType, str]]:
 
     verbosity, bars_were_off = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     counted = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    cache = tempfile.mkdtemp(prefix="dplora-")
+    _sweep()
+    cache = tempfile.mkdtemp(prefix=f"{CACHE}{os.getpid()}-")
     try:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors quote the line that they are about
         datasets.disable_progress_bars()

@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import Target, Weight, refuse_unsupported, sizes
-from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attended, attention, run_layers
+from dplora_jax.models.family import Target, Weight, activation, refuse_unsupported, sizes
+from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attended, attention, run_layers, split_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, mask_Bx1xT, pairs=None):
         c, pairs = self.config, pairs or {}
-        q, k, v = (Dense(c.width, name=name)(x, pairs.get(name)) for name in ("query", "key", "value"))
-        out = Dense(c.width, name="output")(attention(q, k, v, c.num_heads, mask_Bx1xT), pairs.get("output"))
+        q, k, v = (
+            split_heads(Dense(c.width, name=name)(x, pairs.get(name)), c.num_heads)
+            for name in ("query", "key", "value")
+        )
+        out = Dense(c.width, name="output")(attention(q, k, v, mask_Bx1xT), pairs.get("output"))
         x = LayerNorm(c.norm_eps, name="attention_norm")(x + out)
         h = ACTIVATIONS[c.activation](Dense(c.mlp_width, name="up")(x, pairs.get("up")))
         return LayerNorm(c.norm_eps, name="mlp_norm")(x + Dense(c.width, name="down")(h, pairs.get("down")))
@@ -130,11 +133,13 @@ class Bert:
         return Embed(self.config).apply({"params": params["embed"]}, ids, positions, segments)
 
     def _layers(self, params, x, mask, span, adapter):
-        def block(layer, x, pairs):
-            return Block(self.config).apply({"params": layer}, x, mask[:, None], pairs)
+        def block(layer, x, pairs, _):
+            return Block(self.config).apply({"params": layer}, x, mask[:, None], pairs), None
 
         layers = jax.tree.map(lambda p: p[span], params["layers"])
-        return run_layers(block, layers, x, adapter, self.config.remat)
+        if not jax.tree.leaves(layers)[0].shape[0]:
+            return x
+        return run_layers(block, layers, x, adapter, self.config.remat)[0]
 
     def _pool(self, params, x, mask):
         """One feature vector a row, float32 [B, D]."""
@@ -217,10 +222,6 @@ def from_config(hf, num_labels, pooling, normalize):
             "tie_word_embeddings": (True,),
         },
     )
-    if hf.get("hidden_act", "gelu") not in ACTIVATIONS:
-        raise InputError(
-            f"config.json: hidden_act={hf['hidden_act']!r} is not supported; known: {', '.join(ACTIVATIONS)}."
-        )
     vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments = sizes(
         hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
         "max_position_embeddings", "type_vocab_size",
@@ -228,6 +229,6 @@ def from_config(hf, num_labels, pooling, normalize):
     if width % num_heads:
         raise InputError(f"config.json: hidden_size={width} is no multiple of num_attention_heads={num_heads}.")
     return BertConfig(
-        vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments, hf.get("hidden_act", "gelu"),
-        hf.get("layer_norm_eps", 1e-12), num_labels, pooling, normalize,
+        vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments,
+        activation(hf, "hidden_act", "gelu"), hf.get("layer_norm_eps", 1e-12), num_labels, pooling, normalize,
     )  # fmt: skip

