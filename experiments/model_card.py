@@ -1,0 +1,101 @@
+"""What an export says of itself: its README.md, and the line that the command ends with."""
+
+import pathlib
+import re
+
+from dplora_jax.models import hf_checkpoint
+from dplora_jax.models.pretrained import HUB_IDS
+
+TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
+AVERAGED = (
+    "This classifier averages the tokens of a text, and transformers' own BertForSequenceClassification reads the first "
+    "token alone, so that it would give other logits: this is a sentence-transformers directory, whose `encode` gives the logits."
+)
+AUTO_CLASSES = {
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+}
+
+
+def _reader(model, document):
+    """(class, task) that the export is read with; no class for ChatGLM, which transformers does not have."""
+    if hf_checkpoint.averages(model):
+        return "SentenceTransformer", "text-classification"
+    name = document["architectures"][0]
+    return next((found for end, found in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
+
+
+def closing_line(job, model, document):
+    """What was written and how it is read, on a line; before it, for a mean-pooled classifier, why it is what it is."""
+    reader, _ = _reader(model, document)
+    call = (
+        f"{reader}({str(job.out)!r})"
+        if reader == "SentenceTransformer"
+        else f"{reader}.from_pretrained({str(job.out)!r})"
+    )
+    how = call if reader else "the model's own published code, which transformers lacks,"
+    line = f"Wrote the merged model to {job.out}: {how} reads it. Release: {job.release}."
+    return f"{AVERAGED}\n{line}" if reader == "SentenceTransformer" else line
+
+
+def text(job, model, document, config, labels):
+    """README.md: the base, the method, each client's budget, the labels and the release mark."""
+    averaged, base = hf_checkpoint.averages(model), _hub_id(job.model)
+    library = "sentence-transformers" if averaged else "transformers"
+    head = [f"library_name: {library}", f"pipeline_tag: {_reader(model, document)[1]}"]
+    head += [f"base_model: {base}"] if base else []
+    head += ["tags:", "- lora", "- federated-learning"] if job.run else ["tags:", "- lora"]
+    head += ["- differential-privacy"] if job.run and job.run.get("trust") != "none" else []
+    name = base or pathlib.Path(job.model).name
+    parts = [
+        "\n".join(["---", *head, "---"]),
+        f"# {name} {TITLE}",
+        f"**Release: {job.release}.**",
+    ]
+    parts += [_use(averaged, labels)] if labels else []
+    method = (job.run or {}).get("federation", {}).get("method")
+    matrices = f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets) or 'no matrix (a head alone)'}"
+    parts.append("## Training\n\n" + "\n".join(f"- {line}" for line in method or [matrices]))
+    if job.run:
+        parts += _run_facts(job.run)
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(averaged, labels):
+    lines = [f"Labels, in the order of the logits: {', '.join(labels)}."]
+    if averaged:
+        lines += [AVERAGED, "```python\nfrom sentence_transformers import SentenceTransformer"]
+        lines[-1] += (
+            '\n\nlogits = SentenceTransformer("path/to/this").encode(["a text"], normalize_embeddings=False)\n```'
+        )
+    return "\n\n".join(lines)
+
+
+def _run_facts(run):
+    """The federation's data, guarantee and metrics, all of it public."""
+    facts, last = run["federation"], run["last"]
+    yield f"Data: {facts['data'].get('description', run.get('dataset'))} Texts were cut to {run.get('max_length')} tokens."
+    yield "\n".join(f"- {line}" for line in facts.get("trust", ()))
+    spent = last.get("epsilon", ())
+    rows = [
+        f"| {k} | {client['records']} | {_number(e)} |"
+        for k, (client, e) in enumerate(zip(facts["clients"], spent, strict=False))
+    ]
+    if run.get("trust") != "none" and rows:
+        yield f"| client | records | epsilon at delta {run['delta']:g} |\n|---|---|---|\n" + "\n".join(rows)
+    shown = {"accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity"}
+    found = [f"{label} {last[key]:.3f}" for key, label in shown.items() if key in last]
+    if found:
+        yield f"On the public test set: {', '.join(found)}."
+
+
+def _number(epsilon):
+    return epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
+
+
+def _hub_id(name):
+    """The hub's name of the base, or None: a path on someone's machine is no business of a reader's."""
+    known = HUB_IDS.get(str(name), str(name))
+    return known if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", known) and not pathlib.Path(known).exists() else None

@@ -1,0 +1,320 @@
+"""The merged checkpoint as a person makes it: the logits PyTorch has of it, what it says of itself, and what is refused."""
+
+import json
+import re
+import shutil
+
+import exported
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import GOLDEN
+
+from dplora_jax import lora, models, peft
+from experiments import export, flags, setup, summary, workdir
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def export_case(name, tmp_path, *more):
+    """Export a case of `exported` -> (its base, its adapter, the export)."""
+    base = exported.base_of(name, tmp_path / "base")
+    adapter, out = exported.adapter_of(name, base, tmp_path / "adapter"), tmp_path / "out"
+    assert export.main([f"--model={base}", f"--adapter={adapter}", f"--out={out}", *more]) == 0
+    return base, adapter, out
+
+
+def refusal(capsys, *arguments):
+    """The one sentence with which the command line is refused."""
+    capsys.readouterr()
+    assert export.main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]*\.\n", said)
+    return said
+
+
+def read_back(out):
+    """The model and parameters of an export; of a sentence-transformers one, with the head from its own folder."""
+    dense = out / "2_Dense" if (out / "2_Dense").exists() else out / "3_Dense"
+    if not dense.exists():
+        return models.from_pretrained(out)
+    modules = json.loads((out / "modules.json").read_text())
+    assert modules.pop()["path"] == dense.name
+    (out / "modules.json").write_text(json.dumps(modules))
+    head = safetensors.numpy.load_file(dense / "model.safetensors")
+    model, params = models.from_pretrained(out, num_labels=len(head["linear.bias"]))
+    return model, params | {"head": {"kernel": head["linear.weight"].T, "bias": head["linear.bias"]}}
+
+
+def logits_of(model, params, batch, adapter=None):
+    batch = {name: np.asarray(value).astype(np.int32) for name, value in batch.items()}
+    return np.asarray(jax.jit(model.apply)(params, batch, adapter))
+
+
+def by_hand(base, adapter):
+    """The tensors that W + (alpha / r) B A makes of a base's file and an adapter's file, in float64."""
+    tensors = safetensors.numpy.load_file(base / "model.safetensors")
+    pairs = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    for name, value in pairs.items():
+        module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if part == "A.weight":
+            b = pairs[name.replace("lora_A", "lora_B")].astype(np.float64)
+            delta = said["lora_alpha"] / said["r"] * (b @ value)
+            tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + (delta.T if said["fan_in_fan_out"] else delta)
+        elif not module:
+            tensors[name.removeprefix("base_model.model.")] = value
+    return tensors
+
+
+def tensors_of(out):
+    """What an export's files hold, under the names of the base's: those of sentence-transformers are other ones."""
+    found = safetensors.numpy.load_file(out / "model.safetensors")
+    for dense in out.glob("*_Dense"):
+        head = safetensors.numpy.load_file(dense / "model.safetensors")
+        found = {f"bert.{name}": value for name, value in found.items()}
+        found |= {name.replace("linear", "classifier"): value for name, value in head.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", exported.CASES)
+def test_the_export_is_the_base_plus_the_scaled_product_and_the_one_whose_logits_pytorch_gave(name, tmp_path):
+    base, adapter, out = export_case(name, tmp_path)
+    expected = by_hand(base, adapter)
+    for tensor, value in tensors_of(out).items():
+        np.testing.assert_allclose(value, expected[tensor], rtol=1e-5, atol=1e-6, err_msg=tensor)
+    with np.load(GOLDEN / "export" / f"{name}.npz") as file:
+        stored = dict(file)
+    assert exported.listing(out, base) == stored.pop("tensors").tolist()
+    logits, batch = stored.pop("logits"), stored
+    model, params = read_back(out)
+    if "texts" in batch:
+        texts = batch["texts"].tolist()
+        batch = models.load_tokenizer(out)(texts, padding=True, truncation=True, max_length=9, return_tensors="np")
+    kept = batch["attention_mask"] == 1 if logits.ndim == 3 and "attention_mask" in batch else slice(None)
+    np.testing.assert_allclose(logits_of(model, params, batch)[kept], logits[kept], atol=2e-5)
+
+
+def test_a_mean_pooled_classifier_says_that_transformers_own_class_differs(tmp_path, capsys):
+    _, _, out = export_case("bert_mean_normalized", tmp_path, "--labels=down,flat,up")
+    said = capsys.readouterr().out
+    assert "transformers' own BertForSequenceClassification reads the first token" in said
+    assert f"SentenceTransformer({str(out)!r})" in said
+    assert "SentenceTransformer" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert json.loads((out / "config_sentence_transformers.json").read_text())["labels"] == ["down", "flat", "up"]
+    export_case("bert_pooler", tmp_path / "pooler")
+    assert "SentenceTransformer" not in capsys.readouterr().out
+
+
+def test_a_family_that_transformers_lacks_is_left_to_its_own_code(tmp_path, capsys):
+    model, params = models.from_pretrained(GOLDEN / "chatglm2_tiny")
+    peft.save(tmp_path / "adapter", model, exported.draw(0, model, params, exported.ALL), exported.ALL)
+    given = [f"--model={GOLDEN / 'chatglm2_tiny'}", f"--adapter={tmp_path / 'adapter'}", f"--out={tmp_path / 'out'}"]
+    assert export.main(given) == 0
+    assert "own published code" in capsys.readouterr().out
+    found, expected = tensors_of(tmp_path / "out"), by_hand(GOLDEN / "chatglm2_tiny", tmp_path / "adapter")
+    assert set(found) == set(expected)
+
+
+def test_labels_are_those_given_else_the_bases_else_numbers(tmp_path, capsys):
+    _, adapter, out = export_case("llama_classifier", tmp_path, "--labels=down, flat ,up")
+    assert json.loads((out / "config.json").read_text())["label2id"] == {"down": 0, "flat": 1, "up": 2}
+    assert "down, flat, up" in (out / "README.md").read_text()
+    arguments = [f"--model={out}", f"--adapter={adapter}", f"--out={tmp_path / 'second'}"]
+    export.main(arguments)
+    assert list(json.loads((tmp_path / "second" / "config.json").read_text())["label2id"]) == ["down", "flat", "up"]
+    export_case("gpt2_classifier", tmp_path / "third")
+    third = json.loads((tmp_path / "third" / "out" / "config.json").read_text())
+    assert third["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    arguments[-1] = f"--out={tmp_path / 'fourth'}"
+    assert "3 labels, and 2 are named" in refusal(capsys, *arguments, "--labels=down,up")
+    language_model = [f"--model={GOLDEN / 'peft_gpt2_all/base'}", f"--adapter={GOLDEN / 'peft_gpt2_all/adapter'}"]
+    assert "is a language model" in refusal(capsys, *language_model, arguments[-1], "--labels=down,up")
+    assert "not all different" in refusal(capsys, *arguments, "--labels=up,up,down")
+
+
+def test_the_base_as_a_classifier_takes_as_many_labels_as_the_adapters_head(tmp_path):
+    model, params = models.from_pretrained(GOLDEN / "llama_tiny", num_labels=2)
+    config = lora.LoraConfig(2, 4)
+    tree = exported.draw(0, model, params, config)
+    peft.save(tmp_path / "adapter", model, tree, config)
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "llama_tiny", base)
+    said = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(said | {"pad_token_id": 0}))
+    assert export.main([f"--model={base}", f"--adapter={tmp_path / 'adapter'}", f"--out={tmp_path / 'out'}"]) == 0
+    read, merged = models.from_pretrained(tmp_path / "out")
+    batch = exported.inputs_of("llama") | {"attention_mask": np.ones((3, 13), np.int32)}
+    np.testing.assert_allclose(logits_of(read, merged, batch), logits_of(model, params, batch, tree), atol=2e-5)
+    assert read.config.num_labels == 2
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys):
+    base, adapter, out = GOLDEN / "peft_gpt2_all/base", GOLDEN / "peft_gpt2_all/adapter", tmp_path / "out"
+    model, adapter, to = f"--model={base}", f"--adapter={adapter}", f"--out={out}"
+    assert "give --workdir" in refusal(capsys, to)
+    assert "give --workdir" in refusal(capsys, model, adapter, f"--workdir={tmp_path}", to)
+    assert "give --workdir" in refusal(capsys, adapter, to)
+    assert "--out is missing" in refusal(capsys, model, adapter)
+    assert "--dtype=int8" in refusal(capsys, model, adapter, to, "--dtype=int8")
+    assert "unexpected argument" in refusal(capsys, model, adapter, to, "there")
+    assert "nosuchflag" in refusal(capsys, "--nosuchflag=1")
+    assert "holds no readable PEFT adapter" in refusal(capsys, model, f"--adapter={tmp_path}", to)
+    assert "no place in this model" in refusal(capsys, f"--model={GOLDEN / 'llama_tiny'}", adapter, to)
+    assert "no run's workdir" in refusal(capsys, f"--workdir={tmp_path}", to)
+    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_holds_something_is_refused_and_kept(tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(GOLDEN / "peft_gpt2_all/base", base)
+    given = [f"--model={base}", f"--adapter={GOLDEN / 'peft_gpt2_all/adapter'}"]
+    out.mkdir()
+    (out / "model.safetensors").write_text("mine")
+    for more in ((), ("--overwrite",)):
+        assert "no export wrote" in refusal(capsys, *given, f"--out={out}", *more)
+    (tmp_path / "file").touch()
+    assert "no export wrote" in refusal(capsys, *given, f"--out={tmp_path / 'file'}")
+    assert "no export wrote" in refusal(capsys, *given, f"--out={base}", "--overwrite")
+    (base / "README.md").write_text("# base with a merged LoRA adapter")
+    assert "base model's own" in refusal(capsys, *given, f"--out={base}", "--overwrite")
+    assert (out / "model.safetensors").read_text() == "mine"
+    assert "cannot be written" in refusal(capsys, *given, f"--out={tmp_path / 'file' / 'out'}")
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_export_that_would_be_read(tmp_path, capsys):
+    _, _, out = export_case("bert_mean", tmp_path)
+    (out / "notes.txt").write_text("mine")
+    given = [f"--model={GOLDEN / 'variants/llama_mqa'}", f"--out={out}", f"--adapter={tmp_path / 'other'}"]
+    model, params = models.from_pretrained(GOLDEN / "variants/llama_mqa")
+    peft.save(tmp_path / "other", model, exported.draw(0, model, params, exported.ALL), exported.ALL)
+    assert "give --overwrite" in refusal(capsys, *given)
+    assert export.main([*given, "--overwrite", "--max_shard_bytes=9000"]) == 0
+    assert not {"modules.json", "model.safetensors", "tokenizer.json"} & {path.name for path in out.iterdir()}
+    assert export.main([*given, "--overwrite"]) == 0
+    files = {path.name for path in out.iterdir() if path.is_file()} - {"config_sentence_transformers.json"}
+    assert files == {"config.json", "model.safetensors", "README.md", "notes.txt", "sentence_bert_config.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "other", "out"], "drafts were left"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bert, finance_table, tmp_path_factory):
+    """A run's workdir as it is in the end, with a seed, A frozen and three labels, but with an adapter that was drawn."""
+    folder = tmp_path_factory.mktemp("run") / "finance"
+    config = flags.parse(
+        [
+            f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text",
+            "--label_column=label", "--max_length=8", "--clients=2", "--rounds=1", "--rank=2", "--alpha=6", "--freeze_a",
+            "--labels=good,bad,unclear", "--noise_multiplier=2", "--delta=1e-3", "--eval_every=0", "--seed=1",
+            f"--workdir={folder}",
+        ]
+    )  # fmt: skip
+    prepared = setup.prepare(config)
+    folder.mkdir()
+    workdir.write_config(folder, config, prepared.facts)
+    epsilon = [0.25, 0.5]
+    workdir.write_metrics(folder, [{"round": 0}, {"round": 1, "epsilon": epsilon, "epsilon_max": 0.5}])
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape), jax.device_get(prepared.state.adapter))
+    adapter = lora.with_frozen_a(prepared.params, trained)
+    peft.save(folder / "adapter", prepared.model, jax.tree.map(np.float32, adapter), prepared.lora_config)
+    (folder / "adapter" / "README.md").write_text(summary.line(folder))
+    return folder
+
+
+def altered(finished, folder, **changes):
+    """A copy of the workdir whose config.json has other values; those of "release" lie under "federation"."""
+    shutil.copytree(finished, folder)
+    said = json.loads((folder / "config.json").read_text())
+    if "release" in changes:
+        said["federation"]["release"] = changes.pop("release")
+    (folder / "config.json").write_text(json.dumps(said | changes))
+    return folder
+
+
+def test_a_workdir_tells_base_labels_length_and_budget(finished, tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    assert export.main([f"--workdir={finished}", f"--out={out}"]) == 0
+    assert list(json.loads((out / "config.json").read_text())["label2id"]) == ["good", "bad", "unclear"]
+    assert json.loads((out / "sentence_bert_config.json").read_text())["max_seq_length"] == 8
+    card = (out / "README.md").read_text()
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    for client, epsilon in enumerate(last["epsilon"]):
+        assert f"| {client} | 30 | {epsilon:.3f} |" in card
+    assert "epsilon at delta 0.001" in card
+    assert "A frozen (FFA-LoRA)" in card
+    assert str(tiny_bert.parent) not in card, "a path of this machine's is in the card"
+    model, params = models.from_pretrained(tiny_bert, num_labels=3)
+    adapter, _ = peft.load(finished / "adapter", model, params)
+    batch = models.load_tokenizer(out)(exported.TEXTS, padding=True, return_tensors="np")
+    expected = logits_of(model, params, batch, adapter)
+    np.testing.assert_allclose(logits_of(*read_back(out), batch), expected, atol=2e-5)
+    assert np.abs(logits_of(model, params | {"head": adapter["head"]}, batch) - expected).max() > 1e-3
+
+
+def test_the_export_carries_the_runs_word_on_its_release(finished, tmp_path, capsys):
+    for number, (release, mark) in enumerate(
+        (("NOT FOR RELEASE: why", "NOT FOR RELEASE: why"), ("for release", "for release"), (None, "NO PRIVACY"))
+    ):
+        folder = altered(finished, tmp_path / f"run{number}", release=release, trust="local" if release else "none")
+        out = tmp_path / f"out{number}"
+        assert export.main([f"--workdir={folder}", f"--out={out}"]) == 0
+        card = (out / "README.md").read_text()
+        assert f"**Release: {mark}" in card
+        assert f"Release: {mark}" in capsys.readouterr().out
+        assert ("epsilon at delta" in card) == (release is not None)
+
+
+def test_an_adapter_alone_carries_the_mark_that_lies_beside_it(finished, tiny_bert, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished / "adapter", adapter)
+    given = [f"--model={tiny_bert}", f"--adapter={adapter}"]
+    for note, mark in (
+        (None, "NOT FOR RELEASE"), ("accuracy 0.7; NO PRIVACY; 1 KB", "NO PRIVACY"), ("epsilon 8", "unknown"), ("", "unknown"),
+    ):  # fmt: skip
+        if note is not None:
+            (adapter / "README.md").write_text(note)
+        assert export.main([*given, f"--out={tmp_path / mark}", "--overwrite"]) == 0
+        assert f"**Release: {mark}" in (tmp_path / mark / "README.md").read_text()
+
+
+def test_a_run_on_a_base_in_few_bits_is_merged_into_the_base_itself(finished, tmp_path, capsys):
+    folder = altered(finished, tmp_path / "run", quantize="int8")
+    assert export.main([f"--workdir={folder}", f"--out={tmp_path / 'small'}"]) == 0
+    assert "froze its base in int8" in capsys.readouterr().out
+    export.main([f"--workdir={finished}", f"--out={tmp_path / 'plain'}"])
+    assert "froze" not in capsys.readouterr().out
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("small", "plain")]
+    assert files[0] == files[1]
+
+
+def test_the_runs_dtype_is_the_exports_unless_another_is_asked_for(finished, tmp_path):
+    folder = altered(finished, tmp_path / "run", dtype="bfloat16")
+    for name, more in {"bfloat16": (), "float16": ("--dtype=float16",)}.items():
+        assert export.main([f"--workdir={folder}", f"--out={tmp_path / name}", *more]) == 0
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
+
+
+def test_a_workdir_without_an_adapter_or_with_a_damaged_config_is_refused(finished, tmp_path, capsys):
+    folder = altered(finished, tmp_path / "run")
+    assert "run's own directory" in refusal(capsys, f"--workdir={folder}", f"--out={as_export(folder)}", "--overwrite")
+    shutil.rmtree(folder / "adapter")
+    assert "has no adapter yet" in refusal(capsys, f"--workdir={folder}", f"--out={tmp_path / 'out'}")
+    for text in ("{", "[]", '{"model": "x"}'):
+        (folder / "config.json").write_text(text)
+        assert "damaged" in refusal(capsys, f"--workdir={folder}", f"--out={tmp_path / 'out'}")
+
+
+def as_export(folder):
+    """`folder` with a README.md as exports have one."""
+    (folder / "README.md").write_text("# base with a merged LoRA adapter")
+    return folder
+
+
+def test_the_bases_place_may_be_given_anew(finished, tiny_bert, tmp_path, capsys):
+    folder = altered(finished, tmp_path / "run", model=str(tmp_path / "gone"))
+    assert "gone" in refusal(capsys, f"--workdir={folder}", f"--out={tmp_path / 'out'}")
+    assert export.main([f"--workdir={folder}", f"--model={tiny_bert}", f"--out={tmp_path / 'out'}"]) == 0
