@@ -50,10 +50,11 @@ class Pair:
 
 @struct.dataclass
 class PerRow:
-    """A weight that all rows share, with a zero slot per row whose cotangent tells of that row's gradient alone.
+    """A weight that all rows share, with a slot per row whose cotangent tells of that row's gradient alone.
 
     A slot of the weight's own shape behind a row axis receives each row's gradient; a slot [B] receives each row's
     squared gradient norm, for which no per-row gradient is ever formed (the ghost norm, Goodfellow 2015; Li et al. 2022).
+    The value of a slot [B] is the factor of each row's gradient in the weight's own, their sum; no forward pass reads a slot.
     """
 
     weight: Any
@@ -87,9 +88,11 @@ def _per_row_backward(residuals, g):
         return grad_x, grad_weight, per_row
     g, x = g.astype(jnp.float32), x.astype(jnp.float32)
     squares = _squared_norm(g, x)
-    # A row whose gradient is not finite gets cotangent 0 from the caller, and 0 * inf is nan: it must not reach the sum.
-    g, x = (jnp.where(jnp.isfinite(y), y, 0) for y in (g, x))
-    return grad_x, jnp.einsum("bto,bti->oi", g, x, precision=EXACT).astype(weight.dtype), squares
+    # The factor meets float32 gradients, the very ones whose norm was taken: scaled earlier, in the loss, they would be
+    # rounded anew in bfloat16 and pass the norm that they were cut to. A factor of 0 silences whatever the row holds.
+    g, x = (jnp.where((slot > 0)[:, None, None], y, 0) for y in (g, x))
+    summed = jnp.einsum("bto,bti->oi", slot[:, None, None] * g, x, precision=EXACT)
+    return grad_x, summed.astype(weight.dtype), squares
 
 
 def _squared_norm(g, x):
@@ -128,7 +131,7 @@ def _column(bias):
 
 
 def with_slots(adapter, slots):
-    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of zeros [B]."""
+    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of factors [B]."""
 
     def under_layers(leaf, slot):
         if slot.ndim == 1:

@@ -83,13 +83,12 @@ def _broadcast(loss_fn, adapter, batch):
 
 
 def _ghost(loss_fn, adapter, batch, clip_norm, weights):
-    rows = weights.shape[0]
-
     def forward(adapter, slot):
         return loss_fn(lora.with_slots(adapter, jax.tree.map(lambda _: slot, adapter)), batch)
 
-    losses, pull = jax.vjp(forward, adapter, jnp.zeros(rows, jnp.float32))
-    _, squares = pull(jnp.ones_like(losses))
+    losses, pull = jax.vjp(lambda slot: forward(adapter, slot), jnp.zeros_like(weights))
+    (squares,) = pull(jnp.ones_like(losses))
     factors, norms = _factors(squares, clip_norm, weights)
-    grads, _ = pull(factors.astype(losses.dtype))
+    _, pull = jax.vjp(lambda adapter: forward(adapter, factors), adapter)
+    (grads,) = pull(jnp.ones_like(losses))
     return grads, norms, losses
