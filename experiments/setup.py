@@ -62,7 +62,7 @@ def prepare(config, stored=None):
     mechanisms = _mechanisms(config, sizes, stored)
     adapter, params, lora_config = _adapter(config, model, params)
     records = _digest_arrays((train, shares))
-    fingerprint = _fingerprint(config, records, params, mechanisms, grid)
+    fingerprint = _fingerprint(config, records, model, params, mechanisms, grid)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
@@ -187,15 +187,19 @@ def optimizers(config):
 
 
 def _digest_arrays(tree):
-    """SHA-256 of the leaves' bytes."""
+    """SHA-256 of the leaves' places, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(repr((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))).encode())
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 
-def _fingerprint(config, records, params, mechanisms, grid):
-    """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved."""
+def _fingerprint(config, records, model, params, mechanisms, grid):
+    """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved.
+
+    The model counts apart from its parameters: another activation or norm in its config.json moves every gradient.
+    """
     digest = hashlib.sha256()
     free = ("workdir", "dispatch_rounds", "eval_every")  # they move no bit of a round
     facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
@@ -207,7 +211,8 @@ def _fingerprint(config, records, params, mechanisms, grid):
         _processor(),
     )
     environment = os.environ.get("XLA_FLAGS", ""), str(jax.config.values)
-    digest.update(repr((sorted(facts.items()), mechanisms, dict(grid.shape), versions, machine, environment)).encode())
+    parts = sorted(facts.items()), model, mechanisms, dict(grid.shape), versions, machine, environment
+    digest.update(repr(parts).encode())
     for package in (dplora_jax, experiments):
         for path in sorted(pathlib.Path(package.__file__).parent.rglob("*.py")):
             digest.update(path.read_bytes())

@@ -1,5 +1,6 @@
 """What decides between a replay under the same keys and a new, paid attempt."""
 
+import dataclasses
 import importlib.metadata
 
 import jax
@@ -9,15 +10,17 @@ import pytest
 from jax.sharding import Mesh
 
 import dplora_jax
+from dplora_jax.models import bert
 from experiments import flags, setup
 
 CONFIG = flags.RunConfig()
+MODEL = bert.Bert(bert.BertConfig(9, 4, 1, 2, 8, 6, 2))
 PARAMS = {"kernel": jnp.ones((2, 3))}
 
 
-def fingerprint(config=CONFIG, records=b"records", params=PARAMS, mechanisms=()):
+def fingerprint(config=CONFIG, records=b"records", model=MODEL, params=PARAMS, mechanisms=()):
     grid = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("clients", "model"))
-    return setup._fingerprint(config, records, params, mechanisms, grid)
+    return setup._fingerprint(config, records, model, params, mechanisms, grid)
 
 
 def test_the_same_inputs_have_the_same_fingerprint():
@@ -46,6 +49,9 @@ def test_a_changed_line_of_code_changes_the_fingerprint(monkeypatch, tmp_path):
     [
         {"records": b"others"},
         {"params": {"kernel": jnp.zeros((2, 3))}},
+        {"params": {"kernel": jnp.ones((3, 2))}},
+        {"params": {"bias": jnp.ones((2, 3))}},
+        {"model": dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, activation="relu"))},
         {"mechanisms": (1,)},
         {"config": flags.RunConfig(clip_norm=2.0)},
         {"config": flags.RunConfig(mesh="8x1")},
