@@ -202,6 +202,9 @@ class GgufCheckpoint:
         with np.errstate(all="ignore"):  # the scales of a damaged block may be anything
             return quants.dequantize(rows_of_bytes, kind)
 
+    def refuse_unread(self):
+        """Nothing to refuse: a tensor without a place stopped the file when it was opened."""
+
     def _find(self, name):
         if not self.has(name):
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}.")

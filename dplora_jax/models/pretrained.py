@@ -52,7 +52,8 @@ def _from_hub(hub_id, name):
     import huggingface_hub
 
     try:
-        wanted = ["*.json", "*.txt", "*.model", "*.safetensors", "*.jinja"]
+        # Code (*.py) is copied along with an export, and never run.
+        wanted = ["*.json", "*.txt", "*.model", "model*.safetensors", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # every client library below has its own errors; all mean that there is no model
         raise InputError(
@@ -77,12 +78,20 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         num_labels = len(hf.get("id2label") or (0, 1))
     with (gguf_file.GgufCheckpoint if in_gguf else SafetensorsCheckpoint)(place) as checkpoint:
         model = build(hf, checkpoint, num_labels, jnp.dtype(dtype))
-        return model, read_params(model, checkpoint, quantize)
+        params = read_params(model, checkpoint, quantize)
+        checkpoint.refuse_unread()
+    return model, params
 
 
 def build(hf, checkpoint, num_labels, dtype):
     """The model that config.json `hf` describes; InputError where it is not supported."""
     kind = hf.get("model_type")
+    if hf.get("quantization_config"):
+        method = dict(hf["quantization_config"]).get("quant_method")
+        raise InputError(
+            f"{checkpoint.directory}: config.json: quantization_config ({method}) is not supported: give the model's own weights, "
+            "and quantize them here (int8 or nf4)."
+        )
     if kind == "bert":
         pooling, normalize = sentence_pooling(checkpoint.directory)
         if pooling is None:

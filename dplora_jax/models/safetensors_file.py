@@ -1,10 +1,17 @@
 """The safetensors files of a checkpoint's directory, one or sharded, read tensor by tensor under Hugging Face's names."""
 
+import re
+
 import safetensors
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.family import read_json
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Tensors that a model may leave unread: another task's head, and constants that some versions of a library saved along.
+IDLE = re.compile(
+    r"(.*\.)?((cls|pooler|lm_head|score|classifier|output_layer|qa_outputs)\..+|inv_freq|position_ids|attn\.(masked_)?bias)"
+)
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # of the first BERT checkpoints
 
 
@@ -18,15 +25,11 @@ class SafetensorsCheckpoint:
             sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
         )
         if not index.exists() and not (directory / names[0]).exists():
-            pickled = any(directory.glob("pytorch_model*.bin"))
-            converted = (
-                " (pytorch_model.bin is a pickle, which can run code, and is not read: load it once with transformers and call "
-                "save_pretrained, which writes safetensors)"
-                if pickled
-                else ""
+            raise InputError(
+                f"{directory} holds no model.safetensors (a pytorch_model.bin is a pickle, which can run code, and is not read: "
+                "load it once with transformers and call save_pretrained, which writes safetensors)."
             )
-            raise InputError(f"{directory} holds no model.safetensors{converted}.")
-        self._files = {}
+        self._files, self._asked = {}, set()
         for name in names:
             try:
                 file = safetensors.safe_open(directory / name, "np")
@@ -61,8 +64,21 @@ class SafetensorsCheckpoint:
         """The tensor of that name, or the given rows of its first axis, as a numpy array; InputError where it is missing."""
         return self._slice(name)[rows]
 
+    def refuse_unread(self):
+        """Raise InputError where a tensor was never asked for that some logit may depend on: the model is then another one."""
+        left = sorted(name for name in self._files.keys() - self._asked if not IDLE.fullmatch(name))
+        if left:
+            raise InputError(
+                f"{self.directory}: tensor {left[0]} has no place in the model that config.json describes"
+                f"{f', nor have {len(left) - 1} more' if left[1:] else ''}."
+            )
+
     def _slice(self, name):
         found = self._find(name)
         if found is None:
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}.")
-        return self._files[found].get_slice(found)
+        self._asked.add(found)
+        tensor = self._files[found].get_slice(found)
+        if tensor.get_dtype() not in FLOATS:
+            raise InputError(f"{self.directory}: tensor {found} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}.")
+        return tensor

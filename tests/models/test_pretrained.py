@@ -104,6 +104,27 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
     assert all(part in sentence for part in (name, "(47,)", "(48,)"))
 
 
+def test_a_tensor_without_a_place_is_named(tmp_path):
+    strange = {"bert.encoder.layer.3.output.dense.weight": np.zeros(2, np.float32), "gate": np.zeros(2, np.float32)}
+    assert "tensor bert.encoder.layer.3.output.dense.weight has no place" in refusal(write(tmp_path, TENSORS | strange))
+
+
+def test_heads_of_other_tasks_and_saved_constants_may_lie_beside(reference, tmp_path):
+    names = ("cls.predictions.bias", "lm_head.weight", "qa_outputs.bias", "bert.embeddings.position_ids", "h.0.attn.bias")
+    beside = {name: np.zeros(2, np.float32) for name in names}
+    assert_same(models.from_pretrained(write(tmp_path, TENSORS | beside)), reference)
+
+
+def test_integers_are_no_weights(tmp_path):
+    name = "bert.encoder.layer.1.output.dense.weight"
+    sentence = refusal(write(tmp_path, TENSORS | {name: TENSORS[name].astype(np.int8)}))
+    assert f"tensor {name} is I8, not one of F64, F32, F16, BF16" in sentence
+
+
+def test_a_quantised_checkpoint_is_refused_by_its_method(tmp_path):
+    assert "quantization_config (gptq)" in refusal(write(tmp_path, quantization_config={"quant_method": "gptq"}))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "random", "empty"])
 def test_a_damaged_file_is_named(tmp_path, damage):
     path = write(tmp_path) / "model.safetensors"
