@@ -217,20 +217,26 @@ def merge(model, params, adapter, config):
     merged = {name: value for name, value in params.items() if name != FROZEN_A}
     if "head" in adapter:
         merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter["head"], params["head"])
+    scale = config.alpha / config.rank
     for name, pair in adapter.get("layers", {}).items():
-        delta = (config.alpha / config.rank) * jnp.einsum("lor,lri->lio", pair.b, pair.a)
-        merged["layers"] = _add_at(merged["layers"], model.targets[name].path, delta)
+        merged["layers"] = _add_at(merged["layers"], model.targets[name].path, pair, scale)
     return merged
 
 
-def _add_at(tree, path, delta):
-    """`tree` with `delta` [L', I, O] added to the last L' layers of the kernel at `path`, in float32."""
+def _add_at(tree, path, pair, scale):
+    """`tree` with scale * (B A)^T added to the last layers of the kernel at `path`, in float32, a layer at a time."""
     if path:
-        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], delta)}
+        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], pair, scale)}
     if not isinstance(tree, jax.Array | np.ndarray):
         raise ValueError("an adapter does not merge into quantised matrices: load the base unquantised.")
-    first = tree.shape[0] - delta.shape[0]
-    return tree.at[first:].set((tree[first:].astype(jnp.float32) + delta).astype(tree.dtype))
+    first = tree.shape[0] - pair.b.shape[0]
+
+    def one(layer):
+        kernel, a, b = layer
+        delta = scale * jnp.einsum("or,ri->io", b, a, precision=EXACT)
+        return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+    return tree.at[first:].set(jax.lax.map(one, (tree[first:], pair.a, pair.b)))
 
 
 def count(tree):

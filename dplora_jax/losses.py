@@ -51,7 +51,7 @@ def language_model(model, params, max_targets=None):
 
     Batches may carry `loss_mask` [B, T]: then only the tokens that it marks are targets. A row without targets has loss 0.
     `max_targets` is a public bound on the targets of a row: only so many positions then meet the vocabulary, and a row's targets
-    beyond it do not count.
+    beyond it do not count. Of a masked language model it teaches nothing, since its tokens see those that follow.
     """
     return LanguageModelLoss(model, params, language_model_of_logits, max_targets)
 

@@ -20,12 +20,17 @@ UNUSED = {
     "use_dora": (False, None), "use_rslora": (False, None), "bias": ("none",), "lora_bias": (False, None),
     "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,), "use_qalora": (False, None),
     "use_bdlora": (None, False), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
-    "target_parameters": (None, []),
+    "target_parameters": (None, []), "loftq_config": ({}, None),
+    # How A and B began is of no concern, unless the base's own matrices were changed to make room (PiSSA, OLoRA, ...).
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
-def save(path, model, adapter, config):
-    """Write `adapter` (every A present: see lora.with_frozen_a) of LoraConfig `config` into the directory `path`."""
+def save(path, model, adapter, config, base=None):
+    """Write `adapter` (every A present: see lora.with_frozen_a) of LoraConfig `config` into the directory `path`.
+
+    `base` is the base model's name for others to find it by: a hub id, not a path of this machine.
+    """
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in to_state_dict(model, adapter, config).items()}
@@ -34,7 +39,7 @@ def save(path, model, adapter, config):
     modules = _target_modules(model, adapter.get("layers", {}), first)
     document = {
         "peft_type": "LORA", "task_type": _task_type(model),
-        "base_model_name_or_path": None, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
+        "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
         "target_modules": modules,
         # PEFT refuses layer numbers next to a regular expression, which names the layers itself.
         "layers_to_transform": list(range(first, depth)) if first and isinstance(modules, list) else None,

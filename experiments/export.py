@@ -23,14 +23,10 @@ from dplora_jax.errors import InputError
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
 STALE = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "modules.json",
-    "tokenizer*",
-    "vocab.*",
-    "chat_template*",
-)
-STALE += ("merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+    "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*", "chat_template*", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "modules.json", "1_Pooling/*", "*_Dense/*",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
 UNTOLD = "unknown: nothing beside the adapter tells how it was trained"
 
 
@@ -242,6 +238,9 @@ def _move(draft, out):
     for pattern in STALE:
         for path in out.glob(pattern):
             path.unlink()
+    for folder in filter(pathlib.Path.is_dir, out.glob("*_*")):  # of a sentence model's modules
+        if not any(folder.iterdir()):
+            folder.rmdir()
     for path in sorted(draft.rglob("*")):
         if path.is_file():
             target = out / path.relative_to(draft)

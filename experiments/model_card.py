@@ -1,10 +1,9 @@
 """What an export says of itself: its README.md, and the line that the command ends with."""
 
 import pathlib
-import re
 
 from dplora_jax.models import hf_checkpoint
-from dplora_jax.models.pretrained import HUB_IDS
+from dplora_jax.models.pretrained import hub_id
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 AVERAGED = (
@@ -27,6 +26,18 @@ def _reader(model, document):
     return next((found for end, found in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
 
 
+def of_adapter(model, line):
+    """README.md of a run's own adapter files: what the run ends with, and what reads them as they are meant."""
+    note = f"# LoRA adapter\n\n{line}\n"
+    if hf_checkpoint.averages(model):
+        note += (
+            "\nPEFT loads it, but the base's logits are another classifier's: this one averages the tokens of a text, and "
+            "transformers' own BertForSequenceClassification reads the first token alone. `python -m experiments.export "
+            "--workdir=...` writes a sentence-transformers directory whose `encode` gives these logits.\n"
+        )
+    return note
+
+
 def closing_line(job, model, document):
     """What was written and how it is read, on a line; before it, for a mean-pooled classifier, why it is what it is."""
     reader, _ = _reader(model, document)
@@ -42,7 +53,7 @@ def closing_line(job, model, document):
 
 def text(job, model, document, config, labels):
     """README.md: the base, the method, each client's budget, the labels and the release mark."""
-    averaged, base = hf_checkpoint.averages(model), _hub_id(job.model)
+    averaged, base = hf_checkpoint.averages(model), hub_id(job.model)
     library = "sentence-transformers" if averaged else "transformers"
     head = [f"library_name: {library}", f"pipeline_tag: {_reader(model, document)[1]}"]
     head += [f"base_model: {base}"] if base else []
@@ -93,9 +104,3 @@ def _run_facts(run):
 
 def _number(epsilon):
     return epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
-
-
-def _hub_id(name):
-    """The hub's name of the base, or None: a path on someone's machine is no business of a reader's."""
-    known = HUB_IDS.get(str(name), str(name))
-    return known if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", known) and not pathlib.Path(known).exists() else None

@@ -59,7 +59,9 @@ def stored_config(workdir, config):
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: restore it, or start a new --workdir.") from None
     now = plain(dataclasses.asdict(config))
-    differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != stored.get(name)]
+    # A flag that a later version added was at its default when this run began.
+    began = {field.name: plain(field.default) for field in dataclasses.fields(config)} | stored
+    differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != began[name]]
     if differ:
         raise InputError(
             f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir."

@@ -199,6 +199,8 @@ def refusal(classifier, path):
         ("use_rslora", True),
         ("bias", "all"),
         ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("loftq_config", {"loftq_bits": 4}),
         ("rank_pattern", {"query": 2}),
         ("alpha_pattern", {"query": 2}),
         ("modules_to_save", ["classifier", "pooler"]),

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import Target, Weight, activation, refuse_unsupported, sizes
+from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attended, attention, run_layers, split_heads
 
 
@@ -117,8 +117,9 @@ class Bert:
         x = self._layers(params, x.astype(self.dtype), mask, slice(self.start, None), adapter.get("layers"))
         if c.num_labels is None:
             x = Transform(c).apply({"params": params["mlm"]["transform"]}, x)
-            logits = jnp.einsum("btd,vd->btv", x, params["embed"]["word"].astype(x.dtype))
-            return logits.astype(jnp.float32) + params["mlm"]["bias"].astype(jnp.float32)
+            vocabulary = params["embed"]["word"].astype(x.dtype)
+            logits = jnp.einsum("btd,vd->btv", x, vocabulary, preferred_element_type=jnp.float32)
+            return logits + params["mlm"]["bias"].astype(jnp.float32)
         return lora.head(self._pool(params, x, mask), adapter.get("head", params["head"]))
 
     def prefix(self, params, batch, layers):
@@ -217,8 +218,8 @@ def from_config(hf, num_labels, pooling, normalize):
         hf,
         {
             "position_embedding_type": (None, "absolute"),
-            "is_decoder": (False,),
-            "add_cross_attention": (False,),
+            "is_decoder": (False, None),
+            "add_cross_attention": (False, None),
             "tie_word_embeddings": (True,),
         },
     )
@@ -230,5 +231,5 @@ def from_config(hf, num_labels, pooling, normalize):
         raise InputError(f"config.json: hidden_size={width} is no multiple of num_attention_heads={num_heads}.")
     return BertConfig(
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments,
-        activation(hf, "hidden_act", "gelu"), hf.get("layer_norm_eps", 1e-12), num_labels, pooling, normalize,
+        activation(hf, "hidden_act", "gelu"), number(hf, "layer_norm_eps", 1e-12), num_labels, pooling, normalize,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.models import chatglm_shared
 from dplora_jax.models.chatglm_shared import Chatglm, frequencies
 from dplora_jax.models.decoder import remember
-from dplora_jax.models.family import Weight, refuse_unsupported, sizes
+from dplora_jax.models.family import Weight, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, rotate_halves, rotation, split_heads
 
 # Residuals grow by sqrt(2 layers), of 28 layers whatever the depth: the published code never tells a block of another.
@@ -151,5 +151,5 @@ def from_config(hf):
         raise InputError(f"config.json: hidden_size={width} is no multiple of 4 num_attention_heads={num_heads}.")
     return GlmConfig(
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions, start, gmask, mask,
-        hf.get("layernorm_epsilon", 1e-5),
+        number(hf, "layernorm_epsilon", 1e-5),
     )  # fmt: skip

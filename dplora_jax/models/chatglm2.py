@@ -13,7 +13,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.models import chatglm_shared
 from dplora_jax.models.chatglm_shared import Chatglm, frequencies
 from dplora_jax.models.decoder import remember
-from dplora_jax.models.family import Weight, refuse_unsupported, sizes
+from dplora_jax.models.family import Weight, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import Dense, RMSNorm, attention, rotate_pairs, rotation, split_heads
 
 
@@ -124,5 +124,5 @@ def from_config(hf):
         )
     return Glm2Config(
         vocab_size, width, num_layers, num_heads, num_kv_heads, head_width, mlp_width, max_positions,
-        hf.get("layernorm_epsilon", 1e-5), hf.get("add_qkv_bias", False),
+        number(hf, "layernorm_epsilon", 1e-5), hf.get("add_qkv_bias", False),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.layers import ACTIVATIONS
@@ -49,15 +50,24 @@ def refuse_unsupported(hf, allowed):
 def sizes(hf, *names):
     """The whole numbers above 0 that config.json `hf` gives for `names`; InputError where one lacks or is no such number."""
     for name in names:
-        if not isinstance(hf.get(name), int) or hf[name] < 1:
+        if not isinstance(hf.get(name), int) or isinstance(hf[name], bool) or hf[name] < 1:
             raise InputError(f"config.json: {name}={hf.get(name)!r} must be a whole number above 0.")
     return [hf[name] for name in names]
+
+
+def number(hf, name, default):
+    """The number above 0 that config.json `hf` gives under `name`; InputError where it is another thing."""
+    value = hf.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"config.json: {name}={value!r} must be a finite number above 0.")
+    return value
 
 
 def activation(hf, name, default):
     """The activation that config.json `hf` gives under `name`; InputError where it is not known."""
     value = hf.get(name) or default
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise InputError(f"config.json: {name}={value!r} is not supported; known: {', '.join(ACTIVATIONS)}.")
     return value
 

@@ -250,8 +250,9 @@ def config(path):
             raise InputError(f"{path}: {name}.{key}={header.size(key)} must be the width of a head, {head_dim}.")
     if "token_embd.weight" not in header.tensors:
         raise InputError(f"{path}: the checkpoint has no tensor token_embd.weight.")
+    window = header.metadata.get(f"{name}.attention.sliding_window") or None
     return {
-        "model_type": name,
+        "model_type": "mistral" if name == "llama" and window else name,  # llama.cpp has one name for both
         "vocab_size": header.tensors["token_embd.weight"][1][0],
         "hidden_size": width,
         "intermediate_size": header.size("feed_forward_length"),
@@ -267,7 +268,7 @@ def config(path):
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
-        "sliding_window": header.metadata.get(f"{name}.attention.sliding_window") or None,
+        "sliding_window": window,
         **{f"{token}_token_id": header.special(token) for token in ("bos", "eos", "pad")},
     }
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Target, Weight, activation, refuse_unsupported, sizes
+from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, split_heads
 
 
@@ -143,15 +143,16 @@ class Gpt2(Decoder):
 
 def from_config(hf, num_labels):
     """Gpt2Config from Hugging Face's `config.json` (a dict); refuses by name what is not implemented."""
-    refuse_unsupported(hf, {"add_cross_attention": (False,)})
+    refuse_unsupported(hf, {"add_cross_attention": (False, None)})
     vocab_size, width, num_layers, num_heads, max_positions = sizes(
         hf, "vocab_size", "n_embd", "n_layer", "n_head", "n_positions"
     )
+    (mlp_width,) = sizes({"n_inner": hf.get("n_inner") or 4 * width}, "n_inner")
     if width % num_heads:
         raise InputError(f"config.json: n_embd={width} is no multiple of n_head={num_heads}.")
     return Gpt2Config(
-        vocab_size, width, num_layers, num_heads, hf.get("n_inner") or 4 * width, max_positions,
-        activation(hf, "activation_function", "gelu_new"), hf.get("layer_norm_epsilon", 1e-5),
+        vocab_size, width, num_layers, num_heads, mlp_width, max_positions,
+        activation(hf, "activation_function", "gelu_new"), number(hf, "layer_norm_epsilon", 1e-5),
         hf.get("scale_attn_weights", True), hf.get("scale_attn_by_inverse_layer_idx", False),
         hf.get("tie_word_embeddings", True), num_labels,
     )  # fmt: skip

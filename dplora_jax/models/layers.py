@@ -85,7 +85,7 @@ def attention(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxTxS, scale=None):
     q = rearrange(q_BxTxHxK, "b t (g h) k -> b g h t k", g=groups)
     k, v = (rearrange(x, "b s g k -> b g s k") for x in (k_BxSxGxK, v_BxSxGxK))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("bghtk,bgsk->bghts", q, k).astype(jnp.float32) * scale
+    scores = jnp.einsum("bghtk,bgsk->bghts", q, k, preferred_element_type=jnp.float32) * scale
     # A finite floor: a row with nothing to attend then gets uniform weights instead of nan.
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("bghts,bgsk->bghtk", jax.nn.softmax(scores).astype(v.dtype), v)

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Target, Weight, activation, refuse_unsupported, sizes
+from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, attention, rotate_halves, rotation, split_heads
 
 
@@ -136,27 +136,39 @@ def from_config(hf, num_labels):
     implemented."""
     kind = hf["model_type"]
     refuse_unsupported(hf, {"partial_rotary_factor": (None, 1, 1.0), "use_sliding_window": (False, None)})
+    if kind != "llama":  # which has no such biases
+        refuse_unsupported(
+            hf, {"mlp_bias": (False, None)} | ({"attention_bias": (False, None)} if kind == "mistral" else {})
+        )
     width, num_layers, num_heads, mlp_width, vocab_size, max_positions = sizes(
         hf, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
         "max_position_embeddings",
     )  # fmt: skip
-    num_kv_heads = hf.get("num_key_value_heads") or num_heads
-    head_width = hf.get("head_dim") or width // num_heads
+    (num_kv_heads,) = sizes(
+        {"num_key_value_heads": num_heads} | _given(hf, "num_key_value_heads"), "num_key_value_heads"
+    )
+    (head_width,) = sizes({"head_dim": width // num_heads} | _given(hf, "head_dim"), "head_dim")
     if num_heads % num_kv_heads or head_width % 2 or (not hf.get("head_dim") and width % num_heads):
         raise InputError(
             f"config.json: {num_heads} heads do not go into hidden_size={width} or over num_key_value_heads={num_kv_heads}."
         )
     # Qwen2's file names a window that only `use_sliding_window` (refused above) would turn on.
-    window = hf.get("sliding_window") if kind == "mistral" else None
+    window = hf.get("sliding_window", 4096) if kind == "mistral" else None  # transformers' own default
+    if window is not None:
+        sizes(hf | {"sliding_window": window}, "sliding_window")
     own = "sliding_attention" if window else "full_attention"
     if set(hf.get("layer_types") or [own]) != {own}:
         raise InputError(f"config.json: layer_types={hf['layer_types']} is not supported, only {own} in every layer.")
     return LlamaConfig(
         vocab_size, width, num_layers, num_heads, num_kv_heads, head_width, mlp_width, max_positions,
-        frequencies(hf, head_width), activation(hf, "hidden_act", "silu"), hf.get("rms_norm_eps", 1e-6),
-        hf.get("attention_bias", kind == "qwen2"), hf.get("attention_bias", False) and kind == "llama",
-        hf.get("mlp_bias", False), window, hf.get("tie_word_embeddings", False), num_labels,
+        frequencies(hf, head_width), activation(hf, "hidden_act", "silu"), number(hf, "rms_norm_eps", 1e-6),
+        kind == "qwen2" or bool(hf.get("attention_bias")), kind == "llama" and bool(hf.get("attention_bias")),
+        bool(hf.get("mlp_bias")), window, bool(hf.get("tie_word_embeddings")), num_labels,
     )  # fmt: skip
+
+
+def _given(hf, name):
+    return {} if hf.get(name) is None else {name: hf[name]}
 
 
 def frequencies(hf, head_width):
@@ -166,8 +178,10 @@ def frequencies(hf, head_width):
     `dynamic` is refused: it looks at the longest row of a batch, and no row may see another. Raises InputError on others.
     """
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise InputError(f"config.json: the rope scaling {scaling!r} is no set of options.")
     refuse_unsupported(scaling, {"partial_rotary_factor": (None, 1, 1.0)})  # where transformers 5 writes it
-    theta = scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    theta = number(_given(hf, "rope_theta") | _given(scaling, "rope_theta"), "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     base = [theta ** (-2 * i / head_width) for i in range(head_width // 2)]
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,12 @@ def locate(name_or_path):
     return _from_hub(HUB_IDS.get(short, str(name_or_path)), name_or_path)
 
 
+def hub_id(name_or_path):
+    """The hub's name of a model, for others to find it by; None of a path: that is no business of theirs."""
+    name = HUB_IDS.get(str(name_or_path), str(name_or_path))
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not pathlib.Path(name).exists() else None
+
+
 def _from_hub(hub_id, name):
     """Download a model's small set of files through the hub's own cache."""
     import huggingface_hub
@@ -89,7 +96,7 @@ def build(hf, checkpoint, num_labels, dtype):
     if hf.get("quantization_config"):
         method = dict(hf["quantization_config"]).get("quant_method")
         raise InputError(
-            f"{checkpoint.directory}: config.json: quantization_config ({method}) is not supported: give the model's own weights, "
+            f"{checkpoint.directory}: config.json: quantization_config ({method}) is not supported: give unquantised weights, "
             "and quantize them here (int8 or nf4)."
         )
     if kind == "bert":

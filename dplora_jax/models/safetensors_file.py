@@ -80,5 +80,7 @@ class SafetensorsCheckpoint:
         self._asked.add(found)
         tensor = self._files[found].get_slice(found)
         if tensor.get_dtype() not in FLOATS:
-            raise InputError(f"{self.directory}: tensor {found} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}.")
+            raise InputError(
+                f"{self.directory}: tensor {found} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}."
+            )
         return tensor

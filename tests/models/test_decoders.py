@@ -14,7 +14,7 @@ from conftest import GOLDEN
 
 from dplora_jax import lora, models
 from dplora_jax.errors import InputError
-from dplora_jax.models import layers, pretrained
+from dplora_jax.models import layers, llama, pretrained
 from dplora_jax.models.chatglm import Glm
 from dplora_jax.models.chatglm2 import Glm2
 from dplora_jax.models.decoder import Decoder
@@ -272,6 +272,13 @@ def refusal(tmp_path, name, changes=(), **options):
         (LLAMA, {"head_dim": None, "num_attention_heads": 5}, "5 heads"),
         (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ("variants/qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        (LLAMA, {"num_key_value_heads": "2"}, "num_key_value_heads='2'"),
+        (LLAMA, {"rope_parameters": [1]}, "rope scaling [1]"),
+        (LLAMA, {"rope_parameters": None, "rope_theta": "1e4"}, "rope_theta='1e4'"),
+        (LLAMA, {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
+        ("variants/qwen2", {"mlp_bias": True}, "mlp_bias=True"),
+        (WINDOW, {"attention_bias": True}, "attention_bias=True"),
+        (WINDOW, {"sliding_window": 0}, "sliding_window=0"),
         (WINDOW, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types="),
         (GLM, {"position_encoding_2d": False}, "position_encoding_2d=False"),
         (GLM, {"num_attention_heads": 5}, "num_attention_heads=5"),
@@ -283,6 +290,17 @@ def refusal(tmp_path, name, changes=(), **options):
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, name, changes, words):
     assert words in refusal(tmp_path, name, changes)
+
+
+def test_what_a_config_leaves_unsaid_is_what_transformers_takes():
+    sizes = dict.fromkeys(("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"), 8)
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 9}
+    mistral, qwen2 = (llama.from_config(sizes | {"model_type": name}, None) for name in ("mistral", "qwen2"))
+    assert mistral.window == 4096
+    assert not mistral.qkv_bias
+    assert qwen2.qkv_bias
+    assert not qwen2.output_bias
+    assert qwen2 == llama.from_config(sizes | {"model_type": "qwen2", "attention_bias": False}, None)
 
 
 def test_the_two_chatglm_generations_are_told_apart_by_their_keys_and_neither_classifies(tmp_path):

@@ -136,6 +136,11 @@ def test_the_metadata_become_a_config(tmp_path):
     }  # fmt: skip
 
 
+def test_a_llama_file_with_a_window_is_a_mistral(tmp_path):
+    config = gguf_file.config(write(tmp_path / "m.gguf", **{"llama.attention.sliding_window": 64}))
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 64)
+
+
 def test_what_the_file_sets_stands_in_the_config(tmp_path):
     tensors = TENSORS | {"output.weight": normal(WORDS, WIDTH), "blk.0.attn_q.bias": normal(WIDTH)}
     tensors |= {"blk.0.ffn_gate.bias": normal(MLP)}

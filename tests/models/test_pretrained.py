@@ -14,6 +14,7 @@ from hub_stand_in import UNREACHABLE, run_python, stand_in
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
+from dplora_jax.models import pretrained
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CLASSIFIER = GOLDEN / "bert_tiny_classifier"
@@ -110,7 +111,13 @@ def test_a_tensor_without_a_place_is_named(tmp_path):
 
 
 def test_heads_of_other_tasks_and_saved_constants_may_lie_beside(reference, tmp_path):
-    names = ("cls.predictions.bias", "lm_head.weight", "qa_outputs.bias", "bert.embeddings.position_ids", "h.0.attn.bias")
+    names = (
+        "cls.predictions.bias",
+        "lm_head.weight",
+        "qa_outputs.bias",
+        "bert.embeddings.position_ids",
+        "h.0.attn.bias",
+    )
     beside = {name: np.zeros(2, np.float32) for name in names}
     assert_same(models.from_pretrained(write(tmp_path, TENSORS | beside)), reference)
 
@@ -307,6 +314,14 @@ def test_the_hub_says_that_a_model_does_not_exist(tmp_path):
         done = run_python(code, HF_HOME=tmp_path, HF_ENDPOINT=endpoint)
     assert len(done.stdout.splitlines()) == 1, done.stderr
     assert "RepositoryNotFoundError" in done.stdout
+
+
+def test_a_models_public_name_is_never_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path / "some").parent)
+    write(tmp_path / "some" / "model")
+    assert pretrained.hub_id("all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert pretrained.hub_id("someone/tiny-bert") == "someone/tiny-bert"
+    assert [pretrained.hub_id(path) for path in ("some/model", "some", tmp_path, "/etc/x", "m.gguf")] == [None] * 5
 
 
 def test_the_tokenizer_pads_to_the_right_without_torch(tiny_bert, tmp_path):

@@ -1,0 +1,15 @@
+"""What adapter files say of themselves."""
+
+import dataclasses
+
+from dplora_jax.models import bert, gpt2
+from experiments import model_card
+
+POOLED = bert.Bert(bert.BertConfig(9, 4, 1, 2, 8, 6, 2, num_labels=3))
+AVERAGED = dataclasses.replace(POOLED, config=dataclasses.replace(POOLED.config, pooling="mean"))
+
+
+def test_only_a_mean_pooled_classifiers_adapter_says_that_transformers_pools_otherwise():
+    assert "reads the first token alone" in model_card.of_adapter(AVERAGED, "the end")
+    for model in (POOLED, gpt2.Gpt2(gpt2.Gpt2Config(9, 4, 1, 2, 8, 6))):
+        assert model_card.of_adapter(model, "the end") == "# LoRA adapter\n\nthe end\n"
