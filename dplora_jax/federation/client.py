@@ -52,6 +52,13 @@ class LocalConfig:
     quantile_rate: float = 0.2
     bands: int = 1
 
+    def __post_init__(self):
+        if self.local_steps % self.bands or (self.bands > 1 and self.adaptive):
+            raise ValueError(
+                f"bands ({self.bands}) must divide local_steps ({self.local_steps}), and be 1 with adaptive clipping: the noise "
+                "is accounted as of one scale, over whole turns of the parts."
+            )
+
     @property
     def adaptive(self):
         """Whether each client's clip norm moves."""
