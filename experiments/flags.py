@@ -257,6 +257,10 @@ def _variants(config, trust):
         f"--clipping=adaptive and --noise=banded are mechanisms of each client's own: --trust={trust} has none.",
     )
     yield (
+        trust != "client" or config.clipping == "flat",
+        f"--clipping={config.clipping} is of examples: --trust=client clips whole updates.",
+    )
+    yield (
         not (adaptive and banded),
         "--clipping=adaptive and --noise=banded exclude each other: correlated noise is of one scale.",
     )
