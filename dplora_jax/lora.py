@@ -131,7 +131,8 @@ def _column(bias):
 
 
 def with_slots(adapter, slots):
-    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of factors [B]."""
+    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of factors [B] (for a leaf
+    stacked over layers, also [B, L])."""
 
     def under_layers(leaf, slot):
         if slot.ndim == 1:
@@ -141,6 +142,24 @@ def with_slots(adapter, slots):
     return {
         part: jax.tree.map(under_layers if part == "layers" else PerRow, adapter[part], slots[part]) for part in adapter
     }
+
+
+def groups(tree):
+    """Which parts a tree like an adapter has: each adapted matrix of each layer (its A and B together), and the head ->
+    (how many, the tree of each leaf's part: a slice of parts, one a layer, for a leaf stacked over layers, else a number).
+    Every other tree's parts are its top-level ones."""
+    first, count = {}, 0
+
+    def part(path, leaf):
+        nonlocal count
+        stacked = path[:1] == (jax.tree_util.DictKey("layers"),)
+        name, size = (path[:2], leaf.shape[0]) if stacked else (path[:1], 1)
+        if name not in first:
+            first[name], count = count, count + size
+        return slice(first[name], first[name] + size) if stacked else first[name]
+
+    parts = jax.tree_util.tree_map_with_path(part, tree)
+    return count, parts
 
 
 def init(key, model, params, config):

@@ -76,6 +76,22 @@ class RunConfig:
     clip_norm: float = flag(
         1.0, "L2 norm to which each example's gradient is clipped; inf, with --trust=none, clips nothing"
     )
+    clipping: str = flag(
+        "flat",
+        "flat: each example's whole gradient to clip_norm; per_layer: each matrix's to its share; automatic: every gradient "
+        "scaled to about clip_norm; adaptive: clip_norm follows a privately estimated quantile of the norms",
+    )
+    clip_quantile: float = flag(
+        0.5, "--clipping=adaptive: the share of gradients that the clip norm should leave whole"
+    )
+    clip_rate: float = flag(0.2, "--clipping=adaptive: how fast the clip norm moves, in logarithms a step")
+    count_noise_multiplier: float | None = flag(
+        None, "--clipping=adaptive: std of the noise on the count within the clip norm; default: chosen for each client"
+    )
+    noise: str = flag(
+        "independent", "independent: in each local step; banded: correlated over the local steps of a round"
+    )
+    bands: int | None = flag(None, "--noise=banded: how many steps' noise is correlated; default: local_steps")
     client_optimizer: str = flag("sgd", "sgd or adam, fresh in every round")
     client_lr: float = flag(0.3, "learning rate of the adapter matrices")
     head_lr: float | None = flag(None, "learning rate of the classification head; default: client_lr")
@@ -172,7 +188,7 @@ def resolve(config):
         budget = sigma = None
     elif budget is None and sigma is None:
         raise InputError("--trust=local needs --epsilon or --noise_multiplier; --trust=none runs without privacy.")
-    for ok, sentence in _ranges(config, trust, budget, sigma):
+    for ok, sentence in [*_ranges(config, trust, budget, sigma), *_variants(config, trust)]:
         if not ok:
             raise InputError(sentence)
     if config.dtype not in ("float32", "bfloat16"):
@@ -184,7 +200,10 @@ def resolve(config):
             "--prompt_column and --answer_column need a language model; this version trains classifiers alone."
         )
     head_lr = config.client_lr if config.head_lr is None else config.head_lr
-    return dataclasses.replace(config, trust=trust, epsilon=budget, noise_multiplier=sigma, head_lr=head_lr)
+    bands = (config.bands or config.local_steps) if config.noise == "banded" else None
+    return dataclasses.replace(
+        config, trust=trust, epsilon=budget, noise_multiplier=sigma, head_lr=head_lr, bands=bands
+    )
 
 
 def _ranges(config, trust, budget, sigma):
@@ -220,3 +239,39 @@ def _ranges(config, trust, budget, sigma):
         f"--client_optimizer={config.client_optimizer} is not known: sgd or adam.",
     )
     yield config.head_only or config.target_list, "--targets is empty: --head_only trains a head alone."
+
+
+def _variants(config, trust):
+    """(holds, what to say if not) for the flags of clipping and noise."""
+    adaptive, banded, steps = config.clipping == "adaptive", config.noise == "banded", config.local_steps
+    bands = steps if config.bands is None else config.bands
+    known = ("flat", "per_layer", "automatic", "adaptive")
+    yield config.clipping in known, f"--clipping={config.clipping} is not known: {', '.join(known)}."
+    yield config.noise in ("independent", "banded"), f"--noise={config.noise} is not known: independent or banded."
+    yield (
+        config.clipping == "flat" or math.isfinite(config.clip_norm),
+        f"--clipping={config.clipping} needs a finite --clip_norm.",
+    )
+    yield (
+        trust in ("local", "none") or not (adaptive or banded),
+        f"--clipping=adaptive and --noise=banded are mechanisms of each client's own: --trust={trust} has none.",
+    )
+    yield (
+        trust != "client" or config.clipping == "flat",
+        f"--clipping={config.clipping} is of examples: --trust=client clips whole updates.",
+    )
+    yield (
+        not (adaptive and banded),
+        "--clipping=adaptive and --noise=banded exclude each other: correlated noise is of one scale.",
+    )
+    yield 0 < config.clip_quantile < 1, f"--clip_quantile={config.clip_quantile} must lie between 0 and 1."
+    yield 0 < config.clip_rate < math.inf, f"--clip_rate={config.clip_rate} must be a number above 0."
+    count = config.count_noise_multiplier
+    yield count is None or adaptive, "--count_noise_multiplier belongs to --clipping=adaptive."
+    yield count is None or 0 < count < math.inf, f"--count_noise_multiplier={count} must be a number above 0."
+    yield config.bands is None or banded, "--bands belongs to --noise=banded."
+    yield not banded or trust != "none", "--noise=banded is noise, and --trust=none has none."
+    yield (
+        not banded or (bands > 1 and steps % bands == 0),
+        f"--noise=banded needs --local_steps and --bands of 2 or more, bands dividing local_steps ({steps}).",
+    )

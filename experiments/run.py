@@ -97,6 +97,8 @@ def train(job):
             state, shown, seconds = _dispatch(job, state, rounds, attempt)
             done = rounds[1] - 1
             fresh = _lines(job, rounds, seconds)
+            if len(state.clip_norms):
+                fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
                 fresh[-1] |= job.prepared.evaluate(_released(job, state))
             lines = [*lines, *fresh]

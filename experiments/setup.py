@@ -75,12 +75,16 @@ def prepare(config, stored=None):
         placement.capacity,
         microbatch=config.microbatch,
         private=config.private,
+        clipping=config.clipping,
+        quantile=config.clip_quantile,
+        quantile_rate=config.clip_rate,
+        bands=config.bands or 1,
     )
     client_optimizer, server_optimizer = optimizers(config)
     federation = round.Federation(
         model, losses.classification, local, client_optimizer, server_optimizer, config.ema, wave
     )
-    state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
+    state = jax.device_put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
     facts = _facts(config, corpus, sizes, mechanisms, model, adapter, grid)
     if config.private and not all(math.isfinite(client["epsilon"]) for client in facts["clients"]):
@@ -129,13 +133,18 @@ def _mechanisms(config, sizes, stored):
                 f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
                 "planned for; restore them, or start a new --workdir."
             )
-        return [
-            accounting.Mechanism(c["records"], c["sampling_rate"], c["capacity"], c["noise_multiplier"]) for c in rows
-        ]
+        names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
+        return [accounting.Mechanism(**{name: row[name] for name in names if name in row}) for row in rows]
     steps = config.rounds * config.local_steps
+    variant = {
+        "adaptive": config.clipping == "adaptive",
+        "count_noise": config.count_noise_multiplier,
+        "bands": config.bands or 1,
+    }
     if config.epsilon is not None:
-        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta)
-    return accounting.with_noise(sizes, config.expected_batch_size, steps, config.noise_multiplier or 0.0, config.delta)
+        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **variant)
+    sigma = config.noise_multiplier or 0.0
+    return accounting.with_noise(sizes, config.expected_batch_size, steps, sigma, config.delta, **variant)
 
 
 def _adapter(config, model, params):
@@ -244,7 +253,7 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
         for k, (m, e) in enumerate(zip(mechanisms, spent, strict=True))
     ]
     method = [
-        f"DP-LoRA (arXiv 2312.17493), per-example clipping at L2 norm {config.clip_norm:g}"
+        f"DP-LoRA (arXiv 2312.17493), per-example clipping {_clipping(config)}"
         if config.private
         else "Federated LoRA, no noise",
         "FedAvg weighted by n_k / n",
@@ -252,6 +261,11 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
         if config.head_only
         else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
     ]
+    if config.noise == "banded":
+        method.append(
+            f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
+            f"each of them on its own {config.bands}th of a client's records"
+        )
     method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
     bytes_sent, bytes_full = 4 * sent, 4 * full
     return {
@@ -282,6 +296,17 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
         "accounting": "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian "
         "mechanism; neighbours differ in one record, replaced by a null record.",
     }
+
+
+def _clipping(config):
+    """How gradients are clipped, in words."""
+    return {
+        "flat": f"at L2 norm {config.clip_norm:g}",
+        "per_layer": f"of each adapted matrix and the head apart, at L2 norm {config.clip_norm:g} in all",
+        "automatic": f"by normalising to L2 norm {config.clip_norm:g} (automatic clipping, Bu et al. 2023)",
+        "adaptive": f"at a norm that follows a private estimate of the {config.clip_quantile:g} quantile of norms, from "
+        f"{config.clip_norm:g} on (Andrew et al. 2021)",
+    }[config.clipping]
 
 
 def _release(config):

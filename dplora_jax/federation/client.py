@@ -4,22 +4,22 @@ Letters: B rows of the padded batch, K clients, N records on a device.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dplora_jax.privacy import clipping, noise, sampling
+from dplora_jax.privacy import adaptive, clipping, noise, sampling
 
 
 class Client(NamedTuple):
     """What the program knows of a client, all public; each field is [K] where clients are stacked.
 
     Its records are rows `offset` to `offset + size` of its device's arrays. `join_below` is `sampling.threshold` of its rate,
-    `capacity` the rows it may fill, `divisor` its expected batch size q n, `noise_std` sigma * clip_norm, and `weight` its
-    share of the mean. A padding client has size 0, weight 0 and divisor 1.
+    `capacity` the rows it may fill, `divisor` its expected batch size q n, `noise_std` sigma * clip_norm, `weight` its share
+    of the mean, and `count_std` the noise on its centred count (adaptive clipping). A padding client has size 0, weight 0 and
+    divisor 1.
     """
 
     offset: Any
@@ -29,13 +29,16 @@ class Client(NamedTuple):
     divisor: Any
     noise_std: Any
     weight: Any
+    count_std: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
     """The static part of a local step. `records` and `capacity` are the largest of any client; `private` False is trust mode
     `none`: no noise, and no clipping when `clip_norm` is infinite. `microbatch` rows are held in memory at a time
-    (None = all)."""
+    (None = all). `clipping` is a mode of `clipped_grad_sum`, or "adaptive": flat, at a clip norm that each client moves towards
+    the `quantile` of its norms at rate `quantile_rate`, from `clip_norm` on. With `bands` above 1, the noise of a round's steps
+    is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`."""
 
     local_steps: int
     clip_norm: float
@@ -44,60 +47,121 @@ class LocalConfig:
     form: str = "auto"
     microbatch: int | None = None
     private: bool = True
+    clipping: str = "flat"
+    quantile: float = 0.5
+    quantile_rate: float = 0.2
+    bands: int = 1
+
+    def __post_init__(self):
+        if self.local_steps % self.bands or (self.bands > 1 and self.adaptive):
+            raise ValueError(
+                f"bands ({self.bands}) must divide local_steps ({self.local_steps}), and be 1 with adaptive clipping: the noise "
+                "is accounted as of one scale, over whole turns of the parts."
+            )
+
+    @property
+    def adaptive(self):
+        """Whether each client's clip norm moves."""
+        return self.clipping == "adaptive"
 
 
 class Trace(NamedTuple):
     """What a local step can show of itself, for tests and for `private/` only; [local_steps] each, stacked by `update`.
 
-    `released` is the noisy mean gradient that the optimizer saw (public in mode `local`); the others are private.
+    `released` is the noisy mean gradient that the optimizer saw (public in mode `local`), and `count` the noisy centred count
+    of adaptive clipping, else () (public too); the others are private.
     """
 
     released: Any
     loss: Any
     clip_fraction: Any
     sampled: Any
+    count: Any = ()
 
 
-def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Client, keys):
-    """Run a client's local steps from the global `adapter` -> (upload, Trace).
+def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Client, keys, clip_norm=()):
+    """Run a client's local steps from the global `adapter` -> (upload, Trace, clip norm of the next round).
 
-    `data` is a dict of [N, ...] arrays, `keys` {purpose: uint32 [4, 2]} of this client and round. The upload is the adapter's
-    change. The optimizer's state lives for this call (DP-LoRA, Liu et al. 2023, algorithm 1, with per-example clipping).
+    `data` is a dict of [N, ...] arrays, `keys` {purpose: uint32 [4, 2]} of this client and round, `clip_norm` the client's own
+    under adaptive clipping, else (). The upload is the adapter's change. The optimizer's state lives for this call (DP-LoRA,
+    Liu et al. 2023, algorithm 1, with per-example clipping).
     """
+    memory = noise.banded(config.local_steps, config.bands).init_multiply(adapter) if config.bands > 1 else ()
 
     def step(carry, index):
-        params, state = carry
-        grad, trace = _noisy_mean_gradient(loss_fn, config, data, params, client, keys, index)
+        params, state, clip_norm, memory = carry
+        grad, clip_norm, memory, trace = _noisy_mean_gradient(
+            loss_fn, config, data, params, client, keys, index, clip_norm, memory
+        )
         updates, state = optimizer.update(grad, state, params)
-        return (optax.apply_updates(params, updates), state), trace
+        return (optax.apply_updates(params, updates), state, clip_norm, memory), trace
 
-    (params, _), traces = jax.lax.scan(step, (adapter, optimizer.init(adapter)), jnp.arange(config.local_steps))
-    return jax.tree.map(jnp.subtract, params, adapter), traces
+    start = adapter, optimizer.init(adapter), clip_norm, memory
+    (params, _, clip_norm, _), traces = jax.lax.scan(step, start, jnp.arange(config.local_steps))
+    return jax.tree.map(jnp.subtract, params, adapter), traces, clip_norm
 
 
-def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index):
-    """(clipped sum + noise) / the public expected batch size, and what to show of it."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][0], impl="threefry2x32"), index)
-    rows, weights = sampling.poisson(
-        key, client.size, client.join_below, client.capacity, config.records, config.capacity
-    )
+def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, moving, memory):
+    """(clipped sum + noise) / the public expected batch size, the next clip norm and noise memory, and what to show of it."""
+    rows, weights = _sample(config, client, keys, index)
     batch = {name: array[client.offset + rows] for name, array in data.items()}
-    grad_sum, norms, losses = _in_microbatches(loss_fn, config, adapter, batch, weights)
+    clip_norm = moving if config.adaptive else config.clip_norm
+    grad_sum, norms, losses = _in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights)
+    count = adaptive.centred_count(norms, clip_norm, weights) if config.adaptive else ()
     if config.private:
-        grad_sum = noise.add(grad_sum, noise.gaussian(keys["noise"], grad_sum, client.noise_std, index))
+        (grad_sum, count), memory = _add_noise(config, (grad_sum, count), client, keys, index, clip_norm, memory)
+    if config.adaptive:
+        moving = adaptive.next_norm(clip_norm, count, client.divisor, config.quantile, config.quantile_rate)
     released = jax.tree.map(lambda g: g / client.divisor, grad_sum)
     sampled = weights.sum()
-    count = jnp.maximum(sampled, 1)
-    clipped = ((norms > config.clip_norm) & (weights > 0)).sum() / count
-    return released, Trace(released, jnp.where(weights > 0, losses, 0).sum() / count, clipped, sampled)
+    shown = jnp.maximum(sampled, 1)
+    clipped = ((norms > clip_norm) & (weights > 0)).sum() / shown
+    trace = Trace(released, jnp.where(weights > 0, losses, 0).sum() / shown, clipped, sampled, count)
+    return released, moving, memory, trace
 
 
-def _in_microbatches(loss_fn, config, adapter, batch, weights):
+def _sample(config, client, keys, index):
+    """Which of the client's records join local step `index`: (rows within the client [capacity], weights of 0 or 1)."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][0], impl="threefry2x32"), index)
+    part = lambda size: (size + config.bands - 1) // config.bands  # noqa: E731
+    rows, weights = sampling.poisson(
+        key, part(client.size), client.join_below, client.capacity, part(config.records), config.capacity
+    )
+    if config.bands == 1:
+        return rows, weights
+    rows = rows * config.bands + index % config.bands
+    inside = rows < client.size  # a part one record short is filled up with a null record
+    return jnp.where(inside, rows, 0), weights * inside
+
+
+def _add_noise(config, sums, client, keys, index, clip_norm, memory):
+    """(grad_sum, count) plus their noise, and the memory of correlated noise."""
+    grad_sum, count = sums
+    if config.adaptive:  # one draw for both: the count is a leaf of its own
+        drawn, of_count = noise.gaussian(keys["noise"], sums, 1.0, index)
+        std = client.noise_std * (clip_norm / config.clip_norm)
+        return (
+            noise.add(grad_sum, jax.tree.map(lambda x: std * x, drawn)),
+            count + client.count_std * of_count,
+        ), memory
+    drawn = noise.gaussian(keys["noise"], grad_sum, client.noise_std, index)
+    if config.bands > 1:
+        drawn, memory = noise.banded(config.local_steps, config.bands).multiply_next(drawn, memory)
+    return (noise.add(grad_sum, drawn), count), memory
+
+
+def _in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights):
     """`clipped_grad_sum` over the batch, `microbatch` rows at a time: sums of clipped gradients add up."""
-    one: Callable = clipping.clipped_grad_sum if config.private or config.clip_norm != float("inf") else _plain_grad_sum
+    mode = "flat" if config.adaptive else config.clipping
+
+    def one(batch, weights):
+        if not config.private and config.clip_norm == float("inf"):
+            return _plain_grad_sum(loss_fn, adapter, batch, weights)
+        return clipping.clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights, config.form, mode)
+
     size = config.microbatch or config.capacity
     if size >= config.capacity:
-        return one(loss_fn, adapter, batch, config.clip_norm, weights, config.form)
+        return one(batch, weights)
     chunks = -(-config.capacity // size)
 
     def split(x):
@@ -105,7 +169,7 @@ def _in_microbatches(loss_fn, config, adapter, batch, weights):
         return x.reshape(chunks, size, *x.shape[1:])
 
     def add(total, chunk):
-        grad, norms, losses = one(loss_fn, adapter, chunk[0], config.clip_norm, chunk[1], config.form)
+        grad, norms, losses = one(*chunk)
         return jax.tree.map(jnp.add, total, grad), (norms, losses)
 
     zeros = jax.tree.map(jnp.zeros_like, adapter)
@@ -113,7 +177,7 @@ def _in_microbatches(loss_fn, config, adapter, batch, weights):
     return total, *(x.reshape(-1)[: config.capacity] for x in per_row)
 
 
-def _plain_grad_sum(loss_fn, adapter, batch, _clip_norm, weights, _form):
+def _plain_grad_sum(loss_fn, adapter, batch, weights):
     """The weighted sum of gradients without clipping; norms are not computed, and reported as 0."""
 
     def total(adapter):

@@ -90,11 +90,12 @@ def place(mesh, shards, mechanisms, clip_norm, wave):
     clients = Client(
         offset=padded(offsets, np.int32),
         size=padded(sizes, np.int32),
-        join_below=padded([sampling.threshold(m.sampling_rate) for m in mechanisms], np.int32),
+        join_below=padded([sampling.threshold(m.join_rate) for m in mechanisms], np.int32),
         capacity=padded([m.capacity for m in mechanisms], np.int32),
         divisor=padded([m.sampling_rate * m.records for m in mechanisms], np.float32, 1),
         noise_std=padded([m.noise_multiplier * clip_norm if m.noise_multiplier else 0 for m in mechanisms], np.float32),
         weight=padded([size / total for size in sizes], np.float32),
+        count_std=padded([m.count_noise for m in mechanisms], np.float32),
     )
     sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
     data = {name: jax.device_put(stacked(name), sharding) for name in shards[0]}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax.federation import aggregation
 from dplora_jax.federation.aggregation import CLIENTS
@@ -18,11 +18,14 @@ from dplora_jax.federation.client import LocalConfig, update
 
 
 class State(NamedTuple):
-    """What one round hands to the next: the global adapter, the server optimizer's state, and the running average."""
+    """What one round hands to the next: the global adapter, the server optimizer's state, the running average, and each client's
+    clip norm [K] under adaptive clipping, else (). All of it is public in mode `local`: a clip norm follows from counts that were
+    released."""
 
     adapter: Any
     server: Any
     average: aggregation.Average
+    clip_norms: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Federation:
     ema: float = 0.0
     wave: int = 1
 
-    def init(self, adapter):
-        """The state before round 1."""
-        return State(adapter, self.server_optimizer.init(adapter), aggregation.average_init(adapter))
+    def init(self, adapter, clients=0):
+        """The state before round 1; `clients` is K where each has a clip norm of its own (adaptive clipping)."""
+        clip_norms = jnp.full(clients, self.local.clip_norm, jnp.float32) if self.local.adaptive else ()
+        return State(adapter, self.server_optimizer.init(adapter), aggregation.average_init(adapter), clip_norms)
 
 
 class Shown(NamedTuple):
@@ -56,50 +60,62 @@ def make(federation: Federation, mesh, transcript=False, diagnostics=False):
 
     `keys` {purpose: uint32 [rounds, K, 4, 2]} say how many rounds it runs. `state` is donated; `clients`, `data` and `keys` come
     from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out each client's uploads and
-    noisy gradients, and only with `diagnostics` its exact loss, clip fraction and sampled count: otherwise they do not exist
-    outside it.
+    noisy gradients (and counts, under adaptive clipping), and only with `diagnostics` its exact loss, clip fraction and
+    sampled count: otherwise they do not exist outside it.
     """
 
     def dispatch(state, params, clients, data, keys):
         def one_round(state, keys):
-            total, shown = _all_clients(federation, params, clients, data, state.adapter, keys)
+            total, clip_norms, shown = _all_clients(federation, params, clients, data, state, keys)
             mean = jax.lax.psum(total, CLIENTS)
             step, server = federation.server_optimizer.update(
                 jax.tree.map(jnp.negative, mean), state.server, state.adapter
             )
             adapter = optax.apply_updates(state.adapter, step)
             average = aggregation.average_update(state.average, adapter, federation.ema)
-            return State(adapter, server, average), _select(shown, transcript, diagnostics)
+            return State(adapter, server, average, clip_norms), _select(shown, transcript, diagnostics)
 
         return jax.lax.scan(one_round, state, keys)
 
     replicated, by_client, by_round = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
+    states = State(replicated, replicated, replicated, by_client)
     mapped = jax.shard_map(
         dispatch,
         mesh=mesh,
-        in_specs=(replicated, replicated, by_client, by_client, by_round),
-        out_specs=(replicated, by_round),
+        in_specs=(states, replicated, by_client, by_client, by_round),
+        out_specs=(states, by_round),
         axis_names={CLIENTS},
         check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=0)
+
+    def program(state, params, clients, data, keys):
+        # Only real clients' clip norms are kept, whole on every device, so that a run may go on on another mesh.
+        padding = lambda x: (0, len(clients.size) - len(x))  # noqa: E731
+        wide = jax.tree.map(lambda x: jnp.pad(x, padding(x), constant_values=1), state.clip_norms)
+        after, shown = mapped(state._replace(clip_norms=wide), params, clients, data, keys)
+        whole = NamedSharding(mesh, replicated)
+        narrow = lambda x, new: jax.lax.with_sharding_constraint(new[: len(x)], whole)  # noqa: E731
+        return after._replace(clip_norms=jax.tree.map(narrow, state.clip_norms, after.clip_norms)), shown
+
+    return jax.jit(program, donate_argnums=0)
 
 
-def _all_clients(federation, params, clients, data, adapter, keys):
-    """The weighted sum of this device's uploads, wave after wave, and what each client shows [K, ...]."""
+def _all_clients(federation, params, clients, data, state, keys):
+    """The weighted sum of this device's uploads, wave after wave, the next clip norms, and what each client shows [K, ...]."""
     loss = federation.loss(federation.model, params)
 
-    def one(client, keys):
-        return update(loss, federation.client_optimizer, federation.local, data, adapter, client, keys)
+    def one(client, keys, clip_norm):
+        return update(loss, federation.client_optimizer, federation.local, data, state.adapter, client, keys, clip_norm)
 
     def wave(total, members):
-        group, group_keys = members
-        uploads, trace = jax.vmap(one)(group, group_keys)
-        return jax.tree.map(jnp.add, total, aggregation.weighted_sum(group.weight, uploads)), Shown(uploads, trace)
+        uploads, trace, clip_norms = jax.vmap(one)(*members)
+        total = jax.tree.map(jnp.add, total, aggregation.weighted_sum(members[0].weight, uploads))
+        return total, (clip_norms, Shown(uploads, trace))
 
-    waves = jax.tree.map(lambda x: x.reshape(-1, federation.wave, *x.shape[1:]), (clients, keys))
-    total, shown = jax.lax.scan(wave, jax.tree.map(jnp.zeros_like, adapter), waves)
-    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown)
+    members = clients, keys, state.clip_norms
+    waves = jax.tree.map(lambda x: x.reshape(-1, federation.wave, *x.shape[1:]), members)
+    total, per_client = jax.lax.scan(wave, jax.tree.map(jnp.zeros_like, state.adapter), waves)
+    return total, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), per_client)
 
 
 def _select(shown, transcript, diagnostics):
@@ -108,4 +124,7 @@ def _select(shown, transcript, diagnostics):
     private = (
         {"loss": trace.loss, "clip_fraction": trace.clip_fraction, "sampled": trace.sampled} if diagnostics else None
     )
-    return {"uploads": uploads, "released": trace.released} if transcript else None, private
+    public = {"uploads": uploads, "released": trace.released}
+    if jax.tree.leaves(trace.count):
+        public["count"] = trace.count
+    return public if transcript else None, private

@@ -22,24 +22,52 @@ NOISE_RANGE = (0.05, 1e4)
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
     """One client's local step: Poisson sampling of `records` at `sampling_rate` into `capacity` rows, and Gaussian noise of
-    `noise_multiplier` times the clipping norm on the sum. All four are public."""
+    `noise_multiplier` times the clipping norm on the sum. With adaptive clipping, N(0, count_noise^2) on the centred count is
+    released along with it. With `bands` above 1, the noise of as many steps is correlated and each step samples one of as
+    many parts of the records, in turn. All of it is public."""
 
     records: int
-    sampling_rate: float
+    sampling_rate: float  # over all records: the expected batch is sampling_rate * records, whatever the parts
     capacity: int
     noise_multiplier: float
+    count_noise: float = 0.0
+    bands: int = 1
+
+    @property
+    def part(self):
+        """How many records, null records included, a step samples from."""
+        return -(-self.records // self.bands)
+
+    @property
+    def join_rate(self):
+        """With what probability each of them joins."""
+        return min(1.0, self.sampling_rate * self.bands)
+
+    @property
+    def accounted_noise(self):
+        """The multiplier of the one Gaussian event that a step is."""
+        return joint_multiplier(self.noise_multiplier, self.count_noise) if self.count_noise else self.noise_multiplier
+
+    def charged(self, steps):
+        """How many sampled Gaussian events `steps` local steps cost: a record is in one of `bands` parts, and the steps
+        between two of its part's cost it nothing (Choquette-Choo et al. 2023, theorem 4)."""
+        return -(-steps // self.bands)
+
+
+def joint_multiplier(noise, count_noise):
+    """The multiplier of the gradient's sum (norm at most 1, noise std `noise`) and the centred count (at most 1/2, std
+    `count_noise`) as one Gaussian event: (noise^-2 + (2 count_noise)^-2)^-1/2 (Andrew et al. 2021, theorem 1)."""
+    return (noise**-2 + (2 * count_noise) ** -2) ** -0.5
 
 
 @functools.lru_cache(maxsize=64)
 def step_loss(mechanism, grid=GRID):
-    """The privacy loss distribution of one step; compose it with `self_compose(steps)`."""
-    m = mechanism
+    """The privacy loss distribution of one step; compose it `mechanism.charged(steps)` times."""
+    m, noise = mechanism, mechanism.accounted_noise
     options = {"value_discretization_interval": grid, "neighboring_relation": NEIGHBOURS}
-    if m.capacity >= m.records:  # nothing is ever cut off
-        return pld.from_gaussian_mechanism(m.noise_multiplier, sampling_prob=m.sampling_rate, **options)
-    return pld.from_truncated_subsampled_gaussian_mechanism(
-        m.records, m.sampling_rate, m.capacity, m.noise_multiplier, **options
-    )
+    if m.capacity >= m.part:  # nothing is ever cut off
+        return pld.from_gaussian_mechanism(noise, sampling_prob=m.join_rate, **options)
+    return pld.from_truncated_subsampled_gaussian_mechanism(m.part, m.join_rate, m.capacity, noise, **options)
 
 
 def epsilon(mechanism, steps, delta, grid=GRID):
@@ -57,7 +85,10 @@ def epsilon_curve(mechanism, steps, delta, grid=GRID):
     if mechanism.noise_multiplier == 0:
         return tuple(math.inf if count else 0.0 for count in steps)
     one = step_loss(mechanism, grid)
-    return tuple(float(one.self_compose(count).get_epsilon_for_delta(delta)) if count else 0.0 for count in steps)
+    return tuple(
+        float(one.self_compose(mechanism.charged(count)).get_epsilon_for_delta(delta)) if count else 0.0
+        for count in steps
+    )
 
 
 @functools.cache
@@ -67,7 +98,7 @@ def composed(parts, delta, grid=GRID):
         return epsilon(*parts[0], delta, grid)
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in parts):
         return math.inf
-    losses = [step_loss(mechanism, grid).self_compose(steps) for mechanism, steps in parts]
+    losses = [step_loss(mechanism, grid).self_compose(mechanism.charged(steps)) for mechanism, steps in parts]
     return float(functools.reduce(lambda x, y: x.compose(y), losses).get_epsilon_for_delta(delta))
 
 
@@ -76,44 +107,83 @@ def sampling_rate(records, expected_batch_size):
     return min(1.0, expected_batch_size / records)
 
 
-def calibrate(sizes, expected_batch_size, steps, target, delta):
+def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, count_noise=None, bands=1):
     """The least noise for each client of `sizes` records that keeps `steps` local steps within (target, delta).
 
-    -> a list of Mechanism, in order. Raises InputError where no noise multiplier in NOISE_RANGE would do.
+    -> a list of Mechanism, in order. `adaptive` releases a centred count too, under noise of std `count_noise` (None chooses
+    it, see `_with_count`). Raises InputError where no noise multiplier in NOISE_RANGE would do.
     """
     grid = min(1e-2, max(GRID, target / 400))
     found, guess, spread = {}, 1.0, None
     for size in sorted(set(sizes)):
-        rate = sampling_rate(size, expected_batch_size)
+        step = _step(size, expected_batch_size, bands)
 
-        def cost(noise, capacity=size, size=size, rate=rate):
-            return epsilon(Mechanism(size, rate, capacity, noise), steps, delta, grid)
+        def cost(noise, capacity=step.part, step=step):
+            return epsilon(_with_noise(step, noise, capacity), steps, delta, grid)
 
         plain = _least_noise(cost, target, guess, tolerance=2e-3)
-        capacity, spread = _least_capacity(size, rate, functools.partial(cost, plain), spread)
+        capacity, spread = _least_capacity(step.part, step.join_rate, functools.partial(cost, plain), spread)
         noise = (
             plain
-            if capacity == size and cost(plain) <= target
+            if capacity == step.part and cost(plain) <= target
             else _least_noise(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
         )
-        found[size], guess = Mechanism(size, rate, capacity, noise), noise
+        found[size], guess = _with_noise(step, noise, capacity), noise
+    if adaptive:
+        found = {size: _with_count(step, count_noise) for size, step in found.items()}
     return [found[size] for size in sizes]
 
 
-def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta):
+def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adaptive=False, count_noise=None, bands=1):
     """Mechanisms of a given noise multiplier, each with the smallest capacity that costs under CAPACITY_COST of epsilon."""
     found, spread = {}, None
     for size in sorted(set(sizes)):
-        rate = sampling_rate(size, expected_batch_size)
+        step = _with_noise(_step(size, expected_batch_size, bands), noise_multiplier, None)
+        if adaptive and noise_multiplier:
+            share = _count_noise(step, count_noise)
+            step = dataclasses.replace(step, count_noise=share)
 
-        def cost(capacity, size=size, rate=rate):
-            return epsilon(Mechanism(size, rate, capacity, noise_multiplier), steps, delta, 1e-2)
+        def cost(capacity, step=step):
+            return epsilon(dataclasses.replace(step, capacity=capacity), steps, delta, 1e-2)
 
-        capacity = generous_capacity(size, rate) if noise_multiplier == 0 else None
+        capacity = generous_capacity(step.part, step.join_rate) if noise_multiplier == 0 else None
         if capacity is None:
-            capacity, spread = _least_capacity(size, rate, cost, spread)
-        found[size] = Mechanism(size, rate, capacity, noise_multiplier)
+            capacity, spread = _least_capacity(step.part, step.join_rate, cost, spread)
+        found[size] = dataclasses.replace(step, capacity=capacity)
     return [found[size] for size in sizes]
+
+
+def _step(size, expected_batch_size, bands):
+    """A client's sampling, its noise and capacity to be found."""
+    rate = sampling_rate(size, expected_batch_size)
+    if bands > 1 and rate * bands > 1 + 1e-9:
+        raise InputError(
+            f"--noise=banded samples each step from one of {bands} parts of a client's records: {size} records have too small "
+            f"parts for an expected batch of {expected_batch_size:g}; lower --bands or --expected_batch_size."
+        )
+    return Mechanism(size, rate, 0, 0.0, bands=bands)
+
+
+def _with_noise(step, noise, capacity):
+    return dataclasses.replace(step, noise_multiplier=noise, capacity=capacity)
+
+
+def _count_noise(step, count_noise):
+    """The std of the noise on the centred count: as given, or a twentieth of the expected batch (Andrew et al. 2021, section
+    3.1), and at least 1.5 times the noise multiplier, so that the count takes at most a ninth of a step's privacy."""
+    return count_noise or max(step.sampling_rate * step.records / 20, 1.5 * step.noise_multiplier)
+
+
+def _with_count(step, count_noise):
+    """`step` with the same accounted noise, shared between the gradient's sum and a centred count."""
+    joint, count = step.noise_multiplier, _count_noise(step, count_noise)
+    if 2 * count <= joint * 1.001:
+        raise InputError(
+            f"--count_noise_multiplier={count:g} alone spends the budget, which buys a multiplier of {joint:.3g}: it must be "
+            f"well above {joint / 2:.3g}."
+        )
+    noise = (joint**-2 - (2 * count) ** -2) ** -0.5
+    return dataclasses.replace(step, noise_multiplier=noise, count_noise=count)
 
 
 def generous_capacity(size, rate):

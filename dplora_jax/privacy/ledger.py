@@ -5,6 +5,7 @@ same rounds and attempt, and at last {"entry": "end"}. epsilon is recomputed fro
 paid for, whether or not it came back.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -84,7 +85,7 @@ class Ledger:
     def begin(self, rounds, attempt, mechanisms, local_steps, fingerprint, **more):
         """Charge a dispatch before it runs. `fingerprint` (hex) covers everything that feeds the mechanism; `more` is written
         along (JSON values)."""
-        clients = [[m.records, m.sampling_rate, m.capacity, m.noise_multiplier] for m in mechanisms]
+        clients = [list(dataclasses.astuple(m)) for m in mechanisms]
         self.append(
             entry="begin",
             rounds=list(rounds),

@@ -1,4 +1,6 @@
-"""Gaussian noise for a pytree, from keys that no two draws share."""
+"""Gaussian noise for a pytree, from keys that no two draws share; independent over steps, or correlated."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,3 +30,18 @@ def gaussian(keys, tree, std, step):
 def add(tree, noise):
     """`tree` plus `noise`, leaf by leaf, in float32."""
     return jax.tree.map(lambda x, n: x.astype(jnp.float32) + n, tree, noise)
+
+
+@functools.cache
+def banded(steps, bands):
+    """Noise C^-1 z over `steps` local steps, z independent, for a lower triangular C of `bands` bands whose columns have norm 1
+    (banded matrix factorisation, Choquette-Choo et al. 2023, algorithm 9) -> jax_privacy's StreamingMatrix: its
+    `init_multiply(tree)` gives a memory, and `multiply_next(noise, memory)` a step's correlated noise and the next memory.
+
+    C's bands are the coefficients of (1 - x)^-1/2, the best there are for the largest error of a running sum (Fichtenberger
+    et al. 2023), cut off and normalised.
+    """
+    from jax_privacy.matrix_factorization import banded as factorization  # slow to import; most runs need none of it
+
+    with jax.ensure_compile_time_eval():
+        return factorization.ColumnNormalizedBanded.default(steps, bands).inverse_as_streaming_matrix()

@@ -1,0 +1,23 @@
+"""A clip norm that follows a quantile of the gradients' norms, estimated privately (Andrew et al. 2021, algorithm 1).
+
+A step releases, beside the noisy sum of gradients, a noisy sum over sampled records of 1/2 where the norm is within the clip
+norm and -1/2 where it is beyond. A null record adds nothing, so one record moves that sum by at most 1/2, and both sums
+are one Gaussian event (`accounting.joint_multiplier`).
+"""
+
+import jax.numpy as jnp
+
+
+def centred_count(norms, clip_norm, weights):
+    """Sum over rows of w_i (1/2 if |g_i| <= clip_norm, else -1/2) -> float32; `norms` [B] as `clipped_grad_sum` reports them.
+
+    A row whose gradient is not finite adds nothing, as it adds nothing to the gradients' sum.
+    """
+    bits = jnp.where(norms <= clip_norm, 0.5, -0.5)
+    return jnp.where(jnp.isfinite(norms) & (weights > 0), weights * bits, 0).sum()
+
+
+def next_norm(clip_norm, noisy_count, divisor, quantile, rate):
+    """clip_norm exp(-rate (b - quantile)), with b = noisy_count / divisor + 1/2 the share of records within the clip norm;
+    `divisor` is the public expected batch size."""
+    return clip_norm * jnp.exp(-rate * (noisy_count / divisor + 0.5 - quantile))
