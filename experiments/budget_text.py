@@ -75,7 +75,7 @@ def notes(told):
     yield "paper    q sqrt(T log(1/delta)) / sigma: the asymptotic form of arXiv 2312.17493, its unspecified constant"
     yield f"         set to 1. NO GUARANTEE; claimed only below an unspecified multiple of q^2 T = {reach:.3g}"
     if any(row["renyi_epsilon"] < row["epsilon"] for row in told["clients"]):
-        yield f"         RDP is below epsilon: a step's loss is so small that rounding it up to a grid of {accounting.GRID:g} tells"
+        yield f"         RDP below epsilon: a step's loss is so small that its rounding up to a grid of {accounting.GRID:g} tells"
     yield "noise    standard deviation on each coordinate of a step's mean gradient: sigma clip_norm / (q n)"
 
 
