@@ -10,7 +10,6 @@ import pathlib
 from absl import flags
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.quantized import KINDS
 
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 # Flags that may differ when a run goes on in its workdir: they say where and how it is computed and shown, not what.
@@ -122,7 +121,18 @@ class RunConfig:
 
 def parse(argv):
     """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong."""
-    values = flags.FlagValues()
+    values, flagfile = read(argv, flags.FlagValues(), "python -m experiments.run --flagfile=finance.flags [flags]")
+    given = raw(values)
+    return resolve(dataclasses.replace(given, workdir=given.workdir or f"runs/{flagfile or given.dataset}"))
+
+
+def raw(values):
+    """The run's flags among absl's `values`, unchecked -> RunConfig, its numbers possibly text still."""
+    return RunConfig(**{field.name: values[field.name].value for field in dataclasses.fields(RunConfig)})
+
+
+def read(argv, values, usage):
+    """Read the run's flags, and those that `values` defines already, into `values` -> (values, the last flagfile's name)."""
     define = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
@@ -139,13 +149,11 @@ def parse(argv):
     except flags.Error as error:
         raise InputError(" ".join(str(error).split())) from None
     if values.help:
-        print(f"python -m experiments.run --flagfile=finance.flags [flags]\n{values.get_help()}")
+        print(f"{usage}\n{values.get_help()}")
         raise SystemExit(0)
     if rest:
         raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
-    given = {field.name: values[field.name].value for field in dataclasses.fields(RunConfig)}
-    given["workdir"] = given["workdir"] or f"runs/{flagfile or given['dataset']}"
-    return resolve(RunConfig(**given))
+    return values, flagfile
 
 
 def _find_flagfiles(argv):
@@ -193,8 +201,11 @@ def resolve(config):
             raise InputError(sentence)
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype={config.dtype} is not known: float32 or bfloat16.")
-    if config.quantize not in (None, *KINDS):
-        raise InputError(f"--quantize={config.quantize} is not known: {' or '.join(KINDS)}.")
+    if config.quantize is not None:
+        from dplora_jax.models.quantized import KINDS  # here, since it imports JAX and `budget` has no need of that
+
+        if config.quantize not in KINDS:
+            raise InputError(f"--quantize={config.quantize} is not known: {' or '.join(KINDS)}.")
     if config.prompt_column or config.answer_column:
         raise InputError(
             "--prompt_column and --answer_column need a language model; this version trains classifiers alone."

@@ -19,11 +19,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import dplora_jax
 import experiments
 from dplora_jax import evaluation, lora, losses, models
-from dplora_jax.data import partition, sources, tasks
+from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, trust
+from dplora_jax.privacy import accounting, paper_bound, trust
+from experiments import records
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -49,7 +50,7 @@ class Prepared(NamedTuple):
 def prepare(config, stored=None):
     """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
     mechanisms are kept. Raises InputError."""
-    corpus, shares = _records(config)
+    corpus, shares = records.load(config)
     sizes = [len(share) for share in shares]
     model, params = models.from_pretrained(config.model, config.dtype, len(corpus.label_names), config.quantize)
     if config.remat:
@@ -61,8 +62,8 @@ def prepare(config, stored=None):
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
     mechanisms = _mechanisms(config, sizes, stored)
     adapter, params, lora_config = _adapter(config, model, params)
-    records = _digest_arrays((train, shares))
-    fingerprint = _fingerprint(config, records, model, params, mechanisms, grid)
+    digest = _digest_arrays((train, shares))
+    fingerprint = _fingerprint(config, digest, model, params, mechanisms, grid)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
@@ -102,24 +103,8 @@ def prepare(config, stored=None):
         state,
         evaluate,
         facts,
-        records,
+        digest,
         fingerprint,
-    )
-
-
-def _records(config):
-    """The corpus, and each client's indices into its training records."""
-    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels else None
-    corpus = sources.load(
-        sources.Source(
-            dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
-            label_column=config.label_column, group_column=partition.group_column(config.partition), labels=names,
-            test_fraction=config.test_fraction, split_seed=config.split_seed,
-        ),
-        need_test=config.eval_every > 0,
-    )  # fmt: skip
-    return corpus, partition.partition(
-        config.partition, corpus.train.labels, corpus.train.groups, config.clients, config.split_seed
     )
 
 
@@ -294,7 +279,8 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
         "accounting": "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian "
-        "mechanism; neighbours differ in one record, replaced by a null record.",
+        "mechanism; neighbours differ in one record, replaced by a null record."
+        + (f" {paper_bound.sentence(mechanisms, steps, config.delta)}" if config.private else ""),
     }
 
 

@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import math
 
-from dp_accounting import privacy_accountant
+from dp_accounting import dp_event, privacy_accountant
 from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.rdp import rdp_privacy_accountant
 
 from dplora_jax.errors import InputError
 
@@ -100,6 +101,16 @@ def composed(parts, delta, grid=GRID):
         return math.inf
     losses = [step_loss(mechanism, grid).self_compose(mechanism.charged(steps)) for mechanism, steps in parts]
     return float(functools.reduce(lambda x, y: x.compose(y), losses).get_epsilon_for_delta(delta))
+
+
+def renyi_epsilon(mechanism, steps, delta):
+    """epsilon of the same steps by Renyi accounting, a looser upper bound by other means: a cross-check, never what is promised.
+    It is of plain Poisson sampling (its accountant knows no capacity), so it says nothing of what a capacity costs."""
+    if mechanism.noise_multiplier == 0:
+        return math.inf if steps else 0.0
+    one = dp_event.PoissonSampledDpEvent(mechanism.sampling_rate, dp_event.GaussianDpEvent(mechanism.noise_multiplier))
+    accountant = rdp_privacy_accountant.RdpAccountant(neighboring_relation=NEIGHBOURS)
+    return float(accountant.compose(one, steps).get_epsilon(delta))
 
 
 def sampling_rate(records, expected_batch_size):

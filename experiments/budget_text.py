@@ -1,0 +1,105 @@
+"""How `experiments.budget` shows its answer: a table and bars in the terminal, and a figure of epsilon over the rounds."""
+
+import sys
+
+from dplora_jax.errors import InputError
+from dplora_jax.privacy import accounting
+
+BARS, WIDTH = 8, 40
+
+
+def show(told):
+    """Print the answer in a sentence, a table with a row for each distinct size, bars over the rounds, and the notes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
+    console.print(f"[bold]{_sentence(told)}[/bold]")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("records", "clients", "q", "capacity", "sigma", "rounds", "epsilon", "RDP", "paper", "noise"):
+        table.add_column(name, justify="right")
+    for row in told["clients"]:
+        table.add_row(
+            f"{row['records']:,}",
+            str(row["clients"]),
+            f"{row['sampling_rate']:.4g}",
+            f"{row['capacity']:,}",
+            f"{row['noise_multiplier']:.4g}",
+            f"{told['rounds']:,}",
+            f"{row['epsilon']:.4g}",
+            f"{row['renyi_epsilon']:.4g}",
+            f"{row['paper_epsilon']:.4g}",
+            f"{row['mean_gradient_noise']:.3g}",
+        )
+    console.print(table)
+    worst = max(told["curves"], key=lambda row: row["epsilon"][-1])
+    console.print(f"\nepsilon by round, for clients of {worst['records']:,} records")
+    counts = told["curve_rounds"]
+    for index in sorted({round((len(counts) - 1) * i / (BARS - 1)) for i in range(BARS)}):
+        spent = worst["epsilon"][index]
+        bar = "█" * round(WIDTH * spent / worst["epsilon"][-1])
+        console.print(f"{counts[index]:>8,} {bar} {spent:.3g}")
+    console.print()
+    for note in notes(told):
+        console.print(note)
+
+
+def _sentence(told):
+    """The answer in words."""
+    rounds, batch = f"{told['rounds']:,} rounds", f"expected batch {told['expected_batch_size']:g}"
+    steps = f" of {told['local_steps']} local steps" if told["local_steps"] > 1 else ""
+    spent = max(row["epsilon"] for row in told["clients"])
+    sigmas = sorted({row["noise_multiplier"] for row in told["clients"]})
+    sigma = "noise multiplier " + " to ".join(f"{value:.4g}" for value in dict.fromkeys((sigmas[0], sigmas[-1])))
+    at = f"at delta {told['delta']:g}"
+    budget = f"epsilon {told['epsilon']:.4g} {at}"
+    least = "at least " if told["at_end_of_range"] else "at most "
+    largest = (
+        f"Every batch stays within {budget}, all records at once ({batch}) too"
+        if told["at_end_of_range"]
+        else f"{batch.capitalize()} is the largest that stays within {budget}"
+    )
+    return {
+        "epsilon": f"epsilon {spent:.4g} {at} is what {rounds}{steps} cost, with {sigma} and {batch}.",
+        "noise_multiplier": f"{sigma[0].upper()}{sigma[1:]} keeps {rounds}{steps} within {budget}, with {batch}.",
+        "rounds": f"{least.capitalize()}{rounds}{steps} stay within {budget}, with {sigma} and {batch}.",
+        "expected_batch_size": f"{largest}, with {sigma} and {rounds}{steps}.",
+    }[told["solved"]]
+
+
+def notes(told):
+    """What the columns mean, and what they do not promise."""
+    reach = max(row["paper_reach"] for row in told["clients"])
+    yield "epsilon  by privacy loss distributions, the capacity's truncation included: an upper bound, what a run reports"
+    yield "RDP      by Renyi accounting, without a capacity: a looser upper bound, as a cross-check"
+    yield "paper    q sqrt(T log(1/delta)) / sigma: the asymptotic form of arXiv 2312.17493, its unspecified constant"
+    yield f"         set to 1. NO GUARANTEE; claimed only below an unspecified multiple of q^2 T = {reach:.3g}"
+    if any(row["renyi_epsilon"] < row["epsilon"] for row in told["clients"]):
+        yield f"         RDP below epsilon: a step's loss is so small that its rounding up to a grid of {accounting.GRID:g} tells"
+    yield "noise    standard deviation on each coordinate of a step's mean gradient: sigma clip_norm / (q n)"
+
+
+def plot(told, path):
+    """Write the figure of epsilon over the rounds to `path`: a curve for each size in "curves", and the paper's form for
+    the fewest records. Raises InputError where the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    by_size, rounds = {row["records"]: row for row in told["clients"]}, told["curve_rounds"]
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for curve in told["curves"]:
+        sigma = by_size[curve["records"]]["noise_multiplier"]
+        label = f"{curve['records']:,} records, sigma {sigma:.3g}"
+        axes.plot([0, *rounds], [0, *curve["epsilon"]], label=label)
+    first = told["clients"][0]
+    paper = [first["paper_epsilon"] * (done / rounds[-1]) ** 0.5 for done in (0, *rounds)]
+    axes.plot([0, *rounds], paper, "--", color="grey", label=f"the paper's form for {first['records']:,}, no guarantee")
+    if told["solved"] != "epsilon":
+        axes.axhline(told["epsilon"], color="grey", linewidth=0.8)
+    axes.set(xlabel="round", ylabel=f"epsilon at delta {told['delta']:g}", xlim=(0, None), ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"--plot={path} cannot be written ({error.strerror}).") from None
