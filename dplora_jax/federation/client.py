@@ -75,6 +75,13 @@ def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Clien
     return jax.tree.map(jnp.subtract, params, adapter), traces
 
 
+def share(loss_fn, config: LocalConfig, data, adapter, client: Client, keys):
+    """A client's share of the total in trust mode `distributed`: one step's clipped sum and its part of the noise, undivided,
+    to be seen in the total alone -> (upload, Trace). Dividing, rates and momentum are the server's."""
+    noisy, trace = _noisy_mean_gradient(loss_fn, config, data, adapter, client._replace(divisor=1.0), keys, 0)
+    return noisy, jax.tree.map(lambda x: x[None], trace)
+
+
 def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index):
     """(clipped sum + noise) / the public expected batch size, and what to show of it."""
     key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][0], impl="threefry2x32"), index)

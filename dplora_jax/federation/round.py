@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dplora_jax.federation import aggregation
 from dplora_jax.federation.aggregation import CLIENTS
-from dplora_jax.federation.client import LocalConfig, update
+from dplora_jax.federation.client import LocalConfig, share, update
 
 
 class State(NamedTuple):
@@ -29,7 +29,8 @@ class State(NamedTuple):
 class Federation:
     """The static part of the program. `loss(model, params)` makes the local loss; `client_optimizer` and `server_optimizer` are
     optax transformations (the server's is fed the negative mean upload); `ema` is the average's decay; `wave` clients run at
-    a time on each device."""
+    a time on each device; `rule` is the trust mode's. In mode `distributed` the client's transformation runs at the server,
+    on the mean gradient, and has no memory (SGD)."""
 
     model: Any
     loss: Callable
@@ -38,6 +39,7 @@ class Federation:
     server_optimizer: optax.GradientTransformation
     ema: float = 0.0
     wave: int = 1
+    rule: aggregation.Rule = aggregation.LOCAL
 
     def init(self, adapter):
         """The state before round 1."""
@@ -51,34 +53,52 @@ class Shown(NamedTuple):
     trace: Any
 
 
+KEYS = {  # what a dispatch takes of `secrets.round_keys`
+    "local": ("noise", "sampling"),
+    "none": ("noise", "sampling"),
+    "distributed": ("noise", "sampling", "joins"),
+    "client": ("noise", "sampling", "joins", "server"),
+}
+
+
 def make(federation: Federation, mesh, transcript=False, diagnostics=False):
     """Compile-once function of a dispatch: (state, params, clients, data, keys) -> (state, Shown or None).
 
-    `keys` {purpose: uint32 [rounds, K, 4, 2]} say how many rounds it runs. `state` is donated; `clients`, `data` and `keys` come
-    from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out each client's uploads and
-    noisy gradients, and only with `diagnostics` its exact loss, clip fraction and sampled count: otherwise they do not exist
-    outside it.
+    `keys` (`secrets.round_keys`: those that KEYS names for the trust mode) say how many rounds it runs. `state` is donated;
+    `clients`, `data` and `keys` come from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out
+    each client's uploads and noisy gradients, and only with `diagnostics` its exact loss, clip fraction and sampled count:
+    otherwise they do not exist outside it. In modes `distributed` and `client` the transcript's "aggregate" [rounds, ...] is
+    what the adversary sees, and the uploads are private.
     """
 
     def dispatch(state, params, clients, data, keys):
         def one_round(state, keys):
+            server_keys = keys.get("server")
+            keys = {name: value for name, value in keys.items() if name != "server"}
             total, shown = _all_clients(federation, params, clients, data, state.adapter, keys)
-            mean = jax.lax.psum(total, CLIENTS)
+            total = jax.lax.psum(total, CLIENTS)
+            mean, aggregate, sent = _mean_upload(federation, total, state.adapter, keys.get("joins"), server_keys)
             step, server = federation.server_optimizer.update(
                 jax.tree.map(jnp.negative, mean), state.server, state.adapter
             )
             adapter = optax.apply_updates(state.adapter, step)
             average = aggregation.average_update(state.average, adapter, federation.ema)
-            return State(adapter, server, average), _select(shown, transcript, diagnostics)
+            new = State(adapter, server, average)
+            # A void round leaves no trace: neither momentum nor the average may move by what was not released.
+            new = new if sent is None else aggregation.choose(sent, new, state)
+            return new, _select(shown, aggregate, transcript, diagnostics)
 
         return jax.lax.scan(one_round, state, keys)
 
     replicated, by_client, by_round = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
+    key_specs = {name: replicated if name == "server" else by_round for name in KEYS[federation.rule.trust]}
+    public = {"uploads": by_round, "released": by_round}
+    public |= {"aggregate": replicated} if "joins" in key_specs else {}
     mapped = jax.shard_map(
         dispatch,
         mesh=mesh,
-        in_specs=(replicated, replicated, by_client, by_client, by_round),
-        out_specs=(replicated, by_round),
+        in_specs=(replicated, replicated, by_client, by_client, key_specs),
+        out_specs=(replicated, (public if transcript else replicated, by_round)),
         axis_names={CLIENTS},
         check_vma=False,
     )
@@ -87,25 +107,47 @@ def make(federation: Federation, mesh, transcript=False, diagnostics=False):
 
 def _all_clients(federation, params, clients, data, adapter, keys):
     """The weighted sum of this device's uploads, wave after wave, and what each client shows [K, ...]."""
-    loss = federation.loss(federation.model, params)
+    loss, rule = federation.loss(federation.model, params), federation.rule
 
     def one(client, keys):
+        if rule.trust == "distributed":
+            return share(loss, federation.local, data, adapter, client, keys)
         return update(loss, federation.client_optimizer, federation.local, data, adapter, client, keys)
 
     def wave(total, members):
         group, group_keys = members
         uploads, trace = jax.vmap(one)(group, group_keys)
-        return jax.tree.map(jnp.add, total, aggregation.weighted_sum(group.weight, uploads)), Shown(uploads, trace)
+        uploads = aggregation.clip_each(uploads, rule.clip_norm) if rule.trust == "client" else uploads
+        weights = group_keys.get("joins", group.weight)  # who takes part counts in full, whatever its size
+        return jax.tree.map(jnp.add, total, aggregation.weighted_sum(weights, uploads)), Shown(uploads, trace)
 
     waves = jax.tree.map(lambda x: x.reshape(-1, federation.wave, *x.shape[1:]), (clients, keys))
     total, shown = jax.lax.scan(wave, jax.tree.map(jnp.zeros_like, adapter), waves)
     return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown)
 
 
-def _select(shown, transcript, diagnostics):
+def _mean_upload(federation, total, adapter, joins, server_keys):
+    """The trust mode's mean upload from the total of all clients -> (mean, what the server releases or None where that is
+    every upload, whether the round counts or None where it always does). A void round's total is never used."""
+    rule = federation.rule
+    if rule.trust == "distributed":
+        sent = jax.lax.psum(joins.sum(), CLIENTS) >= rule.survivors
+        gradient = jax.tree.map(lambda x: jnp.where(sent, x / rule.divisor, 0), total)
+        optimizer = federation.client_optimizer
+        return optimizer.update(gradient, optimizer.init(adapter), adapter)[0], gradient, sent
+    if rule.trust == "client":
+        mean = aggregation.noisy_mean(total, server_keys, rule)
+        return mean, mean, None
+    return total, None, None
+
+
+def _select(shown, aggregate, transcript, diagnostics):
     """The parts of `shown` that the program may put out."""
     uploads, trace = shown
     private = (
         {"loss": trace.loss, "clip_fraction": trace.clip_fraction, "sampled": trace.sampled} if diagnostics else None
     )
-    return {"uploads": uploads, "released": trace.released} if transcript else None, private
+    public = {"uploads": uploads, "released": trace.released} | (
+        {"aggregate": aggregate} if aggregate is not None else {}
+    )
+    return public if transcript else None, private
