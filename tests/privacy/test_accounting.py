@@ -162,3 +162,9 @@ def test_full_batches_of_two_noises_compose_as_the_gaussian_does():
     parts = (Mechanism(50, 1.0, 50, 4.0), 3), (Mechanism(50, 1.0, 50, 6.0), 2)
     exact = analytic_gaussian((3 / 16 + 2 / 36) ** -0.5, DELTA)
     assert exact - 1e-9 <= accounting.composed(parts, DELTA) <= exact + 2e-3
+
+
+@pytest.mark.parametrize(("records", "rate", "steps", "target"), [(5, 1.0, 50, 8.0), (100, 0.1, 20, 1.0)])
+def test_least_noise_keeps_plain_sampling_within_its_budget_and_spends_it(records, rate, steps, target):
+    noise = accounting.least_noise(records, rate, steps, target, DELTA)
+    assert 0.998 * target < accounting.epsilon(Mechanism(records, rate, records, noise), steps, DELTA) <= target
