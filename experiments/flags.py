@@ -68,12 +68,26 @@ class RunConfig:
     last_layers: int | None = flag(None, "adapt only this many layers nearest the output")
     freeze_a: bool = flag(False, "train B alone (FFA-LoRA)")
     head_only: bool = flag(False, "train the classification head alone, no LoRA: a control")
-    trust: str = flag("local", "local: each client's noise carries its guarantee; none: no privacy, a control")
+    trust: str = flag(
+        "local",
+        "local: each client's noise carries its guarantee; distributed: the clients' noises together do, under secure "
+        "aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
+    )
+    survivors: int | None = flag(
+        None, "distributed: clients that surely send their sum, fewer void the round; default: all"
+    )
+    colluding: int | None = flag(None, "distributed: clients assumed to tell their own noise; default: 1")
+    dropout: float | None = flag(None, "distributed: simulated share of sums that fail to be sent; default: 0")
+    client_rate: float | None = flag(
+        None, "client: probability with which each client takes part in a round; default: 1"
+    )
     epsilon: str | None = flag(None, "privacy budget of each client; inf is --trust=none, none unsets a flagfile's")
     delta: float = flag(1e-5, "delta of the guarantee")
     noise_multiplier: str | None = flag(None, "sigma, in place of --epsilon: noise std = sigma * clip_norm on the sum")
     clip_norm: float = flag(
-        1.0, "L2 norm to which each example's gradient is clipped; inf, with --trust=none, clips nothing"
+        1.0,
+        "L2 norm to which each example's gradient (with --trust=client, each client's update) is clipped; inf, with "
+        "--trust=none, clips nothing",
     )
     clipping: str = flag(
         "flat",
@@ -112,6 +126,11 @@ class RunConfig:
     def private(self):
         """Whether the run gives any guarantee."""
         return self.trust != "none"
+
+    @property
+    def steps_per_round(self):
+        """How many steps of the private mechanism a round is: a client's whole update is one."""
+        return 1 if self.trust == "client" else self.local_steps
 
     @property
     def target_list(self):
@@ -187,16 +206,20 @@ def number(text, name):
 def resolve(config):
     """Check every flag against the others and settle what follows from them -> RunConfig with numbers for numbers."""
     budget, sigma = number(config.epsilon, "epsilon"), number(config.noise_multiplier, "noise_multiplier")
-    if config.trust not in ("local", "none"):
-        raise InputError(f"--trust={config.trust} is not known: local or none.")
+    if config.trust not in ("local", "distributed", "client", "none"):
+        raise InputError(f"--trust={config.trust} is not known: local, distributed, client or none.")
     if budget is not None and sigma is not None:
         raise InputError("--epsilon and --noise_multiplier exclude each other; --epsilon=none unsets a flagfile's.")
-    trust = "none" if budget == math.inf or config.trust == "none" else "local"
+    trust = "none" if budget == math.inf else config.trust
     if trust == "none":
         budget = sigma = None
     elif budget is None and sigma is None:
-        raise InputError("--trust=local needs --epsilon or --noise_multiplier; --trust=none runs without privacy.")
-    for ok, sentence in [*_ranges(config, trust, budget, sigma), *_variants(config, trust)]:
+        raise InputError(f"--trust={trust} needs --epsilon or --noise_multiplier; --trust=none runs without privacy.")
+    for ok, sentence in (
+        *_ranges(config, trust, budget, sigma),
+        *_combinations(config, trust),
+        *_variants(config, trust),
+    ):
         if not ok:
             raise InputError(sentence)
     if config.dtype not in ("float32", "bfloat16"):
@@ -212,9 +235,66 @@ def resolve(config):
         )
     head_lr = config.client_lr if config.head_lr is None else config.head_lr
     bands = (config.bands or config.local_steps) if config.noise == "banded" else None
-    return dataclasses.replace(
-        config, trust=trust, epsilon=budget, noise_multiplier=sigma, head_lr=head_lr, bands=bands
-    )
+    settled = _parties(config, trust) | {"bands": bands, "head_lr": head_lr}
+    return dataclasses.replace(config, trust=trust, epsilon=budget, noise_multiplier=sigma, **settled)
+
+
+# The flags of one trust mode alone, and what they are when not given.
+DISTRIBUTED = {"survivors": lambda config: config.clients, "colluding": lambda _: 1, "dropout": lambda _: 0.0}
+CLIENT = {"client_rate": lambda _: 1.0}
+
+
+def _parties(config, trust):
+    """The trust mode's own flags, settled."""
+    own = {"distributed": DISTRIBUTED, "client": CLIENT}.get(trust, {})
+    given = {name: getattr(config, name) for name in own}
+    return {name: default(config) if given[name] is None else given[name] for name, default in own.items()}
+
+
+def _combinations(config, trust):
+    """(holds, what to say if not) for the combinations of a trust mode's flags that have no guarantee, or no meaning."""
+    for mode, own in (("distributed", DISTRIBUTED), ("client", CLIENT)):
+        for name in own:
+            given = getattr(config, name)
+            yield (
+                trust == mode or given is None,
+                f"--{name} belongs to --trust={mode}: leave it out with --trust={trust}.",
+            )
+    settled = _parties(config, trust)
+    if trust == "distributed":
+        survivors, colluding, dropout = settled["survivors"], settled["colluding"], settled["dropout"]
+        yield (
+            config.local_steps == 1,
+            f"--local_steps={config.local_steps} with --trust=distributed: only a total carries enough noise to be looked at, so "
+            "a round is one step; use --local_steps=1 and more --rounds.",
+        )
+        yield (
+            config.client_optimizer == "sgd",
+            f"--client_optimizer={config.client_optimizer} with --trust=distributed: no client sees its gradient's noise, so the "
+            "server holds all optimizer state; use sgd and --server_momentum.",
+        )
+        yield (
+            1 <= survivors <= config.clients,
+            f"--survivors={survivors} must lie between 1 and --clients={config.clients}.",
+        )
+        yield (
+            colluding >= 1,
+            f"--colluding={colluding} must be 1 or more: every client knows its own noise and may be the curious one.",
+        )
+        yield (
+            survivors - colluding >= 1,
+            f"--trust=distributed with {survivors} surviving clients of which {colluding} collude leaves no honest noise: raise "
+            "--clients or --survivors, or lower --colluding.",
+        )
+        yield 0 <= dropout < 1, f"--dropout={dropout} must lie in [0, 1)."
+    if trust == "client":
+        rate = settled["client_rate"]
+        yield 0 < rate <= 1, f"--client_rate={rate} must lie above 0, at most 1."
+        yield (
+            config.delta * config.clients < 1,
+            f"--delta={config.delta:g} with --trust=client must be below 1 / --clients={config.clients}: at that delta, "
+            "publishing one client's records whole would count as private.",
+        )
 
 
 def _ranges(config, trust, budget, sigma):

@@ -98,6 +98,14 @@ def _bands(config: dict, rows: list[dict], private: bool) -> str:
         )
     elif told["release"] != "for release":
         bands.append(("care", f"<b>{show(told['release'])}</b>"))
+    if config.get("trust") == "distributed":
+        bands.append(
+            (
+                "info",
+                "<b>Secure aggregation is simulated.</b> The guarantee is for those who see totals alone; a deployment "
+                "needs a real protocol.",
+            )
+        )
     if (told.get("data") or {}).get("synthetic"):
         bands.append(
             ("info", "<b>Synthetic data.</b> The metrics show that the program works, not how well a model does.")

@@ -60,7 +60,7 @@ def run(config, folder, command):
         print(f"This run is finished, nothing was done. {summary.line(folder)}")
         return 0
     from dplora_jax.checkpoint import Checkpoints
-    from experiments import setup
+    from experiments import setup, trust_modes
 
     if not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
         raise InputError(
@@ -70,9 +70,9 @@ def run(config, folder, command):
     if stored is None:
         workdir.write_config(folder, config, prepared.facts | {"command": command})
     keys = (
-        secrets.load_or_create(folder / "private", config.clients)
+        secrets.load_or_create(folder / "private", trust_modes.parties(config))
         if config.seed is None
-        else secrets.from_seed(config.seed, config.clients)
+        else secrets.from_seed(config.seed, trust_modes.parties(config))
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
@@ -96,7 +96,7 @@ def train(job):
             rounds, attempt = todo
             state, shown, seconds = _dispatch(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = _lines(job, rounds, seconds)
+            fresh = _lines(job, rounds, attempt, seconds)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
@@ -185,7 +185,7 @@ def _next_dispatch(job, done):
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
     more = {"records": _keyed(job, "records"), "release": job.prepared.facts["release"] or "NO PRIVACY"}
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.local_steps, fingerprint, **more)
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, fingerprint, **more)
     return rounds, attempt
 
 
@@ -195,9 +195,11 @@ def _dispatch(job, state, rounds, attempt):
 
     from dplora_jax.federation import mesh, round
     from dplora_jax.privacy import secrets
+    from experiments import trust_modes
 
     p = job.prepared
-    keys = secrets.round_keys(job.secrets, range(*rounds), attempt)
+    joining = trust_modes.joining(job.config)
+    keys = secrets.round_keys(job.secrets, range(*rounds), attempt, job.config.clients, joining)
     keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
     length = rounds[1] - rounds[0]
@@ -209,23 +211,26 @@ def _dispatch(job, state, rounds, attempt):
     return state, private, time.perf_counter() - start
 
 
-def _lines(job, rounds, seconds):
+def _lines(job, rounds, attempt, seconds):
     """The metrics lines of rounds [a, b): everything in them is public."""
     from dplora_jax.privacy import accounting
+    from experiments import trust_modes
 
     config, sent = job.config, job.prepared.facts["communication"]
     length = rounds[1] - rounds[0]
     before = job.ledger.charged_rounds() - length  # paid for before this dispatch, lost attempts included
-    inner = tuple((before + i) * config.local_steps for i in range(1, length))
-    outer = ((before + length) * config.local_steps,)
+    inner = tuple((before + i) * config.steps_per_round for i in range(1, length))
+    outer = ((before + length) * config.steps_per_round,)
     curves = {
         m: accounting.epsilon_curve(m, inner, config.delta, 1e-2) + accounting.epsilon_curve(m, outer, config.delta)
         for m in set(job.prepared.mechanisms)
     }
-    lines = []
+    lines, senders = [], trust_modes.senders(config, job.secrets, range(*rounds), attempt)
+    rate = (
+        length * trust_modes.examples(config, [client["records"] for client in job.prepared.facts["clients"]]) / seconds
+    )
     for index in range(length):
         spent = [curves[m][index] for m in job.prepared.mechanisms]
-        rate = length * config.local_steps * sum(m.sampling_rate * m.records for m in job.prepared.mechanisms) / seconds
         lines.append(
             {
                 "round": rounds[0] + index,
@@ -236,6 +241,7 @@ def _lines(job, rounds, seconds):
                 "release": job.prepared.facts["release"] or "NO PRIVACY",
                 "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
                 "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
+                **senders[index],
             }
         )
     return lines

@@ -23,8 +23,8 @@ from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, paper_bound, trust
-from experiments import records
+from dplora_jax.privacy import accounting, paper_bound
+from experiments import records, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -60,7 +60,7 @@ def prepare(config, stored=None):
     tasks.check_length(config.max_length, model, tokenizer)
     train = tasks.classification(tokenizer, corpus.train, config.max_length)
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
-    mechanisms = _mechanisms(config, sizes, stored)
+    mechanisms = trust_modes.settled(config, _mechanisms(config, sizes, stored))
     adapter, params, lora_config = _adapter(config, model, params)
     digest = _digest_arrays((train, shares))
     fingerprint = _fingerprint(config, digest, model, params, mechanisms, grid)
@@ -68,14 +68,15 @@ def prepare(config, stored=None):
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
     wave = min(config.wave, config.clients)
-    placement = mesh.place(grid, shards, mechanisms, config.clip_norm, wave)
+    placement = mesh.place(grid, shards, trust_modes.own(config, sizes, mechanisms), config.clip_norm, wave)
+    plain = config.trust == "client"  # there, clipping and noise are the server's
     local = LocalConfig(
         config.local_steps,
-        config.clip_norm,
+        math.inf if plain else config.clip_norm,
         placement.records,
         placement.capacity,
         microbatch=config.microbatch,
-        private=config.private,
+        private=config.private and not plain,
         clipping=config.clipping,
         quantile=config.clip_quantile,
         quantile_rate=config.clip_rate,
@@ -83,7 +84,14 @@ def prepare(config, stored=None):
     )
     client_optimizer, server_optimizer = optimizers(config)
     federation = round.Federation(
-        model, losses.classification, local, client_optimizer, server_optimizer, config.ema, wave
+        model,
+        losses.classification,
+        local,
+        client_optimizer,
+        server_optimizer,
+        config.ema,
+        wave,
+        trust_modes.rule(config, mechanisms),
     )
     state = jax.device_put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
@@ -119,7 +127,10 @@ def _mechanisms(config, sizes, stored):
                 "planned for; restore them, or start a new --workdir."
             )
         names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
-        return [accounting.Mechanism(**{name: row[name] for name in names if name in row}) for row in rows]
+        own = {"records": config.clients} if config.trust == "client" else {}
+        return [accounting.Mechanism(**{name: row[name] for name in names if name in row} | own) for row in rows]
+    if config.trust == "client":
+        return trust_modes.of_clients(config)
     steps = config.rounds * config.local_steps
     variant = {
         "adaptive": config.clipping == "adaptive",
@@ -230,18 +241,15 @@ def _processor():
 
 def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
     """What `config.json` and the report say beyond the flags; all of it public."""
-    steps, total = config.rounds * config.local_steps, sum(sizes)
+    steps, total = config.rounds * config.steps_per_round, sum(sizes)
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
     clients = [
-        {"client": k, **dataclasses.asdict(m), "epsilon": e, "weight": m.records / total}
-        for k, (m, e) in enumerate(zip(mechanisms, spent, strict=True))
+        {"client": k, **dataclasses.asdict(m), "records": n, "epsilon": e, "weight": w}
+        for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, trust_modes.weights(config, sizes), strict=True))
     ]
     method = [
-        f"DP-LoRA (arXiv 2312.17493), per-example clipping {_clipping(config)}"
-        if config.private
-        else "Federated LoRA, no noise",
-        "FedAvg weighted by n_k / n",
+        *trust_modes.method(config),
         "head alone, no LoRA"
         if config.head_only
         else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
@@ -262,7 +270,7 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
             "test_records": len(corpus.test.texts) if corpus.test else 0,
             "labels": list(corpus.label_names),
         },
-        "trust": list(trust.STATEMENTS[config.trust]),
+        "trust": list(trust_modes.statements(config)),
         "release": _release(config),
         "communication": {
             "adapter_parameters": sent,
@@ -278,21 +286,9 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
             "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
-        "accounting": "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian "
-        "mechanism; neighbours differ in one record, replaced by a null record."
-        + (f" {paper_bound.sentence(mechanisms, steps, config.delta)}" if config.private else ""),
+        "accounting": trust_modes.accounted_as(config)
+        + (f" {paper_bound.sentence(mechanisms, steps, config.delta)}" if config.trust == "local" else ""),
     }
-
-
-def _clipping(config):
-    """How gradients are clipped, in words."""
-    return {
-        "flat": f"at L2 norm {config.clip_norm:g}",
-        "per_layer": f"of each adapted matrix and the head apart, at L2 norm {config.clip_norm:g} in all",
-        "automatic": f"by normalising to L2 norm {config.clip_norm:g} (automatic clipping, Bu et al. 2023)",
-        "adaptive": f"at a norm that follows a private estimate of the {config.clip_quantile:g} quantile of norms, from "
-        f"{config.clip_norm:g} on (Andrew et al. 2021)",
-    }[config.clipping]
 
 
 def _release(config):

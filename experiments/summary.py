@@ -2,6 +2,12 @@
 
 import json
 
+HIDDEN = {
+    "local": "every client's records",
+    "distributed": "every client's records (secure aggregation simulated)",
+    "client": "every client as a whole",
+}
+
 
 def line(folder):
     """The line to end with, from the run's own files."""
@@ -16,7 +22,7 @@ def line(folder):
     budget = (
         "NO PRIVACY"
         if config["trust"] == "none"
-        else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for every client's records"
+        else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for {HIDDEN[config['trust']]}"
     )
     rounds = last["round"]
     kind = " (synthetic data)" if facts["data"]["synthetic"] else ""

@@ -1,18 +1,69 @@
 """From uploads to the next global adapter: small pure functions."""
 
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from dplora_jax import lora
+from dplora_jax.privacy import noise
+
 CLIENTS = "clients"  # the mesh axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one round's uploads become a mean upload, by trust mode; every number is public and fixed before the run.
+
+    `local` and `none` take the mean by the clients' weights. `distributed` takes the total of noisy sums over `divisor` (the
+    sum of all expected batches), if at least `survivors` clients sent theirs. `client` clips each whole update to `clip_norm`,
+    adds noise of `noise_std` to the sum of those who joined, and divides by `divisor` (how many are expected to).
+    """
+
+    trust: str = "local"
+    divisor: float = 1.0
+    survivors: int = 0
+    clip_norm: float = math.inf
+    noise_std: float = 0.0
+
+
+LOCAL = Rule()
+
+
+def clip_each(uploads, clip_norm):
+    """Every upload [K, ...] scaled to L2 norm at most `clip_norm` over all its leaves together; one that is not finite
+    becomes 0, as a null client's is."""
+    norms = jax.vmap(optax.tree.norm)(uploads)
+    factors = clip_norm / jnp.maximum(norms, clip_norm)
+
+    def cut(leaf):
+        per_client = (-1, *[1] * (leaf.ndim - 1))
+        return jnp.where(jnp.isfinite(norms).reshape(per_client), factors.reshape(per_client) * leaf, 0)
+
+    return jax.tree.map(cut, uploads)
+
+
+def noisy_mean(total, keys, rule):
+    """(sum of clipped updates + the server's noise) / the public number of clients expected (McMahan et al. 2018, algorithm 1).
+
+    `keys` [4, 2] uint32 are the server's of this round.
+    """
+    noisy = noise.add(total, noise.gaussian(keys, total, rule.noise_std, 0))
+    return jax.tree.map(lambda x: x / rule.divisor, noisy)
+
+
+def choose(flag, new, old):
+    """`new` where the scalar `flag` holds, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
 
 
 def weighted_sum(weights, uploads):
     """sum_k weights_k uploads_k over the leading axis of every leaf: FedAvg's mean where the weights sum to 1
-    (McMahan et al. 2017, algorithm 1)."""
-    return jax.tree.map(lambda u: jnp.tensordot(weights, u, 1), uploads)
+    (McMahan et al. 2017, algorithm 1). Exact products: where noise comes in the total alone, none may round an upload."""
+    return jax.tree.map(lambda u: jnp.tensordot(weights, u, 1, precision=lora.EXACT), uploads)
 
 
 def groups(transforms):

@@ -101,6 +101,14 @@ def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Clien
     return jax.tree.map(jnp.subtract, params, adapter), traces, clip_norm
 
 
+def share(loss_fn, config: LocalConfig, data, adapter, client: Client, keys):
+    """A client's share of the total in trust mode `distributed`: one step's clipped sum and its part of the noise, undivided,
+    to be seen in the total alone -> (upload, Trace). Dividing, rates and momentum are the server's."""
+    of_sum = client._replace(divisor=1.0)
+    noisy, _, _, trace = _noisy_mean_gradient(loss_fn, config, data, adapter, of_sum, keys, 0, (), ())
+    return noisy, jax.tree.map(lambda x: x[None], trace)
+
+
 def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, moving, memory):
     """(clipped sum + noise) / the public expected batch size, the next clip norm and noise memory, and what to show of it."""
     rows, weights = _sample(config, client, keys, index)

@@ -103,7 +103,13 @@ def place(mesh, shards, mechanisms, clip_norm, wave):
 
 
 def place_keys(mesh, keys, clients):
-    """{purpose: uint32 [rounds, K, 4, 2]} padded to `clients` and split over the clients axis."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, CLIENTS))
-    pad = lambda x: np.pad(x, [(0, 0), (0, clients - x.shape[1]), (0, 0), (0, 0)])  # noqa: E731
-    return {purpose: jax.device_put(pad(value), sharding) for purpose, value in keys.items()}
+    """`secrets.round_keys` on the mesh: arrays [rounds, K, ...] padded to `clients` with zeros (padding clients never join) and
+    split over the clients axis; the server's are everywhere."""
+
+    def put(purpose, value):
+        if purpose == "server":
+            return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
+        value = np.pad(value, [(0, 0), (0, clients - value.shape[1]), *[(0, 0)] * (value.ndim - 2)])
+        return jax.device_put(value, NamedSharding(mesh, PartitionSpec(None, CLIENTS)))
+
+    return {purpose: put(purpose, value) for purpose, value in keys.items()}

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax.federation import aggregation
 from dplora_jax.federation.aggregation import CLIENTS
-from dplora_jax.federation.client import LocalConfig, update
+from dplora_jax.federation.client import LocalConfig, share, update
 
 
 class State(NamedTuple):
@@ -32,7 +32,8 @@ class State(NamedTuple):
 class Federation:
     """The static part of the program. `loss(model, params)` makes the local loss; `client_optimizer` and `server_optimizer` are
     optax transformations (the server's is fed the negative mean upload); `ema` is the average's decay; `wave` clients run at
-    a time on each device."""
+    a time on each device; `rule` is the trust mode's. In mode `distributed` the client's transformation runs at the server,
+    on the mean gradient, and has no memory (SGD)."""
 
     model: Any
     loss: Callable
@@ -41,6 +42,7 @@ class Federation:
     server_optimizer: optax.GradientTransformation
     ema: float = 0.0
     wave: int = 1
+    rule: aggregation.Rule = aggregation.LOCAL
 
     def init(self, adapter, clients=0):
         """The state before round 1; `clients` is K where each has a clip norm of its own (adaptive clipping)."""
@@ -55,35 +57,54 @@ class Shown(NamedTuple):
     trace: Any
 
 
+KEYS = {  # what a dispatch takes of `secrets.round_keys`
+    "local": ("noise", "sampling"),
+    "none": ("noise", "sampling"),
+    "distributed": ("noise", "sampling", "joins"),
+    "client": ("noise", "sampling", "joins", "server"),
+}
+
+
 def make(federation: Federation, mesh, transcript=False, diagnostics=False):
     """Compile-once function of a dispatch: (state, params, clients, data, keys) -> (state, Shown or None).
 
-    `keys` {purpose: uint32 [rounds, K, 4, 2]} say how many rounds it runs. `state` is donated; `clients`, `data` and `keys` come
-    from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out each client's uploads and
-    noisy gradients (and counts, under adaptive clipping), and only with `diagnostics` its exact loss, clip fraction and
-    sampled count: otherwise they do not exist outside it.
+    `keys` (`secrets.round_keys`: those that KEYS names for the trust mode) say how many rounds it runs. `state` is donated;
+    `clients`, `data` and `keys` come from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out
+    each client's uploads and noisy gradients (and counts, under adaptive clipping), and only with `diagnostics` its exact
+    loss, clip fraction and sampled count: otherwise they do not exist outside it. In modes `distributed` and `client` the
+    transcript's "aggregate" [rounds, ...] is what the adversary sees, and the uploads are private.
     """
 
     def dispatch(state, params, clients, data, keys):
         def one_round(state, keys):
+            server_keys = keys.get("server")
+            keys = {name: value for name, value in keys.items() if name != "server"}
             total, clip_norms, shown = _all_clients(federation, params, clients, data, state, keys)
-            mean = jax.lax.psum(total, CLIENTS)
+            total = jax.lax.psum(total, CLIENTS)
+            mean, aggregate, sent = _mean_upload(federation, total, state.adapter, keys.get("joins"), server_keys)
             step, server = federation.server_optimizer.update(
                 jax.tree.map(jnp.negative, mean), state.server, state.adapter
             )
             adapter = optax.apply_updates(state.adapter, step)
             average = aggregation.average_update(state.average, adapter, federation.ema)
-            return State(adapter, server, average, clip_norms), _select(shown, transcript, diagnostics)
+            new = State(adapter, server, average, clip_norms)
+            # A void round leaves no trace: neither momentum nor the average may move by what was not released.
+            new = new if sent is None else aggregation.choose(sent, new, state)
+            return new, _select(shown, aggregate, transcript, diagnostics)
 
         return jax.lax.scan(one_round, state, keys)
 
     replicated, by_client, by_round = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
     states = State(replicated, replicated, replicated, by_client)
+    key_specs = {name: replicated if name == "server" else by_round for name in KEYS[federation.rule.trust]}
+    public = {"uploads": by_round, "released": by_round}
+    public |= {"aggregate": replicated} if "joins" in key_specs else {}
+    public |= {"count": by_round} if federation.local.adaptive else {}
     mapped = jax.shard_map(
         dispatch,
         mesh=mesh,
-        in_specs=(states, replicated, by_client, by_client, by_round),
-        out_specs=(states, by_round),
+        in_specs=(states, replicated, by_client, by_client, key_specs),
+        out_specs=(states, (public if transcript else replicated, by_round)),
         axis_names={CLIENTS},
         check_vma=False,
     )
@@ -102,14 +123,19 @@ def make(federation: Federation, mesh, transcript=False, diagnostics=False):
 
 def _all_clients(federation, params, clients, data, state, keys):
     """The weighted sum of this device's uploads, wave after wave, the next clip norms, and what each client shows [K, ...]."""
-    loss = federation.loss(federation.model, params)
+    loss, rule = federation.loss(federation.model, params), federation.rule
 
     def one(client, keys, clip_norm):
+        if rule.trust == "distributed":
+            return *share(loss, federation.local, data, state.adapter, client, keys), clip_norm
         return update(loss, federation.client_optimizer, federation.local, data, state.adapter, client, keys, clip_norm)
 
     def wave(total, members):
+        group, group_keys, _ = members
         uploads, trace, clip_norms = jax.vmap(one)(*members)
-        total = jax.tree.map(jnp.add, total, aggregation.weighted_sum(members[0].weight, uploads))
+        uploads = aggregation.clip_each(uploads, rule.clip_norm) if rule.trust == "client" else uploads
+        weights = group_keys.get("joins", group.weight)  # who takes part counts in full, whatever its size
+        total = jax.tree.map(jnp.add, total, aggregation.weighted_sum(weights, uploads))
         return total, (clip_norms, Shown(uploads, trace))
 
     members = clients, keys, state.clip_norms
@@ -118,13 +144,28 @@ def _all_clients(federation, params, clients, data, state, keys):
     return total, *jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), per_client)
 
 
-def _select(shown, transcript, diagnostics):
+def _mean_upload(federation, total, adapter, joins, server_keys):
+    """The trust mode's mean upload from the total of all clients -> (mean, what the server releases or None where that is
+    every upload, whether the round counts or None where it always does). A void round's total is never used."""
+    rule = federation.rule
+    if rule.trust == "distributed":
+        sent = jax.lax.psum(joins.sum(), CLIENTS) >= rule.survivors
+        gradient = jax.tree.map(lambda x: jnp.where(sent, x / rule.divisor, 0), total)
+        optimizer = federation.client_optimizer
+        return optimizer.update(gradient, optimizer.init(adapter), adapter)[0], gradient, sent
+    if rule.trust == "client":
+        mean = aggregation.noisy_mean(total, server_keys, rule)
+        return mean, mean, None
+    return total, None, None
+
+
+def _select(shown, aggregate, transcript, diagnostics):
     """The parts of `shown` that the program may put out."""
     uploads, trace = shown
     private = (
         {"loss": trace.loss, "clip_fraction": trace.clip_fraction, "sampled": trace.sampled} if diagnostics else None
     )
     public = {"uploads": uploads, "released": trace.released}
-    if jax.tree.leaves(trace.count):
-        public["count"] = trace.count
+    public |= {} if aggregate is None else {"aggregate": aggregate}
+    public |= {"count": trace.count} if jax.tree.leaves(trace.count) else {}
     return public if transcript else None, private

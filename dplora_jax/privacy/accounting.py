@@ -197,6 +197,16 @@ def _with_count(step, count_noise):
     return dataclasses.replace(step, noise_multiplier=noise, count_noise=count)
 
 
+def least_noise(records, rate, steps, target, delta):
+    """The least noise multiplier that keeps `steps` steps of plain Poisson sampling at `rate` within (target, delta).
+
+    Raises InputError where none in NOISE_RANGE would do.
+    """
+    grid = min(1e-2, max(GRID, target / 400))
+    cost = lambda noise: epsilon(Mechanism(records, rate, records, noise), steps, delta, grid)  # noqa: E731
+    return _least_noise(cost, target, 1.0, 5e-4)
+
+
 def generous_capacity(size, rate):
     """The mean and six standard deviations of a Poisson sample's size, and at most all: what a run without noise takes."""
     return min(size, math.ceil(size * rate + 6 * math.sqrt(size * rate * (1 - rate))))

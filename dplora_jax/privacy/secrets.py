@@ -1,4 +1,4 @@
-"""Each client's secret, and the keys that derive from it.
+"""Each client's secret (and the server's, where it has one), and what derives from it.
 
 A secret is 256 bits from the operating system. A key is HMAC-SHA256(secret, purpose, round, attempt): 32 bytes, read as the
 four threefry keys of `noise.gaussian`. Steps and leaves are folded in on the device.
@@ -70,15 +70,30 @@ def digest(secret, *parts):
     return hmac.new(secret, json.dumps(parts).encode(), hashlib.sha256).digest()
 
 
-def round_keys(secrets, rounds, attempt):
-    """The keys of a dispatch: {purpose: uint32 [rounds, K, 4, 2]} for the round numbers in `rounds`."""
+def joins(secrets, rounds, attempt, rate):
+    """Who takes part in which round: float32 [rounds, K] of 0 or 1. Each client does in each round independently, with
+    probability `rate` (rounded down to 2^-64), by its own secret."""
+    below = int(rate * 2**64)
+    draw = lambda s, r: int.from_bytes(digest(s, "joins", int(r), int(attempt))[:8], "big")  # noqa: E731
+    drawn = [[draw(s, r) < below for s in secrets] for r in rounds]
+    return np.array(drawn, np.float32).reshape(len(rounds), len(secrets))
+
+
+def round_keys(secrets, rounds, attempt, clients=None, rate=None):
+    """The keys of a dispatch: {purpose: uint32 [rounds, K, 4, 2]} for the round numbers in `rounds`.
+
+    The first `clients` secrets (None: all) are the clients'; where there is one more, it is the server's, and "server"
+    [rounds, 4, 2] are its noise keys. With a `rate` there is "joins" too.
+    """
 
     def key(secret, purpose, number):
         return np.frombuffer(digest(secret, purpose, int(number), int(attempt)), np.uint32).reshape(4, 2)
 
-    return {
-        p: np.array([[key(s, p, r) for s in secrets] for r in rounds], np.uint32).reshape(
-            len(rounds), len(secrets), 4, 2
-        )
+    own, server = secrets[:clients], secrets[len(secrets) if clients is None else clients :]
+    keys = {
+        p: np.array([[key(s, p, r) for s in own] for r in rounds], np.uint32).reshape(len(rounds), len(own), 4, 2)
         for p in PURPOSES
     }
+    if server:
+        keys["server"] = np.array([key(server[0], "noise", r) for r in rounds], np.uint32).reshape(len(rounds), 4, 2)
+    return keys if rate is None else keys | {"joins": joins(own, rounds, attempt, rate)}

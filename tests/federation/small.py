@@ -4,7 +4,9 @@ Every record carries `scale`, which multiplies its loss: 0 makes it the null rec
 surely clipped, and inf one whose gradient is not finite.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,7 +31,17 @@ MECHANISMS = [
 ]
 DIVISORS = np.array([m.sampling_rate * m.records for m in MECHANISMS])
 ROUNDS = range(1, 4)
+# Trust mode `distributed`: four surely send, of whom one colludes, and the other three's noise makes one of SIGMA.
+SIGMA, HONEST = 1.3, 3
+# Trust mode `client`: what a whole update is clipped to, the server's noise, and how often a client takes part.
+UPDATE_CLIP, SERVER_STD, CLIENT_RATE = 0.05, 0.11, 0.6
+RULES = {
+    "local": aggregation.LOCAL,
+    "distributed": aggregation.Rule("distributed", float(DIVISORS.sum()), survivors=4),
+    "client": aggregation.Rule("client", CLIENT_RATE * 5, clip_norm=UPDATE_CLIP, noise_std=SERVER_STD),
+}
 SECRETS = secrets.from_seed(7, len(SIZES))
+SERVER = secrets.from_seed(8, 1)
 
 
 @functools.cache
@@ -79,6 +91,8 @@ class Setup(NamedTuple):
     local_steps: int = 2
     transcript: bool = True
     diagnostics: bool = True
+    trust: str = "local"
+
     clipping: str = "flat"
     bands: int = 1
 
@@ -91,11 +105,12 @@ def grid_of(setup):
 @functools.cache
 def federation(setup):
     """The static part of a setup's program."""
-    variant = {"microbatch": setup.microbatch, "clipping": setup.clipping, "bands": setup.bands}
-    local = LocalConfig(setup.local_steps, CLIP, max(SIZES), max(CAPACITIES), **variant)
+    plain = setup.trust == "client"
+    variant = {"microbatch": setup.microbatch, "clipping": setup.clipping, "bands": setup.bands, "private": not plain}
+    local = LocalConfig(setup.local_steps, math.inf if plain else CLIP, max(SIZES), max(CAPACITIES), **variant)
     client = aggregation.groups({part: optax.sgd(rate) for part, rate in RATES.items()})
     server = optax.chain(optax.trace(MOMENTUM), optax.scale_by_learning_rate(SERVER_RATE))
-    return round.Federation(model_and_params()[0], loss, local, client, server, EMA, setup.wave)
+    return round.Federation(model_and_params()[0], loss, local, client, server, EMA, setup.wave, RULES[setup.trust])
 
 
 @functools.cache
@@ -111,15 +126,33 @@ def compiled(setup, rounds):
     return program(setup).lower(*arguments(setup, range(rounds))).compile(compiler_options=quick)
 
 
-def arguments(setup, rounds, attempt=0, data=None, state=None, **fields):
-    """(state, params, clients, data, keys) of a dispatch; `fields` replace real clients' fields of `Client`."""
+def keys_of(setup, rounds, attempt=0):
+    """`secrets.round_keys` of the setup's trust mode."""
+    rate = {"local": None, "distributed": 1.0, "client": CLIENT_RATE}[setup.trust]
+    holders = SECRETS + SERVER if setup.trust == "client" else SECRETS
+    return secrets.round_keys(holders, rounds, attempt, len(SECRETS), rate)
+
+
+def mechanisms(trust):
+    """What each client does itself."""
+    if trust != "distributed":
+        return MECHANISMS
+    return [dataclasses.replace(m, noise_multiplier=SIGMA / math.sqrt(HONEST)) for m in MECHANISMS]
+
+
+def arguments(setup, rounds, attempt=0, data=None, state=None, joins=None, **fields):
+    """(state, params, clients, data, keys) of a dispatch; `fields` replace real clients' fields of `Client`, and `joins` [K] who
+    takes part."""
     grid = grid_of(setup)
-    place = mesh.place(grid, data or records(), MECHANISMS, CLIP, setup.wave)
+    place = mesh.place(grid, data or records(), mechanisms(setup.trust), CLIP, setup.wave)
     clients = Client(*(np.array(value) for value in place.clients))
     for name, value in fields.items():
         getattr(clients, name)[: len(SIZES)] = value
     clients = jax.device_put(clients, NamedSharding(grid, PartitionSpec(aggregation.CLIENTS)))
-    keys = mesh.place_keys(grid, secrets.round_keys(SECRETS, rounds, attempt), len(clients.size))
+    keys = keys_of(setup, rounds, attempt)
+    if joins is not None:
+        keys["joins"] = np.broadcast_to(np.array(joins, np.float32), keys["joins"].shape)
+    keys = mesh.place_keys(grid, keys, len(clients.size))
     params = model_and_params()[1]
     params = jax.device_put(params, mesh.base_sharding(grid, params))
     state = federation(setup).init(jax.tree.map(jnp.array, adapter()), len(SIZES)) if state is None else state
@@ -127,8 +160,10 @@ def arguments(setup, rounds, attempt=0, data=None, state=None, **fields):
 
 
 def run(setup=None, rounds=ROUNDS, **options):
-    """(state, uploads and noisy gradients, diagnostics) of one dispatch, as numpy arrays of the five real clients."""
+    """(state, transcript, diagnostics) of one dispatch, as numpy arrays, of the five real clients where it is of clients."""
     setup = setup or Setup()
     state, shown = compiled(setup, len(rounds))(*arguments(setup, rounds, **options))
+    aggregate = jax.tree.map(np.array, shown[0].pop("aggregate")) if setup.trust != "local" else None
     public, private = jax.tree.map(lambda x: np.array(x)[:, : len(SIZES)], shown)
+    public |= {} if aggregate is None else {"aggregate": aggregate}
     return jax.tree.map(np.array, state), public, private

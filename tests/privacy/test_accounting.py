@@ -253,3 +253,9 @@ def test_the_papers_form_is_no_guarantee():
     assert "epsilon 0.124" in claimed
     assert "no guarantee" in claimed
     assert accounting.epsilon(Mechanism(775, 8 / 775, 775, 2.0), 50, DELTA) > 0.124
+
+
+@pytest.mark.parametrize(("records", "rate", "steps", "target"), [(5, 1.0, 50, 8.0), (100, 0.1, 20, 1.0)])
+def test_least_noise_keeps_plain_sampling_within_its_budget_and_spends_it(records, rate, steps, target):
+    noise = accounting.least_noise(records, rate, steps, target, DELTA)
+    assert 0.998 * target < accounting.epsilon(Mechanism(records, rate, records, noise), steps, DELTA) <= target

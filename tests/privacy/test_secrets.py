@@ -6,6 +6,7 @@ import stat
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from dplora_jax.privacy import secrets
 
@@ -102,3 +103,30 @@ def test_a_digest_tells_its_parts_apart():
     digests = [secrets.digest(secret, *part) for secret in secrets.from_seed(0, 2) for part in parts]
     assert all(x != y for x, y in itertools.combinations(digests, 2))
     assert {len(digest) for digest in digests} == {32}
+
+
+def test_the_servers_keys_are_its_own_and_clients_keys_do_not_change_by_them():
+    own = secrets.from_seed(3, 5)
+    keys, alone = secrets.round_keys(own, range(1, 4), 0, 4), secrets.round_keys(own[:4], range(1, 4), 0)
+    assert keys["server"].shape == (3, 4, 2)
+    for purpose, value in alone.items():
+        np.testing.assert_array_equal(keys[purpose], value)
+    np.testing.assert_array_equal(keys["server"], secrets.round_keys(own[4:], range(1, 4), 0)["noise"][:, 0])
+
+
+def test_each_client_joins_each_round_independently_with_the_rate():
+    """4,000 draws of 40 clients and 100 rounds: counts are binomial over clients and over rounds (chi-square of their spread),
+    and another attempt draws anew. False alarms: about 4e-5."""
+    own, rate = secrets.from_seed(4, 40), 0.3
+    drawn = secrets.joins(own, range(100), 0, rate)
+    assert set(np.unique(drawn)) == {0, 1}
+    assert abs(drawn.mean() - rate) < 4.5 * np.sqrt(rate * (1 - rate) / drawn.size)
+    for axis in 0, 1:
+        count, groups = drawn.shape[axis], drawn.shape[1 - axis]
+        spread = ((drawn.sum(axis) - count * rate) ** 2).sum() / (count * rate * (1 - rate))
+        assert scipy.stats.chi2.ppf(1e-5, groups) < spread < scipy.stats.chi2.ppf(1 - 1e-5, groups)
+    other = secrets.joins(own, range(100), 1, rate)
+    assert abs(np.corrcoef(drawn.ravel(), other.ravel())[0, 1]) < 0.08
+    assert (secrets.joins(own, range(100), 0, 1.0) == 1).all()
+    assert secrets.joins(own, [], 0, rate).shape == (0, 40)
+    np.testing.assert_array_equal(secrets.round_keys(own, [7], 0, rate=rate)["joins"][0], drawn[7])

@@ -1,0 +1,131 @@
+"""What a trust mode makes of a configuration: what is accounted, what each client does itself, and the server's rule."""
+
+import dataclasses
+import math
+
+from dplora_jax.federation.aggregation import Rule
+from dplora_jax.privacy import accounting, trust
+from dplora_jax.privacy.secrets import joins
+
+
+def of_clients(config):
+    """Mode `client`'s one mechanism, once for each client: a sample of the clients, one whole update being the record."""
+    noise = config.noise_multiplier
+    if noise is None:
+        noise = accounting.least_noise(config.clients, config.client_rate, config.rounds, config.epsilon, config.delta)
+    return [accounting.Mechanism(config.clients, config.client_rate, config.clients, noise)] * config.clients
+
+
+def settled(config, mechanisms):
+    """The mechanisms as they are accounted: in mode `distributed` all clients' records hide in one and the same noise, that of
+    the client which needs most."""
+    if config.trust != "distributed":
+        return mechanisms
+    most = max(m.noise_multiplier for m in mechanisms)
+    return [dataclasses.replace(m, noise_multiplier=most) for m in mechanisms]
+
+
+def honest(config):
+    """h: the clients that surely send, less those assumed to collude; their noise alone is counted on."""
+    return config.survivors - config.colluding
+
+
+def own(config, sizes, mechanisms):
+    """What each client does itself, as Mechanisms: its sampling of its own records, and the noise that it adds."""
+    if config.trust == "distributed":
+        share = 1 / math.sqrt(honest(config))
+        return [dataclasses.replace(m, noise_multiplier=m.noise_multiplier * share) for m in mechanisms]
+    if config.trust == "client":  # plain training: no noise, and a capacity that hardly ever cuts
+        return accounting.with_noise(sizes, config.expected_batch_size, 1, 0.0, config.delta)
+    return mechanisms
+
+
+def rule(config, mechanisms):
+    """The server's part of a round."""
+    if config.trust == "distributed":
+        return Rule("distributed", sum(m.sampling_rate * m.records for m in mechanisms), config.survivors)
+    if config.trust == "client":
+        expected = config.client_rate * config.clients
+        std = mechanisms[0].noise_multiplier * config.clip_norm
+        return Rule("client", expected, clip_norm=config.clip_norm, noise_std=std)
+    return Rule(config.trust)
+
+
+def joining(config):
+    """The probability with which a client takes part in a round; None where all always do."""
+    if config.trust == "distributed":
+        return 1 - config.dropout
+    return config.client_rate if config.trust == "client" else None
+
+
+def examples(config, sizes):
+    """The expected count of records in a round's batches: public, unlike the count that was drawn."""
+    return (joining(config) or 1) * config.local_steps * sum(min(n, config.expected_batch_size) for n in sizes)
+
+
+def senders(config, secrets, rounds, attempt):
+    """What metrics tell of who took part, a dict a round: in mode `distributed` how many sent their sum, and whether the round
+    was void, both public there; in mode `client` it is private."""
+    if config.trust != "distributed":
+        return [{}] * len(rounds)
+    sent = joins(secrets, rounds, attempt, joining(config)).sum(1)
+    return [{"survivors": int(count), "void": bool(count < config.survivors)} for count in sent]
+
+
+def parties(config):
+    """How many secrets a run has: one a client, and in mode `client` the server's."""
+    return config.clients + (config.trust == "client")
+
+
+def weights(config, sizes):
+    """Each client's share of the mean, if all take part."""
+    if config.trust == "client":
+        return [1 / len(sizes)] * len(sizes)
+    parts = [min(n, config.expected_batch_size) for n in sizes] if config.trust == "distributed" else sizes
+    return [part / sum(parts) for part in parts]
+
+
+def statements(config):
+    """The mode in words."""
+    if config.trust == "distributed":
+        return trust.distributed(config.clients, config.survivors, config.colluding)
+    if config.trust == "client":
+        return trust.client(config.clients, config.client_rate)
+    return trust.LOCAL if config.private else trust.NONE
+
+
+def method(config):
+    """How gradients or updates are clipped, and how they are put together: two lines."""
+    clipped = f"DP-LoRA (arXiv 2312.17493), per-example clipping {_clipping(config)}"
+    if config.trust == "distributed":
+        return [clipped, "sum of noisy sums (secure aggregation, simulated) over the sum of expected batches"]
+    if config.trust == "client":
+        return [
+            f"DP-FedAvg (McMahan et al. 2018) of LoRA: each client's whole update clipped at L2 norm {config.clip_norm:g}",
+            "uniform weights, noise at the server, over the expected number of clients",
+        ]
+    return [clipped if config.private else "Federated LoRA, no noise", "FedAvg weighted by n_k / n"]
+
+
+def _clipping(config):
+    """How gradients are clipped, in words."""
+    return {
+        "flat": f"at L2 norm {config.clip_norm:g}",
+        "per_layer": f"of each adapted matrix and the head apart, at L2 norm {config.clip_norm:g} in all",
+        "automatic": f"by normalising to L2 norm {config.clip_norm:g} (automatic clipping, Bu et al. 2023)",
+        "adaptive": f"at a norm that follows a private estimate of the {config.clip_quantile:g} quantile of norms, from "
+        f"{config.clip_norm:g} on (Andrew et al. 2021)",
+    }[config.clipping]
+
+
+def accounted_as(config):
+    """The sentence on the accounting."""
+    if config.trust == "client":
+        return (
+            "Privacy loss distributions (dp_accounting) of Poisson sampling of clients and the Gaussian mechanism; neighbours "
+            "differ in one client, replaced by a null client."
+        )
+    return (
+        "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
+        "neighbours differ in one record, replaced by a null record."
+    )
