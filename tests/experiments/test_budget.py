@@ -57,6 +57,14 @@ def test_rounds_and_batch_are_the_largest_that_fit(capsys):
     assert spent((60, 200), batch, 10, 1.5) <= 4 < spent((60, 200), batch + 1, 10, 1.5)
 
 
+def test_what_a_capacity_costs_counts_among_the_rounds(capsys):
+    """The budget is that of 20 rounds without a capacity: with one, they cost a little more."""
+    budget_of_20 = accounting.epsilon(accounting.Mechanism(60, 0.2, 60, 1.5), 40, 1e-4)
+    told = ask(capsys, *SMALL, f"--epsilon={budget_of_20!r}", "--noise_multiplier=1.5", "--solve=rounds")
+    assert told["rounds"] == 19
+    assert max(row["epsilon"] for row in told["clients"]) <= budget_of_20
+
+
 def test_a_budget_that_all_records_at_once_keep_says_so(capsys):
     told = ask(capsys, *SMALL, "--epsilon=8", "--noise_multiplier=50", "--solve=expected_batch_size", "--rounds=2")
     assert told["at_end_of_range"]
