@@ -181,6 +181,15 @@ def test_eight_devices_change_nothing(setup, shape):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), other, one)
 
 
+@pytest.mark.parametrize("setup", [TOTAL, TRUSTED], ids=["distributed", "client"])
+def test_without_a_transcript_no_upload_leaves_the_program(setup):
+    """Nor the aggregate: there is the next state, which follows from it, and nothing else."""
+    quiet = setup._replace(transcript=False, diagnostics=False)
+    state, shown = jax.eval_shape(small.program(quiet), *small.arguments(quiet, small.ROUNDS))
+    assert shown == (None, None)
+    assert jax.tree.structure(state) == jax.tree.structure(small.federation(quiet).init(small.adapter()))
+
+
 def test_clipping_is_of_the_whole_update_over_all_its_leaves():
     uploads = {"a": np.array([[3.0], [0.3], [np.nan], [0.0]]), "b": np.array([[4.0], [0.4], [1.0], [0.0]])}
     clipped = aggregation.clip_each(uploads, 1.0)
