@@ -133,6 +133,12 @@ class RunConfig:
         return 1 if self.trust == "client" else self.local_steps
 
     @property
+    def mechanism_options(self):
+        """What `accounting.calibrate` and `with_noise` take beyond sizes, steps and noise."""
+        adaptive = self.clipping == "adaptive"
+        return {"adaptive": adaptive, "count_noise": self.count_noise_multiplier, "bands": self.bands or 1}
+
+    @property
     def target_list(self):
         """--targets as a tuple; empty with --head_only."""
         return () if self.head_only else tuple(name.strip() for name in self.targets.split(",") if name.strip())
