@@ -118,7 +118,9 @@ def _checked(config, unknown, numbers):
     if config.trust != "local" or math.inf in numbers.values():
         raise InputError("a budget is of --trust=local, with a finite --epsilon and --noise_multiplier.")
     if config.clipping == "adaptive" or config.noise == "banded":
-        raise InputError("a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone.")
+        raise InputError(
+            "a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone."
+        )
     if unknown in ("rounds", "expected_batch_size"):
         config = dataclasses.replace(config, **{unknown: 1})
     known = {name: value for name, value in numbers.items() if name != unknown}
