@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import run
+from experiments import dispatch, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -191,18 +191,18 @@ def test_sigterm_saves_and_exits_75(command, tmp_path):
     assert len(lines_of(folder / "metrics.jsonl")) == ledger.charged_rounds() + 1
 
 
-def crash_before(monkeypatch, name):
-    """Make the first call of `run.<name>` end the run as a crash would."""
+def crash_before(monkeypatch, module, name):
+    """Make the first call of `module.<name>` end the run as a crash would."""
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, name, crash)
+    monkeypatch.setattr(module, name, crash)
 
 
 def test_dispatch_lost_before_its_checkpoint_is_replayed_and_paid_once(command, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        crash_before(patch, "_commit")
+        crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
             run.main(command)
     ledger = tmp_path / "run" / "privacy_ledger.jsonl"
@@ -216,7 +216,7 @@ def test_replay_on_another_mesh_draws_new_keys_pays_for_both_and_ends_within_bud
     command, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        crash_before(patch, "_commit")
+        crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
             run.main([*command, "--mesh=1x1"])
     assert run.main([*command, "--mesh=3x1"]) == 0
@@ -231,7 +231,7 @@ def test_replay_on_another_mesh_draws_new_keys_pays_for_both_and_ends_within_bud
 
 
 def test_last_dispatch_lost_and_not_repeatable_is_charged_in_the_final_figures(command, tmp_path, monkeypatch, capsys):
-    commit, calls = run._commit, []
+    commit, calls = dispatch.commit, []
 
     def crash_at_the_third(*arguments):
         calls.append(arguments)
@@ -240,7 +240,7 @@ def test_last_dispatch_lost_and_not_repeatable_is_charged_in_the_final_figures(c
         commit(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_commit", crash_at_the_third)
+        patch.setattr(dispatch, "commit", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             run.main([*command, "--mesh=1x1"])
     assert run.main([*command, "--mesh=3x1"]) == 0
@@ -261,7 +261,7 @@ def test_records_that_changed_since_the_start_are_refused(command, finance_table
         (data / name).write_text((finance_table / name).read_text())
     own = [*command, f"--data_dir={data}"]
     with monkeypatch.context() as patch:
-        crash_before(patch, "_finish")
+        crash_before(patch, run, "_finish")
         with pytest.raises(KeyboardInterrupt):
             run.main([*own, "--eval_every=0", "--dispatch_rounds=6"])
     rows = (data / "train.csv").read_text()
