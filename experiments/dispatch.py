@@ -5,6 +5,7 @@
 
 import json
 import os
+import sys
 import time
 
 import jax
@@ -30,7 +31,7 @@ def restore(job):
         state, done, notes = (
             job.prepared.state,
             0,
-            {"lines": [line | job.prepared.evaluate(job.prepared.state.adapter)]},
+            {"lines": [line | job.prepared.evaluate(job.prepared.state.adapter)], "ledger": job.ledger.anchor},
         )
         job.checkpoints.save(0, state, notes)
         job.checkpoints.wait()
@@ -45,30 +46,39 @@ def restore(job):
 
 def check_records(job):
     """Refuse records that are not those of the ledger: its budget was planned for these alone."""
-    last = job.ledger.last_begun
-    if last and last["records"] != _keyed(job, "records"):
+    begun = job.ledger.begun
+    if begun and begun[-1]["causes"]["data"] != _causes(job)["data"]:
         raise InputError(
             f"the records are not those that {job.folder} began with: restore them, or start a new --workdir."
         )
 
 
-def _keyed(job, name):
-    """A digest of the prepared parts, keyed with the run's secrets: a plain hash would tell whose records are in."""
-    return secrets.digest(b"".join(job.secrets), name, getattr(job.prepared, name).hex()).hex()
+def _causes(job):
+    """The digests of all that decides the bits, keyed with the run's secrets: a plain hash would tell whose records are in."""
+    secret = b"".join(job.secrets)
+    return {name: secrets.digest(secret, "cause", name, of.hex()).hex() for name, of in job.prepared.causes.items()}
 
 
 def charge(job, done):
     """The next rounds [a, b) and their attempt, charged to the ledger; None when rounds or budget are at their end.
 
     A dispatch that was begun and not committed is replayed under its own keys, and not charged again, if everything that
-    feeds the mechanism is the same; else a new attempt's keys are drawn and both are paid for.
+    decides its bits is the same; else a new attempt's keys are drawn and both are paid for.
     """
     config, ledger = job.config, job.ledger
     if done >= config.rounds:
         return None
-    entry, fingerprint = ledger.open_entry(), _keyed(job, "fingerprint")
-    if entry and entry["rounds"][0] == done + 1 and entry["fingerprint"] == fingerprint:
-        return tuple(entry["rounds"]), entry["attempt"]
+    entry, causes = ledger.open_entry(), _causes(job)
+    if entry and entry["rounds"][0] == done + 1:
+        before = entry["causes"]
+        changed = sorted(name for name in before | causes if before.get(name) != causes.get(name))
+        if not changed:
+            return tuple(entry["rounds"]), entry["attempt"]
+        print(
+            f"warning: rounds {done + 1} to {entry['rounds'][1] - 1} were lost and cannot be replayed, for not all is as it was "
+            f"({', '.join(changed)}): they stay paid for, and new noise is drawn.",
+            file=sys.stderr,
+        )
     last = min(done + config.dispatch_rounds, config.rounds)
     if config.eval_every:
         last = min(last, (done // config.eval_every + 1) * config.eval_every)
@@ -78,8 +88,8 @@ def charge(job, done):
         return None
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
-    more = {"records": _keyed(job, "records"), "release": job.prepared.facts["release"] or "NO PRIVACY"}
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.local_steps, fingerprint, **more)
+    release = job.prepared.facts["release"] or "NO PRIVACY"
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.local_steps, causes, release=release)
     return rounds, attempt
 
 
@@ -129,8 +139,9 @@ def metrics(job, rounds, seconds):
 
 
 def commit(job, done, state, lines, shown, begun):
-    """Make the dispatch durable, then say so in the ledger, and only then release its metrics."""
-    job.checkpoints.save(done, state, {"lines": lines})
+    """Make the dispatch durable, then say so in the ledger, and only then release its metrics. The checkpoint anchors the ledger
+    as it stands, the dispatch's own begin entry included."""
+    job.checkpoints.save(done, state, {"lines": lines, "ledger": job.ledger.anchor})
     job.checkpoints.wait()
     job.ledger.commit(*begun)
     workdir.write_metrics(job.folder, lines)

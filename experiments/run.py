@@ -47,17 +47,19 @@ class Run(NamedTuple):
 
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
+    from dplora_jax import checkpoint
     from dplora_jax.privacy import ledger as ledgers
     from dplora_jax.privacy import secrets
     from experiments import summary, workdir
 
     stored = workdir.stored_config(folder, config)
-    ledger = ledgers.Ledger(folder / "privacy_ledger.jsonl")
+    ledger = ledgers.Ledger(folder / ledgers.FILE)
+    for name, anchor in checkpoint.anchors(folder / "checkpoints"):
+        ledger.check(anchor, name)
     if ledger.ended:
         secrets.destroy(folder / "private")
         print(f"This run is finished, nothing was done. {summary.line(folder)}")
         return 0
-    from dplora_jax.checkpoint import Checkpoints
     from experiments import setup
 
     if not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
@@ -67,12 +69,15 @@ def run(config, folder, command):
     prepared = setup.prepare(config, stored)
     if stored is None:
         workdir.write_config(folder, config, prepared.facts | {"command": command})
+    if not ledger.entries:  # nothing ran under secrets that an earlier start left, or nothing tells what did
+        secrets.destroy(folder / "private")
     keys = (
         secrets.load_or_create(folder / "private", config.clients)
         if config.seed is None
         else secrets.from_seed(config.seed, config.clients)
     )
-    checkpoints = Checkpoints(folder / "checkpoints")
+    ledger.seal_with(b"".join(keys))
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     try:
         code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}))
     finally:
