@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.ledger import Ledger
+from dplora_jax.privacy.ledger import Ledger, rebuild
 from experiments import dispatch, run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_epsilon_shown_is_the_ledgers_own(command, tmp_path):
     folder = tmp_path / "run"
     ledger = Ledger(folder / "privacy_ledger.jsonl")
     assert lines_of(folder / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
-    mechanism = accounting.Mechanism(*ledger.entries[0]["clients"][0])
+    mechanism = rebuild(ledger.entries[0]["clients"][0])
     assert accounting.epsilon(mechanism, 12, 1e-3) == pytest.approx(ledger.epsilons(1e-3)[0])
 
 
