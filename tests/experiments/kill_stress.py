@@ -25,16 +25,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Some of it for the forks alone: what is imported here costs them nothing.
+import datasets  # noqa: F401
 import jax
+import matplotlib.pyplot  # noqa: F401
 import numpy as np
-import orbax.checkpoint  # noqa: F401 - so that no fork imports it
+import orbax.checkpoint  # noqa: F401
 import safetensors.numpy
 
 from dplora_jax import checkpoint
-from dplora_jax.privacy import chain, secrets
-from dplora_jax.privacy.ledger import Ledger
-from experiments import dispatch, ledger, report, run, setup, workdir  # noqa: F401 - setup: as above
+from dplora_jax.models.tokenizer import load_tokenizer
+from dplora_jax.privacy import accounting, chain, secrets
+from dplora_jax.privacy.ledger import Ledger, rebuild
+from experiments import dispatch, ledger, report, run, setup, workdir  # noqa: F401
 
 ROUNDS = 6
 FLAGS = [
@@ -228,8 +233,12 @@ def prepare(scratch):
 
     if os.waitpid(fork(write), 0)[1] != 0:
         raise SystemExit("the tiny model could not be written")
+    load_tokenizer(scratch / "model")
     arguments = [f"--model={scratch / 'model'}", f"--data_dir={scratch / 'tables'}", *FLAGS, "--epsilon=8", "--seed=1"]
     finish([*arguments, "--mesh=1x1"], scratch / "whole")
+    for client in ledger.verify(scratch / "whole").ledger.begun[0]["clients"]:
+        for grid in (1e-2, 1e-3):  # kept in a cache that the forks inherit
+            accounting.step_loss(rebuild(client), grid)
     return arguments, adapter(scratch / "whole")
 
 
