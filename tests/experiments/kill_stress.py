@@ -257,7 +257,8 @@ def at_each_boundary(scratch):
 
 
 def at_random(scratch, kills, seed):
-    """Runs, each killed up to ten times at random instants or boundaries, every third on changing meshes; prints the figures."""
+    """Runs, each killed up to ten times at random instants or boundaries, every third on changing meshes; prints the counts
+    so far after each run."""
     arguments, reference = prepare(scratch)
     draw, counts = random.Random(seed), collections.Counter()
     clock = time.monotonic()
@@ -286,7 +287,7 @@ def at_random(scratch, kills, seed):
         counts["runs"] += 1
         counts["runs on changing meshes"] += not same_mesh
         counts["rounds paid for more than once, all on changing meshes"] += charged - ROUNDS if not same_mesh else 0
-    print(dict(counts))
+        print(dict(counts), flush=True)
     return counts["kills"]
 
 
