@@ -29,6 +29,7 @@ def digests(config, records, model, params, mechanisms, grid):
     """
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     devices = [device.device_kind for device in grid.devices.flat]
+    devices = devices if len(set(devices)) > 1 else devices[:1]  # how many there are is the mesh's
     platforms = sorted({device.client.platform_version for device in grid.devices.flat})
     environment = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     return {
