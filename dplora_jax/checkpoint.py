@@ -21,6 +21,8 @@ def anchors(directory):
             anchor = json.loads((folder / "notes" / "metadata").read_bytes())["ledger"]
             anchor["entries"], anchor["head"]
         except (OSError, ValueError, TypeError, KeyError):
+            if not folder.exists():  # a running program keeps two and has just removed it
+                continue
             raise InputError(f"{folder} is damaged: restore it, or start a new --workdir.") from None
         found.append((f"checkpoint {folder.name}", anchor))
     return found

@@ -93,10 +93,23 @@ def charge(job, done):
     return rounds, attempt
 
 
+def round_keys(job, rounds, attempt):
+    """The keys of the dispatch that was charged last, derived from the begin entry that paid for it and from all before it.
+
+    So a workdir that is put back to an earlier state, a disk's snapshot say, cannot draw them again for anything else. With
+    --seed they are the seed's alone: its noise is no secret, and is to be the same however the rounds are cut.
+    """
+    held = job.secrets
+    if job.config.seed is None:
+        paid = job.ledger.head_of(job.ledger.begun[-1])
+        held = [secrets.digest(secret, "paid by", paid) for secret in held]
+    return secrets.round_keys(held, range(*rounds), attempt)
+
+
 def execute(job, state, rounds, attempt):
     """Run rounds [a, b) as one call of the compiled program -> (state, what it shows, seconds of running it)."""
     p = job.prepared
-    keys = secrets.round_keys(job.secrets, range(*rounds), attempt)
+    keys = round_keys(job, rounds, attempt)
     keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
     length = rounds[1] - rounds[0]

@@ -49,6 +49,7 @@ def verify(workdir):
     """The Verdict on `workdir`, or InputError with what does not hold."""
     workdir = pathlib.Path(workdir)
     config, path = _config(workdir), workdir / FILE
+    lines = _metrics(workdir)  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
     for name, anchor in anchors:
@@ -57,7 +58,7 @@ def verify(workdir):
         raise InputError(f"{path} has no entries: nothing was charged there yet.")
     seals = _seals(workdir, config, ledger)
     _check_config(workdir, config, ledger)
-    _check_metrics(workdir, config, ledger)
+    _check_metrics(workdir, config, ledger, lines)
     names = [ledger.head_path.name, *(name for name, _ in anchors)]
     return Verdict(ledger, config, names, seals)
 
@@ -80,9 +81,11 @@ def _seals(workdir, config, ledger):
     if config["seed"] is not None:
         ledger.seal_with(b"".join(secrets.from_seed(config["seed"], config["clients"])))
         return "fit, but anyone who knows --seed can make them"
-    if not (workdir / "private" / secrets.FILE).exists():
+    try:
+        held = json.loads((workdir / "private" / secrets.FILE).read_text())
+    except OSError:
         return "cannot be checked: the secrets are destroyed, or not here"
-    ledger.seal_with(b"".join(secrets.load_or_create(workdir / "private", config["clients"])))
+    ledger.seal_with(b"".join(map(bytes.fromhex, held)))
     return "fit the run's secrets"
 
 
@@ -104,22 +107,26 @@ def _check_config(workdir, config, ledger):
             )
 
 
-def _check_metrics(workdir, config, ledger):
-    """No round is shown that was not committed, and a finished run shows no less epsilon than it was charged."""
+def _metrics(workdir):
+    """[(round, [epsilon of each client])] of metrics.jsonl; nothing where there is none yet."""
     path = workdir / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        rounds = [line["round"] for line in lines]
-        shown = [float(value) for value in lines[-1]["epsilon"]] if lines else []
+        return [(line["round"], [float(value) for value in line["epsilon"]]) for line in lines]
     except (OSError, ValueError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: run the same command again to rebuild it, or restore it.") from None
+
+
+def _check_metrics(workdir, config, ledger, lines):
+    """No round is shown that was not committed, and a finished run shows no less epsilon than it was charged."""
+    path = workdir / "metrics.jsonl"
     committed = {r for entry in ledger.begun if ledger.committed(entry) for r in range(*entry["rounds"])}
-    if early := sorted(set(rounds) - committed - {0}):
+    if early := sorted({number for number, _ in lines} - committed - {0}):
         raise InputError(
             f"{path} does not agree with the ledger: it shows round {early[0]}, which was never committed."
         )
     if ledger.ended and config["trust"] != "none":
-        charged = ledger.epsilons(config["delta"])
+        shown, charged = lines[-1][1] if lines else [], ledger.epsilons(config["delta"])
         if len(shown) != len(charged) or any(s < c * (1 - 1e-3) for s, c in zip(shown, charged, strict=True)):
             raise InputError(f"{path} does not agree with the ledger: it shows less epsilon than was charged.")
 

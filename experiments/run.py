@@ -139,13 +139,13 @@ def _finish(job, done, state, lines):
     import jax
 
     from dplora_jax import lora, peft
-    from dplora_jax.privacy import secrets
+    from dplora_jax.privacy import chain, secrets
     from experiments import report, summary, workdir
 
     workdir.write_metrics(job.folder, _settled(job, state, lines))
     adapter = lora.with_frozen_a(job.prepared.params, _released(job, state))
     peft.save(job.folder / "adapter", job.prepared.model, jax.device_get(adapter), job.prepared.lora_config)
-    workdir.write_atomically(job.folder / "adapter" / "README.md", f"# LoRA adapter\n\n{summary.line(job.folder)}\n")
+    chain.replace_durably(job.folder / "adapter" / "README.md", f"# LoRA adapter\n\n{summary.line(job.folder)}\n")
     report.write(job.folder)
     if done < job.config.rounds:
         missing = f"rounds {done + 1} to {job.config.rounds} were not run"

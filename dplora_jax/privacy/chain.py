@@ -117,6 +117,10 @@ class Chain:
         """{"entries": how many, "head": the last one's hash}: whoever keeps it can tell whether these entries still stand."""
         return {"entries": len(self.entries), "head": self.heads[-1]}
 
+    def head_of(self, entry):
+        """The hash of an entry's line, which depends on every line before it."""
+        return self.heads[1 + next(i for i, other in enumerate(self.entries) if other is entry)]
+
     def check(self, anchor, name):
         """InputError unless the entries that `anchor` speaks of, which is kept in `name`, are all here and unchanged."""
         count = anchor["entries"]

@@ -288,7 +288,7 @@ def test_a_ledger_that_does_not_hold_stops_a_resume_and_one_that_is_gone_means_n
     refused("its end was removed")
     path.unlink()
     head.unlink()
-    refused("checkpoint 4 knows of 5, so its end was removed")
+    refused("checkpoint 4 knows of 3, so its end was removed")
     forged = Ledger(path)
     for line in lines:
         entry = json.loads(line)
