@@ -77,6 +77,7 @@ def run(config, folder, command):
         else secrets.from_seed(config.seed, config.clients)
     )
     ledger.seal_with(b"".join(keys))
+    ledger.promise()
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     try:
         code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}))

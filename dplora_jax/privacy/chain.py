@@ -148,8 +148,7 @@ class Chain:
 
     def append(self, **entry):
         """Add one line and make it durable, then promise it in the head file, durably too, before returning."""
-        if self._promised < len(self.entries):  # a crash came between a line and its promise
-            self._promise()
+        self.promise()
         value = _sealed(self._secret, {"previous": self.heads[-1], **entry})
         line = json.dumps(value)
         with open(self.path, "a", encoding="utf-8") as file:
@@ -158,8 +157,11 @@ class Chain:
             os.fsync(file.fileno())
         self.entries.append(value)
         self.heads.append(_hash(line.encode()))
-        self._promise()
+        self.promise()
 
-    def _promise(self):
+    def promise(self):
+        """Let the head file know of every line, one whose promise a crash forestalled included: before what it announces runs."""
+        if self._promised == len(self.entries):
+            return
         replace_durably(self.head_path, json.dumps(_sealed(self._secret, self.anchor)) + "\n")
         self._promised = len(self.entries)

@@ -123,7 +123,10 @@ def keep_journal(path):
         p = job.prepared
         causes = hashlib.sha256(repr(sorted(p.causes.items())).encode()).hexdigest()
         inputs = digest((state, p.placement.clients, p.placement.data)), str(dict(p.mesh.shape)), causes
-        note(rounds=list(rounds), attempt=attempt, keys=keys, inputs=inputs)
+        promised = json.loads(job.ledger.head_path.read_text())["entries"]
+        note(
+            rounds=list(rounds), attempt=attempt, keys=keys, inputs=inputs, charged=promised == len(job.ledger.entries)
+        )
         result = real(job, state, rounds, attempt)
         note(rounds=list(rounds), attempt=attempt, keys=keys, outputs=digest(result[0]))
         return result
@@ -204,6 +207,8 @@ def check(folder, reference, same_mesh):
                     found[key, kind].add(str(line[kind]))
     if any(len(values) > 1 for values in found.values()):
         fail(folder, "a key was used on different inputs, or gave different outputs")
+    if not all(line.get("charged", True) for line in journal):
+        fail(folder, "a dispatch ran before its charge was promised")
     ran = {(r, line["attempt"]) for line in journal for r in range(*line["rounds"])}
     if not ran <= begun or charged != len(begun):
         fail(folder, f"{charged} rounds were charged, {len(begun)} begun, {len(ran)} run")

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, chain
 from dplora_jax.privacy import ledger as ledger_module
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
@@ -206,14 +206,29 @@ def test_what_a_power_cut_leaves_of_an_unpromised_line_is_cut_off(path, rest):
     assert path.read_bytes() == kept
 
 
-def test_a_whole_line_whose_promise_a_crash_forestalled_counts_and_is_promised_with_the_next(path):
+def test_a_whole_line_whose_promise_a_crash_forestalled_counts_and_is_promised_when_the_run_goes_on(path):
     torn_by_a_crash(path, lambda line: line)
-    ledger = Ledger(path)
-    assert ledger.open_entry()["rounds"] == [4, 6]
     for _ in range(2):  # a second crash at the same place
         ledger = Ledger(path)
-    ledger.commit((4, 6), 0)
-    assert Ledger(path).anchor == ledger.anchor == json.loads(path.with_suffix(".head").read_text())
+        assert ledger.open_entry()["rounds"] == [4, 6]
+    ledger.promise()
+    assert json.loads(path.with_suffix(".head").read_text()) == ledger.anchor
+
+
+def test_a_second_crash_before_a_promise_leaves_no_more_than_one_line_unpromised(path, monkeypatch):
+    torn_by_a_crash(path, lambda line: line)
+    ledger, real, promises = Ledger(path), chain.replace_durably, []
+
+    def crash_at_the_second(*arguments):
+        promises.append(arguments)
+        if len(promises) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(chain, "replace_durably", crash_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.commit((4, 6), 0)
+    assert Ledger(path).open_entry() is None
 
 
 def three(path, secret=None):
