@@ -1,34 +1,75 @@
 """What a run needs to go on after it was killed: the state of the rounds and the lines it has shown, saved by orbax."""
 
+import json
+import os
 import pathlib
 
-import jax
-import orbax.checkpoint as ocp
+from dplora_jax.errors import InputError
+from dplora_jax.privacy import secrets
+
+
+def anchors(directory):
+    """What each whole checkpoint of `directory` knows of the ledger: [(the checkpoint's name, Chain.anchor)], oldest first.
+
+    Read from the notes, which orbax keeps as plain JSON and which become visible in one step with the rest; needs no JAX.
+    """
+    found = []
+    for folder in sorted(pathlib.Path(directory).glob("[0-9]*"), key=lambda path: path.name.zfill(20)):
+        if not folder.name.isdigit():  # one being written
+            continue
+        try:
+            anchor = json.loads((folder / "notes" / "metadata").read_bytes())["ledger"]
+            anchor["entries"], anchor["head"]
+        except (OSError, ValueError, TypeError, KeyError):
+            if not folder.exists():  # a running program keeps two and has just removed it
+                continue
+            raise InputError(f"{folder} is damaged: restore it, or start a new --workdir.") from None
+        found.append((f"checkpoint {folder.name}", anchor))
+    return found
+
+
+def _sync_tree(directory):
+    """Make every file and directory below `directory` durable."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        secrets.sync_directory(folder)
 
 
 class Checkpoints:
     """The checkpoints of one directory, a step a round; saved asynchronously, the last two kept."""
 
     def __init__(self, directory):
+        import orbax.checkpoint as ocp
+
+        self._directory, self._args = pathlib.Path(directory).absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, number, state, notes):
-        """Begin to save `state` (a pytree of arrays) and `notes` (JSON) as of round `number`; `wait` makes sure of it."""
-        parts = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        """Begin to save `state` (a pytree of arrays) and `notes` (JSON) as of round `number`; `wait` makes sure of it.
+        `notes["ledger"]` is the anchor that `anchors` reads."""
+        parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(notes))
         self._manager.save(number, args=parts)
 
     def wait(self):
-        """Return when everything saved so far is durable; raises what went wrong."""
+        """Return when everything saved so far is durable, which orbax leaves to the system; raises what went wrong."""
         self._manager.wait_until_finished()
+        number = self._manager.latest_step()
+        if number is not None:
+            _sync_tree(self._directory / str(number))
+            secrets.sync_directory(self._directory)
 
     def restore(self, like):
         """The newest whole checkpoint as (round, state, notes), or None; `like` gives shapes, dtypes and shardings."""
+        import jax
+
         number = self._manager.latest_step()
         if number is None:
             return None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        parts = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), notes=ocp.args.JsonRestore())
+        parts = self._args.Composite(state=self._args.StandardRestore(abstract), notes=self._args.JsonRestore())
         restored = self._manager.restore(number, args=parts)
         return number, restored["state"], restored["notes"]
 

@@ -2,7 +2,7 @@
 
     python -m experiments.report runs/finance
 
-reads the workdir's two public files, `config.json` and `metrics.jsonl`, and writes `report.html` beside them: one file
+reads the workdir's public files, `config.json`, `metrics.jsonl` and the ledger, and writes `report.html` beside them: one file
 that needs no network, no script and no font. The same files give the same bytes.
 """
 
@@ -15,6 +15,8 @@ import statistics
 import sys
 
 from dplora_jax.errors import InputError
+from dplora_jax.privacy.ledger import FILE
+from experiments import ledger
 from experiments.report_figures import by_metric, figures, show_metric
 from experiments.report_text import STYLE, as_epsilon, show, show_bytes
 
@@ -89,9 +91,11 @@ def _strip(config: dict, rows: list[dict], private: bool) -> str:
     return f'<div class="strip">{"".join(tiles)}</div>'
 
 
-def _bands(config: dict, rows: list[dict], private: bool) -> str:
+def _bands(config: dict, rows: list[dict], private: bool, broken: str) -> str:
     """What a reader must know before believing a figure: no privacy, not for release, synthetic, unfinished."""
     told, bands = config.get("federation") or {}, []
+    if broken:
+        bands.append(("bad", f"<b>Do not rely on these figures.</b> {show(broken)}"))
     if not private:
         bands.append(
             ("bad", "<b>There is no privacy in this run.</b> Its uploads and its adapter may reveal any record.")
@@ -178,8 +182,18 @@ def _communication(config: dict, rows: list[dict], sent: dict) -> str:
     return _table(["what travels", "adapter (this run)", "full fine-tuning"], body)
 
 
-def _guarantee(config: dict, rows: list[dict], told: dict, private: bool) -> str:
-    """The statements of trust, the definition with this run's numbers, and how it was accounted."""
+def _ledger(workdir: pathlib.Path) -> tuple[str, bool]:
+    """What the ledger says, and whether it holds; nothing where there is none yet."""
+    if not (workdir / FILE).exists():
+        return "", True
+    try:
+        return f"Ledger: {ledger.verify(workdir).words()}.", True
+    except InputError as error:
+        return f"The ledger does not hold: {error}", False
+
+
+def _guarantee(config: dict, rows: list[dict], told: dict, private: bool, said: str) -> str:
+    """The statements of trust, the definition with this run's numbers, how it was accounted, and what the ledger says."""
     parts = ["<p><b>Nothing: no finite epsilon holds for this run.</b></p>"] if not private else []
     parts.append(_list(told.get("trust") or []))
     if private and rows and math.isfinite(as_epsilon(rows[-1].get("epsilon_max"))):
@@ -191,6 +205,8 @@ def _guarantee(config: dict, rows: list[dict], told: dict, private: bool) -> str
         )
     if told.get("accounting"):
         parts.append(f'<p class="soft">Accounting: {show(told["accounting"])}</p>')
+    if said:
+        parts.append(f'<p class="soft">{show(said)}</p>')
     return "".join(parts)
 
 
@@ -213,8 +229,8 @@ def _repeat(rows: list[dict], told: dict) -> str:
     return command + (_table([], words) if words else "")
 
 
-def _page(config: dict, rows: list[dict]) -> str:
-    """The whole page as HTML."""
+def _page(config: dict, rows: list[dict], said: str, holds: bool) -> str:
+    """The whole page as HTML; `said` is what the ledger says, and `holds` whether it does."""
     told = config.get("federation") or {}
     private = config.get("trust") != "none" and told.get("release") is not None
     private = private and (not rows or math.isfinite(as_epsilon(rows[-1].get("epsilon_max"))))
@@ -230,7 +246,7 @@ def _page(config: dict, rows: list[dict]) -> str:
     flags = [[show(name), show(value, "flag")] for name, value in config.items() if name != "federation"]
     sections = [
         ("Utility and what it cost", figures(config, rows, private)),
-        ("What the guarantee says", _guarantee(config, rows, told, private)),
+        ("What the guarantee says", _guarantee(config, rows, told, private, said)),
         ("Clients", _clients(_charged(told.get("clients") or [], rows))),
         ("Communication", _communication(config, rows, told.get("communication") or {})),
         ("Method", _list(told.get("method") or [])),
@@ -244,8 +260,8 @@ def _page(config: dict, rows: list[dict]) -> str:
 <title>{title}: DP-LoRA report</title><style>{STYLE}</style></head><body><main>
 <header><p class="kicker">Federated private LoRA</p><h1>{heading}</h1>
 <p class="soft">{show(data.get("description") or "")}</p><p class="soft">{" · ".join(facts)}</p></header>
-{_strip(config, rows, private)}{_bands(config, rows, private)}
-{body}<footer class="soft">Written by dplora_jax from config.json and metrics.jsonl alone.</footer>
+{_strip(config, rows, private)}{_bands(config, rows, private, "" if holds else said)}
+{body}<footer class="soft">Written by dplora_jax from config.json, metrics.jsonl and the ledger alone.</footer>
 </main></body></html>
 """
 
@@ -253,7 +269,7 @@ def _page(config: dict, rows: list[dict]) -> str:
 def write(workdir: pathlib.Path) -> pathlib.Path:
     """Write `workdir/report.html` whole or not at all, and return its path. Raises InputError for a broken workdir."""
     workdir = pathlib.Path(workdir)
-    page = _page(*_read(workdir))
+    page = _page(*_read(workdir), *_ledger(workdir))
     path, part = workdir / "report.html", workdir / "report.html.part"
     part.write_text(page, encoding="utf-8", newline="\n")
     os.replace(part, path)

@@ -1,12 +1,7 @@
 """From a RunConfig to everything that a run needs; every mistake of a user's stops here, before any training."""
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import math
-import os
-import pathlib
-import platform
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,15 +11,13 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-import dplora_jax
-import experiments
 from dplora_jax import evaluation, lora, losses, models
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, paper_bound
-from experiments import records, trust_modes
+from experiments import causes, records, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -43,8 +36,7 @@ class Prepared(NamedTuple):
     state: round.State
     evaluate: Callable
     facts: dict  # what config.json says under "federation"
-    records: bytes  # a digest of the clients' records, and
-    fingerprint: bytes  # one of everything that feeds the mechanism; both to be keyed before they are shown
+    causes: dict  # digests of all that decides the bits of a dispatch, to be keyed before they are shown
 
 
 def prepare(config, stored=None):
@@ -62,8 +54,7 @@ def prepare(config, stored=None):
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
     mechanisms = trust_modes.settled(config, _mechanisms(config, sizes, stored))
     adapter, params, lora_config = _adapter(config, model, params)
-    digest = _digest_arrays((train, shares))
-    fingerprint = _fingerprint(config, digest, model, params, mechanisms, grid)
+    digests = causes.digests(config, (train, shares), model, params, mechanisms, grid)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
@@ -111,8 +102,7 @@ def prepare(config, stored=None):
         state,
         evaluate,
         facts,
-        digest,
-        fingerprint,
+        digests,
     )
 
 
@@ -185,54 +175,6 @@ def optimizers(config):
     rate = optax.linear_schedule(config.server_lr, config.server_lr * config.lr_decay, config.rounds)
     momentum = optax.trace(config.server_momentum) if config.server_momentum else optax.identity()
     return client, optax.chain(momentum, optax.scale_by_learning_rate(rate))
-
-
-def _digest_arrays(tree):
-    """SHA-256 of the leaves' places, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        digest.update(repr((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))).encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.digest()
-
-
-def _fingerprint(config, records, model, params, mechanisms, grid):
-    """A digest of everything that feeds the mechanism: replaying rounds under the same keys is sound only if none of it moved.
-
-    The model counts apart from its parameters: another activation or norm in its config.json moves every gradient.
-    """
-    digest = hashlib.sha256()
-    free = ("workdir", "dispatch_rounds", "eval_every")  # they move no bit of a round
-    facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "jax_privacy")]
-    machine = (
-        [device.device_kind for device in grid.devices.flat],
-        jax.process_count(),
-        platform.machine(),
-        _processor(),
-    )
-    environment = os.environ.get("XLA_FLAGS", ""), str(jax.config.values)
-    parts = sorted(facts.items()), model, mechanisms, dict(grid.shape), versions, machine, environment
-    digest.update(repr(parts).encode())
-    for package in (dplora_jax, experiments):
-        for path in sorted(pathlib.Path(package.__file__).parent.rglob("*.py")):
-            digest.update(path.read_bytes())
-    digest.update(records + _digest_arrays(params))
-    return digest.digest()
-
-
-def _processor():
-    """The processor and how many of its cores are ours: another one may add in another order."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = sorted({line for line in lines if line.startswith(("model name", "flags"))})
-    return (
-        platform.processor(),
-        model,
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )
 
 
 def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):

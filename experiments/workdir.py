@@ -5,21 +5,11 @@ import dataclasses
 import fcntl
 import json
 import math
-import os
 import pathlib
 
 from dplora_jax.errors import InputError
+from dplora_jax.privacy.chain import replace_durably
 from experiments.flags import FREE_ON_RESUME
-
-
-def write_atomically(path, text):
-    """Replace `path` by `text` as one step, durably."""
-    draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 @contextlib.contextmanager
@@ -72,9 +62,9 @@ def stored_config(workdir, config):
 def write_config(workdir, config, federation):
     """Write `config.json`: every flag as resolved, and what the run made of them under "federation"."""
     document = plain(dataclasses.asdict(config)) | {"federation": plain(federation)}
-    write_atomically(workdir / "config.json", json.dumps(document, indent=2) + "\n")
+    replace_durably(workdir / "config.json", json.dumps(document, indent=2) + "\n")
 
 
 def write_metrics(workdir, lines):
     """Write `metrics.jsonl` anew: a line a round."""
-    write_atomically(workdir / "metrics.jsonl", "".join(json.dumps(plain(line)) + "\n" for line in lines))
+    replace_durably(workdir / "metrics.jsonl", "".join(json.dumps(plain(line)) + "\n" for line in lines))

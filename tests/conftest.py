@@ -62,7 +62,11 @@ def quick_compile():
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """A directory with a random two-layer BERT (mean pooling: it has no pooler) and a word-level tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny_bert")
+    return write_bert(tmp_path_factory.mktemp("tiny_bert"))
+
+
+def write_bert(directory):
+    """Write the checkpoint that `tiny_bert` speaks of -> the directory."""
     model = bert.Bert(bert.from_config(TINY, 3, "mean", False))
     params = jax.tree.map(lambda p: 4 * np.asarray(p), model.init(jax.random.key(0)))
     tensors = {}
@@ -106,7 +110,11 @@ def write_tokenizer(directory):
 @pytest.fixture(scope="session")
 def finance_table(tmp_path_factory):
     """A directory with train.csv (60 rows) and test.csv (30 rows) of text, label and bank, in the tiny tokenizer's words."""
-    directory = tmp_path_factory.mktemp("finance_table")
+    return write_table(tmp_path_factory.mktemp("finance_table"))
+
+
+def write_table(directory):
+    """Write the tables that `finance_table` speaks of -> the directory."""
     rng = np.random.default_rng(0)
     label = {("profit", "rose"): "good", ("profit", "fell"): "bad", ("cost", "rose"): "bad", ("cost", "fell"): "good"}
     for name, count in (("train", 60), ("test", 30)):

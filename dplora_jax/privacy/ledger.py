@@ -1,61 +1,66 @@
 """The write-ahead ledger: one entry a dispatch, durable before it runs, committed after its checkpoint is.
 
-A JSON line is {"entry": "begin", "rounds": [a, b], "attempt": n, "clients": [...], ...}, then {"entry": "commit", ...} of the
-same rounds and attempt, and at last {"entry": "end"}. epsilon is recomputed from the begin entries alone: what was begun is
-paid for, whether or not it came back.
+An entry is {"entry": "begin", "rounds": [a, b], "attempt": n, "local_steps": s, "clients": [what each client's steps are],
+"causes": {name: HMAC of a thing that decides the bits}, ...}, then {"entry": "commit", ...} of the same rounds and attempt, and
+at last {"entry": "end"}; `chain` says how entries are kept from being changed. epsilon is recomputed from the begin entries
+alone: what was begun is paid for, whether or not it came back.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import accounting, secrets
+from dplora_jax.privacy import accounting
+from dplora_jax.privacy.chain import ADVICE, Chain
 
+FILE = "privacy_ledger.jsonl"
 KEYS = {
-    "begin": ("rounds", "attempt", "clients", "local_steps", "fingerprint"),
+    "begin": ("rounds", "attempt", "clients", "local_steps", "causes"),
     "commit": ("rounds", "attempt"),
     "end": (),
 }
+KINDS = {"truncated_poisson_gaussian": accounting.Mechanism}  # kind -> a frozen dataclass that accounting composes
 
 
-def _is_entry(entry):
-    return isinstance(entry, dict) and entry.get("entry") in KEYS and all(key in entry for key in KEYS[entry["entry"]])
+def describe(mechanism):
+    """A mechanism as a JSON object, {"kind": its kind, **its fields}: all of it public."""
+    kind = next(kind for kind, of in KINDS.items() if type(mechanism) is of)
+    return {"kind": kind, **dataclasses.asdict(mechanism)}
 
 
-class Ledger:
-    """The entries of one file, read at the start and appended to durably. A torn last line (a crash while it was written,
-    before anything that it announces ran) is cut off; any other malformed line is an InputError."""
+def rebuild(description):
+    """The mechanism of a `describe`d object; InputError for one that this version does not know."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "kind"}
+    try:
+        return KINDS[description["kind"]](**fields)
+    except (KeyError, TypeError):
+        raise InputError(
+            f"the ledger speaks of a mechanism that this version does not know ({description}): use the version that wrote it."
+        ) from None
 
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            with open(self.path, "r+b") as file:
-                file.truncate(len(whole))
-                os.fsync(file.fileno())
-        try:
-            self.entries = [json.loads(line) for line in whole.splitlines()]
-            damaged = not all(map(_is_entry, self.entries))
-        except ValueError:  # no JSON, or no UTF-8
-            damaged = True
-        if damaged:
-            raise InputError(
-                f"{self.path} is damaged: a line before the last is no entry; restore it or start a new --workdir."
-            )
 
-    def append(self, **entry):
-        """Add one line and make it durable before returning."""
-        new = not self.path.exists()
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            secrets.sync_directory(self.path.parent)
-        self.entries.append(entry)
+class Ledger(Chain):
+    """The entries of one file, read at the start and appended to durably."""
+
+    def __init__(self, path, mend=True):
+        super().__init__(path, mend)
+        begun, open_, ended = set(), set(), False
+        for number, entry in enumerate(self.entries, 1):
+            kind = entry.get("entry")
+            if kind not in KEYS or not all(key in entry for key in KEYS[kind]):
+                raise InputError(f"{self.path} is damaged: line {number} is no entry; {ADVICE}")
+            wrong = "stands after the end of the run" if ended else None
+            if kind == "begin":
+                used = {(r, entry["attempt"]) for r in range(*entry["rounds"])}
+                wrong = wrong or ("begins rounds whose keys an earlier entry used" if used & begun else None)
+                begun |= used
+                open_.add((*entry["rounds"], entry["attempt"]))
+            elif kind == "commit":
+                done = (*entry["rounds"], entry["attempt"])
+                wrong = wrong or (None if done in open_ else "commits what was not begun")
+                open_.discard(done)
+            ended = ended or kind == "end"
+            if wrong:
+                raise InputError(f"{self.path} does not hold: entry {number} {wrong}; {ADVICE}")
 
     def _of(self, kind):
         return [entry for entry in self.entries if entry["entry"] == kind]
@@ -66,33 +71,34 @@ class Ledger:
         return bool(self._of("end"))
 
     @property
-    def last_begun(self):
-        """The newest begin entry, or None."""
-        return (self._of("begin") or [None])[-1]
+    def begun(self):
+        """The begin entries, oldest first."""
+        return self._of("begin")
+
+    def committed(self, entry):
+        """Whether a commit followed the begin entry `entry`."""
+        return any((e["rounds"], e["attempt"]) == (entry["rounds"], entry["attempt"]) for e in self._of("commit"))
 
     def open_entry(self):
-        """The begin entry that no commit followed, or None."""
-        begun = self._of("begin")
-        done = {(*entry["rounds"], entry["attempt"]) for entry in self._of("commit")}
-        last = begun[-1] if begun else None
-        return None if last is None or (*last["rounds"], last["attempt"]) in done else last
+        """The newest begin entry if no commit followed it, else None."""
+        last = self.begun[-1] if self.begun else None
+        return None if last is None or self.committed(last) else last
 
     def next_attempt(self, rounds):
         """An attempt number whose keys no begun dispatch has used for any of `rounds` [a, b)."""
-        used = [e["attempt"] for e in self._of("begin") if e["rounds"][0] < rounds[1] and rounds[0] < e["rounds"][1]]
+        used = [e["attempt"] for e in self.begun if e["rounds"][0] < rounds[1] and rounds[0] < e["rounds"][1]]
         return max(used, default=-1) + 1
 
-    def begin(self, rounds, attempt, mechanisms, local_steps, fingerprint, **more):
-        """Charge a dispatch before it runs. `fingerprint` (hex) covers everything that feeds the mechanism; `more` is written
-        along (JSON values)."""
-        clients = [list(dataclasses.astuple(m)) for m in mechanisms]
+    def begin(self, rounds, attempt, mechanisms, local_steps, causes, **more):
+        """Charge a dispatch before it runs. `causes` {name: hex} covers everything that decides the bits of its uploads;
+        `more` is written along (JSON values)."""
         self.append(
             entry="begin",
             rounds=list(rounds),
             attempt=attempt,
-            clients=clients,
             local_steps=local_steps,
-            fingerprint=fingerprint,
+            clients=[describe(mechanism) for mechanism in mechanisms],
+            causes=causes,
             **more,
         )
 
@@ -102,14 +108,14 @@ class Ledger:
 
     def charged_rounds(self):
         """How many rounds have been paid for, repeated attempts included."""
-        return sum(entry["rounds"][1] - entry["rounds"][0] for entry in self._of("begin"))
+        return sum(entry["rounds"][1] - entry["rounds"][0] for entry in self.begun)
 
     def epsilons(self, delta):
         """Each client's epsilon at `delta`, recomputed from every begin entry: the composition of all their steps."""
         steps = {}
-        for entry in self._of("begin"):
-            for client, values in enumerate(entry["clients"]):
-                key = client, accounting.Mechanism(*values)
+        for entry in self.begun:
+            for client, description in enumerate(entry["clients"]):
+                key = client, rebuild(description)
                 steps[key] = steps.get(key, 0) + (entry["rounds"][1] - entry["rounds"][0]) * entry["local_steps"]
         spent = {}
         for (client, mechanism), count in steps.items():

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import experiments.report
+from dplora_jax import checkpoint
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.ledger import Ledger
-from experiments import run
+from dplora_jax.privacy.ledger import Ledger, rebuild
+from experiments import dispatch, ledger, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -60,15 +63,21 @@ def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
     assert set(adapter_of(folder)) >= {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
     assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
     assert list((folder / "private").iterdir()) == [], "secrets outlived the run"
+    assert [name for name, _ in checkpoint.anchors(folder / "checkpoints")] == ["checkpoint 4", "checkpoint 6"]
+    assert ledger.main(["verify", str(folder)]) == 0
+    report = (folder / "report.html").read_text()
+    assert "Ledger: 3 dispatches begun, 3 committed; 6 rounds charged; the chain holds against" in report
+    experiments.report.write(folder)
+    assert (folder / "report.html").read_text() == report, "the entry that ends the run changed its report"
 
 
 def test_epsilon_shown_is_the_ledgers_own(command, tmp_path):
     run.main(command)
     folder = tmp_path / "run"
-    ledger = Ledger(folder / "privacy_ledger.jsonl")
-    assert lines_of(folder / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
-    mechanism = accounting.Mechanism(*ledger.entries[0]["clients"][0])
-    assert accounting.epsilon(mechanism, 12, 1e-3) == pytest.approx(ledger.epsilons(1e-3)[0])
+    kept = Ledger(folder / "privacy_ledger.jsonl")
+    assert lines_of(folder / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(kept.epsilons(1e-3))
+    mechanism = rebuild(kept.entries[0]["clients"][0])
+    assert accounting.epsilon(mechanism, 12, 1e-3) == pytest.approx(kept.epsilons(1e-3)[0])
 
 
 def test_finished_run_says_so_and_does_nothing(command, tmp_path, capsys):
@@ -186,52 +195,54 @@ def test_sigterm_saves_and_exits_75(command, tmp_path):
     wait_for_rounds(folder, 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    ledger = Ledger(folder / "privacy_ledger.jsonl")
-    assert ledger.open_entry() is None
-    assert len(lines_of(folder / "metrics.jsonl")) == ledger.charged_rounds() + 1
+    kept = Ledger(folder / "privacy_ledger.jsonl")
+    assert kept.open_entry() is None
+    assert len(lines_of(folder / "metrics.jsonl")) == kept.charged_rounds() + 1
 
 
-def crash_before(monkeypatch, name):
-    """Make the first call of `run.<name>` end the run as a crash would."""
+def crash_before(monkeypatch, module, name):
+    """Make the first call of `module.<name>` end the run as a crash would."""
 
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, name, crash)
+    monkeypatch.setattr(module, name, crash)
 
 
 def test_dispatch_lost_before_its_checkpoint_is_replayed_and_paid_once(command, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        crash_before(patch, "_commit")
+        crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
             run.main(command)
-    ledger = tmp_path / "run" / "privacy_ledger.jsonl"
-    assert Ledger(ledger).open_entry()["rounds"] == [1, 3]
+    path = tmp_path / "run" / "privacy_ledger.jsonl"
+    assert Ledger(path).open_entry()["rounds"] == [1, 3]
     assert run.main(command) == 0
-    assert Ledger(ledger).charged_rounds() == 6
-    assert {entry["attempt"] for entry in Ledger(ledger).entries if "attempt" in entry} == {0}
+    assert Ledger(path).charged_rounds() == 6
+    assert {entry["attempt"] for entry in Ledger(path).entries if "attempt" in entry} == {0}
 
 
 def test_replay_on_another_mesh_draws_new_keys_pays_for_both_and_ends_within_budget(
     command, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        crash_before(patch, "_commit")
+        crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
             run.main([*command, "--mesh=1x1"])
     assert run.main([*command, "--mesh=3x1"]) == 0
-    ledger = Ledger(tmp_path / "run" / "privacy_ledger.jsonl")
-    begun = [(entry["rounds"], entry["attempt"]) for entry in ledger.entries if entry["entry"] == "begin"]
-    assert begun == [([1, 3], 0), ([1, 3], 1), ([3, 5], 0)]
-    assert max(ledger.epsilons(1e-3)) <= 8
-    assert "rounds 5 to 6 were not run" in capsys.readouterr().out
+    kept = Ledger(tmp_path / "run" / "privacy_ledger.jsonl")
+    assert [(entry["rounds"], entry["attempt"]) for entry in kept.begun] == [([1, 3], 0), ([1, 3], 1), ([3, 5], 0)]
+    assert max(kept.epsilons(1e-3)) <= 8
+    said = capsys.readouterr()
+    assert "rounds 5 to 6 were not run" in said.out
+    assert "warning: rounds 1 to 2 were lost and cannot be replayed, for not all is as it was (mesh)" in said.err
+    assert ledger.main(["show", str(tmp_path / "run")]) == 0
     last = lines_of(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["round"] == 4
-    assert last["epsilon_max"] == pytest.approx(max(ledger.epsilons(1e-3)))
+    assert last["epsilon_max"] == pytest.approx(max(kept.epsilons(1e-3)))
 
 
 def test_last_dispatch_lost_and_not_repeatable_is_charged_in_the_final_figures(command, tmp_path, monkeypatch, capsys):
-    commit, calls = run._commit, []
+    commit, calls = dispatch.commit, []
 
     def crash_at_the_third(*arguments):
         calls.append(arguments)
@@ -240,7 +251,7 @@ def test_last_dispatch_lost_and_not_repeatable_is_charged_in_the_final_figures(c
         commit(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_commit", crash_at_the_third)
+        patch.setattr(dispatch, "commit", crash_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             run.main([*command, "--mesh=1x1"])
     assert run.main([*command, "--mesh=3x1"]) == 0
@@ -254,6 +265,43 @@ def test_last_dispatch_lost_and_not_repeatable_is_charged_in_the_final_figures(c
     assert f"epsilon {max(spent):.3f}" in said
 
 
+def test_a_ledger_that_does_not_hold_stops_a_resume_and_one_that_is_gone_means_new_secrets(
+    command, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        crash_before(patch, run, "_finish")
+        with pytest.raises(KeyboardInterrupt):
+            run.main(command)
+    path, head, private = folder / "privacy_ledger.jsonl", folder / "privacy_ledger.head", folder / "private"
+    kept = {file: file.read_bytes() for file in (path, head, private / "secrets.json")}
+    lines = kept[path].splitlines(keepends=True)
+
+    def refused(words):
+        capsys.readouterr()
+        assert run.main(command) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+
+    path.write_bytes(b"".join(lines[:-1]))
+    refused("its end was removed")
+    path.unlink()
+    head.unlink()
+    refused("checkpoint 4 knows of 3, so its end was removed")
+    forged = Ledger(path)
+    for line in lines:
+        entry = json.loads(line)
+        forged.append(**{name: value for name, value in entry.items() if name not in ("previous", "seal")})
+    refused("checkpoint 4 knows, so it was edited")
+    shutil.rmtree(folder / "checkpoints")
+    refused("seal does not fit")
+    path.unlink()
+    head.unlink()  # nothing is left that tells what ran under the secrets
+    assert run.main(command) == 0
+    assert lines_of(path)[0]["causes"] != json.loads(lines[0])["causes"], "old secrets were used again"
+
+
 def test_records_that_changed_since_the_start_are_refused(command, finance_table, tmp_path, capsys, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
@@ -261,7 +309,7 @@ def test_records_that_changed_since_the_start_are_refused(command, finance_table
         (data / name).write_text((finance_table / name).read_text())
     own = [*command, f"--data_dir={data}"]
     with monkeypatch.context() as patch:
-        crash_before(patch, "_finish")
+        crash_before(patch, run, "_finish")
         with pytest.raises(KeyboardInterrupt):
             run.main([*own, "--eval_every=0", "--dispatch_rounds=6"])
     rows = (data / "train.csv").read_text()

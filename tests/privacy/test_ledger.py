@@ -6,7 +6,8 @@ import os
 import pytest
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, chain
+from dplora_jax.privacy import ledger as ledger_module
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 
@@ -19,8 +20,8 @@ def path(tmp_path):
     return tmp_path / "privacy_ledger.jsonl"
 
 
-def begin(ledger, rounds, attempt=0, local_steps=2, fingerprint="f0"):
-    ledger.begin(rounds, attempt, MECHANISMS, local_steps, fingerprint)
+def begin(ledger, rounds, attempt=0, local_steps=2, causes="f0"):
+    ledger.begin(rounds, attempt, MECHANISMS, local_steps, {"code": causes})
 
 
 def expected(rounds):
@@ -49,7 +50,7 @@ def test_other_noise_later_on_is_composed_with_the_first(path):
     ledger = Ledger(path)
     begin(ledger, (1, 4))
     other = Mechanism(100, 0.2, 35, 2.0)
-    ledger.begin((4, 6), 0, [other, MECHANISMS[1]], 2, "f0")
+    ledger.begin((4, 6), 0, [other, MECHANISMS[1]], 2, {"code": "f0"})
     first, second = ledger.epsilons(DELTA)
     assert first == accounting.composed(((MECHANISMS[0], 6), (other, 4)), DELTA)
     assert second == expected(5)[1]
@@ -57,10 +58,13 @@ def test_other_noise_later_on_is_composed_with_the_first(path):
 
 def test_an_entry_is_open_from_begin_to_commit(path):
     ledger = Ledger(path)
-    begin(ledger, (1, 4), fingerprint="abc")
+    begin(ledger, (1, 4), causes="abc")
     entry = Ledger(path).open_entry()
-    assert (entry["rounds"], entry["attempt"], entry["fingerprint"], entry["local_steps"]) == ([1, 4], 0, "abc", 2)
-    assert entry["clients"] == [[100, 0.2, 35, 1.1, 0.0, 1], [50, 0.4, 50, 1.3, 0.0, 1]]
+    assert (entry["rounds"], entry["attempt"], entry["causes"], entry["local_steps"]) == ([1, 4], 0, {"code": "abc"}, 2)
+    assert entry["clients"][0] == {
+        "kind": "truncated_poisson_gaussian", "records": 100, "sampling_rate": 0.2, "capacity": 35, "noise_multiplier": 1.1,
+        "count_noise": 0.0, "bands": 1,
+    }  # fmt: skip
     ledger.commit((1, 4), 0)
     assert Ledger(path).open_entry() is None
     begin(ledger, (4, 5))
@@ -70,13 +74,36 @@ def test_an_entry_is_open_from_begin_to_commit(path):
     assert Ledger(path).ended
 
 
-def test_a_commit_of_another_attempt_or_of_other_rounds_closes_nothing(path):
+def test_a_commit_of_another_attempt_closes_nothing(path):
     ledger = Ledger(path)
     begin(ledger, (1, 4))
     begin(ledger, (1, 4), attempt=1)
     ledger.commit((1, 4), 0)
-    ledger.commit((1, 5), 1)
     assert ledger.open_entry()["attempt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (lambda ledger: begin(ledger, (3, 6)), "keys an earlier entry used"),
+        (lambda ledger: ledger.commit((1, 5), 0), "commits what was not begun"),
+        (lambda ledger: (ledger.append(entry="end"), begin(ledger, (4, 5))), "after the end"),
+        (lambda ledger: ledger.append(entry="begin", rounds=[4, 5]), "line 2 is no entry"),
+        (lambda ledger: ledger.append(entry="gift"), "line 2 is no entry"),
+    ],
+)
+def test_a_chain_of_entries_that_cannot_be_is_refused(path, last, words):
+    ledger = Ledger(path)
+    begin(ledger, (1, 4))
+    last(ledger)
+    with pytest.raises(InputError, match=words):
+        Ledger(path)
+
+
+def test_a_mechanism_of_a_kind_that_is_not_known_is_refused(path):
+    with pytest.raises(InputError, match="does not know"):
+        ledger_module.rebuild({"kind": "magic"})
+    assert [ledger_module.rebuild(ledger_module.describe(m)) for m in MECHANISMS] == MECHANISMS
 
 
 def test_a_replay_is_charged_once_and_a_new_attempt_again(path):
@@ -84,7 +111,7 @@ def test_a_replay_is_charged_once_and_a_new_attempt_again(path):
     replay = Ledger(path)  # after a crash: the open entry is run under its own keys, with no second begin
     assert replay.open_entry()["attempt"] == 0
     assert replay.epsilons(DELTA) == expected(3)
-    begin(replay, (1, 4), attempt=replay.next_attempt((1, 4)), fingerprint="f1")
+    begin(replay, (1, 4), attempt=replay.next_attempt((1, 4)), causes="f1")
     assert replay.open_entry()["attempt"] == 1
     assert replay.charged_rounds() == 6
     assert replay.epsilons(DELTA) == expected(6)
@@ -101,25 +128,31 @@ def test_the_next_attempt_has_keys_that_none_of_its_rounds_has_used(path, rounds
     assert ledger.next_attempt(rounds) == attempt
 
 
-def test_begin_is_durable_before_it_returns(path, monkeypatch):
-    """At the moment of the file's fsync the whole line is in it; a new file's directory is synced as well."""
+def test_an_entry_is_durable_before_it_is_promised_and_promised_durably_before_append_returns(path, monkeypatch):
+    """Each append syncs the file with the whole line in it, the head file's draft, and after replacing it the directory."""
     synced, real = [], os.fsync
+    draft = path.with_suffix(".head").with_name("privacy_ledger.head.draft")
 
     def fsync(handle):
-        is_file = os.fstat(handle).st_ino == path.stat().st_ino
-        synced.append(path.read_text() if is_file else os.fstat(handle).st_ino)
+        known = {p.stat().st_ino: p for p in (path, draft) if p.exists()}
+        at = known.get(os.fstat(handle).st_ino)
+        heads = path.with_suffix(".head").read_text() if path.with_suffix(".head").exists() else None
+        synced.append((at and at.read_text(), heads) if at else (os.fstat(handle).st_ino, heads))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
     ledger = Ledger(path)
-    begin(ledger, (1, 4))
-    first = path.read_text()
-    assert first.endswith("\n")
-    assert synced == [first, path.parent.stat().st_ino]
-    for append in (lambda: ledger.commit((1, 4), 0), lambda: begin(ledger, (4, 5)), lambda: ledger.append(entry="end")):
+    for append in (
+        lambda: begin(ledger, (1, 4)),
+        lambda: ledger.commit((1, 4), 0),
+        lambda: ledger.append(entry="end"),
+    ):
+        old = path.with_suffix(".head").read_text() if path.with_suffix(".head").exists() else None
         append()
-        assert synced[-1] == path.read_text()
-    assert len(synced) == 5
+        new = json.dumps(ledger.anchor) + "\n"
+        assert synced == [(path.read_text(), old), (new, old), (path.parent.stat().st_ino, new)]
+        assert path.read_text().endswith("\n")
+        synced.clear()
 
 
 @pytest.mark.parametrize("sync_fails_on", ["begin", "commit"])
@@ -136,44 +169,156 @@ def test_a_failed_fsync_is_an_error_and_not_a_promise(path, monkeypatch, sync_fa
         begin(ledger, (1, 4)) if sync_fails_on == "begin" else ledger.commit((1, 4), 0)
 
 
-def test_a_line_torn_at_any_byte_is_cut_off_and_nothing_else_is_lost(path):
+def torn_by_a_crash(path, rest):
+    """A ledger with a begin and a commit, both promised, and `rest` of an entry that was not -> (kept bytes, the whole line)."""
     ledger = Ledger(path)
     begin(ledger, (1, 4))
     ledger.commit((1, 4), 0)
-    kept = path.read_bytes()
+    kept, head = path.read_bytes(), path.with_suffix(".head").read_bytes()
     begin(ledger, (4, 6))
-    whole = path.read_bytes()
-    for length in range(len(kept), len(whole)):
-        path.write_bytes(whole[:length])
+    line = path.read_bytes()[len(kept) :]
+    path.write_bytes(kept + rest(line))
+    path.with_suffix(".head").write_bytes(head)
+    return kept, line
+
+
+def test_a_line_torn_at_any_byte_is_cut_off_and_nothing_else_is_lost(path):
+    kept, line = torn_by_a_crash(path, lambda line: b"")
+    for length in range(len(line)):
+        path.write_bytes(kept + line[:length])
+        assert Ledger(path, mend=False).torn == (length > 0)
+        assert path.read_bytes() == kept + line[:length], "a reader wrote"
         repaired = Ledger(path)
         assert path.read_bytes() == kept
         assert [entry["entry"] for entry in repaired.entries] == ["begin", "commit"]
     begin(repaired, (4, 6))
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == kept + line
     assert Ledger(path).epsilons(DELTA) == expected(5)
 
 
-def test_blocks_of_zeros_after_a_power_cut_are_cut_off(path):
-    begin(Ledger(path), (1, 4))
-    kept = path.read_bytes()
-    path.write_bytes(kept + bytes(100))
+@pytest.mark.parametrize(
+    "rest",
+    [lambda _: bytes(100), lambda _: bytes(99) + b"\n", lambda line: bytes(40) + line[40:], lambda _: b"\xff\r\n"],
+    ids=["zeros", "zeros and a newline", "a first block of zeros", "other bytes"],
+)
+def test_what_a_power_cut_leaves_of_an_unpromised_line_is_cut_off(path, rest):
+    kept, _ = torn_by_a_crash(path, rest)
     assert Ledger(path).charged_rounds() == 3
     assert path.read_bytes() == kept
 
 
-@pytest.mark.parametrize(
-    "damage", [b'{"entry": "begin", "rou', b"\xff\xfe\x00", b"3", b"[]", b'{"rounds": [1, 4]}', b""]
-)
-def test_a_damaged_line_before_the_last_is_refused_and_left_alone(path, damage):
+def test_a_whole_line_whose_promise_a_crash_forestalled_counts_and_is_promised_when_the_run_goes_on(path):
+    torn_by_a_crash(path, lambda line: line)
+    for _ in range(2):  # a second crash at the same place
+        ledger = Ledger(path)
+        assert ledger.open_entry()["rounds"] == [4, 6]
+    ledger.promise()
+    assert json.loads(path.with_suffix(".head").read_text()) == ledger.anchor
+
+
+def test_a_second_crash_before_a_promise_leaves_no_more_than_one_line_unpromised(path, monkeypatch):
+    torn_by_a_crash(path, lambda line: line)
+    ledger, real, promises = Ledger(path), chain.replace_durably, []
+
+    def crash_at_the_second(*arguments):
+        promises.append(arguments)
+        if len(promises) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(chain, "replace_durably", crash_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.commit((4, 6), 0)
+    assert Ledger(path).open_entry() is None
+
+
+def three(path, secret=None):
+    """A ledger of three dispatches, the last one open -> the ledger."""
     ledger = Ledger(path)
-    begin(ledger, (1, 4))
-    begin(ledger, (4, 6))
-    first, second, _ = path.read_bytes().split(b"\n")
-    damaged = b"\n".join([first, damage, second, b""])
-    path.write_bytes(damaged)
-    with pytest.raises(InputError, match="damaged"):
+    if secret:
+        ledger.seal_with(secret)
+    for rounds in (1, 4), (4, 6):
+        begin(ledger, rounds)
+        ledger.commit(rounds, 0)
+    begin(ledger, (6, 7))
+    return ledger
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("change", ["edited", "deleted", "moved", "doubled", "blanked"])
+def test_no_entry_can_be_changed_unseen_the_last_one_included(path, number, change):
+    three(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    if change == "edited":
+        lines[number] = lines[number].replace(b'"rounds": [', b'"rounds": [1')
+    elif change == "blanked":
+        lines[number] = b"\n"
+    elif change == "deleted":
+        del lines[number]
+    elif change == "doubled":
+        lines.insert(number, lines[number])
+    else:
+        lines[number], lines[number - 1] = lines[number - 1], lines[number]
+    changed = b"".join(lines)
+    path.write_bytes(changed)
+    with pytest.raises(InputError, match=r"privacy_ledger\.jsonl (does not hold|is damaged|has 6 entries)"):
         Ledger(path)
-    assert path.read_bytes() == damaged
+    assert path.read_bytes() == changed
+
+
+def test_a_promised_last_line_that_lost_its_newline_is_not_taken_for_a_torn_one(path):
+    three(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match="its end was removed"):
+        Ledger(path)
+
+
+def test_a_head_file_that_is_gone_old_or_damaged_is_an_error(path):
+    ledger = three(path)
+    head = path.with_suffix(".head")
+    for text, words in [
+        ("{", "damaged"), ('{"entries": -1, "head": "0"}', "damaged"), ('{"entries": 5, "head": "0"}', "was edited"),
+        (json.dumps({"entries": 3, "head": ledger.heads[3]}), "gone or old"),
+    ]:  # fmt: skip
+        head.write_text(text)
+        with pytest.raises(InputError, match=words):
+            Ledger(path)
+    head.unlink()
+    with pytest.raises(InputError, match="gone or old"):
+        Ledger(path)
+
+
+def test_an_anchor_kept_elsewhere_shows_a_removed_end_and_a_rewritten_entry(path, tmp_path):
+    ledger = three(path)
+    for count in range(6):
+        ledger.check({"entries": count, "head": ledger.heads[count]}, "checkpoint 3")
+    other = Ledger(tmp_path / "other.jsonl")
+    begin(other, (1, 2))
+    for shorter in (other, Ledger(tmp_path / "none.jsonl")):
+        with pytest.raises(InputError, match="checkpoint 3 knows of 5, so its end was removed"):
+            shorter.check(ledger.anchor, "checkpoint 3")
+    with pytest.raises(InputError, match="entry 1 is not the one that checkpoint 3 knows"):
+        other.check({"entries": 1, "head": ledger.heads[1]}, "checkpoint 3")
+
+
+def test_a_chain_rewritten_whole_and_consistently_lacks_the_runs_seal(path):
+    """Whoever rewrites the file, its hashes and its head file passes for the run's own, but not while the secret exists."""
+    secret = b"s" * 32
+    kept = [dict(entry) for entry in three(path, secret).entries]
+    Ledger(path).seal_with(secret)
+    path.unlink()
+    path.with_suffix(".head").unlink()
+    forged = Ledger(path)
+    for entry in kept[:-1]:
+        forged.append(**{name: value for name, value in entry.items() if name != "previous"})
+    assert [entry.get("seal") for entry in forged.entries] == [entry["seal"] for entry in kept[:-1]]
+    with pytest.raises(InputError, match=r"privacy_ledger\.head was not written by this run"):
+        Ledger(path).seal_with(secret)
+    forged.append(entry="end")
+    with pytest.raises(InputError, match=r"entry 5 of .* was not written by this run"):
+        Ledger(path).seal_with(secret)
+    with pytest.raises(InputError, match=r"entry 1 of .* was not written by this run"):
+        Ledger(path).seal_with(b"t" * 32)
 
 
 def test_each_entry_is_one_line_of_json(path):

@@ -1,0 +1,189 @@
+"""One dispatch of rounds after another: charged to the ledger, run, saved, committed, and only then shown.
+
+`job` is a `run.Run`.
+"""
+
+import json
+import os
+import sys
+import time
+
+import jax
+
+from dplora_jax.errors import InputError
+from dplora_jax.federation import mesh, round
+from dplora_jax.privacy import accounting, secrets
+from experiments import trust_modes, workdir
+
+
+def restore(job):
+    """(rounds done, state, metrics lines) from the newest checkpoint, or from the base model, which is evaluated and saved."""
+    restored = job.checkpoints.restore(job.prepared.state)
+    if restored is None:
+        line = {
+            "round": 0,
+            "epsilon": [0.0] * job.config.clients,
+            "epsilon_max": 0.0,
+            "seconds": 0.0,
+            "bytes_up_per_client": 0,
+            "bytes_down_per_client": 0,
+        }
+        state, done, notes = (
+            job.prepared.state,
+            0,
+            {"lines": [line | job.prepared.evaluate(job.prepared.state.adapter)], "ledger": job.ledger.anchor},
+        )
+        job.checkpoints.save(0, state, notes)
+        job.checkpoints.wait()
+    else:
+        done, state, notes = restored
+    entry = job.ledger.open_entry()
+    if entry and entry["rounds"][1] - 1 <= done:  # killed between the checkpoint and its commit
+        job.ledger.commit(entry["rounds"], entry["attempt"])
+    workdir.write_metrics(job.folder, notes["lines"])
+    return done, state, notes["lines"]
+
+
+def check_records(job):
+    """Refuse records that are not those of the ledger: its budget was planned for these alone."""
+    begun = job.ledger.begun
+    if begun and begun[-1]["causes"]["data"] != _causes(job)["data"]:
+        raise InputError(
+            f"the records are not those that {job.folder} began with: restore them, or start a new --workdir."
+        )
+
+
+def _causes(job):
+    """The digests of all that decides the bits, keyed with the run's secrets: a plain hash would tell whose records are in."""
+    secret = b"".join(job.secrets)
+    return {name: secrets.digest(secret, "cause", name, of.hex()).hex() for name, of in job.prepared.causes.items()}
+
+
+def charge(job, done):
+    """The next rounds [a, b) and their attempt, charged to the ledger; None when rounds or budget are at their end.
+
+    A dispatch that was begun and not committed is replayed under its own keys, and not charged again, if everything that
+    decides its bits is the same; else a new attempt's keys are drawn and both are paid for.
+    """
+    config, ledger = job.config, job.ledger
+    if done >= config.rounds:
+        return None
+    entry, causes = ledger.open_entry(), _causes(job)
+    if entry and entry["rounds"][0] == done + 1:
+        before = entry["causes"]
+        changed = sorted(name for name in before | causes if before.get(name) != causes.get(name))
+        if not changed:
+            return tuple(entry["rounds"]), entry["attempt"]
+        print(
+            f"warning: rounds {done + 1} to {entry['rounds'][1] - 1} were lost and cannot be replayed, for not all is as it was "
+            f"({', '.join(changed)}): they stay paid for, and new noise is drawn.",
+            file=sys.stderr,
+        )
+    last = min(done + config.dispatch_rounds, config.rounds)
+    if config.eval_every:
+        last = min(last, (done // config.eval_every + 1) * config.eval_every)
+    if config.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
+        last = min(last, done + config.rounds - ledger.charged_rounds())
+    if last <= done:
+        return None
+    rounds = (done + 1, last + 1)
+    attempt = ledger.next_attempt(rounds)
+    release = job.prepared.facts["release"] or "NO PRIVACY"
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, causes, release=release)
+    return rounds, attempt
+
+
+def paid_secrets(job):
+    """The clients' secrets for the dispatch that was charged last, derived from the begin entry that paid for it and from all
+    before it.
+
+    So a workdir that is put back to an earlier state, a disk's snapshot say, cannot draw them again for anything else. With
+    --seed they are the seed's alone: its noise is no secret, and is to be the same however the rounds are cut.
+    """
+    if job.config.seed is not None:
+        return job.secrets
+    paid = job.ledger.head_of(job.ledger.begun[-1])
+    return [secrets.digest(secret, "paid by", paid) for secret in job.secrets]
+
+
+def round_keys(job, rounds, attempt):
+    """The keys of the dispatch that was charged last, as `secrets.round_keys` has them."""
+    joining = trust_modes.joining(job.config)
+    return secrets.round_keys(paid_secrets(job), range(*rounds), attempt, job.config.clients, joining)
+
+
+def execute(job, state, rounds, attempt):
+    """Run rounds [a, b) as one call of the compiled program -> (state, what it shows, seconds of running it)."""
+    p = job.prepared
+    keys = round_keys(job, rounds, attempt)
+    keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
+    arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
+    length = rounds[1] - rounds[0]
+    if length not in job.programs:
+        program = round.make(p.federation, p.mesh, diagnostics=job.config.private_diagnostics)
+        job.programs[length] = program.lower(*arguments).compile()
+    start = time.perf_counter()
+    state, (_, private) = jax.block_until_ready(job.programs[length](*arguments))
+    return state, private, time.perf_counter() - start
+
+
+def metrics(job, rounds, attempt, seconds):
+    """The metrics lines of rounds [a, b): everything in them is public."""
+    config, sent = job.config, job.prepared.facts["communication"]
+    length = rounds[1] - rounds[0]
+    before = job.ledger.charged_rounds() - length  # paid for before this dispatch, lost attempts included
+    inner = tuple((before + i) * config.steps_per_round for i in range(1, length))
+    outer = ((before + length) * config.steps_per_round,)
+    curves = {
+        m: accounting.epsilon_curve(m, inner, config.delta, 1e-2) + accounting.epsilon_curve(m, outer, config.delta)
+        for m in set(job.prepared.mechanisms)
+    }
+    sizes = [client["records"] for client in job.prepared.facts["clients"]]
+    rate = length * trust_modes.examples(config, sizes) / seconds
+    lines, senders = [], trust_modes.senders(config, paid_secrets(job), range(*rounds), attempt)
+    for index in range(length):
+        spent = [curves[m][index] for m in job.prepared.mechanisms]
+        lines.append(
+            {
+                "round": rounds[0] + index,
+                "epsilon": spent,
+                "epsilon_max": max(spent),
+                "seconds": seconds / length,
+                "examples_per_second": rate,
+                "release": job.prepared.facts["release"] or "NO PRIVACY",
+                "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
+                "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
+                **senders[index],
+            }
+        )
+    return lines
+
+
+def commit(job, done, state, lines, shown, begun):
+    """Make the dispatch durable, then say so in the ledger, and only then release its metrics. The checkpoint anchors the ledger
+    as it stands, the dispatch's own begin entry included."""
+    job.checkpoints.save(done, state, {"lines": lines, "ledger": job.ledger.anchor})
+    job.checkpoints.wait()
+    job.ledger.commit(*begun)
+    workdir.write_metrics(job.folder, lines)
+    if shown is not None:
+        _write_diagnostics(job, begun[0], shown)
+
+
+def _write_diagnostics(job, rounds, shown):
+    """Append exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
+    private = job.folder / "private"
+    private.mkdir(mode=0o700, exist_ok=True)
+    with open(os.open(private / "diagnostics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
+        for index, number in enumerate(range(*rounds)):
+            values = {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
+            file.write(
+                json.dumps(
+                    {
+                        "round": number,
+                        "note": "PRIVATE: exact statistics of the records, outside the guarantee",
+                        **values,
+                    }
+                )
+                + "\n"
+            )
