@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dplora_jax import evaluation, losses, models
@@ -51,7 +52,8 @@ def _train(config, prepared, seed):
     place = prepared.placement
     placed = mesh.place_keys(prepared.mesh, keys, place.clients.size.shape[0])
     program = round.make(prepared.federation, prepared.mesh)
-    state, _ = program(prepared.state, prepared.params, place.clients, place.data, placed)
+    state = jax.tree.map(jnp.copy, prepared.state)  # it is donated, and shares the head with the base
+    state, _ = program(state, prepared.params, place.clients, place.data, placed)
     return state.average.mean if config.ema else state.adapter
 
 

@@ -21,12 +21,7 @@ CONFIDENCE = 0.999
 PILOT = 4  # every 4th coin is revealed to the adversary, who picks a score and a threshold by it; the others decide
 MARGIN = 10  # standard errors, about four: what another score must be better by
 FEW = 800  # coins: about as many as guesses profit from at delta 1e-5, which is charged for every coin
-PLANS = (
-    (None, 1.0),
-    (None, 0.2),
-    (FEW, 1.0),
-    (FEW, 0.2),
-)  # (the first so many coins, the share of them guessed, surest first)
+PLANS = ((None, 1.0), (None, 0.2), (FEW, 1.0), (FEW, 0.2))  # how many coins are played for, the share guessed
 LOSSES = np.arange(0, 30, 0.02)  # at which the trade-off curve is compared
 NOISE_FACTORS = (1 / 64, 64)  # of the claimed noise, between which the noise that the attack excludes is sought
 
@@ -219,7 +214,7 @@ def epsilon_from_rates(false_positive, false_negative, mechanism, steps, delta):
     low = 1.0
     while low > NOISE_FACTORS[0] and contradicted(low):
         low, high = low / 2, low
-    while high / low > 1.01:
+    while high / low > 1.015:
         middle = np.sqrt(low * high)
         low, high = (low, middle) if contradicted(middle) else (middle, high)
     return accounting.epsilon(at(high), steps, delta, accounting.GRID if high > 0.5 else 1e-2)
@@ -232,10 +227,10 @@ def _curve(mechanism, steps):
 
 
 def reach(delta, confidence=CONFIDENCE):
-    """The most that guesses can prove -> (how many right guesses of as many beat a claim of 1, the highest bound at `delta`,
-    and the number of right guesses that reaches it). More guesses reach no further: delta is charged for every coin."""
+    """The most that guesses can prove -> (how many right guesses of as many beat a claim of 1, None where none do, the highest
+    bound at `delta`, and the number of right guesses that reaches it). More reach no further: each coin is charged delta."""
     alpha = 1 - confidence
-    least = next(n for n in range(1, 1000) if one_run(n, n, n, delta, alpha) > 1)
-    counts = np.unique(np.geomspace(least, 1e5, 200).astype(int))
+    least = next((n for n in range(1, 100) if one_run(n, n, n, delta, alpha) > 1), None)
+    counts = np.unique(np.geomspace(10, 1e4, 50).astype(int))
     highest, count = max((one_run(n, n, n, delta, alpha), int(n)) for n in counts)
     return least, highest, count
