@@ -82,6 +82,29 @@ def test_bounds_of_a_mechanism_at_its_claim_fail_no_more_often_than_allowed():
     assert np.median(reached) > 0.3 * claim
 
 
+def test_coins_that_the_pilot_reveals_prove_nothing():
+    rng = np.random.default_rng(6)
+    coins = rng.integers(0, 2, 4000).astype(bool)
+    revealed = np.arange(4000) % auditing.PILOT == 0
+    values = {"all": np.where(revealed, 9.0 * coins, rng.standard_normal(4000))}
+    bound = auditing.bound(values, coins, FULL, STEPS, DELTA, independent=True)
+    assert bound.guesses == bound.curve == 0
+    assert bound.coins == 3000
+
+
+def test_two_bounds_two_rates_and_four_plans_share_the_significance():
+    coins = np.arange(2000) // 4 % 2 == 0
+    bound = auditing.bound({"all": 1.0 * coins}, coins, FULL, STEPS, DELTA, independent=True, confidence=0.99)
+    assert bound.right == bound.guessed == 1500
+    assert bound.false_positive == bound.false_negative == pytest.approx(1 - (0.01 / 4) ** (1 / 750))
+    assert bound.guesses == pytest.approx(auditing.one_run(1500, 1500, 1500, DELTA, 0.01 / 8))
+
+
+def test_coins_that_are_no_independent_trials_have_no_curve():
+    coins = np.arange(100) % 2 == 0
+    assert auditing.bound({"all": 1.0 * coins}, coins, FULL, STEPS, DELTA, independent=False).curve is None
+
+
 def test_more_noise_is_never_mistaken_for_less():
     rates = 0.2, 0.3
     bounds = [
