@@ -316,11 +316,11 @@ def _audits(own, config, folder):
     """Audit each claim, print and write what was reached -> exit code."""
     from experiments import workdir
 
-    least, highest, count = auditing.reach(config.delta if config else 1e-5)
+    least, highest = auditing.reach(config.delta if config else 1e-5)
     beaten = f"a claim of 1 is beaten by {least} right of {least}" if least else "no claim of 1 is beaten"
     print(
         f"The bounds hold with confidence {auditing.CONFIDENCE:.1%}. By guesses alone {beaten} at this delta, and nothing passes "
-        f"{highest:.2f}, which {count} right of {count} reach. The curve reaches further: it is the accounted mechanism's own."
+        f"{highest:.2f}. The curve reaches further: it is the accounted mechanism's own."
     )
     print(f"{'claim':>8}{'by guesses':>12}{'by the curve':>14}  score, error rates at most")
     lines = []

@@ -227,10 +227,9 @@ def _curve(mechanism, steps):
 
 
 def reach(delta, confidence=CONFIDENCE):
-    """The most that guesses can prove -> (how many right guesses of as many beat a claim of 1, None where none do, the highest
-    bound at `delta`, and the number of right guesses that reaches it). More reach no further: each coin is charged delta."""
+    """The most that guesses can prove -> (how many right guesses of as many beat a claim of 1, None where none do, and the
+    highest bound at `delta`). More guesses reach no further: each coin is charged delta."""
     alpha = 1 - confidence
     least = next((n for n in range(1, 100) if one_run(n, n, n, delta, alpha) > 1), None)
     counts = np.unique(np.geomspace(10, 1e4, 50).astype(int))
-    highest, count = max((one_run(n, n, n, delta, alpha), int(n)) for n in counts)
-    return least, highest, count
+    return least, max(one_run(n, n, n, delta, alpha) for n in counts)
