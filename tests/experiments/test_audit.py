@@ -13,7 +13,7 @@ import pytest
 
 from dplora_jax.federation import round
 from dplora_jax.privacy import clipping, noise, sampling, secrets
-from experiments import audit, membership
+from experiments import audit, canaries, membership
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GAUSSIAN, KEYS, THRESHOLD = noise.gaussian, secrets.round_keys, sampling.threshold
@@ -22,20 +22,20 @@ GAUSSIAN, KEYS, THRESHOLD = noise.gaussian, secrets.round_keys, sampling.thresho
 def attack(subject, seed=0, planted=False, runs=1):
     """(claim, the larger bound, Bound); a planted break needs a program of its own."""
     program = round.make(subject.federation, subject.grid, transcript=True) if planted else None
-    claim, bound = audit.audit(subject, runs, 1, np.random.default_rng(seed), program)
+    claim, bound = canaries.audit(subject, runs, 1, np.random.default_rng(seed), program)
     return claim, max(bound.guesses, bound.curve), bound
 
 
 @pytest.fixture(scope="module")
 def subject():
     """A claim of epsilon 1: every record in every step."""
-    return audit.small(1.0)
+    return canaries.small(1.0)
 
 
 @pytest.fixture(scope="module")
 def sampled():
     """A claim of epsilon 1: one record in twenty in a step."""
-    return audit.small(1.0, records=20, rate=0.05, rounds=3)
+    return canaries.small(1.0, records=20, rate=0.05, rounds=3)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,11 +133,11 @@ def test_sampling_as_claimed_is_not_contradicted(sampled):
 def test_a_transcript_is_the_canaries_and_noise_of_the_claimed_size(subject):
     """Rounds' sums less what the coins add: N(0, sigma^2) per coordinate (over 48,000 draws of each; false alarms: 1e-5)."""
     rng = np.random.default_rng(5)
-    records = audit.canary_records(subject, 1, rng)
+    records = canaries.canary_records(subject, 1, rng)
     coins = rng.integers(0, 2, (len(subject.mechanisms), 1)).astype(bool)
-    sums, canaries = audit.transcript(subject, records, coins, [rng.bytes(32) for _ in coins])
-    assert sum((x**2).sum() for x in canaries.values()) == pytest.approx(subject.rounds, rel=1e-5)
-    rest = np.concatenate([(sums[n] - (coins - 1)[None] * canaries[n]).ravel() for n in sums])
+    sums, directions = canaries.transcript(subject, records, coins, [rng.bytes(32) for _ in coins])
+    assert sum((x**2).sum() for x in directions.values()) == pytest.approx(subject.rounds, rel=1e-5)
+    rest = np.concatenate([(sums[n] - (coins - 1)[None] * directions[n]).ravel() for n in sums])
     sigma = subject.mechanisms[0].noise_multiplier
     assert abs(rest.std() / sigma - 1) < 4.5 / np.sqrt(2 * rest.size)
     assert abs(rest.mean()) < 4.5 * sigma / np.sqrt(rest.size)
