@@ -1,0 +1,75 @@
+"""Membership inference against a finished adapter: does a record's loss tell that it was trained on?"""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dplora_jax import evaluation, losses, models
+from dplora_jax.data import tasks
+from dplora_jax.errors import InputError
+from dplora_jax.federation import mesh, round
+from dplora_jax.privacy import secrets
+from experiments import setup
+
+ROWS = 64  # at a time through the model
+
+
+def attack(config, seed=None):
+    """Train as `config` says and attack the adapter that is released -> {"tpr_at_0.001", "tpr_at_0.01", "auc", "members",
+    "others"}.
+
+    Members are the clients' records, the others the test set's. A record's score is how much its loss fell from the base
+    model's, which calibrates for hard and easy records (Watson et al. 2021, arXiv 2111.08440). Raises InputError.
+    """
+    prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1))
+    released = _train(config, prepared, seed)
+    tables = _tables(config)
+    full = dataclasses.replace(prepared.model, start=0)
+    before, after = (
+        [_losses(full, prepared.params, adapter, table) for table in tables] for adapter in (None, released)
+    )
+    members, others = (x - y for x, y in zip(before, after, strict=True))
+    return rates(members, others)
+
+
+def rates(members, others):
+    """What scores [N], higher for members, tell -> the dict of `attack`."""
+    from jax_privacy import auditing  # takes seconds to import
+
+    auditor = auditing.CanaryScoreAuditor(members, others)
+    found = {f"tpr_at_{rate:g}": float(auditor.tpr_at_given_fpr(rate)) for rate in (1e-3, 1e-2)}
+    return found | {"auc": float(auditor.attack_auroc()), "members": len(members), "others": len(others)}
+
+
+def _train(config, prepared, seed):
+    """The adapter that the run releases; every round in one dispatch."""
+    count = config.clients
+    keys = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
+    keys = secrets.round_keys(keys, range(1, config.rounds + 1), 0)
+    place = prepared.placement
+    placed = mesh.place_keys(prepared.mesh, keys, place.clients.size.shape[0])
+    program = round.make(prepared.federation, prepared.mesh)
+    state = jax.tree.map(jnp.copy, prepared.state)  # it is donated, and shares the head with the base
+    state, _ = program(state, prepared.params, place.clients, place.data, placed)
+    return state.average.mean if config.ema else state.adapter
+
+
+def _tables(config):
+    """(members, others) as tokens."""
+    corpus, shares = setup._records(config)
+    if corpus.test is None:
+        raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")
+    tokenizer = models.load_tokenizer(config.model)
+    train, test = (tasks.classification(tokenizer, table, config.max_length) for table in (corpus.train, corpus.test))
+    held = np.concatenate(shares)
+    return {name: value[held] for name, value in train.items()}, test
+
+
+def _losses(model, params, adapter, table):
+    """Each row's loss [N]; with no adapter, the base model's."""
+    one = jax.jit(lambda params, adapter, batch: losses.classification(model, params)(adapter, batch))
+    chunks = [np.asarray(one(params, adapter, chunk)) for chunk in evaluation.padded_batches(table, ROWS)]
+    return np.concatenate(chunks)[: len(table["labels"])]
