@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import auditing
+from dplora_jax.privacy import auditing, chain
 from experiments import flags
 from experiments.canaries import audit, of_config, small
 
@@ -86,7 +86,6 @@ def _parse(argv):
 
 def _audits(own, config, folder):
     """Audit each claim, print and write what was reached -> exit code."""
-    from experiments import workdir
 
     least, highest = auditing.reach(config.delta if config else 1e-5)
     beaten = f"a claim of 1 is beaten by {least} right of {least}" if least else "no claim of 1 is beaten"
@@ -113,7 +112,7 @@ def _audits(own, config, folder):
         "highest_bound_by_guesses": highest,
         "audits": lines,
     }
-    workdir.write_atomically(folder / "audit.json", json.dumps(result, indent=1))
+    chain.replace_durably(folder / "audit.json", json.dumps(result, indent=1))
     if any(line["broken"] for line in lines):
         print("The mechanism is BROKEN: a lower bound exceeds the epsilon that is claimed.")
         return 1
@@ -130,7 +129,7 @@ def _subjects(own, config):
 
 def _membership(own, config, folder):
     """Membership inference against the finished adapter, without privacy and with the configuration's -> exit code."""
-    from experiments import membership, workdir
+    from experiments import membership
 
     if config is None:
         raise InputError("--membership needs a configuration: give --flagfile, with a test set or --test_fraction.")
@@ -143,7 +142,7 @@ def _membership(own, config, folder):
         line = membership.attack(one, own.seed)
         print(f"{name:>14}{line['tpr_at_0.001']:18.4f}{line['tpr_at_0.01']:12.4f}{line['auc']:8.3f}", flush=True)
         lines.append({"run": name, **line})
-    workdir.write_atomically(folder / "membership.json", json.dumps(lines, indent=1))
+    chain.replace_durably(folder / "membership.json", json.dumps(lines, indent=1))
     return 0
 
 

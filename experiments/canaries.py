@@ -87,6 +87,9 @@ def of_config(config):
 
     if not config.private:
         raise InputError("there is no claim to audit in --trust=none: give --epsilon or --noise_multiplier.")
+    for name, audited in (("trust", "local"), ("clipping", "flat"), ("noise", "independent")):
+        if getattr(config, name) != audited:
+            raise InputError(f"--{name}={getattr(config, name)} cannot be audited yet, only {audited}.")
     if config.client_optimizer != "sgd":
         raise InputError("--client_optimizer=adam cannot be audited: its uploads do not tell the noisy sums.")
     prepared = setup.prepare(dataclasses.replace(config, cache_frozen=False, eval_every=0))

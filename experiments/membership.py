@@ -12,7 +12,7 @@ from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import secrets
-from experiments import setup
+from experiments import records, setup
 
 ROWS = 64  # at a time through the model
 
@@ -59,7 +59,7 @@ def _train(config, prepared, seed):
 
 def _tables(config):
     """(members, others) as tokens."""
-    corpus, shares = setup._records(config)
+    corpus, shares = records.load(config)
     if corpus.test is None:
         raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")
     tokenizer = models.load_tokenizer(config.model)

@@ -59,13 +59,13 @@ def forgotten(index):
     return gaussian
 
 
-def clipped_after_the_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto"):
+def clipped_after_the_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat"):
     total = jax.grad(lambda a: (weights * loss_fn(a, batch)).sum())(adapter)
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(total)))
     return jax.tree.map(lambda g: g * clip_norm / jnp.maximum(norm, clip_norm), total), weights, weights
 
 
-def unclipped_head(loss_fn, adapter, batch, clip_norm, weights=None, form="auto"):
+def unclipped_head(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat"):
     """The norm is of the layers' matrices alone."""
 
     def one(example):
@@ -76,11 +76,11 @@ def unclipped_head(loss_fn, adapter, batch, clip_norm, weights=None, form="auto"
     return jax.tree.map(lambda g: jnp.tensordot(weights, g, 1), jax.vmap(one)(batch)), weights, weights
 
 
-def same_noise_every_round(keys, rounds, attempt):
+def same_noise_every_round(keys, rounds, attempt, *_):
     return KEYS(keys, rounds, attempt) | {"noise": KEYS(keys, [1] * len(rounds), attempt)["noise"]}
 
 
-def same_noise_everywhere(keys, rounds, attempt):
+def same_noise_everywhere(keys, rounds, attempt, *_):
     return KEYS(keys, rounds, attempt) | {"noise": KEYS([keys[0]] * len(keys), rounds, attempt)["noise"]}
 
 
