@@ -175,7 +175,7 @@ def _next_dispatch(job, done):
     entry, fingerprint = ledger.open_entry(), _keyed(job, "fingerprint")
     if entry and entry["rounds"][0] == done + 1 and entry["fingerprint"] == fingerprint:
         return tuple(entry["rounds"]), entry["attempt"]
-    last = min(done + config.dispatch_rounds, config.rounds)
+    last = min(done + _most_rounds(job), config.rounds)
     if config.eval_every:
         last = min(last, (done // config.eval_every + 1) * config.eval_every)
     if config.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
@@ -194,11 +194,9 @@ def _dispatch(job, state, rounds, attempt):
     import jax
 
     from dplora_jax.federation import mesh, round
-    from dplora_jax.privacy import secrets
 
     p = job.prepared
-    keys = secrets.round_keys(job.secrets, range(*rounds), attempt)
-    keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
+    keys = mesh.place_keys(p.mesh, _randomness(job, rounds, attempt), p.placement.clients.size.shape[0])
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
     length = rounds[1] - rounds[0]
     if length not in job.programs:
@@ -207,6 +205,30 @@ def _dispatch(job, state, rounds, attempt):
     start = time.perf_counter()
     state, (_, private) = jax.block_until_ready(job.programs[length](*arguments))
     return state, private, time.perf_counter() - start
+
+
+def _randomness(job, rounds, attempt):
+    """What rounds [a, b) draw from: keys, or with hardened noise the host's own draws."""
+    from dplora_jax.privacy import host_noise, secrets
+
+    p, local = job.prepared, job.prepared.federation.local
+    if local.bits is None:
+        return secrets.round_keys(job.secrets, range(*rounds), attempt)
+    stds = [m.noise_multiplier * 2.0**local.bits for m in p.mechanisms]
+    return host_noise.round_draws(
+        job.secrets, range(*rounds), attempt, local.local_steps, p.state.adapter, stds, local.records
+    )
+
+
+def _most_rounds(job):
+    """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
+    from dplora_jax.privacy import host_noise
+
+    config, local = job.config, job.prepared.federation.local
+    if local.bits is None:
+        return config.dispatch_rounds
+    sent = job.prepared.facts["communication"]["adapter_parameters"]
+    return min(config.dispatch_rounds, host_noise.most_rounds(config.clients, config.local_steps, sent, local.records))
 
 
 def _lines(job, rounds, seconds):

@@ -103,7 +103,8 @@ def place(mesh, shards, mechanisms, clip_norm, wave):
 
 
 def place_keys(mesh, keys, clients):
-    """{purpose: uint32 [rounds, K, 4, 2]} padded to `clients` and split over the clients axis."""
+    """A dispatch's keys (`secrets.round_keys`) or draws (`host_noise.round_draws`), every leaf [rounds, K, ...], padded to
+    `clients` and split over the clients axis."""
     sharding = NamedSharding(mesh, PartitionSpec(None, CLIENTS))
-    pad = lambda x: np.pad(x, [(0, 0), (0, clients - x.shape[1]), (0, 0), (0, 0)])  # noqa: E731
-    return {purpose: jax.device_put(pad(value), sharding) for purpose, value in keys.items()}
+    pad = lambda x: np.pad(x, [(0, 0), (0, clients - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])  # noqa: E731
+    return jax.tree.map(lambda value: jax.device_put(pad(value), sharding), keys)

@@ -58,10 +58,10 @@ class Shown(NamedTuple):
 def make(federation: Federation, mesh, transcript=False, diagnostics=False):
     """Compile-once function of a dispatch: (state, params, clients, data, keys) -> (state, Shown or None).
 
-    `keys` {purpose: uint32 [rounds, K, 4, 2]} say how many rounds it runs. `state` is donated; `clients`, `data` and `keys` come
-    from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out each client's uploads and
-    noisy gradients (and counts, under adaptive clipping), and only with `diagnostics` its exact loss, clip fraction and
-    sampled count: otherwise they do not exist outside it.
+    `keys` {purpose: uint32 [rounds, K, 4, 2]}, or the draws of hardened noise, say how many rounds it runs. `state` is donated;
+    `clients`, `data` and `keys` come from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out
+    each client's uploads and noisy gradients (and counts, under adaptive clipping), and only with `diagnostics` its exact loss,
+    clip fraction and sampled count: otherwise they do not exist outside it.
     """
 
     def dispatch(state, params, clients, data, keys):
