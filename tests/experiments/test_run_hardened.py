@@ -13,6 +13,7 @@ from dplora_jax.privacy.ledger import Ledger
 from experiments import flags, run, setup
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     command,  # noqa: F811
     tmp_path,
@@ -26,8 +27,8 @@ def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     assert [e["rounds"] for e in ledger.entries if e["entry"] == "begin"] == [[1, 2], [2, 3], [3, 4]]
     assert lines_of(tmp_path / "whole" / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
     assert max(ledger.epsilons(1e-3)) <= 8
-    said = json.loads((tmp_path / "whole" / "config.json").read_text())["federation"]["method"]
-    assert any("SHAKE-256" in line and "2^-20" in line for line in said)
+    facts = json.loads((tmp_path / "whole" / "config.json").read_text())["federation"]
+    assert any("SHAKE-256" in line and "2^-20" in line for line in facts["method"])
 
     lost, drawn, draw = [*hardened, f"--workdir={tmp_path / 'lost'}"], [], host_noise.round_draws
     monkeypatch.setattr(host_noise, "round_draws", lambda *a: drawn.append(draw(*a)) or drawn[-1])
@@ -38,6 +39,9 @@ def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     assert run.main(lost) == 0
     assert len(drawn) == 4
     jax.tree.map(np.testing.assert_array_equal, drawn[0], drawn[1])
+    for k, client in enumerate(facts["clients"]):  # false alarms: 5 standard errors of some 700 draws
+        noise = np.concatenate([x[:, k].reshape(-1) for x in jax.tree.leaves(drawn[0]["noise"])])
+        assert noise.std() / 2**20 == pytest.approx(client["noise_multiplier"], rel=5 / np.sqrt(2 * noise.size))
     assert Ledger(tmp_path / "lost" / "privacy_ledger.jsonl").charged_rounds() == 3
     whole, resumed = (adapter_of(tmp_path / name) for name in ("whole", "lost"))
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
