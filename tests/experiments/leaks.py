@@ -1,8 +1,8 @@
 """Finds exact private statistics in the files of a working directory, whatever form they take there.
 
 A single statistic is found as text of six significant digits or more, and as the bytes of a float32 or float64 of either byte
-order, at any offset, in the file itself, in what is compressed or base64 in it, or in the arrays of a checkpoint. A series (counts,
-shares: numbers that others may equal by chance) is found as consecutive numbers of a text or array, to the digits that are there.
+order, at any offset, in the file itself, in what is compressed or base64 in it, or in the arrays of a checkpoint. A series
+(counts, shares: numbers that others may equal by chance) is found as consecutive numbers of a text or array, to the digits that are there.
 """
 
 import base64
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
+NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d{1,2})?(?![\w.])")
 BASE64 = re.compile(rb"[A-Za-z0-9+/]{24,}={0,2}")
 KEYS = re.compile(rb'["\'<](loss|losses|norm|norms|clip_fraction|sampled)["\'>]')
 DIGITS = 6
