@@ -2,7 +2,8 @@
 
 A single statistic is found as text of six significant digits or more, and as the bytes of a float32 or float64 of either byte
 order, at any offset, in the file itself, in what is compressed or base64 in it, or in the arrays of a checkpoint. A series
-(counts, shares: numbers that others may equal by chance) is found as consecutive numbers of a text or array, to the digits that are there.
+(counts, shares: numbers that others may equal by chance) is found as consecutive numbers of a text or array, to the digits
+that are there.
 """
 
 import base64

@@ -96,6 +96,14 @@ def test_a_noise_free_gradient_is_an_integer_on_the_grid_and_close_to_a_naive_cl
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole)) > 2**BITS / 10
 
 
+def test_who_joins_a_step_follows_from_that_steps_draws_of_the_host(bare):
+    below = np.array([sampling.threshold(m.sampling_rate) for m in small.MECHANISMS])
+    inside = np.arange(max(small.SIZES)) < np.array(small.SIZES)[:, None]
+    joined = ((draws()["sampling"] < below[:, None, None]) & inside[:, None]).sum(-1)
+    np.testing.assert_array_equal(bare[2]["sampled"], np.minimum(joined, np.array(small.CAPACITIES)[:, None]))
+    assert len(np.unique(joined[:, 2])) > 2
+
+
 def test_the_hosts_noise_is_what_the_gradients_hold_to_the_bit(bare):
     noisy = first(integers_of(run()[1]["released"]))
     drawn = jax.tree.map(lambda x: x[0, :, 0], draws()["noise"])
