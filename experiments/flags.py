@@ -117,6 +117,12 @@ class RunConfig:
         return self.trust != "none"
 
     @property
+    def mechanism_options(self):
+        """What `accounting.calibrate` and `with_noise` take beyond sizes, steps and noise."""
+        adaptive = self.clipping == "adaptive"
+        return {"adaptive": adaptive, "count_noise": self.count_noise_multiplier, "bands": self.bands or 1}
+
+    @property
     def target_list(self):
         """--targets as a tuple; empty with --head_only."""
         return () if self.head_only else tuple(name.strip() for name in self.targets.split(",") if name.strip())
@@ -267,6 +273,10 @@ def _variants(config, trust):
     yield (
         trust in ("local", "none") or not (adaptive or banded),
         f"--clipping=adaptive and --noise=banded are mechanisms of each client's own: --trust={trust} has none.",
+    )
+    yield (
+        trust != "client" or config.clipping == "flat",
+        f"--clipping={config.clipping} is of examples: --trust=client clips whole updates.",
     )
     yield (
         not (adaptive and banded),

@@ -154,15 +154,11 @@ def _mechanisms(config, sizes, stored):
         names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
         return [accounting.Mechanism(**{name: row[name] for name in names if name in row}) for row in rows]
     steps = config.rounds * config.local_steps
-    variant = {
-        "adaptive": config.clipping == "adaptive",
-        "count_noise": config.count_noise_multiplier,
-        "bands": config.bands or 1,
-    }
+    options = config.mechanism_options
     if config.epsilon is not None:
-        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **variant)
+        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **options)
     sigma = config.noise_multiplier or 0.0
-    return accounting.with_noise(sizes, config.expected_batch_size, steps, sigma, config.delta, **variant)
+    return accounting.with_noise(sizes, config.expected_batch_size, steps, sigma, config.delta, **options)
 
 
 def _adapter(config, model, params):
@@ -226,7 +222,7 @@ def _fingerprint(config, records, params, mechanisms, grid):
     digest = hashlib.sha256()
     free = ("workdir", "dispatch_rounds", "eval_every")  # they move no bit of a round
     facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")]
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "jax_privacy")]
     machine = (
         [device.device_kind for device in grid.devices.flat],
         jax.process_count(),

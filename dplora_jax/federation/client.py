@@ -55,6 +55,11 @@ class LocalConfig:
     bits: int | None = None
 
     def __post_init__(self):
+        if self.local_steps % self.bands or (self.bands > 1 and self.adaptive):
+            raise ValueError(
+                f"bands ({self.bands}) must divide local_steps ({self.local_steps}), and be 1 with adaptive clipping: the noise "
+                "is accounted as of one scale, over whole turns of the parts."
+            )
         if self.bits is not None and (self.adaptive or self.bands > 1 or not self.private):
             raise ValueError("the host's integer noise is independent, of one scale, and never absent.")
 

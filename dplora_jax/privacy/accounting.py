@@ -156,7 +156,7 @@ def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adapt
 def _step(size, expected_batch_size, bands):
     """A client's sampling, its noise and capacity to be found."""
     rate = sampling_rate(size, expected_batch_size)
-    if bands > 1 and rate * bands > 1:
+    if bands > 1 and rate * bands > 1 + 1e-9:
         raise InputError(
             f"--noise=banded samples each step from one of {bands} parts of a client's records: {size} records have too small "
             f"parts for an expected batch of {expected_batch_size:g}; lower --bands or --expected_batch_size."

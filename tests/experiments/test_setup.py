@@ -24,7 +24,7 @@ def test_the_same_inputs_have_the_same_fingerprint():
     assert fingerprint() == fingerprint()
 
 
-@pytest.mark.parametrize("name", ["jax", "jaxlib", "flax", "optax", "numpy"])
+@pytest.mark.parametrize("name", ["jax", "jaxlib", "flax", "optax", "numpy", "jax_privacy"])
 def test_another_version_of_a_library_changes_the_fingerprint(monkeypatch, name):
     before, real = fingerprint(), importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.0.0" if n == name else real(n))

@@ -79,6 +79,8 @@ class Setup(NamedTuple):
     local_steps: int = 2
     transcript: bool = True
     diagnostics: bool = True
+    clipping: str = "flat"
+    bands: int = 1
 
 
 def grid_of(setup):
@@ -89,7 +91,8 @@ def grid_of(setup):
 @functools.cache
 def federation(setup):
     """The static part of a setup's program."""
-    local = LocalConfig(setup.local_steps, CLIP, max(SIZES), max(CAPACITIES), microbatch=setup.microbatch)
+    variant = {"microbatch": setup.microbatch, "clipping": setup.clipping, "bands": setup.bands}
+    local = LocalConfig(setup.local_steps, CLIP, max(SIZES), max(CAPACITIES), **variant)
     client = aggregation.groups({part: optax.sgd(rate) for part, rate in RATES.items()})
     server = optax.chain(optax.trace(MOMENTUM), optax.scale_by_learning_rate(SERVER_RATE))
     return round.Federation(model_and_params()[0], loss, local, client, server, EMA, setup.wave)
@@ -119,7 +122,7 @@ def arguments(setup, rounds, attempt=0, data=None, state=None, **fields):
     keys = mesh.place_keys(grid, secrets.round_keys(SECRETS, rounds, attempt), len(clients.size))
     params = model_and_params()[1]
     params = jax.device_put(params, mesh.base_sharding(grid, params))
-    state = federation(setup).init(jax.tree.map(jnp.array, adapter())) if state is None else state
+    state = federation(setup).init(jax.tree.map(jnp.array, adapter()), len(SIZES)) if state is None else state
     return jax.device_put(state, NamedSharding(grid, PartitionSpec())), params, clients, place.data, keys
 
 

@@ -60,7 +60,7 @@ def test_an_entry_is_open_from_begin_to_commit(path):
     begin(ledger, (1, 4), fingerprint="abc")
     entry = Ledger(path).open_entry()
     assert (entry["rounds"], entry["attempt"], entry["fingerprint"], entry["local_steps"]) == ([1, 4], 0, "abc", 2)
-    assert entry["clients"] == [[100, 0.2, 35, 1.1], [50, 0.4, 50, 1.3]]
+    assert entry["clients"] == [[100, 0.2, 35, 1.1, 0.0, 1], [50, 0.4, 50, 1.3, 0.0, 1]]
     ledger.commit((1, 4), 0)
     assert Ledger(path).open_entry() is None
     begin(ledger, (4, 5))
