@@ -12,7 +12,7 @@ import jax
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
-from dplora_jax.privacy import accounting, secrets
+from dplora_jax.privacy import accounting, host_noise, secrets
 from experiments import trust_modes, workdir
 
 
@@ -79,7 +79,7 @@ def charge(job, done):
             f"({', '.join(changed)}): they stay paid for, and new noise is drawn.",
             file=sys.stderr,
         )
-    last = min(done + config.dispatch_rounds, config.rounds)
+    last = min(done + _most_rounds(job), config.rounds)
     if config.eval_every:
         last = min(last, (done // config.eval_every + 1) * config.eval_every)
     if config.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
@@ -107,9 +107,24 @@ def paid_secrets(job):
 
 
 def round_keys(job, rounds, attempt):
-    """The keys of the dispatch that was charged last, as `secrets.round_keys` has them."""
-    joining = trust_modes.joining(job.config)
-    return secrets.round_keys(paid_secrets(job), range(*rounds), attempt, job.config.clients, joining)
+    """What the dispatch that was charged last draws from: `secrets.round_keys`, or with hardened noise the host's own draws."""
+    held, config = paid_secrets(job), job.config
+    if config.noise != "hardened":
+        return secrets.round_keys(held, range(*rounds), attempt, config.clients, trust_modes.joining(config))
+    p, local = job.prepared, job.prepared.federation.local
+    stds = [m.noise_multiplier * 2.0**local.bits for m in p.mechanisms]
+    return host_noise.round_draws(
+        held, range(*rounds), attempt, local.local_steps, p.state.adapter, stds, local.records
+    )
+
+
+def _most_rounds(job):
+    """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
+    config, local = job.config, job.prepared.federation.local
+    if local.bits is None:
+        return config.dispatch_rounds
+    sent = job.prepared.facts["communication"]["adapter_parameters"]
+    return min(config.dispatch_rounds, host_noise.most_rounds(config.clients, config.local_steps, sent, local.records))
 
 
 def execute(job, state, rounds, attempt):

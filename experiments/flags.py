@@ -102,7 +102,9 @@ class RunConfig:
         None, "--clipping=adaptive: std of the noise on the count within the clip norm; default: chosen for each client"
     )
     noise: str = flag(
-        "independent", "independent: in each local step; banded: correlated over the local steps of a round"
+        "independent",
+        "independent: in each local step; banded: correlated over the local steps of a round; hardened: as independent, but "
+        "drawn on the host by a cryptographic generator, and integer like the gradients, which takes per-row gradients",
     )
     bands: int | None = flag(None, "--noise=banded: how many steps' noise is correlated; default: local_steps")
     client_optimizer: str = flag("sgd", "sgd or adam, fresh in every round")
@@ -341,10 +343,20 @@ def _ranges(config, trust, budget, sigma):
 def _variants(config, trust):
     """(holds, what to say if not) for the flags of clipping and noise."""
     adaptive, banded, steps = config.clipping == "adaptive", config.noise == "banded", config.local_steps
+    hardened = config.noise == "hardened"
     bands = steps if config.bands is None else config.bands
     known = ("flat", "per_layer", "automatic", "adaptive")
     yield config.clipping in known, f"--clipping={config.clipping} is not known: {', '.join(known)}."
-    yield config.noise in ("independent", "banded"), f"--noise={config.noise} is not known: independent or banded."
+    noises = ("independent", "banded", "hardened")
+    yield config.noise in noises, f"--noise={config.noise} is not known: {', '.join(noises)}."
+    yield (
+        not hardened or trust == "local",
+        f"--noise=hardened hardens each client's own noise, and --trust={trust} has none: leave it out.",
+    )
+    yield (
+        not (hardened and adaptive),
+        "--noise=hardened needs a grid that stays: --clipping=adaptive moves its scale; use flat, per_layer or automatic.",
+    )
     yield (
         config.clipping == "flat" or math.isfinite(config.clip_norm),
         f"--clipping={config.clipping} needs a finite --clip_norm.",

@@ -16,7 +16,7 @@ from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, paper_bound
+from dplora_jax.privacy import accounting, host_noise, integers, paper_bound
 from experiments import causes, records, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
@@ -72,6 +72,7 @@ def prepare(config, stored=None):
         quantile=config.clip_quantile,
         quantile_rate=config.clip_rate,
         bands=config.bands or 1,
+        bits=_bits(config, mechanisms, adapter),
     )
     client_optimizer, server_optimizer = optimizers(config)
     federation = round.Federation(
@@ -104,6 +105,23 @@ def prepare(config, stored=None):
         facts,
         digests,
     )
+
+
+def _bits(config, mechanisms, adapter):
+    """How fine the grid of hardened noise is; None for other noise."""
+    if config.noise != "hardened":
+        return None
+    integers.check_size(adapter)
+    worst = host_noise.excess_log2(
+        config.rounds * config.local_steps * lora.count(adapter),
+        max(accounting.epsilon(m, config.rounds * config.local_steps, config.delta) for m in mechanisms),
+    )
+    if worst > math.log2(config.delta / 100):
+        raise InputError(
+            f"--noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add more than "
+            f"a hundredth of --delta={config.delta:g}: raise delta, or the noise."
+        )
+    return integers.bits_for(mechanisms)
 
 
 def _mechanisms(config, sizes, stored):
@@ -196,6 +214,11 @@ def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
         method.append(
             f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
             f"each of them on its own {config.bands}th of a client's records"
+        )
+    if config.noise == "hardened":
+        method.append(
+            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
+            "host from SHAKE-256"
         )
     method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
     bytes_sent, bytes_full = 4 * sent, 4 * full

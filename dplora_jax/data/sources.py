@@ -5,6 +5,7 @@ from it, and the cache that the `datasets` library writes on reading is private 
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -148,9 +149,9 @@ def _load_benchmark(source: Source, benchmark: Benchmark) -> Corpus:
         )
     main = "train" if "train" in found else next(iter(found))
     train = _rows(*found.pop(main), text, label, source.group_column)
-    test = None
+    test, own = None, source.data_dir and paths[main]
     if source.test_data is not None:
-        test = _rows(*_read_test(source, None), text, label, None)
+        test = _rows(*_read_test(source, None, own), text, label, None)
     elif found:
         test = _rows(*found.get("test", found.get("validation")), text, label, None)
     names = benchmark.label_names
@@ -200,8 +201,13 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
 
 def _read_test(source: Source, beside: Path | None, private: Path | None = None) -> tuple[dict[str, list], str]:
     path = beside if source.test_data is None else Path(source.test_data)
-    if private is not None and path.exists() and path.samefile(private):
-        raise InputError(f"--test_data={path} is the training table itself, which is private; give another file.")
+    named = (
+        source.data_dir is not None
+        and path.resolve().parent == Path(source.data_dir).resolve()
+        and path.stem == "train"
+    )
+    if named or (private is not None and path.exists() and path.samefile(private)):
+        raise InputError(f"{path} is the training table itself, which is private and no test set; give another file.")
     return tables.read_file(path), str(path)
 
 
@@ -265,7 +271,11 @@ def _split(rows: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
 
 
 def _corpus(train: _Rows, test: _Rows | None, names: tuple[str, ...], codes: dict[str, int], about: str) -> Corpus:
-    """Turns each label's text into its code; InputError counts the labels without one, and quotes none."""
+    """Turns each label's text into its code; InputError counts the labels without one, and quotes none.
+
+    A test table that holds every training record is a copy of the training table: metrics on it would release exact
+    statistics of private records. (One that holds some of them may be a public one with duplicates.)
+    """
     encoded = []
     for part, rows in (("training", train), ("test", test)):
         if rows is None:
@@ -280,4 +290,11 @@ def _corpus(train: _Rows, test: _Rows | None, names: tuple[str, ...], codes: dic
         labels = np.array([codes[label] for label in rows.labels], np.int32)
         groups = None if rows.groups is None or part == "test" else tuple(rows.groups)
         encoded.append(Records(tuple(rows.texts), labels, groups))
-    return Corpus(*encoded, names, about, synthetic=False)
+    train, test = encoded
+    if test is not None and not _counted(train) - _counted(test):
+        raise InputError("the test table holds every training record, and these are private; give a public test set.")
+    return Corpus(train, test, names, about, synthetic=False)
+
+
+def _counted(records: Records) -> Counter:
+    return Counter(zip(records.texts, records.labels.tolist(), strict=True))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dplora_jax.privacy import adaptive, clipping, noise, sampling
+from dplora_jax.privacy import adaptive, clipping, integers, noise, sampling
 
 
 class Client(NamedTuple):
@@ -38,7 +38,8 @@ class LocalConfig:
     `none`: no noise, and no clipping when `clip_norm` is infinite. `microbatch` rows are held in memory at a time
     (None = all). `clipping` is a mode of `clipped_grad_sum`, or "adaptive": flat, at a clip norm that each client moves towards
     the `quantile` of its norms at rate `quantile_rate`, from `clip_norm` on. With `bands` above 1, the noise of a round's steps
-    is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`."""
+    is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`. With `bits` (hardened
+    noise), gradients are integers on a grid of clip_norm 2^-bits, and noise and sampling draws come from the host."""
 
     local_steps: int
     clip_norm: float
@@ -51,6 +52,7 @@ class LocalConfig:
     quantile: float = 0.5
     quantile_rate: float = 0.2
     bands: int = 1
+    bits: int | None = None
 
     def __post_init__(self):
         if self.local_steps % self.bands or (self.bands > 1 and self.adaptive):
@@ -58,6 +60,8 @@ class LocalConfig:
                 f"bands ({self.bands}) must divide local_steps ({self.local_steps}), and be 1 with adaptive clipping: the noise "
                 "is accounted as of one scale, over whole turns of the parts."
             )
+        if self.bits is not None and (self.adaptive or self.bands > 1 or not self.private):
+            raise ValueError("the host's integer noise is independent, of one scale, and never absent.")
 
     @property
     def adaptive(self):
@@ -82,8 +86,9 @@ class Trace(NamedTuple):
 def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Client, keys, clip_norm=()):
     """Run a client's local steps from the global `adapter` -> (upload, Trace, clip norm of the next round).
 
-    `data` is a dict of [N, ...] arrays, `keys` {purpose: uint32 [4, 2]} of this client and round, `clip_norm` the client's own
-    under adaptive clipping, else (). The upload is the adapter's change. The optimizer's state lives for this call (DP-LoRA,
+    `data` is a dict of [N, ...] arrays, `keys` {purpose: uint32 [4, 2]} of this client and round (with hardened noise the draws
+    themselves, [local_steps, ...] as `host_noise.round_draws` makes them), `clip_norm` the client's own under adaptive
+    clipping, else (). The upload is the adapter's change. The optimizer's state lives for this call (DP-LoRA,
     Liu et al. 2023, algorithm 1, with per-example clipping).
     """
     memory = noise.banded(config.local_steps, config.bands).init_multiply(adapter) if config.bands > 1 else ()
@@ -130,6 +135,9 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
 
 def _sample(config, client, keys, index):
     """Which of the client's records join local step `index`: (rows within the client [capacity], weights of 0 or 1)."""
+    if config.bits is not None:
+        draws = keys["sampling"][index]
+        return sampling.chosen(draws, client.size, client.join_below, client.capacity, config.capacity)
     key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][0], impl="threefry2x32"), index)
     part = lambda size: (size + config.bands - 1) // config.bands  # noqa: E731
     rows, weights = sampling.poisson(
@@ -145,6 +153,9 @@ def _sample(config, client, keys, index):
 def _add_noise(config, sums, client, keys, index, clip_norm, memory):
     """(grad_sum, count) plus their noise, and the memory of correlated noise."""
     grad_sum, count = sums
+    if config.bits is not None:
+        drawn = jax.tree.map(lambda x: x[index], keys["noise"])
+        return (integers.released(grad_sum, drawn, config.clip_norm, config.bits), count), memory
     if config.adaptive:  # one draw for both: the count is a leaf of its own
         drawn, of_count = noise.gaussian(keys["noise"], sums, 1.0, index)
         std = client.noise_std * (clip_norm / config.clip_norm)
@@ -165,7 +176,7 @@ def _in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights):
     def one(batch, weights):
         if not config.private and config.clip_norm == float("inf"):
             return _plain_grad_sum(loss_fn, adapter, batch, weights)
-        return clipping.clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights, config.form, mode)
+        return clipping.clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights, config.form, mode, config.bits)
 
     size = config.microbatch or config.capacity
     if size >= config.capacity:
@@ -180,7 +191,8 @@ def _in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights):
         grad, norms, losses = one(*chunk)
         return jax.tree.map(jnp.add, total, grad), (norms, losses)
 
-    zeros = jax.tree.map(jnp.zeros_like, adapter)
+    kind = None if config.bits is None else jnp.int32
+    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, kind), adapter)
     total, per_row = jax.lax.scan(add, zeros, jax.tree.map(split, (batch, weights)))
     return total, *(x.reshape(-1)[: config.capacity] for x in per_row)
 

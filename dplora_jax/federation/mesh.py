@@ -103,13 +103,15 @@ def place(mesh, shards, mechanisms, clip_norm, wave):
 
 
 def place_keys(mesh, keys, clients):
-    """`secrets.round_keys` on the mesh: arrays [rounds, K, ...] padded to `clients` with zeros (padding clients never join) and
-    split over the clients axis; the server's are everywhere."""
+    """A dispatch's keys (`secrets.round_keys`) or draws (`host_noise.round_draws`) on the mesh: every leaf [rounds, K, ...],
+    padded to `clients` with zeros (padding clients never join) and split over the clients axis; the server's are everywhere."""
+    everywhere, by_client = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, CLIENTS)))
 
-    def put(purpose, value):
-        if purpose == "server":
-            return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
-        value = np.pad(value, [(0, 0), (0, clients - value.shape[1]), *[(0, 0)] * (value.ndim - 2)])
-        return jax.device_put(value, NamedSharding(mesh, PartitionSpec(None, CLIENTS)))
+    def put(leaf):
+        padding = [(0, 0), (0, clients - leaf.shape[1]), *[(0, 0)] * (leaf.ndim - 2)]
+        return jax.device_put(np.pad(leaf, padding), by_client)
 
-    return {purpose: put(purpose, value) for purpose, value in keys.items()}
+    return {
+        purpose: jax.device_put(value, everywhere) if purpose == "server" else jax.tree.map(put, value)
+        for purpose, value in keys.items()
+    }

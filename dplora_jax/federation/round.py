@@ -68,11 +68,11 @@ KEYS = {  # what a dispatch takes of `secrets.round_keys`
 def make(federation: Federation, mesh, transcript=False, diagnostics=False):
     """Compile-once function of a dispatch: (state, params, clients, data, keys) -> (state, Shown or None).
 
-    `keys` (`secrets.round_keys`: those that KEYS names for the trust mode) say how many rounds it runs. `state` is donated;
-    `clients`, `data` and `keys` come from `mesh.place` and `mesh.place_keys`. Only with `transcript` does the program put out
-    each client's uploads and noisy gradients (and counts, under adaptive clipping), and only with `diagnostics` its exact
-    loss, clip fraction and sampled count: otherwise they do not exist outside it. In modes `distributed` and `client` the
-    transcript's "aggregate" [rounds, ...] is what the adversary sees, and the uploads are private.
+    `keys` (`secrets.round_keys`: those that KEYS names for the trust mode; or `host_noise.round_draws`) say how many rounds
+    it runs. `state` is donated; `clients`, `data` and `keys` come from `mesh.place` and `mesh.place_keys`. Only with
+    `transcript` does the program put out each client's uploads and noisy gradients (and counts, under adaptive clipping), and
+    only with `diagnostics` its exact loss, clip fraction and sampled count: otherwise they do not exist outside it. In modes
+    `distributed` and `client` the transcript's "aggregate" [rounds, ...] is what the adversary sees; the uploads are private.
     """
 
     def dispatch(state, params, clients, data, keys):

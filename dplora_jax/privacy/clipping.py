@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dplora_jax import lora
 from dplora_jax.losses import ModelLoss, as_batch_of_one
+from dplora_jax.privacy import integers
 
 FORMS = ("auto", "vmap", "broadcast", "ghost")
 MODES = ("flat", "per_layer", "automatic")
@@ -16,7 +17,7 @@ PER_ROW_BYTES = 1 << 30
 STABILITY = 0.01  # gamma of automatic clipping (Bu et al. 2023, section 4.2): how small a gradient keeps its size
 
 
-def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat"):
+def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat", bits=None):
     """Sum over rows of w_i g_i min(1, clip_norm / |g_i|) -> (grad_sum, per_example_norms, per_example_losses).
 
     `loss_fn(adapter, batch) -> [B]`; `batch` leaves are [B, ...]; `weights` [B] in [0, 1] (absent = 1), so that one row moves
@@ -31,7 +32,10 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
     `mode`: "flat" as above. "per_layer" cuts each of the m parts of `lora.groups` to clip_norm / sqrt(m) by its own norm, so
     that all together stay within clip_norm (McMahan et al. 2018, section 3.1). "automatic" scales every row, small ones too, to
     clip_norm |g| / (|g| + STABILITY) (Bu et al. 2023, equation 4.1). In each, a row moves the sum by at most `clip_norm`.
-    Raises ValueError on an unknown form or mode, or a fast form of another loss_fn.
+
+    With `bits`, the sum is a tree of int32 in units of clip_norm 2^-bits: each row is truncated to that grid, and moves the
+    sum by at most 2^bits units, in exact arithmetic (`integers.clipped_sum`). "ghost" has no rows to truncate.
+    Raises ValueError on an unknown form or mode, a fast form of another loss_fn, or "ghost" with `bits`.
     """
     if form not in FORMS:
         raise ValueError(f"unknown clipping form {form!r}; known: {', '.join(FORMS)}.")
@@ -39,10 +43,12 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
         raise ValueError(f"unknown clipping mode {mode!r}; known: {', '.join(MODES)}.")
     if form in ("broadcast", "ghost") and not isinstance(loss_fn, ModelLoss):
         raise ValueError(f"form {form!r} needs a loss made by dplora_jax.losses; form 'vmap' serves any other.")
+    if form == "ghost" and bits is not None:
+        raise ValueError("form 'ghost' makes no rows' gradients, and integers are made of each row's.")
     rows = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(rows, jnp.float32) if weights is None else weights.astype(jnp.float32)
     if form == "auto":
-        large = 4 * rows * lora.count(adapter) > PER_ROW_BYTES
+        large = 4 * rows * lora.count(adapter) > PER_ROW_BYTES and bits is None
         form = ("ghost" if large else "broadcast") if isinstance(loss_fn, ModelLoss) else "vmap"
     parts = lora.groups(adapter) if mode == "per_layer" else (1, jax.tree.map(lambda _: 0, adapter))
     if form == "ghost":
@@ -50,6 +56,9 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
     per_row = _vmap if form == "vmap" else _broadcast
     grads, losses = per_row(loss_fn, adapter, batch)
     factors, norms = _factors(_squares(grads, parts), clip_norm, weights, mode)
+    if bits is not None:
+        factors = _spread(factors * (integers.MARGIN * 2.0**bits / clip_norm), parts)
+        return integers.clipped_sum(factors, grads, bits), norms, losses
     return jax.tree.map(_weighted_sum, _spread(factors, parts), grads), norms, losses
 
 

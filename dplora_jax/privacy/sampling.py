@@ -19,7 +19,12 @@ def poisson(key, size, join_below, own_capacity, records, capacity):
     such a subset. `records` >= size and `capacity` >= own_capacity are static; rows of weight 0 are padding.
     """
     draws = (jax.random.bits(key, (records,), jnp.uint32) >> (32 - BITS)).astype(jnp.int32)
-    draws = jnp.where(jnp.arange(records) < size, draws, 1 << BITS)
+    return chosen(draws, size, join_below, own_capacity, capacity)
+
+
+def chosen(draws, size, join_below, own_capacity, capacity):
+    """`poisson` from each record's draw, `draws` int32 [records] uniform below 2^30."""
+    draws = jnp.where(jnp.arange(len(draws)) < size, draws, 1 << BITS)
     negated, indices = jax.lax.top_k(-draws, capacity)
     joined = (-negated < join_below) & (jnp.arange(capacity) < own_capacity)
     return jnp.where(joined, indices, 0), joined.astype(jnp.float32)

@@ -1,7 +1,8 @@
 """Each client's secret (and the server's, where it has one), and what derives from it.
 
 A secret is 256 bits from the operating system. A key is HMAC-SHA256(secret, purpose, round, attempt): 32 bytes, read as the
-four threefry keys of `noise.gaussian`. Steps and leaves are folded in on the device.
+four threefry keys of `noise.gaussian`. Steps and leaves are folded in on the device; hardened noise
+has keys of its own, step and leaf included (`host_noise.round_draws`).
 """
 
 import hashlib

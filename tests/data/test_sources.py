@@ -80,6 +80,32 @@ def test_csv_cells_stay_text(tmp_path):
     assert corpus.train.labels.tolist() == [0, 1, 1]
 
 
+def test_a_training_table_in_any_dress_is_no_test_set(tmp_path):
+    """The same file by another name, its rows in another order and kind, or another table named train beside it."""
+    train = rows(["up", "down", "up"])
+    write(tmp_path, "train.csv", train)
+    (tmp_path / "elsewhere").mkdir()
+    os.link(tmp_path / "train.csv", tmp_path / "linked.csv")
+    (tmp_path / "pointed.csv").symlink_to(tmp_path / "train.csv")
+    copy = write(tmp_path / "elsewhere", "copy.jsonl", [*train[::-1], *rows(["down"], start=7)])
+    named = write(tmp_path, "train.jsonl", rows(["up", "down"], start=9))
+    for path in (tmp_path / "linked.csv", tmp_path / "pointed.csv", copy, named):
+        with pytest.raises(InputError, match="private"):
+            load(own(tmp_path, test_data=str(path)))
+    (tmp_path / "test.csv").symlink_to(tmp_path / "train.csv")
+    with pytest.raises(InputError, match="private"):
+        load(own(tmp_path))
+    part = write(tmp_path / "elsewhere", "part.csv", train[:2])  # as a public set with duplicates may
+    assert len(load(own(tmp_path, test_data=str(part))).test.texts) == 2
+
+
+def test_a_benchmarks_training_table_is_no_test_set_either(tmp_path):
+    path = write(tmp_path, "train.jsonl", [{"text": f"t{i}", "label": i % 3} for i in range(6)])
+    source = Source("twitter_financial_news_sentiment", data_dir=str(tmp_path), test_data=str(path))
+    with pytest.raises(InputError, match="private"):
+        load(source)
+
+
 def test_test_data_may_be_of_another_kind_and_serves_benchmarks(tmp_path):
     write(tmp_path, "train.csv", rows(["up", "down"]))
     path = write(tmp_path, "held.jsonl", rows(["down", "up", "up"]))

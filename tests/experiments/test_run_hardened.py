@@ -1,0 +1,77 @@
+"""Runs with --noise=hardened: whole, resumed, and refused where it cannot be kept."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_run import adapter_of, command, crash_before, lines_of  # noqa: F401 - a fixture among them
+
+from dplora_jax.errors import InputError
+from dplora_jax.privacy import accounting, host_noise
+from dplora_jax.privacy.ledger import Ledger
+from experiments import flags, run, setup
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
+    command,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """In dispatches as short as the noise's memory asks; the first is lost before its checkpoint and replayed."""
+    monkeypatch.setattr(host_noise, "DISPATCH_BYTES", 1)
+    hardened = [*command, "--noise=hardened", "--seed=3", "--rounds=3", "--eval_every=3"]
+    assert run.main([*hardened, f"--workdir={tmp_path / 'whole'}"]) == 0
+    ledger = Ledger(tmp_path / "whole" / "privacy_ledger.jsonl")
+    assert [e["rounds"] for e in ledger.entries if e["entry"] == "begin"] == [[1, 2], [2, 3], [3, 4]]
+    assert lines_of(tmp_path / "whole" / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
+    assert max(ledger.epsilons(1e-3)) <= 8
+    facts = json.loads((tmp_path / "whole" / "config.json").read_text())["federation"]
+    assert any("SHAKE-256" in line and "2^-20" in line for line in facts["method"])
+
+    lost, drawn, draw = [*hardened, f"--workdir={tmp_path / 'lost'}"], [], host_noise.round_draws
+    monkeypatch.setattr(host_noise, "round_draws", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    with monkeypatch.context() as patch:
+        crash_before(patch, "_commit")
+        with pytest.raises(KeyboardInterrupt):
+            run.main(lost)
+    assert run.main(lost) == 0
+    assert len(drawn) == 4
+    jax.tree.map(np.testing.assert_array_equal, drawn[0], drawn[1])
+    for k, client in enumerate(facts["clients"]):  # false alarms: 5 standard errors of some 700 draws
+        noise = np.concatenate([x[:, k].reshape(-1) for x in jax.tree.leaves(drawn[0]["noise"])])
+        assert noise.std() / 2**20 == pytest.approx(client["noise_multiplier"], rel=5 / np.sqrt(2 * noise.size))
+    assert Ledger(tmp_path / "lost" / "privacy_ledger.jsonl").charged_rounds() == 3
+    whole, resumed = (adapter_of(tmp_path / name) for name in ("whole", "lost"))
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+REFUSED = [
+    (["--trust=none"], "--trust=none"),
+    (["--clipping=adaptive"], "adaptive"),
+    (["--bands=2"], "--bands"),
+]
+
+
+@pytest.mark.parametrize(("extra", "words"), REFUSED)
+def test_combinations_that_hardened_noise_does_not_serve_are_refused(command, extra, words):  # noqa: F811
+    with pytest.raises(InputError, match=words):
+        flags.parse([*command, "--noise=hardened", *extra])
+
+
+def test_an_unknown_noise_is_refused_by_the_known_ones(command):  # noqa: F811
+    with pytest.raises(InputError, match="independent, banded, hardened"):
+        flags.parse([*command, "--noise=loud"])
+
+
+def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):  # noqa: F811
+    config, adapter = flags.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
+    assert setup._bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
+    with pytest.raises(InputError, match="hundredth of --delta"):
+        setup._bits(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
+
+
+def test_the_generators_distance_is_far_below_delta():
+    """The largest job that fits: a thousand rounds of 2^26 parameters at epsilon 8."""
+    assert host_noise.excess_log2(1000 * 2**26, 8) < np.log2(1e-5 * 1e-20)
