@@ -59,13 +59,13 @@ def forgotten(index):
     return gaussian
 
 
-def clipped_after_the_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat"):
+def clipped_after_the_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat", bits=None):
     total = jax.grad(lambda a: (weights * loss_fn(a, batch)).sum())(adapter)
     norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(total)))
     return jax.tree.map(lambda g: g * clip_norm / jnp.maximum(norm, clip_norm), total), weights, weights
 
 
-def unclipped_head(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat"):
+def unclipped_head(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat", bits=None):
     """The norm is of the layers' matrices alone."""
 
     def one(example):

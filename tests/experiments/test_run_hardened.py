@@ -10,7 +10,7 @@ from test_run import adapter_of, command, crash_before, lines_of  # noqa: F401 -
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, host_noise
 from dplora_jax.privacy.ledger import Ledger
-from experiments import flags, run, setup
+from experiments import dispatch, flags, run, setup
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -33,7 +33,7 @@ def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     lost, drawn, draw = [*hardened, f"--workdir={tmp_path / 'lost'}"], [], host_noise.round_draws
     monkeypatch.setattr(host_noise, "round_draws", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     with monkeypatch.context() as patch:
-        crash_before(patch, "_commit")
+        crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
             run.main(lost)
     assert run.main(lost) == 0
