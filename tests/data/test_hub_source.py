@@ -28,7 +28,8 @@ def load_in_process(dataset: str, home: Path, endpoint: str) -> CompletedProcess
 
 def test_hub_serves_plain_csv_files(tmp_path):
     table = b"text,label\none,0\ntwo,1\nthree,2\n"
-    files = {"sent_train.csv": table, "sent_valid.csv": table.replace(b"one", b"four"), ".gitattributes": b"", "README.md": b"# Sentiment\n"}
+    files = {"sent_train.csv": table, "sent_valid.csv": table.replace(b"one", b"four")}
+    files |= {".gitattributes": b"", "README.md": b"# Sentiment\n"}
     with stand_in("twitter_financial_news_sentiment", files) as endpoint:
         done = load_in_process("twitter_financial_news_sentiment", tmp_path, endpoint)
     assert done.stdout.startswith("3 ['one', 'three', 'two'] 3 twitter_financial_news_sentiment"), done.stderr
