@@ -70,7 +70,13 @@ class Checkpoints:
             return None
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         parts = self._args.Composite(state=self._args.StandardRestore(abstract), notes=self._args.JsonRestore())
-        restored = self._manager.restore(number, args=parts)
+        try:
+            restored = self._manager.restore(number, args=parts)
+        except Exception as error:  # orbax and tensorstore have many; all mean that it cannot be read
+            raise InputError(
+                f"checkpoint {self._directory / str(number)} cannot be read ({type(error).__name__}): remove it, and the run "
+                "goes on from the one before."
+            ) from None
         return number, restored["state"], restored["notes"]
 
     def close(self):

@@ -1,7 +1,6 @@
 """Adapter files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`, both ways."""
 
 import json
-import os
 import pathlib
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import safetensors.numpy
 from dplora_jax.errors import InputError
 from dplora_jax.lora import LoraConfig, Pair
 from dplora_jax.models.decoder import Decoder
+from dplora_jax.privacy.chain import replace_durably
 
 PREFIX = "base_model.model."
 HEAD_PARTS = {"kernel": "weight", "bias": "bias"}  # ours: PEFT's
@@ -47,20 +47,14 @@ def save(path, model, adapter, config, base=None):
         "bias": "none", "fan_in_fan_out": getattr(model, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True, "use_dora": False, "use_rslora": False,
     }  # fmt: skip
-    _replace(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    _replace(path / "adapter_config.json", (json.dumps(document, indent=2) + "\n").encode())
+    replace_durably(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    replace_durably(path / "adapter_config.json", json.dumps(document, indent=2) + "\n")
 
 
 def _task_type(model):
     if model.config.num_labels is not None:
         return "SEQ_CLS"
     return "CAUSAL_LM" if isinstance(model, Decoder) else None
-
-
-def _replace(path, data):
-    draft = path.with_name(path.name + ".draft")
-    draft.write_bytes(data)
-    os.replace(draft, path)
 
 
 def _target_modules(model, chosen, first):

@@ -33,10 +33,10 @@ def digests(config, records, model, params, mechanisms, grid):
     platforms = sorted({device.client.platform_version for device in grid.devices.flat})
     environment = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     return {
-        "data": _of_arrays(records),
+        "data": of_arrays(records),
         "config": _of((sorted(flags.items()), mechanisms)),
         "code": _of_code(),
-        "base": _of((model.config, _of_arrays(params))),
+        "base": _of((model.config, of_arrays(params))),
         "mesh": _of((sorted(grid.shape.items()), jax.process_count())),
         "devices": _of((devices, platform.machine(), _processor())),
         "versions": _of(([importlib.metadata.version(name) for name in LIBRARIES], platforms)),
@@ -48,7 +48,7 @@ def _of(value):
     return hashlib.sha256(repr(value).encode()).digest()
 
 
-def _of_arrays(tree):
+def of_arrays(tree):
     """SHA-256 of the leaves' places, shapes, types and bytes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):

@@ -13,7 +13,8 @@ import jax
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import accounting, host_noise, secrets
-from experiments import trust_modes, workdir
+from dplora_jax.privacy import ledger as ledgers
+from experiments import causes, trust_modes, workdir
 
 
 def restore(job):
@@ -44,34 +45,41 @@ def restore(job):
     return done, state, notes["lines"]
 
 
-def check_records(job):
-    """Refuse records that are not those of the ledger: its budget was planned for these alone."""
-    begun = job.ledger.begun
-    if begun and begun[-1]["causes"]["data"] != _causes(job)["data"]:
+def check_past(job):
+    """Refuse records or mechanisms that are not those of the ledger: its budget was planned for these alone."""
+    if not job.ledger.begun:
+        return
+    last = job.ledger.begun[-1]
+    if last["causes"]["data"] != _keyed(job, "data", job.prepared.causes["data"]):
         raise InputError(
             f"the records are not those that {job.folder} began with: restore them, or start a new --workdir."
         )
+    if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
+        raise InputError(
+            f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new --workdir."
+        )
 
 
-def _causes(job):
-    """The digests of all that decides the bits, keyed with the run's secrets: a plain hash would tell whose records are in."""
-    secret = b"".join(job.secrets)
-    return {name: secrets.digest(secret, "cause", name, of.hex()).hex() for name, of in job.prepared.causes.items()}
+def _keyed(job, name, digest):
+    """A cause's digest under the run's secrets: a plain hash would tell whose records are in."""
+    return secrets.digest(b"".join(job.secrets), "cause", name, digest.hex()).hex()
 
 
-def charge(job, done):
-    """The next rounds [a, b) and their attempt, charged to the ledger; None when rounds or budget are at their end.
+def charge(job, done, state):
+    """The next rounds [a, b) from `state` and their attempt, charged to the ledger; None when rounds or budget are at their end.
 
     A dispatch that was begun and not committed is replayed under its own keys, and not charged again, if everything that
-    decides its bits is the same; else a new attempt's keys are drawn and both are paid for.
+    decides its bits is the same; else a new attempt's keys are drawn and both are paid for. Raises InputError rather than take a
+    client past its epsilon.
     """
     config, ledger = job.config, job.ledger
     if done >= config.rounds:
         return None
-    entry, causes = ledger.open_entry(), _causes(job)
+    found = job.prepared.causes | {"state": causes.of_arrays(jax.device_get(state))}
+    entry, keyed = ledger.open_entry(), {name: _keyed(job, name, digest) for name, digest in found.items()}
     if entry and entry["rounds"][0] == done + 1:
         before = entry["causes"]
-        changed = sorted(name for name in before | causes if before.get(name) != causes.get(name))
+        changed = sorted(name for name in before | keyed if before.get(name) != keyed.get(name))
         if not changed:
             return tuple(entry["rounds"]), entry["attempt"]
         print(
@@ -88,9 +96,29 @@ def charge(job, done):
         return None
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
-    release = job.prepared.facts["release"] or "NO PRIVACY"
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, causes, release=release)
+    _stay_within(job, rounds)
+    more = {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
+    if (
+        config.seed is None
+    ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
+        more["nonce"] = os.urandom(16).hex()
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, keyed, **more)
     return rounds, attempt
+
+
+def _stay_within(job, rounds):
+    """Refuse rounds that would take a client past its epsilon, by what the ledger would then say."""
+    config = job.config
+    if config.epsilon is None:
+        return
+    mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
+    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
+    spent = max(job.ledger.epsilons(config.delta, [planned]))
+    if spent > config.epsilon:
+        raise InputError(
+            f"rounds {rounds[0]} to {rounds[1] - 1} would take a client to epsilon {spent:.4g}, past {config.epsilon:g}; "
+            "start a new --workdir."
+        )
 
 
 def paid_secrets(job):

@@ -9,12 +9,12 @@ that needs no network, no script and no font. The same files give the same bytes
 import html
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
 
 from dplora_jax.errors import InputError
+from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
 from experiments import ledger
 from experiments.report_figures import by_metric, figures, show_metric
@@ -270,9 +270,8 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
     """Write `workdir/report.html` whole or not at all, and return its path. Raises InputError for a broken workdir."""
     workdir = pathlib.Path(workdir)
     page = _page(*_read(workdir), *_ledger(workdir))
-    path, part = workdir / "report.html", workdir / "report.html.part"
-    part.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    path = workdir / "report.html"
+    replace_durably(path, page)
     return path
 
 

@@ -50,17 +50,22 @@ def run(config, folder, command):
     from dplora_jax import checkpoint
     from dplora_jax.privacy import ledger as ledgers
     from dplora_jax.privacy import secrets
-    from experiments import summary, workdir
+    from experiments import summary, trust_modes, workdir
 
     stored = workdir.stored_config(folder, config)
     ledger = ledgers.Ledger(folder / ledgers.FILE)
     for name, anchor in checkpoint.anchors(folder / "checkpoints"):
         ledger.check(anchor, name)
     if ledger.ended:
+        seeded = config.seed is not None
+        parties = trust_modes.parties(config)
+        held = secrets.from_seed(config.seed, parties) if seeded else secrets.load(folder / "private")
+        if held:  # an end that someone else wrote must not cost the secrets
+            ledger.seal_with(b"".join(held))
         secrets.destroy(folder / "private")
         print(f"This run is finished, nothing was done. {summary.line(folder)}")
         return 0
-    from experiments import setup, trust_modes
+    from experiments import setup
 
     if not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
         raise InputError(
@@ -92,11 +97,11 @@ def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
     from experiments import dispatch, progress
 
-    dispatch.check_records(job)
+    dispatch.check_past(job)
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
     with progress.bar(job.config.rounds, done) as show:
-        while not stop and (todo := dispatch.charge(job, done)) is not None:
+        while not stop and (todo := dispatch.charge(job, done, state)) is not None:
             rounds, attempt = todo
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1

@@ -42,11 +42,11 @@ def _json_object(line):
     return value if isinstance(value, dict) else None
 
 
-def replace_durably(path, text):
-    """Replace the file at `path` by `text` as one step, durably, its directory's entries included."""
+def replace_durably(path, content):
+    """Replace the file at `path` by `content` (text or bytes) as one step, durably, its directory's entries included."""
     draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(draft, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)

@@ -110,10 +110,11 @@ class Ledger(Chain):
         """How many rounds have been paid for, repeated attempts included."""
         return sum(entry["rounds"][1] - entry["rounds"][0] for entry in self.begun)
 
-    def epsilons(self, delta):
-        """Each client's epsilon at `delta`, recomputed from every begin entry: the composition of all their steps."""
+    def epsilons(self, delta, planned=()):
+        """Each client's epsilon at `delta`, recomputed from every begin entry, and from `planned` ones: the composition of all
+        their steps."""
         steps = {}
-        for entry in self.begun:
+        for entry in (*self.begun, *planned):
             for client, description in enumerate(entry["clients"]):
                 key = client, rebuild(description)
                 steps[key] = steps.get(key, 0) + (entry["rounds"][1] - entry["rounds"][0]) * entry["local_steps"]

@@ -31,8 +31,10 @@ def load_or_create(private, clients):
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     private.chmod(0o700)
     path = private / FILE
-    if path.exists():
-        return [bytes.fromhex(text) for text in json.loads(path.read_text())]
+    if (held := load(private)) is not None:
+        return held
+    for unfinished in private.glob(f"{FILE}.*"):  # of a start that was killed here: nothing was derived from it
+        unfinished.unlink()
     secrets = [os.urandom(32) for _ in range(clients)]
     draft = private / f"{FILE}.{os.getpid()}"
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -42,6 +44,15 @@ def load_or_create(private, clients):
     os.replace(draft, path)
     sync_directory(private)
     return secrets
+
+
+def load(private):
+    """The secrets in `private`, a list of 32 bytes; None where there are none, or `destroy` was killed on its way."""
+    path = pathlib.Path(private) / FILE
+    text = path.read_bytes() if path.exists() else b""
+    if not text.strip(b"\0"):
+        return None
+    return [bytes.fromhex(secret) for secret in json.loads(text)]
 
 
 def destroy(private):

@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from dplora_jax.errors import InputError
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 from experiments import dispatch, flags
@@ -36,3 +37,59 @@ def test_a_replay_draws_the_same_keys_and_another_history_never_does(keys):
 
 def test_a_seeds_keys_depend_on_nothing_else(keys):
     assert np.array_equal(keys("first", "one", seed=1), keys("second", "two", "one", seed=1))
+
+
+@pytest.fixture
+def job(tmp_path):
+    """`job(mechanisms, **flags)`: a run of four rounds that nothing was charged for yet."""
+
+    def make(mechanisms=MECHANISMS, **changes):
+        config = flags.RunConfig(
+            **{"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
+            | changes
+        )
+        local = types.SimpleNamespace(bits=None)
+        prepared = types.SimpleNamespace(
+            causes={"data": b"d" * 32, "code": b"c" * 32}, mechanisms=mechanisms, facts={"release": "for release"},
+            federation=types.SimpleNamespace(local=local),
+        )  # fmt: skip
+        ledger = Ledger(tmp_path / "charged.jsonl")
+        return types.SimpleNamespace(
+            secrets=[b"s" * 32], ledger=ledger, config=config, prepared=prepared, folder=tmp_path
+        )
+
+    return make
+
+
+def test_a_lost_dispatch_is_replayed_only_from_the_very_state_that_it_began_with(job):
+    state = {"adapter": np.zeros(3, np.float32)}
+    assert dispatch.charge(job(), 0, state) == ((1, 3), 0)
+    assert dispatch.charge(job(), 0, state) == ((1, 3), 0)
+    assert job().ledger.charged_rounds() == 2
+    assert dispatch.charge(job(), 0, {"adapter": np.full(3, 0.5, np.float32)}) == ((1, 3), 1)
+    assert job().ledger.charged_rounds() == 4
+
+
+def test_the_same_charge_in_another_history_has_other_keys(job, tmp_path):
+    state, seen = {"adapter": np.zeros(3, np.float32)}, []
+    for _ in range(2):
+        begun = job()
+        dispatch.charge(begun, 0, state)
+        seen.append(dispatch.round_keys(begun, (1, 3), 0)["noise"])
+        for path in tmp_path.iterdir():  # as a disk that is put back to its state before
+            path.unlink()
+    assert not np.isin(*seen).any()
+
+
+def test_no_round_begins_that_would_take_a_client_past_its_epsilon(job):
+    loud = job([Mechanism(100, 0.2, 35, 0.3)])
+    with pytest.raises(InputError, match=r"rounds 1 to 2 would take a client to epsilon .* past 8;"):
+        dispatch.charge(loud, 0, {})
+    assert loud.ledger.entries == []
+
+
+def test_other_noise_than_the_ledgers_is_refused(job):
+    dispatch.charge(job(), 0, {})
+    dispatch.check_past(job())
+    with pytest.raises(InputError, match="other sampling or noise than the ledger"):
+        dispatch.check_past(job([Mechanism(100, 0.2, 35, 1.0)]))

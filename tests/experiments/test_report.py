@@ -214,7 +214,7 @@ def test_reads_nothing_private(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     seen = {line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines() if line.startswith(str(tmp_path))}
-    assert seen == {"config.json", "metrics.jsonl", "report.html.part"}
+    assert seen == {"config.json", "metrics.jsonl", "report.html.draft"}
 
 
 @pytest.mark.parametrize("rows", [None, [], metrics()])

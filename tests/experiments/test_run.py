@@ -267,6 +267,11 @@ def test_a_ledger_that_does_not_hold_stops_a_resume_and_one_that_is_gone_means_n
         assert words in said
         assert said.count("\n") == 1
 
+    Ledger(path).append(entry="end", round=4)
+    refused("seal does not fit")
+    assert (private / "secrets.json").read_bytes() == kept[private / "secrets.json"], "a forged end cost the secrets"
+    for file, content in kept.items():
+        file.write_bytes(content)
     path.write_bytes(b"".join(lines[:-1]))
     refused("its end was removed")
     path.unlink()

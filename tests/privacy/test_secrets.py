@@ -55,6 +55,16 @@ def test_secrets_come_from_the_operating_system_and_are_durable_before_use(tmp_p
     assert synced == [(tmp_path / "private" / secrets.FILE).stat().st_ino, (tmp_path / "private").stat().st_ino]
 
 
+def test_what_a_killed_start_or_end_left_is_no_secret(tmp_path):
+    made = secrets.load_or_create(tmp_path, 2)
+    path = tmp_path / secrets.FILE
+    path.write_bytes(bytes(path.stat().st_size))  # killed while destroying
+    (tmp_path / f"{secrets.FILE}.{os.getpid()}").write_text("[")  # killed while creating, by a process of the same number
+    assert secrets.load(tmp_path) is None
+    assert not set(secrets.load_or_create(tmp_path, 2)) & set(made)
+    assert [file.name for file in tmp_path.iterdir()] == [secrets.FILE]
+
+
 def test_destroying_overwrites_the_content_and_removes_the_file(tmp_path):
     made = secrets.load_or_create(tmp_path / "private", 2)
     path, witness = tmp_path / "private" / secrets.FILE, tmp_path / "witness"
