@@ -18,6 +18,7 @@ from flax import struct
 
 # Accelerators round float32 products by default; norms and the sums that they bound must not be rounded differently.
 EXACT = jax.lax.Precision.HIGHEST
+GRAM_ERROR = 2.0**-21  # of a squared norm by Gram matrices, relative to the square of the sum of all tokens' lengths
 FROZEN_A = "lora_a"  # the key of the base parameters under which frozen A matrices live
 
 
@@ -102,7 +103,10 @@ def _squared_norm(g, x):
         return jnp.square(jnp.einsum("bto,bti->boi", g, x, precision=EXACT)).sum((1, 2))
     gram = functools.partial(jnp.einsum, precision=EXACT)
     squares = (gram("bto,bso->bts", g, g) * gram("bti,bsi->bts", x, x)).sum((1, 2))
-    return jnp.maximum(squares, 0)  # tokens that cancel leave a rounding error of either sign
+    # Tokens that cancel leave a rounding error of either sign, in the measure of what cancelled: it may only add to a norm,
+    # or a record made to cancel would pass uncut.
+    lengths = jnp.sqrt(jnp.square(g).sum(-1) * jnp.square(x).sum(-1))
+    return jnp.maximum(squares, 0) + GRAM_ERROR * jnp.square(lengths.sum(1))
 
 
 _per_row_linear.defvjp(_per_row_forward, _per_row_backward)

@@ -177,10 +177,11 @@ def metrics(job, rounds, attempt, seconds):
     before = job.ledger.charged_rounds() - length  # paid for before this dispatch, lost attempts included
     inner = tuple((before + i) * config.steps_per_round for i in range(1, length))
     outer = ((before + length) * config.steps_per_round,)
-    curves = {
-        m: accounting.epsilon_curve(m, inner, config.delta, 1e-2) + accounting.epsilon_curve(m, outer, config.delta)
-        for m in set(job.prepared.mechanisms)
-    }
+    curves = {}
+    for m in set(job.prepared.mechanisms):
+        (end,) = accounting.epsilon_curve(m, outer, config.delta)
+        coarse = accounting.epsilon_curve(m, inner, config.delta, 1e-2)
+        curves[m] = (*(min(value, end) for value in coarse), end)  # no round costs more than a later one
     sizes = [client["records"] for client in job.prepared.facts["clients"]]
     rate = length * trust_modes.examples(config, sizes) / seconds
     lines, senders = [], trust_modes.senders(config, paid_secrets(job), range(*rounds), attempt)

@@ -6,6 +6,7 @@
 import math
 
 from dplora_jax.errors import InputError
+from dplora_jax.privacy.accounting import CLIP_NORMS
 
 # The flags of one trust mode alone, and what they are when not given.
 DISTRIBUTED = {"survivors": lambda config: config.clients, "colluding": lambda _: 1, "dropout": lambda _: 0.0}
@@ -86,6 +87,11 @@ def _ranges(config, trust, budget, sigma):
     )
     yield 0 < config.delta < 1, f"--delta={config.delta} must lie between 0 and 1."
     yield config.clip_norm > 0, f"--clip_norm={config.clip_norm} must be above 0."
+    low, high = CLIP_NORMS
+    yield (
+        not private or config.clip_norm == math.inf or low <= config.clip_norm <= high,
+        f"--clip_norm={config.clip_norm} must lie in {low:g} to {high:g}: float32 cannot square smaller gradients.",
+    )
     yield not private or math.isfinite(config.clip_norm), "--clip_norm=inf clips nothing: only --trust=none allows it."
     for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
         yield getattr(config, name) >= 1, f"--{name}={getattr(config, name)} must be 1 or more."
@@ -119,7 +125,7 @@ def _variants(config, trust):
     yield config.noise in noises, f"--noise={config.noise} is not known: {', '.join(noises)}."
     yield (
         not hardened or trust == "local",
-        f"--noise=hardened hardens each client's own noise, and --trust={trust} has none: leave it out.",
+        f"--noise=hardened is of --trust=local: rounded shares do not add up to a rounded total; leave it out with {trust}.",
     )
     yield (
         not (hardened and adaptive),
@@ -131,7 +137,7 @@ def _variants(config, trust):
     )
     yield (
         trust in ("local", "none") or not (adaptive or banded),
-        f"--clipping=adaptive and --noise=banded are mechanisms of each client's own: --trust={trust} has none.",
+        f"--clipping=adaptive and --noise=banded rest on each client's own noise: with --trust={trust} no client's carries it.",
     )
     yield (
         trust != "client" or config.clipping == "flat",
@@ -142,7 +148,7 @@ def _variants(config, trust):
         "--clipping=adaptive and --noise=banded exclude each other: correlated noise is of one scale.",
     )
     yield 0 < config.clip_quantile < 1, f"--clip_quantile={config.clip_quantile} must lie between 0 and 1."
-    yield 0 < config.clip_rate < math.inf, f"--clip_rate={config.clip_rate} must be a number above 0."
+    yield 0 < config.clip_rate <= 5, f"--clip_rate={config.clip_rate} must lie above 0, at most 5."
     count = config.count_noise_multiplier
     yield count is None or adaptive, "--count_noise_multiplier belongs to --clipping=adaptive."
     yield count is None or 0 < count < math.inf, f"--count_noise_multiplier={count} must be a number above 0."

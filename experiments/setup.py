@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,12 @@ def prepare(config, stored=None):
     tasks.check_length(config.max_length, model, tokenizer)
     train = tasks.classification(tokenizer, corpus.train, config.max_length)
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
+    if config.private and config.delta * max(sizes) >= 1:
+        warnings.warn(
+            f"--delta={config.delta:g} is not below 1 / {max(sizes)} records: at that delta, publishing one record whole would "
+            "count as private.",
+            stacklevel=1,
+        )
     mechanisms = trust_modes.settled(config, _mechanisms(config, sizes, stored))
     adapter, params, lora_config = _adapter(config, model, params)
     digests = causes.digests(config, (train, shares), model, params, mechanisms, grid)

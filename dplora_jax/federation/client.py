@@ -138,10 +138,12 @@ def _sample(config, client, keys, index):
     if config.bits is not None:
         draws = keys["sampling"][index]
         return sampling.chosen(draws, client.size, client.join_below, client.capacity, config.capacity)
-    key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][0], impl="threefry2x32"), index)
+    four = jax.vmap(lambda key: jax.random.fold_in(key, index))(
+        jax.random.wrap_key_data(keys["sampling"], impl="threefry2x32")
+    )
     part = lambda size: (size + config.bands - 1) // config.bands  # noqa: E731
     rows, weights = sampling.poisson(
-        key, part(client.size), client.join_below, client.capacity, part(config.records), config.capacity
+        four, part(client.size), client.join_below, client.capacity, part(config.records), config.capacity
     )
     if config.bands == 1:
         return rows, weights

@@ -18,6 +18,8 @@ NEIGHBOURS = privacy_accountant.NeighboringRelation.REPLACE_SPECIAL
 GRID = 1e-3  # of the privacy losses that are reported
 CAPACITY_COST = 1e-3  # the share of epsilon that a batch's fixed capacity may cost
 NOISE_RANGE = (0.05, 1e4)
+# Between these, float32 squares gradients around a clip norm without underflow: a norm that reads 0 would clip nothing.
+CLIP_NORMS = (1e-6, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)

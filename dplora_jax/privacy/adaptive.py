@@ -7,6 +7,8 @@ are one Gaussian event (`accounting.joint_multiplier`).
 
 import jax.numpy as jnp
 
+from dplora_jax.privacy.accounting import CLIP_NORMS
+
 
 def centred_count(norms, clip_norm, weights):
     """Sum over rows of w_i (1/2 if |g_i| <= clip_norm, else -1/2) -> float32; `norms` [B] as `clipped_grad_sum` reports them.
@@ -19,5 +21,6 @@ def centred_count(norms, clip_norm, weights):
 
 def next_norm(clip_norm, noisy_count, divisor, quantile, rate):
     """clip_norm exp(-rate (b - quantile)), with b = noisy_count / divisor + 1/2 the share of records within the clip norm;
-    `divisor` is the public expected batch size."""
-    return clip_norm * jnp.exp(-rate * (noisy_count / divisor + 0.5 - quantile))
+    `divisor` is the public expected batch size. Kept within `accounting.CLIP_NORMS`, and what is no number changes nothing."""
+    moved = clip_norm * jnp.exp(-rate * (noisy_count / divisor + 0.5 - quantile))
+    return jnp.where(jnp.isnan(moved), clip_norm, jnp.clip(moved, *CLIP_NORMS))

@@ -1,5 +1,7 @@
 """Poisson sampling into a batch of fixed capacity (design as accounted by Chua et al., arXiv 2508.15089)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -11,14 +13,17 @@ def threshold(sampling_rate):
     return int(sampling_rate * (1 << BITS))
 
 
-def poisson(key, size, join_below, own_capacity, records, capacity):
+def poisson(keys, size, join_below, own_capacity, records, capacity):
     """Which of a client's records join this step -> (indices [capacity] int32, weights [capacity] float32 of 0 or 1).
 
     Each of the first `size` records joins independently with probability join_below / 2^30; beyond `own_capacity` a uniformly
     random subset of those who joined stays: given that a record joined, its draw is uniform, so the smallest draws are
     such a subset. `records` >= size and `capacity` >= own_capacity are static; rows of weight 0 are padding.
+
+    `keys` are JAX keys, one or several: draws are the exclusive or of their streams, as hard to guess as all of them together.
     """
-    draws = (jax.random.bits(key, (records,), jnp.uint32) >> (32 - BITS)).astype(jnp.int32)
+    bits = jax.vmap(lambda key: jax.random.bits(key, (records,), jnp.uint32))(keys.reshape(-1))
+    draws = (functools.reduce(jnp.bitwise_xor, bits) >> (32 - BITS)).astype(jnp.int32)
     return chosen(draws, size, join_below, own_capacity, capacity)
 
 

@@ -54,6 +54,8 @@ def test_banded_run_spends_its_budget_and_says_how(command, tmp_path):
         (["--clipping=soft"], "flat, per_layer, automatic, adaptive"),
         (["--clipping=adaptive", "--clip_quantile=1"], "--clip_quantile"),
         (["--clipping=adaptive", "--clip_rate=0"], "--clip_rate"),
+        (["--clipping=adaptive", "--clip_rate=1000"], "--clip_rate"),
+        (["--clip_norm=1e-24"], "--clip_norm=1e-24 must lie in 1e-06 to 1e[+]06"),
         (["--clipping=adaptive", "--count_noise_multiplier=0"], "--count_noise_multiplier"),
         (["--count_noise_multiplier=3"], "belongs to --clipping=adaptive"),
         (["--clipping=automatic", "--clip_norm=inf", "--epsilon=inf"], "finite --clip_norm"),

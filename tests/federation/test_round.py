@@ -24,9 +24,10 @@ def naive_upload(client, adapter, keys, data):
     """One client's noise-free local steps, a record at a time, in numpy -> (upload, sampled counts, clip fractions)."""
     mechanism, start, counts, fractions = small.MECHANISMS[client], adapter, [], []
     for step in range(small.Setup().local_steps):
-        key = jax.random.fold_in(jax.random.wrap_key_data(keys["sampling"][client, 0], impl="threefry2x32"), step)
+        own = jax.random.wrap_key_data(keys["sampling"][client], impl="threefry2x32")
+        four = jax.vmap(lambda key, step=step: jax.random.fold_in(key, step))(own)
         size, below = mechanism.records, sampling.threshold(mechanism.sampling_rate)
-        rows, weights = sampling.poisson(key, size, below, mechanism.capacity, max(small.SIZES), max(small.CAPACITIES))
+        rows, weights = sampling.poisson(four, size, below, mechanism.capacity, max(small.SIZES), max(small.CAPACITIES))
         total, clipped = jax.tree.map(np.zeros_like, adapter), 0
         for row in np.asarray(rows)[np.asarray(weights) == 1]:
             grad = row_gradient()(adapter, {name: array[row : row + 1] for name, array in data[client].items()})

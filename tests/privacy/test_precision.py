@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dplora_jax import lora
@@ -32,6 +33,19 @@ def test_ghost_norms_are_exact(tokens):
     found = products(lora._squared_norm, G[:, :tokens], X[:, :tokens])
     assert found
     assert all(exact for _, exact in found)
+
+
+def test_tokens_that_cancel_never_hide_a_gradient_from_its_ghost_norm():
+    """Pairs of tokens 3,000 times longer than what they leave: float32 Gram matrices alone read 0 for some rows."""
+    rng = np.random.default_rng(0)
+    g, x = rng.normal(size=(64, 4, 768)), rng.normal(size=(64, 4, 512))
+    g, x = (300**0.5 * v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (g, x))
+    g = np.concatenate([g, -g + 1e-4 * rng.normal(size=g.shape)], 1).astype(np.float32)
+    x = np.concatenate([x, x], 1).astype(np.float32)
+    exact = np.square(np.einsum("bto,bti->boi", g.astype(np.float64), x.astype(np.float64))).sum((1, 2))
+    found = np.asarray(lora._squared_norm(jnp.asarray(g), jnp.asarray(x)), np.float64)
+    assert exact.max() < 1
+    assert (found >= exact).all()
 
 
 def test_the_sum_that_ghost_norms_bound_is_exact():

@@ -32,6 +32,13 @@ def inclusion(size, rate, own_capacity, records, capacity, keys=KEYS):
     return counts.astype(bool)
 
 
+def test_every_one_of_several_keys_decides_who_joins():
+    keys = KEYS[:4]
+    kept = [np.asarray(sampling.poisson(keys.at[i].set(KEYS[9]), 64, 1 << 29, 64, 64, 64)[0]) for i in range(4)]
+    kept.append(np.asarray(sampling.poisson(keys, 64, 1 << 29, 64, 64, 64)[0]))
+    assert len({tuple(order) for order in kept}) == 5
+
+
 @pytest.mark.parametrize("rate", [0.02, 0.3, 0.9])
 def test_each_record_joins_with_probability_q_on_its_own(rate):
     """Frequencies and pairwise covariances; false alarms: under 1e-4 (5 standard errors, 55 bounds)."""

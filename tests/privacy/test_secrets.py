@@ -59,7 +59,9 @@ def test_what_a_killed_start_or_end_left_is_no_secret(tmp_path):
     made = secrets.load_or_create(tmp_path, 2)
     path = tmp_path / secrets.FILE
     path.write_bytes(bytes(path.stat().st_size))  # killed while destroying
-    (tmp_path / f"{secrets.FILE}.{os.getpid()}").write_text("[")  # killed while creating, by a process of the same number
+    (tmp_path / f"{secrets.FILE}.{os.getpid()}").write_text(
+        "["
+    )  # killed while creating, by a process of the same number
     assert secrets.load(tmp_path) is None
     assert not set(secrets.load_or_create(tmp_path, 2)) & set(made)
     assert [file.name for file in tmp_path.iterdir()] == [secrets.FILE]
