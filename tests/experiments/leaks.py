@@ -5,7 +5,10 @@ or rounded to float32) of either byte order, at any offset, in the file itself, 
 arrays of a checkpoint.
 A series is found to the digits that are written, few as they may be: as consecutive numbers of a text, as a column (the same
 field of each line or list item, the same number of each line or table row), in an array, or as the bytes of integers or floats.
-It counts when it tells BITS or more beyond a straight line, so that what others may equal by chance does not.
+It counts when it tells BITS or more (a column COLUMN_BITS) beyond a straight line: counters and budgets are one, and
+few digits may be equal by chance.
+
+False alarms: BUILD_NOTES.md has the rates, measured with statistics drawn anew.
 """
 
 import base64
@@ -27,7 +30,7 @@ NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d{1,2})?(?![\w.])")
 BASE64 = re.compile(rb"[A-Za-z0-9+/]{24,}={0,2}")
 KEYS = re.compile(rb'["\'<](loss|losses|norm|norms|clip_fraction|sampled)["\'>]')
 DIGITS = 6
-BITS = 8
+BITS, COLUMN_BITS = 16, 8  # a text has fewer columns than runs of numbers
 LEAST = 1e-6  # a loss below is rounding
 FLOAT32 = 1e-7  # relative: how far sums in float32 lie from the same in float64
 
@@ -129,9 +132,10 @@ def in_text(data, sought):
         value = abs(float(token))
         if value and near(np.array([value]), sought.singles, half_a_digit(token) / value + FLOAT32).any():
             yield f"the number {token.decode()}"
-    tape = [token for run in (tokens, *columns(data)) for token in (*run, None)]
-    values = np.array([math.nan if t is None else abs(float(t)) for t in tape])
-    yield from runs_in(values, np.array([math.nan if t is None else half_a_digit(t) for t in tape]), sought)
+    for runs, bits in ([tokens], BITS), (columns(data), COLUMN_BITS):
+        tape = [token for run in runs for token in (*run, None)]
+        values = np.array([math.nan if t is None else abs(float(t)) for t in tape])
+        yield from runs_in(values, np.array([math.nan if t is None else half_a_digit(t) for t in tape]), sought, bits)
 
 
 def half_a_digit(token):
@@ -142,6 +146,10 @@ def half_a_digit(token):
 
 def columns(data):
     """Lists of the numbers (as text) that stand in the same place of each line, table row and item of a JSON list."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return []  # random bytes have newlines too
     lines = re.split(rb"\n|<tr", data)
     places = collections.defaultdict(list)
     for line in lines:
@@ -168,7 +176,7 @@ def leaves(document, path=()):
             yield from leaves(value, (*path, key))
 
 
-def runs_in(values, halves, sought):
+def runs_in(values, halves, sought, bits=BITS):
     """Which series stand in `values` as consecutive numbers, each within `halves`; NaN ends a run."""
     halves = halves * (1 + 1e-6) + FLOAT32 * values
     order = np.argsort(sought.table[:, 0], kind="stable")
@@ -185,7 +193,7 @@ def runs_in(values, halves, sought):
     for start, index in zip(position.tolist(), which.tolist(), strict=True):
         series = sought.series[index]
         there = slice(start, start + len(series.values))
-        if telling(values[there], halves[there], series.grain) >= BITS:
+        if telling(values[there], halves[there], series.grain) >= bits:
             yield f"the series {series.values}"
 
 
