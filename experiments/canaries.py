@@ -177,8 +177,10 @@ def _program(federation, grid):
 
 
 def transcript(subject, canaries, coins, keys, program=None):
-    """Run the rounds, one a dispatch -> (noisy sums {leaf: [R, K, D]}, canaries' clipped gradients {leaf: [R, C, D]}), both in
-    units of the clipping norm, from the uploads and the public adapters alone. `keys` are the clients' secrets."""
+    """Run the rounds -> (noisy sums {leaf: [R, K, D]}, canaries' clipped gradients {leaf: [R, C, D]}), both in
+    units of the clipping norm, from the uploads and the public adapters alone. `keys` are the clients' secrets.
+
+    Each round is a dispatch of its own, between which the public adapter is read: what a longer one does to keys is not seen."""
     local, count = subject.federation.local, len(subject.mechanisms)
     program = program or _program(subject.federation, subject.grid)
     place = mesh.place(
@@ -222,8 +224,8 @@ def _clipped(tree, clip_norm):
     return {name: x / np.maximum(norms, clip_norm)[:, None] for name, x in flat.items()}
 
 
-def audit(subject, runs, canaries, rng, program=None):
-    """Attack `runs` trainings with `canaries` canaries a client -> (claimed epsilon, auditing.Bound)."""
+def audit(subject, runs, canaries, rng, program=None, confidence=auditing.CONFIDENCE):
+    """Attack `runs` trainings with `canaries` canaries a client -> (claimed epsilon, auditing.Bound at `confidence`)."""
     coins = runs * len(subject.mechanisms) * canaries
     if coins < FEWEST:
         raise InputError(
@@ -241,5 +243,6 @@ def audit(subject, runs, canaries, rng, program=None):
     pooled = {name: np.concatenate([scores[name].reshape(-1) for scores in found]) for name in found[0]}
     same = subject.mechanisms[0] if len(set(subject.mechanisms)) == 1 else None
     claim = max(accounting.epsilon(m, subject.steps, subject.delta) for m in set(subject.mechanisms))
-    reached = auditing.bound(pooled, np.concatenate(truth), same, subject.steps, subject.delta, canaries == 1)
+    truth, independent = np.concatenate(truth), canaries == 1
+    reached = auditing.bound(pooled, truth, same, subject.steps, subject.delta, independent, confidence)
     return claim, reached

@@ -28,7 +28,8 @@ NOISE_FACTORS = (1 / 64, 64)  # of the claimed noise, between which the noise th
 
 class Bound(NamedTuple):
     """A lower bound on epsilon and what it rests on. `guesses` holds for any mechanism whatever; `curve` is the epsilon of the
-    accounted mechanism with as much noise as the attack's error rates still allow, None where coins are not one a client."""
+    accounted mechanism with as much noise as the attack's error rates still allow, None where coins are not one a client. It
+    supposes that clients' randomness is independent."""
 
     guesses: float
     curve: float | None
@@ -111,8 +112,8 @@ def bound(found, coins, mechanism, steps, delta, independent, confidence=CONFIDE
     """The lower bound on epsilon that `found` {name: [M]} proves of the `coins` [M] (True = in) -> Bound.
 
     `mechanism` and `steps` are the claim of the clients that hold the canaries (None where they differ). `independent`: each
-    client holds one canary, so that coins are independent trials and the trade-off curve applies. Each of the two bounds
-    fails with probability at most (1 - confidence) / 2, so that both hold together with `confidence`.
+    client holds one canary, so that coins are independent trials, if clients' randomness is, and the trade-off curve applies.
+    Each of the two bounds fails with probability at most (1 - confidence) / 2, so that both hold together with `confidence`.
     """
     coins = np.asarray(coins, bool)
     pilot = np.arange(len(coins)) % PILOT == 0
@@ -197,7 +198,8 @@ def epsilon_from_rates(false_positive, false_negative, mechanism, steps, delta):
     """The epsilon of `mechanism` with the most noise, in place of its own, whose curve error rates this low do not contradict.
 
     With less noise than claimed, it exceeds the claim; then the claimed curve itself is contradicted, by some (epsilon', delta')
-    on it: no assumption enters that verdict.
+    on it. That verdict supposes nothing of the mechanism's form, but that the trials behind the rates are independent, as they
+    are where each client draws randomness of its own: clients that share it may each keep the curve and still err all together.
     """
 
     def at(factor):

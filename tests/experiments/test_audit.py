@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dplora_jax.federation import round
-from dplora_jax.privacy import clipping, noise, sampling, secrets
+from dplora_jax.privacy import auditing, clipping, noise, sampling, secrets
 from experiments import audit, canaries, membership
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -158,6 +158,22 @@ def test_command_exits_1_when_the_mechanism_is_broken(tmp_path, monkeypatch, cap
     assert audit.main(["--epsilons=1", "--runs=1", "--audit_seed=2", f"--workdir={tmp_path}"]) == 1
     assert "BROKEN" in capsys.readouterr().out
     assert json.loads((tmp_path / "audit.json").read_text())["audits"][0]["broken"]
+
+
+def test_claims_of_one_command_share_its_significance(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def heard(subject, runs, canaries, rng, program=None, confidence=None):
+        asked.append(confidence)
+        return 1.0, auditing.Bound(0.0, 0.0, "all", 900, 900, 450, 0.5, 0.5)
+
+    monkeypatch.setattr(audit, "audit", heard)
+    assert audit.main([f"--workdir={tmp_path / 'default'}"]) == 0
+    assert asked == pytest.approx([1 - 0.001 / 4] * 4, abs=1e-12)
+    assert "99.9%: those of each of 4 claims with 99.975%" in capsys.readouterr().out
+    assert audit.main(["--epsilons=1,2", f"--workdir={tmp_path / 'two'}"]) == 0
+    assert asked[4:] == pytest.approx([1 - 0.001 / 2] * 2, abs=1e-12)
+    assert json.loads((tmp_path / "two" / "audit.json").read_text())["confidence_of_each_claim"] == asked[-1]
 
 
 @pytest.fixture
