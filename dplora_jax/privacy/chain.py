@@ -37,9 +37,13 @@ def _json_object(line):
     """The JSON object of a line of bytes, or None."""
     try:
         value = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or absurdly deep
         return None
     return value if isinstance(value, dict) else None
+
+
+def _is_count(value):
+    return type(value) is int and value >= 0
 
 
 def replace_durably(path, content):
@@ -92,7 +96,7 @@ class Chain:
         if not self.head_path.exists():
             return {"entries": 0, "head": GENESIS}
         head = _json_object(self.head_path.read_bytes())
-        if head is None or not isinstance(head.get("entries"), int) or head["entries"] < 0 or "head" not in head:
+        if head is None or not _is_count(head.get("entries")) or "head" not in head:
             raise InputError(f"{self.head_path} is damaged; {ADVICE}")
         return head
 
@@ -124,6 +128,8 @@ class Chain:
     def check(self, anchor, name):
         """InputError unless the entries that `anchor` speaks of, which is kept in `name`, are all here and unchanged."""
         count = anchor["entries"]
+        if not _is_count(count):
+            raise InputError(f"{name} is damaged: what it knows of {self.path} is no count of entries; {ADVICE}")
         if count > len(self.entries):
             raise InputError(
                 f"{self.path} does not hold: it ends after entry {len(self.entries)}, and {name} knows of {count}, so its "
@@ -140,7 +146,8 @@ class Chain:
         if self.head_path.exists():
             sealed.append((str(self.head_path), self._head_file()))
         for name, value in sealed:
-            if not hmac.compare_digest(str(value.get("seal")), _seal(secret, value)):
+            shown = str(value.get("seal")).encode(errors="replace")  # whatever text stands there
+            if not hmac.compare_digest(shown, _seal(secret, value).encode()):
                 raise InputError(
                     f"{name} was not written by this run: its seal does not fit the run's secrets; {ADVICE}"
                 )

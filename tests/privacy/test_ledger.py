@@ -277,7 +277,8 @@ def test_a_head_file_that_is_gone_old_or_damaged_is_an_error(path):
     ledger = three(path)
     head = path.with_suffix(".head")
     for text, words in [
-        ("{", "damaged"), ('{"entries": -1, "head": "0"}', "damaged"), ('{"entries": 5, "head": "0"}', "was edited"),
+        ("{", "damaged"), ('{"entries": true, "head": "0"}', "damaged"),
+        ('{"entries": -1, "head": "0"}', "damaged"), ('{"entries": 5, "head": "0"}', "was edited"),
         (json.dumps({"entries": 3, "head": ledger.heads[3]}), "gone or old"),
     ]:  # fmt: skip
         head.write_text(text)
@@ -297,6 +298,9 @@ def test_an_anchor_kept_elsewhere_shows_a_removed_end_and_a_rewritten_entry(path
     for shorter in (other, Ledger(tmp_path / "none.jsonl")):
         with pytest.raises(InputError, match="checkpoint 3 knows of 5, so its end was removed"):
             shorter.check(ledger.anchor, "checkpoint 3")
+    for count in ("5", -1, None, True):
+        with pytest.raises(InputError, match="checkpoint 3 is damaged"):
+            ledger.check({"entries": count, "head": ledger.heads[-1]}, "checkpoint 3")
     with pytest.raises(InputError, match="entry 1 is not the one that checkpoint 3 knows"):
         other.check({"entries": 1, "head": ledger.heads[1]}, "checkpoint 3")
 
@@ -319,6 +323,15 @@ def test_a_chain_rewritten_whole_and_consistently_lacks_the_runs_seal(path):
         Ledger(path).seal_with(secret)
     with pytest.raises(InputError, match=r"entry 1 of .* was not written by this run"):
         Ledger(path).seal_with(b"t" * 32)
+
+
+@pytest.mark.parametrize("seal", ["\u00e9", "\ud800", 5])
+def test_a_seal_of_any_text_is_refused_in_words(path, seal):
+    three(path, b"s" * 32)
+    head = path.with_suffix(".head")
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"seal": seal}))
+    with pytest.raises(InputError, match="was not written by this run"):
+        Ledger(path).seal_with(b"s" * 32)
 
 
 def test_each_entry_is_one_line_of_json(path):
