@@ -14,14 +14,16 @@ def anchors(directory):
     Read from the notes, which orbax keeps as plain JSON and which become visible in one step with the rest; needs no JAX.
     """
     found = []
-    for folder in sorted(pathlib.Path(directory).glob("[0-9]*"), key=lambda path: path.name.zfill(20)):
-        if not folder.name.isdigit():  # one being written
-            continue
+    folders = [
+        path for path in pathlib.Path(directory).glob("[0-9]*") if path.name.isdigit()
+    ]  # others are being written
+    for folder in sorted(folders, key=lambda path: int(path.name)):
         try:
             anchor = json.loads((folder / "notes" / "metadata").read_bytes())["ledger"]
             anchor["entries"], anchor["head"]
         except (OSError, ValueError, TypeError, KeyError):
-            if not folder.exists():  # a running program keeps two and has just removed it
+            # A running program keeps two and has just removed it, or was killed while it removed it: a newer one is whole.
+            if not folder.exists() or int(folder.name) < max(int(path.name) for path in folders):
                 continue
             raise InputError(f"{folder} is damaged: restore it, or start a new --workdir.") from None
         found.append((f"checkpoint {folder.name}", anchor))

@@ -56,6 +56,11 @@ def workdir(tmp_path):
     return tmp_path
 
 
+def test_an_old_checkpoint_that_was_being_removed_when_the_run_was_killed_is_no_damage(workdir):
+    (workdir / "checkpoints" / "2" / "notes" / "metadata").unlink()
+    assert ledger.main(["verify", str(workdir)]) == 0
+
+
 def write_lines(workdir, lines):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
