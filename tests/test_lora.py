@@ -230,4 +230,4 @@ def test_tokens_whose_products_cancel_have_a_squared_norm_of_at_least_zero():
     g = rng.normal(size=(64, 4, 40))
     squares = lora._squared_norm((g - g.mean(1, keepdims=True)).astype(np.float32), x)
     assert (squares >= 0).all()  # not nan once rooted
-    assert (squares < 1e-2).all()
+    assert (squares < 2e-2).all()  # of terms up to 26,000
