@@ -125,7 +125,7 @@ def _variants(config, trust):
     yield config.noise in noises, f"--noise={config.noise} is not known: {', '.join(noises)}."
     yield (
         not hardened or trust == "local",
-        f"--noise=hardened is of --trust=local: rounded shares do not add up to a rounded total; leave it out of --trust={trust}.",
+        f"--noise=hardened is of --trust=local: rounded shares are no rounded total; leave it out of --trust={trust}.",
     )
     yield (
         not (hardened and adaptive),
