@@ -114,9 +114,11 @@ def make(federation: Federation, mesh, transcript=False, diagnostics=False):
         padding = lambda x: (0, len(clients.size) - len(x))  # noqa: E731
         wide = jax.tree.map(lambda x: jnp.pad(x, padding(x), constant_values=1), state.clip_norms)
         after, shown = mapped(state._replace(clip_norms=wide), params, clients, data, keys)
-        whole = NamedSharding(mesh, replicated)
-        narrow = lambda x, new: jax.lax.with_sharding_constraint(new[: len(x)], whole)  # noqa: E731
-        return after._replace(clip_norms=jax.tree.map(narrow, state.clip_norms, after.clip_norms)), shown
+        after = after._replace(
+            clip_norms=jax.tree.map(lambda x, new: new[: len(x)], state.clip_norms, after.clip_norms)
+        )
+        # The state lies as it came: else a compiler splits it over `model`, and the next dispatch, compiled already, refuses it.
+        return jax.lax.with_sharding_constraint(after, NamedSharding(mesh, replicated)), shown
 
     return jax.jit(program, donate_argnums=0)
 
