@@ -237,12 +237,14 @@ def show(told):
     if "seconds" in told:
         print(f"a round, of one chip              least seconds at {told['topology'].partition(':')[0]}'s peaks")
         rows = (
-            ("matrix products", told["bfloat16_flops"] / 1e12, "TFLOP", "compute"),
+            ("matrix products", told["flops"] / 1e12, "TFLOP", None),
+            ("in bf16 passes", told["bfloat16_flops"] / 1e12, "TFLOP", "compute"),
             ("memory traffic", told["memory_traffic"] / 1e9, "GB", "memory"),
             ("sent to others", sum(told["collectives"].values()) / 1e9, "GB", "interconnect"),
         )
         for label, amount, unit, key in rows:
-            print(f"  {label:<16}{amount:10.2f} {unit:<6}{told['seconds'][key]:10.3f}")
+            least = f"{told['seconds'][key]:10.3f}" if key else ""
+            print(f"  {label:<16}{amount:10.2f} {unit:<6}{least}".rstrip())
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in told["collectives"].items())
         print(f"  collectives, GB: {parts or 'none'}")
         print(f"At least {told['round_seconds']:.3g} s a round, bound by {told['bound_by']}.")
