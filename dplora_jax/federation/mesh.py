@@ -15,12 +15,13 @@ from dplora_jax.privacy import sampling
 MODEL = "model"
 
 
-def make(spec, clients, model):
-    """The mesh that `--mesh` asks for: "CxM", or "auto" for as many client rows as there are devices and clients.
+def make(spec, clients, model, devices=None):
+    """The mesh that `--mesh` asks for: "CxM", or "auto" for as many client rows as there are devices and clients; `devices` None
+    are this process's.
 
     Raises InputError where the devices do not suffice or a model axis does not divide the model's own sizes.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if spec == "auto":
         rows, columns = min(len(devices), clients), 1
     else:

@@ -1,0 +1,259 @@
+"""Does it fit, and how long does a round take? Compiles the real round for a TPU topology, without any TPU and any weights.
+
+    python -m experiments.plan --topology=v5e:2x4 --model=llama2-7b --mesh=1x8 --clients=5 --rank=512 --expected_batch_size=8 \
+        --max_length=512 --dtype=bfloat16 --remat
+
+Every flag of a run is taken, with a run's defaults; the noise multiplier is 1 where no noise is given: hardly a byte depends
+on it. --model is a directory with config.json or one of plan_models.KNOWN. Exit codes: 0 it fits, 1 it does not, 2 bad input.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from typing import NamedTuple
+
+from absl import flags as absl_flags
+
+from dplora_jax.errors import InputError
+from experiments import flags
+
+GIB = 1 << 30
+TASKS = ("language_model", "classification")
+
+
+class Chip(NamedTuple):
+    """Published peaks of one chip: bfloat16 operations a second, bytes of memory and bytes a second to it, bytes a second that
+    it sends to other chips (over all its links; cloud.google.com/tpu/docs, system architecture)."""
+
+    flops: float
+    hbm: float
+    bandwidth: float
+    interconnect: float
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9),
+}
+
+
+def main(argv=None):
+    """Plan what the command line `argv` (default: this process's) says -> exit code."""
+    try:
+        config, options = parse(sys.argv[1:] if argv is None else argv)
+        chip, devices = topology(options["topology"])
+        told = plan(config, options, chip, devices)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(told, indent=2)) if options["json"] else show(told)
+    return 0 if told["fits"] else 1
+
+
+def parse(argv):
+    """The command line (without the program's name) -> (RunConfig, options); InputError with one sentence."""
+    values = absl_flags.FlagValues()
+    text = {
+        "topology": "TPU slice to plan for: v5e:2x4, v5p:2x2x1, v6e:4x4, ...",
+        "records": "records of each client, comma-separated, or of every one of --clients; default: 10000",
+        "task": f"what is trained: {' or '.join(TASKS)}; default: classification for BERT, else language_model",
+    }
+    for name, help_text in text.items():
+        absl_flags.DEFINE_string(name, None, help_text, flag_values=values)
+    absl_flags.DEFINE_integer("classes", 3, "labels of a classifier, without --labels", flag_values=values)
+    absl_flags.DEFINE_boolean("search", True, "where it does not fit, try flags that may help", flag_values=values)
+    absl_flags.DEFINE_boolean("json", False, "print everything as one JSON object", flag_values=values)
+    flags.read(argv, values, "python -m experiments.plan --topology=v5e:2x4 --model=llama2-7b [flags of a run]")
+    if not values.topology:
+        raise InputError(f"--topology is missing: a TPU slice, as in v5e:2x4, of {', '.join(CHIPS)}.")
+    if values.task not in (None, *TASKS):
+        raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
+    config = flags.raw(values)
+    if config.trust != "none" and all(
+        flags.number(getattr(config, name), name) is None for name in ("epsilon", "noise_multiplier")
+    ):
+        config = dataclasses.replace(config, noise_multiplier=1.0)
+    config = flags.resolve(config)
+    classes = len(config.labels.split(",")) if config.labels else values.classes
+    names = ("topology", "task", "search", "json")
+    return config, {name: values[name].value for name in names} | {
+        "classes": classes,
+        "sizes": _sizes(values.records or "10000", config.clients),
+    }
+
+
+def _sizes(text, clients):
+    """Each client's number of records."""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts) or len(parts) not in (1, clients):
+        raise InputError(f"--records={text} must be one whole number above 0, or one for each of {clients} clients.")
+    sizes = [int(part) for part in parts]
+    return sizes * clients if len(sizes) == 1 else sizes
+
+
+def topology(name):
+    """(Chip, devices) of a TPU slice that need not exist. Raises InputError on an unknown one, and without libtpu."""
+    kind, _, layout = name.partition(":")
+    sides = layout.split("x")
+    if kind not in CHIPS or not all(side.isdigit() and int(side) for side in sides):
+        raise InputError(f"--topology={name} is not known: give {', '.join(CHIPS)} and a layout, as in v5e:2x4.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "planning for a TPU takes its compiler, though no TPU: pip install 'jax[tpu]', or install this project with .[tpu]."
+        )
+    # Else the compiler asks the cloud which machine this is, and lets one process in at a time, and JAX looks for a TPU.
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    settings |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_MIN_LOG_LEVEL": "2", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for variable, value in settings.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    one = {"chips_per_host_bounds": (1, 1, 1)} if all(side == "1" for side in sides) else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)
+    except Exception as error:  # of libtpu's own making; its message says what is wrong with the layout
+        raise InputError(f"--topology={name} is refused by libtpu: {' '.join(str(error).split())}") from None
+    return CHIPS[kind], found.devices
+
+
+def plan(config, options, chip, devices):
+    """Measure the run, and where it does not fit what might help -> all that is told, as plain values."""
+    from experiments import plan_models
+
+    task = options["task"] or plan_models.default_task(config.model)
+    measured, program = _measure(config, options, task, chip, devices)
+    told = tell(config, options["topology"], task, chip, program, measured)
+    if not measured.fits and options["search"]:
+        told["tried"] = search(config, options, task, chip, devices)
+    return told
+
+
+def _measure(config, options, task, chip, devices):
+    from experiments import plan_program
+
+    program = plan_program.abstract(config, devices, options["sizes"], task, options["classes"])
+    return plan_program.measure(program, chip.hbm), program
+
+
+def search(config, options, task, chip, devices):
+    """Change one flag after the other, what costs least first, until it fits -> a list of {"flags", "total", "fits"}."""
+    changed, tried = {}, []
+    for change in _changes(config, len(devices)):
+        changed |= change
+        try:
+            measured, _ = _measure(dataclasses.replace(config, **changed), options, task, chip, devices)
+        except InputError:  # a model axis that does not divide this model
+            changed = {name: value for name, value in changed.items() if name not in change}
+            continue
+        words = " ".join(f"--{name}" if value is True else f"--{name}={value}" for name, value in changed.items())
+        tried.append({"flags": words, "total": measured.total, "fits": measured.fits})
+        if measured.fits:
+            break
+    return tried
+
+
+def _changes(config, devices):
+    """Flags that make room, one dict at a time, those that change nothing of the result first."""
+    if config.wave > 1:
+        yield {"wave": 1}
+    if not config.remat:
+        yield {"remat": True}
+    if config.dtype == "float32":
+        yield {"dtype": "bfloat16"}
+    if config.microbatch != 1:
+        yield {"microbatch": 1}
+    rows = min(devices, config.clients) if config.mesh == "auto" else int(config.mesh.lower().split("x")[0])
+    columns = 1 if config.mesh == "auto" else int(config.mesh.lower().split("x")[1])
+    while rows > 1 or rows * columns < devices:
+        columns *= 2
+        rows = max(1, min(rows, devices // columns))
+        if rows * columns > devices:
+            break
+        yield {"mesh": f"{rows}x{columns}"}
+    if config.quantize is None:
+        yield {"quantize": "int8"}
+    if config.quantize != "nf4":
+        yield {"quantize": "nf4"}
+
+
+def tell(config, name, task, chip, program, measured):
+    """Everything that the table and --json say: floats, whole numbers, text. Times are least times, at published peaks."""
+    told = {
+        "model": config.model,
+        "task": task,
+        "topology": name,
+        "mesh": "x".join(str(side) for side in program.mesh.devices.shape),
+        "clients": config.clients,
+        "clients_per_device": program.clients,
+        "capacity": program.federation.local.capacity,
+        "max_length": config.max_length,
+        "rank": config.rank,
+        "fits": measured.fits,
+        "hbm": chip.hbm,
+        "bytes": {
+            part: getattr(measured, part)
+            for part in ("base", "arguments", "temporaries", "outputs", "code", "total")
+            if getattr(measured, part) is not None
+        },
+        "compile_seconds": measured.seconds,
+    }
+    if measured.totals is None:
+        return told
+    totals = measured.totals
+    times = {
+        "compute": totals.passes / chip.flops,
+        "memory": totals.memory / chip.bandwidth,
+        "interconnect": sum(totals.sent.values()) / chip.interconnect,
+    }
+    return told | {
+        "flops": totals.flops,
+        "bfloat16_flops": totals.passes,
+        "memory_traffic": totals.memory,
+        "collectives": totals.sent,
+        "seconds": times,
+        "round_seconds": max(times.values()),
+        "bound_by": max(times, key=times.get),
+    }
+
+
+def show(told):
+    """Print what was told."""
+    verdict = "fits" if told["fits"] else "does NOT fit"
+    print(
+        f"{told['model']} ({told['task']}), {told['clients']} clients on {told['topology']} as {told['mesh']} "
+        f"(clients x model): {verdict}."
+    )
+    print(
+        f"A chip computes {told['clients_per_device']} client(s) in turn; batches of up to {told['capacity']} rows of "
+        f"{told['max_length']} tokens, rank {told['rank']}."
+    )
+    print(f"memory of a chip, GiB of {told['hbm'] / GIB:g}")
+    names = {"base": "frozen model", "arguments": "all arguments", "total": "in all"}
+    for part, size in told["bytes"].items():
+        print(f"  {names.get(part, part):<16}{size / GIB:10.2f}")
+    if "seconds" in told:
+        print(f"a round, of one chip              least seconds at {told['topology'].partition(':')[0]}'s peaks")
+        rows = (
+            ("matrix products", told["flops"] / 1e12, "TFLOP", None),
+            ("in bf16 passes", told["bfloat16_flops"] / 1e12, "TFLOP", "compute"),
+            ("memory traffic", told["memory_traffic"] / 1e9, "GB", "memory"),
+            ("sent to others", sum(told["collectives"].values()) / 1e9, "GB", "interconnect"),
+        )
+        for label, amount, unit, key in rows:
+            least = f"{told['seconds'][key]:10.3f}" if key else ""
+            print(f"  {label:<16}{amount:10.2f} {unit:<6}{least}".rstrip())
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in told["collectives"].items())
+        print(f"  collectives, GB: {parts or 'none'}")
+        print(f"At least {told['round_seconds']:.3g} s a round, bound by {told['bound_by']}.")
+    for row in told.get("tried", ()):
+        size = f"{row['total'] / GIB:.2f} GiB"
+        print(f"with {row['flags']}: {size}, {'fits' if row['fits'] else 'does not fit'}")
+    if told.get("tried") and not told["tried"][-1]["fits"]:
+        print("No flag makes it fit: take a larger slice, a lower --rank, or a shorter --max_length.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

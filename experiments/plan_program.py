@@ -1,0 +1,167 @@
+"""The program of a run, made and compiled from shapes alone: nothing is read, and no device holds anything.
+
+Letters: K clients, N records of the largest client, T tokens.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dplora_jax import losses
+from dplora_jax.errors import InputError
+from dplora_jax.federation import mesh, round
+from dplora_jax.federation.aggregation import CLIENTS
+from dplora_jax.federation.client import LocalConfig
+from dplora_jax.privacy import secrets
+from experiments import plan_hlo, plan_models, setup, trust_modes
+
+
+class Program(NamedTuple):
+    """What `round.make` takes and is called with: `arguments` are (state, params, clients, data, keys) of
+    jax.ShapeDtypeStruct, sharded; `clients` is how many clients a device computes, one wave after the other."""
+
+    federation: round.Federation
+    mesh: jax.sharding.Mesh
+    arguments: tuple
+    clients: int
+
+
+class Measured(NamedTuple):
+    """One dispatch of one round on one chip. Bytes: `arguments`, of which `base` is the frozen model, `temporaries`, `outputs`
+    beyond the donated arguments, `code`; `total` is what the compiler says it needs, fit or not; the rest, where it does not, is
+    None."""
+
+    fits: bool
+    total: float
+    arguments: float
+    base: float
+    temporaries: float | None = None
+    outputs: float | None = None
+    code: float | None = None
+    totals: plan_hlo.Totals | None = None
+    seconds: float | None = None  # of compiling
+
+
+def abstract(config, devices, sizes, task, classes):
+    """The Program of one round of `config` on `devices`, its K clients having `sizes` records. Raises InputError."""
+    model, params = plan_models.build(config, classes if task == "classification" else None)
+    if config.max_length > model.config.max_positions:
+        raise InputError(f"--max_length={config.max_length} is more than the model's {model.config.max_positions}.")
+    grid = mesh.make(config.mesh, config.clients, model, devices)
+    mechanisms = trust_modes.settled(config, setup._mechanisms(config, sizes, None))
+    adapter, params = jax.eval_shape(lambda params: setup._adapter(config, model, params)[:2], params)
+    model, row = _rows(config, model, task, sum(sizes))
+    shards = [
+        {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
+    ]
+    wave = min(config.wave, config.clients)
+    own = trust_modes.own(config, sizes, mechanisms)
+    limits = {}
+
+    def place():
+        placement = mesh.place(grid, shards, own, config.clip_norm, wave)
+        limits.update(records=placement.records, capacity=placement.capacity)
+        return placement.clients, placement.data
+
+    clients, data = jax.eval_shape(place)
+    plain = config.trust == "client"
+    local = LocalConfig(
+        config.local_steps,
+        math.inf if plain else config.clip_norm,
+        **limits,
+        microbatch=config.microbatch,
+        private=config.private and not plain,
+        clipping=config.clipping,
+        quantile=config.clip_quantile,
+        quantile_rate=config.clip_rate,
+        bands=config.bands or 1,
+        bits=setup._bits(config, mechanisms, adapter),
+    )
+    loss = losses.classification if task == "classification" else losses.language_model
+    rule = trust_modes.rule(config, mechanisms)
+    federation = round.Federation(model, loss, local, *setup.optimizers(config), config.ema, wave, rule)
+    state = jax.eval_shape(lambda adapter: federation.init(adapter, config.clients), adapter)
+    count = clients.size.shape[0]
+    keys = _keys(config, local, adapter, count)
+    everywhere, by_client, by_round = (
+        NamedSharding(grid, spec) for spec in (PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS))
+    )
+    arguments = (
+        _laid(state, everywhere),
+        jax.tree.map(_laid, params, mesh.base_sharding(grid, params)),
+        _laid(clients, by_client),
+        _laid(data, by_client),
+        {name: _laid(value, everywhere if name == "server" else by_round) for name, value in keys.items()},
+    )
+    return Program(federation, grid, arguments, count // grid.shape[CLIENTS])
+
+
+def _laid(tree, sharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _rows(config, model, task, records):
+    """The model that the rounds run, and a row of each of its arrays {name: (shape, dtype)}: as `data.tasks` makes them, above
+    the frozen layers where a run would go through those once."""
+    length, integers = (config.max_length,), np.int32
+    row = {"attention_mask": (length, integers)}
+    row |= {"labels": ((), integers)} if task == "classification" else {"loss_mask": (length, integers)}
+    depth = model.config.num_layers
+    start = depth if config.head_only else depth - (config.last_layers or depth)
+    fits = 4 * records * config.max_length * model.config.width <= setup.CACHE_BYTES
+    if start and config.cache_frozen and fits and task == "classification":
+        hidden = ((*length, model.config.width), model.dtype)
+        return dataclasses.replace(model, start=start), row | {"hidden": hidden}
+    return model, row | {"input_ids": (length, integers)}
+
+
+def _keys(config, local, adapter, count):
+    """What one round of `count` clients (padding included) draws from."""
+    if local.bits is not None:
+        shape = (1, count, config.local_steps)
+        noise = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, *x.shape), jnp.int32), adapter)
+        return {"noise": noise, "sampling": jax.ShapeDtypeStruct((*shape, local.records), jnp.int32)}
+    parties = secrets.from_seed(0, count + (config.trust == "client"))
+    keys = secrets.round_keys(parties, range(1, 2), 0, count, trust_modes.joining(config))
+    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in keys.items()}
+
+
+def device_bytes(tree):
+    """Bytes of sharded arguments on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def measure(program, hbm, compiling=lambda lowered: lowered.compile()):
+    """Compile the program for its mesh's devices, each with `hbm` bytes of memory -> Measured."""
+    arguments, base = device_bytes(program.arguments), device_bytes(program.arguments[1])
+    if arguments > hbm:  # no need to compile
+        return Measured(False, arguments, arguments, base)
+    platform = program.mesh.devices.flat[0].platform
+    start = time.perf_counter()
+    traced = round.make(program.federation, program.mesh).trace(*program.arguments)
+    try:
+        compiled = compiling(traced.lower(lowering_platforms=(platform,)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Measured(False, _used(str(error)), arguments, base, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs, memory.generated_code_size_in_bytes)
+    totals = plan_hlo.totals(compiled.as_text())
+    return Measured(sum(parts) <= hbm, sum(parts), parts[0], base, *parts[1:], totals, seconds)
+
+
+def _used(message):
+    """Bytes that the compiler says it would have needed; infinite where it does not say."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
+    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else math.inf

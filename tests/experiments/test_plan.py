@@ -1,0 +1,231 @@
+"""The plan compiles the program of a run, and reads rightly what the compiled program says of itself."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dplora_jax import lora
+from dplora_jax.errors import InputError
+from experiments import flags, plan, plan_hlo, plan_models, plan_program, setup
+
+TPU_TEXT = """
+%fused (param_0: bf16[64,512], param_1: bf16[10,512,256], param_2: s32[]) -> bf16[64,256] {
+  %param_0 = bf16[64,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = bf16[10,512,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %param_2 = s32[]{:T(128)S(6)} parameter(2)
+  %slice.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_1, %param_2), dynamic_slice_sizes={1,512,256}
+  %bitcast.1 = bf16[512,256]{1,0:T(8,128)(2,1)} bitcast(%slice.1)
+  ROOT %convolution.1 = bf16[64,256]{1,0:T(8,128)(2,1)} convolution(%param_0, %bitcast.1), dim_labels=bf_io->bf
+}
+
+%body (param: (s32[], bf16[64,256], bf16[10,512,256])) -> (s32[], bf16[64,256], bf16[10,512,256]) {
+  %param = (s32[]{:T(128)}, bf16[64,256]{1,0:T(8,128)}, bf16[10,512,256]{2,1,0}) parameter(0)
+  %index = s32[]{:T(128)} get-tuple-element(%param), index=0
+  %x = bf16[64,256]{1,0:T(8,128)} get-tuple-element(%param), index=1
+  %w = bf16[10,512,256]{2,1,0} get-tuple-element(%param), index=2
+  %all-gather.1 = bf16[64,512]{1,0:T(8,128)} all-gather(%x), channel_id=2, replica_groups=[4,2]<=[8], dimensions={1}
+  %fusion.1 = bf16[64,256]{1,0:T(8,128)} fusion(%all-gather.1, %w, %index), kind=kOutput, calls=%fused
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[64,256]{1,0:T(8,128)}, bf16[10,512,256]{2,1,0}) tuple(%index, %fusion.1, %w)
+}
+
+%condition (param.1: (s32[], bf16[64,256], bf16[10,512,256])) -> pred[] {
+  %param.1 = (s32[]{:T(128)}, bf16[64,256]{1,0:T(8,128)}, bf16[10,512,256]{2,1,0}) parameter(0)
+  %constant.1 = s32[]{:T(128)} constant(10)
+  %index.1 = s32[]{:T(128)} get-tuple-element(%param.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%index.1, %constant.1), direction=LT
+}
+
+ENTRY %main (x.1: bf16[64,256], w.1: bf16[10,512,256]) -> bf16[64,256] {
+  %x.1 = bf16[64,256]{1,0:T(8,128)} parameter(0)
+  %w.1 = bf16[10,512,256]{2,1,0} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[64,256]{1,0:T(8,128)}, bf16[10,512,256]{2,1,0}) tuple(%zero, %x.1, %w.1)
+  %while.1 = (s32[]{:T(128)}, bf16[64,256]{1,0}, bf16[10,512,256]{2,1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[64,256]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run_and_slices_as_what_they_take():
+    totals = plan_hlo.totals(TPU_TEXT)
+    assert totals.flops == totals.passes == 10 * 2 * 64 * 512 * 256
+    assert totals.sent == {"all-gather": 10 * 64 * 512 * 2 / 2}
+    gathered, product = 2 * (64 * 256 + 64 * 512), 2 * (64 * 512 + 512 * 256 + 64 * 256)
+    assert totals.memory == pytest.approx(10 * (gathered + product), rel=1e-3)
+
+
+def test_batched_products_and_exact_ones_are_told_from_plain_ones():
+    shape = "  %{} = f32[{}]{{2,1,0}} parameter({})\n"
+    window = "window={size=22 stride=21 lhs_dilate=22}, dim_labels=0fb_0io->0bf, operand_precision={highest,highest}"
+    text = (
+        "ENTRY %main (a: f32[22,64,8], b: f32[22,64,16]) -> f32[22,8,16] {\n"
+        + shape.format("a", "22,64,8", 0)
+        + shape.format("b", "22,64,16", 1)
+        + f"  ROOT %c = f32[22,8,16]{{2,1,0}} convolution(%a, %b), {window}\n}}\n"
+    )
+    totals = plan_hlo.totals(text)
+    assert totals.flops == 2 * 22 * 64 * 8 * 16
+    assert totals.passes == 6 * totals.flops
+
+
+def test_a_program_of_this_machine_is_counted():
+    """The text of a compiled program, whatever its platform: products in a scan, and a sum over four devices."""
+    grid = Mesh(np.array(jax.devices()[:4]), ("clients",), axis_types=(AxisType.Auto,))
+
+    def total(x, w):
+        y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
+        return jax.lax.psum(y, "clients")
+
+    split, whole = PartitionSpec("clients"), PartitionSpec()
+    mapped = jax.jit(jax.shard_map(total, mesh=grid, in_specs=(split, whole), out_specs=whole))
+    shapes = [((32, 64), split), ((6, 64, 64), whole)]
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(grid, spec)) for s, spec in shapes]
+    totals = plan_hlo.totals(mapped.lower(*arguments).compile().as_text())
+    assert totals.flops == 6 * 2 * 8 * 64 * 64
+    assert totals.sent == {"all-reduce": 4 * 8 * 64 * 2 * 3 / 4}
+
+
+@pytest.fixture(scope="module")
+def small(tiny_bert, finance_table):
+    """A RunConfig of the tiny model on the tiny table."""
+    words = f"--model={tiny_bert} --dataset=csv --data_dir={finance_table} --text_column=text --label_column=label"
+    more = "--max_length=8 --clients=3 --rounds=2 --expected_batch_size=4 --noise_multiplier=1 --mesh=2x2 --rank=2 --ema=0.5"
+    return flags.parse([*words.split(), *more.split()])
+
+
+def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
+    """Shapes, types, placement and every static choice are those that `setup.prepare` makes from data and weights."""
+    prepared = setup.prepare(small)
+    sizes = [client["records"] for client in prepared.facts["clients"]]
+    program = plan_program.abstract(small, jax.devices(), sizes, "classification", 2)
+    real = (prepared.state, prepared.params, prepared.placement.clients, prepared.placement.data)
+    assert jax.tree.structure(real) == jax.tree.structure(program.arguments[:4])
+    for have, planned in zip(jax.tree.leaves(real), jax.tree.leaves(program.arguments[:4]), strict=True):
+        assert (have.shape, have.dtype) == (planned.shape, planned.dtype)
+        assert have.sharding.is_equivalent_to(planned.sharding, have.ndim)
+    names = ("model", "loss", "local", "ema", "wave", "rule")
+    for name in names:
+        assert getattr(prepared.federation, name) == getattr(program.federation, name), name
+
+
+def test_state_stays_where_it_lies_and_memory_is_the_arguments_and_more(small, quick_compile):
+    program = plan_program.abstract(small, jax.devices(), [20, 30, 10], "classification", 2)
+    compiled = []
+    measured = plan_program.measure(program, 1 << 30, lambda lowered: compiled.append(lowered.compile()) or compiled[0])
+    # Over a model axis too, a dispatch hands the state on as it takes it: the next one is the same executable.
+    for given, back in zip(
+        jax.tree.leaves(program.arguments[0]), jax.tree.leaves(compiled[0].output_shardings[0]), strict=True
+    ):
+        assert back.is_equivalent_to(given.sharding, given.ndim)
+    assert measured.fits
+    assert measured.arguments == pytest.approx(plan_program.device_bytes(program.arguments), rel=0.1)
+    assert measured.total > measured.arguments > measured.base > 0
+    assert measured.totals.flops > 0
+    assert "all-reduce" in measured.totals.sent
+    told = plan.tell(small, "v5e:2x2", "classification", plan.CHIPS["v5e"], program, measured)
+    assert told["fits"]
+    assert told["round_seconds"] == max(told["seconds"].values()) > 0
+    json.dumps(told)
+    plan.show(told)
+
+
+def test_what_cannot_hold_its_arguments_is_not_compiled(small):
+    program = plan_program.abstract(small, jax.devices(), [20, 30, 10], "classification", 2)
+
+    def never(lowered):
+        raise AssertionError("compiled")
+
+    measured = plan_program.measure(program, 1000, never)
+    assert not measured.fits
+    assert measured.totals is None
+
+    def full(lowered):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 30.50G of 15.75G hbm."
+        )
+
+    measured = plan_program.measure(program, 1 << 30, full)
+    assert (measured.fits, measured.total) == (False, 30.5 * 2**30)
+
+
+def test_flags_that_make_room_are_tried_until_it_fits(small, monkeypatch):
+    tried = []
+
+    def measure(config, *_):
+        tried.append(config)
+        fits = config.remat and config.dtype == "bfloat16" and config.mesh == "1x4"
+        return plan_program.Measured(fits, 5.0, 4.0, 3.0), None
+
+    monkeypatch.setattr(plan, "_measure", measure)
+    rows = plan.search(small, {}, "classification", plan.CHIPS["v5e"], range(4))
+    assert rows[-1] == {"flags": "--remat --dtype=bfloat16 --microbatch=1 --mesh=1x4", "total": 5.0, "fits": True}
+    assert [row["fits"] for row in rows[:-1]] == [False] * (len(rows) - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("bert-base", 109_482_240),
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+        ("chatglm-6b", 6_707_929_088),
+    ],
+)
+def test_named_models_have_their_published_sizes(small, name, parameters):
+    config = dataclasses.replace(small, model=name)
+    classes = 2 if name == "bert-base" else None
+    params = plan_models.build(config, classes)[1]
+    head = {"head"} & set(params)
+    assert lora.count({part: value for part, value in params.items() if part not in head}) == parameters
+    assert plan_models.default_task(name) == ("classification" if classes else "language_model")
+
+
+def test_few_bits_are_planned_in_few_bits(small):
+    plain, few = (
+        plan_models.build(dataclasses.replace(small, model="gpt2", dtype="bfloat16", quantize=kind, remat=True), None)
+        for kind in (None, "nf4")
+    )
+    assert few[0].config.remat
+    size = lambda params: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))  # noqa: E731
+    assert size(few[1]) < 0.3 * size(plain[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--model=gpt2", "--topology"),
+        ("--topology=v5e:2x4 --task=poems", "poems"),
+        ("--topology=v5e:2x4 --records=3,x", "--records=3,x"),
+        ("--topology=v5e:2x4 --clients=3 --records=3,4", "--records=3,4"),
+        ("--topology=h100:8", "h100:8"),
+        ("--topology=v5e", "v5e"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(words, said, capsys):
+    assert plan.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_without_the_compiler_one_sentence_tells_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert plan.main(["--topology=v5e:2x4", "--model=gpt2"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install" in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_model_is_named(small):
+    with pytest.raises(InputError, match="llama9"):
+        plan_models.build(dataclasses.replace(small, model="llama9"), None)
