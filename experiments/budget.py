@@ -115,8 +115,17 @@ def _unknown(name, given):
 
 def _checked(config, unknown, numbers):
     """The config as a run checks it, with the unknown unset; rounds and batch, where unknown, at 1."""
-    if config.trust != "local" or math.inf in numbers.values():
-        raise InputError("a budget is of --trust=local, with a finite --epsilon and --noise_multiplier.")
+    if config.trust == "distributed":
+        raise InputError(
+            "--trust=distributed costs a client what --trust=local does at the same noise_multiplier: ask for that."
+        )
+    if config.trust == "client":
+        raise InputError(
+            "--trust=client counts clients as records: ask for --trust=local with --clients=1, --records=the clients and "
+            "--expected_batch_size=client_rate times the clients, which is true to a thousandth."
+        )
+    if config.trust == "none" or math.inf in numbers.values():
+        raise InputError("a budget is of a private --trust, with a finite --epsilon and --noise_multiplier.")
     if config.clipping == "adaptive" or config.noise == "banded":
         raise InputError(
             "a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone."
