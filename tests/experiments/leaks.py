@@ -27,6 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d{1,2})?(?![\w.])")
+# Where a figure's lines run: thousands of numbers of seven digits, none of which is a statistic but by chance.
+OUTLINES = re.compile(rb' (d|points|transform|x|y|x1|y1|x2|y2|width|height|viewBox)="[^"]*"')
 BASE64 = re.compile(rb"[A-Za-z0-9+/]{24,}={0,2}")
 KEYS = re.compile(rb'["\'<](loss|losses|norm|norms|clip_fraction|sampled)["\'>]')
 DIGITS = 6
@@ -127,8 +129,8 @@ def near(values, singles, tolerance):
 
 def in_text(data, sought):
     """How `data` tells a statistic, read as text: numbers of DIGITS digits or more, or a series of any."""
-    tokens = NUMBER.findall(data)
-    for token in {t for t in tokens if len(re.sub(rb"[eE].*|\.|-", b"", t).lstrip(b"0")) >= DIGITS}:
+    tokens, said = NUMBER.findall(data), NUMBER.findall(OUTLINES.sub(b"", data))
+    for token in {t for t in said if len(re.sub(rb"[eE].*|\.|-", b"", t).lstrip(b"0")) >= DIGITS}:
         value = abs(float(token))
         if value and near(np.array([value]), sought.singles, half_a_digit(token) / value + FLOAT32).any():
             yield f"the number {token.decode()}"
