@@ -70,7 +70,7 @@ def search(folder, sought):
         for how, data in forms(path.read_bytes()):
             if KEYS.search(data):
                 found.append((path, f"{how}: a key"))
-            random = how == "base64" or path.parent.name == "d"  # hashes, and Orbax's compressed arrays
+            random = how == "base64" or "state" in path.parts  # hashes, and Orbax's compressed arrays
             found += [(path, f"{how}: {what}") for what in (*in_bytes(data, sought, random), *in_text(data, sought))]
     for path, arrays in checkpoints(folder):
         tape = [np.append(np.abs(np.ravel(a, order).astype(float)), np.nan) for a in arrays for order in "CF"]
@@ -102,8 +102,8 @@ def forms(data):
 
 
 def in_bytes(data, sought, random):
-    """How the bytes of `data`, at whatever offset, tell a statistic. Where they may be `random`, four are too few: two floats
-    must stand side by side."""
+    """How the bytes of `data`, at whatever offset, tell a statistic. Where they may be `random`, two floats must stand side by
+    side."""
     padded = np.frombuffer(data + bytes(8), np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 8)
     eight = np.ascontiguousarray(windows[: max(len(data) - 7, 0)])
@@ -113,7 +113,8 @@ def in_bytes(data, sought, random):
             told = np.isin(np.abs(four.view(f"{order}f4")).ravel(), sought.float32)
             if (told[4:] & told[:-4] if random else told).any():
                 yield "the bytes of a float32"
-            if near(np.abs(eight.view(f"{order}f8")).ravel(), sought.singles, 1e-12).any():
+            told = near(np.abs(eight.view(f"{order}f8")).ravel(), sought.singles, 1e-12)
+            if (told[8:] & told[:-8] if random else told).any():
                 yield "the bytes of a float64"
     for start in np.intersect1d(eight.view("<u8"), sought.starts).tolist():
         if any(pattern in data for pattern in sought.patterns[start]):
