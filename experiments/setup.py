@@ -18,7 +18,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, host_noise, integers, paper_bound
-from experiments import causes, records, trust_modes
+from experiments import causes, ledger_checks, records, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -134,16 +134,13 @@ def _bits(config, mechanisms, adapter):
 def _mechanisms(config, sizes, stored):
     """Each client's sampling and noise: as an earlier start settled them, calibrated to the budget, or as flagged."""
     if stored is not None:
-        rows = stored["federation"]["clients"]
-        began = [row["records"] for row in rows]
+        began = [row["records"] for row in stored["federation"]["clients"]]
         if began != list(sizes):
             raise InputError(
                 f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
                 "planned for; restore them, or start a new --workdir."
             )
-        names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
-        own = {"records": config.clients} if config.trust == "client" else {}
-        return [accounting.Mechanism(**{name: row[name] for name in names if name in row} | own) for row in rows]
+        return ledger_checks.mechanisms(stored)
     if config.trust == "client":
         return trust_modes.of_clients(config)
     steps = config.rounds * config.local_steps

@@ -29,7 +29,7 @@ commands() { # calls "$1" on each command of the launch
 }
 show() { printf '%q ' "$@" && echo; }
 if [[ $dry_run ]]; then
-  archive=/tmp/dplora_jax.tar.gz
+  archive=dplora_jax.tar.gz
   commands show
   exit
 fi

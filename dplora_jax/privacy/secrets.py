@@ -50,7 +50,7 @@ def load(private):
     """The secrets in `private`, a list of 32 bytes; None where there are none, or `destroy` was killed on its way."""
     path = pathlib.Path(private) / FILE
     text = path.read_bytes() if path.exists() else b""
-    if not text.strip(b"\0"):
+    if not text or b"\0" in text:
         return None
     return [bytes.fromhex(secret) for secret in json.loads(text)]
 

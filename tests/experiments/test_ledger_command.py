@@ -321,16 +321,22 @@ def test_an_unfinished_run_cannot_show_another_delta(workdir, capsys):
     assert run(capsys, "verify", workdir)[0] == 2
 
 
-def test_within_a_dispatch_the_grid_is_coarser_and_epsilon_may_seem_to_fall_at_its_end(workdir, capsys):
-    """Small epsilons show it: what is within a dispatch is an upper bound that can be twice as large."""
-    quiet = [Mechanism(100, 0.2, 35, 40.0)] * 2
-    reforge(workdir, newer(clients=[describe(m) for m in quiet]))
-    paid = (0, 1e-3), (2, 1e-2), (4, 1e-3), (10, 1e-2), (12, 1e-3)
-    shown = [accounting.epsilon(quiet[0], steps, DELTA, grid) for steps, grid in paid]
-    assert shown[4] < shown[3]
-    write_lines(workdir, [{"round": r, "epsilon": [e, e], "epsilon_max": e} for r, e in enumerate(shown)])
-    facts(clients=[describe(m) | {"epsilon": accounting.epsilon(m, 8, DELTA)} for m in quiet])(workdir)
-    assert run(capsys, "verify", workdir)[0] == 0
+def test_within_a_dispatch_the_grid_is_coarser_and_epsilon_never_falls(workdir, capsys):
+    """Small epsilons show it: the bound on the coarse grid is above the fine one at the dispatch's end, which caps it."""
+    quiet = Mechanism(100, 0.2, 35, 40.0)
+    reforge(workdir, newer(clients=[describe(quiet)] * 2))
+    facts(clients=[describe(quiet) | {"epsilon": accounting.epsilon(quiet, 8, DELTA)}] * 2)(workdir)
+    (one, five), (two, six) = (
+        accounting.epsilon_curve(quiet, c, DELTA, g) for c, g in (((2, 10), 1e-2), ((4, 12), 1e-3))
+    )
+    assert five > six
+
+    def shown(*values):
+        write_lines(workdir, [{"round": r, "epsilon": [e, e], "epsilon_max": e} for r, e in enumerate(values)])
+        return run(capsys, "verify", workdir)
+
+    assert shown(0, min(one, two), two, min(five, six), six)[0] == 0
+    assert "less epsilon in round 4 than in round 3" in shown(0, min(one, two), two, five, six)[2]
 
 
 @pytest.mark.parametrize(

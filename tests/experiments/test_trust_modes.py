@@ -72,7 +72,8 @@ def test_a_resumed_run_keeps_its_mechanisms(argv):
     config = flags.parse(argv)
     found = mechanisms(config)
     rows = [dataclasses.asdict(m) | {"records": n} for m, n in zip(found, SIZES, strict=True)]
-    assert mechanisms(config, SIZES, {"federation": {"clients": rows}}) == found
+    stored = dataclasses.asdict(config) | {"federation": {"clients": rows}}
+    assert mechanisms(config, SIZES, stored) == found
 
 
 @pytest.mark.parametrize(
