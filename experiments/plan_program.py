@@ -18,9 +18,8 @@ from dplora_jax import losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.federation.aggregation import CLIENTS
-from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import secrets
-from experiments import plan_hlo, plan_models, setup, trust_modes
+from experiments import plan_hlo, plan_models, program, setup, trust_modes
 
 
 class Program(NamedTuple):
@@ -55,41 +54,26 @@ def abstract(config, devices, sizes, task, classes):
     if config.max_length > model.config.max_positions:
         raise InputError(f"--max_length={config.max_length} is more than the model's {model.config.max_positions}.")
     grid = mesh.make(config.mesh, config.clients, model, devices)
-    mechanisms = trust_modes.settled(config, setup._mechanisms(config, sizes, None))
-    adapter, params = jax.eval_shape(lambda params: setup._adapter(config, model, params)[:2], params)
+    mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, None))
+    adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
     shards = [
         {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
     ]
-    wave = min(config.wave, config.clients)
     own = trust_modes.own(config, sizes, mechanisms)
-    limits = {}
+    limits = []
 
     def place():
-        placement = mesh.place(grid, shards, own, config.clip_norm, wave)
-        limits.update(records=placement.records, capacity=placement.capacity)
+        placement = mesh.place(grid, shards, own, config.clip_norm, program.wave(config))
+        limits.append(placement)
         return placement.clients, placement.data
 
     clients, data = jax.eval_shape(place)
-    plain = config.trust == "client"
-    local = LocalConfig(
-        config.local_steps,
-        math.inf if plain else config.clip_norm,
-        **limits,
-        microbatch=config.microbatch,
-        private=config.private and not plain,
-        clipping=config.clipping,
-        quantile=config.clip_quantile,
-        quantile_rate=config.clip_rate,
-        bands=config.bands or 1,
-        bits=setup._bits(config, mechanisms, adapter),
-    )
     loss = losses.classification if task == "classification" else losses.language_model
-    rule = trust_modes.rule(config, mechanisms)
-    federation = round.Federation(model, loss, local, *setup.optimizers(config), config.ema, wave, rule)
+    federation = program.federation(config, model, loss, mechanisms, adapter, limits[0])
     state = jax.eval_shape(lambda adapter: federation.init(adapter, config.clients), adapter)
     count = clients.size.shape[0]
-    keys = _keys(config, local, adapter, count)
+    keys = _keys(config, federation.local, adapter, count)
     everywhere, by_client, by_round = (
         NamedSharding(grid, spec) for spec in (PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS))
     )

@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import evaluation, lora, losses, models
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation, mesh, round
-from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, host_noise, integers, paper_bound
-from experiments import causes, ledger_checks, records, trust_modes
+from dplora_jax.federation import mesh, round
+from experiments import causes, facts, program, records, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -59,43 +56,20 @@ def prepare(config, stored=None):
             "count as private.",
             stacklevel=1,
         )
-    mechanisms = trust_modes.settled(config, _mechanisms(config, sizes, stored))
-    adapter, params, lora_config = _adapter(config, model, params)
+    mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
+    adapter, params, lora_config = program.adapter(config, model, params)
     digests = causes.digests(config, (train, shares), model, params, mechanisms, grid)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
-    wave = min(config.wave, config.clients)
-    placement = mesh.place(grid, shards, trust_modes.own(config, sizes, mechanisms), config.clip_norm, wave)
-    plain = config.trust == "client"  # there, clipping and noise are the server's
-    local = LocalConfig(
-        config.local_steps,
-        math.inf if plain else config.clip_norm,
-        placement.records,
-        placement.capacity,
-        microbatch=config.microbatch,
-        private=config.private and not plain,
-        clipping=config.clipping,
-        quantile=config.clip_quantile,
-        quantile_rate=config.clip_rate,
-        bands=config.bands or 1,
-        bits=_bits(config, mechanisms, adapter),
+    placement = mesh.place(
+        grid, shards, trust_modes.own(config, sizes, mechanisms), config.clip_norm, program.wave(config)
     )
-    client_optimizer, server_optimizer = optimizers(config)
-    federation = round.Federation(
-        model,
-        losses.classification,
-        local,
-        client_optimizer,
-        server_optimizer,
-        config.ema,
-        wave,
-        trust_modes.rule(config, mechanisms),
-    )
+    federation = program.federation(config, model, losses.classification, mechanisms, adapter, placement)
     state = jax.device_put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
-    facts = _facts(config, corpus, sizes, mechanisms, model, adapter, grid)
-    if config.private and not all(math.isfinite(client["epsilon"]) for client in facts["clients"]):
+    told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
+    if config.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
         raise InputError(
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
         )
@@ -109,58 +83,9 @@ def prepare(config, stored=None):
         mechanisms,
         state,
         evaluate,
-        facts,
+        told,
         digests,
     )
-
-
-def _bits(config, mechanisms, adapter):
-    """How fine the grid of hardened noise is; None for other noise."""
-    if config.noise != "hardened":
-        return None
-    integers.check_size(adapter)
-    worst = host_noise.excess_log2(
-        config.rounds * config.local_steps * lora.count(adapter),
-        max(accounting.epsilon(m, config.rounds * config.local_steps, config.delta) for m in mechanisms),
-    )
-    if worst > math.log2(config.delta / 100):
-        raise InputError(
-            f"--noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add more than "
-            f"a hundredth of --delta={config.delta:g}: raise delta, or the noise."
-        )
-    return integers.bits_for(mechanisms)
-
-
-def _mechanisms(config, sizes, stored):
-    """Each client's sampling and noise: as an earlier start settled them, calibrated to the budget, or as flagged."""
-    if stored is not None:
-        began = [row["records"] for row in stored["federation"]["clients"]]
-        if began != list(sizes):
-            raise InputError(
-                f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
-                "planned for; restore them, or start a new --workdir."
-            )
-        return ledger_checks.mechanisms(stored)
-    if config.trust == "client":
-        return trust_modes.of_clients(config)
-    steps = config.rounds * config.local_steps
-    options = config.mechanism_options
-    if config.epsilon is not None:
-        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **options)
-    sigma = config.noise_multiplier or 0.0
-    return accounting.with_noise(sizes, config.expected_batch_size, steps, sigma, config.delta, **options)
-
-
-def _adapter(config, model, params):
-    """(adapter, params, LoraConfig); the adapter's start is public, so a fixed key serves when there is no seed."""
-    lora_config = lora.LoraConfig(config.rank, config.alpha, config.target_list, config.last_layers)
-    try:
-        adapter = lora.init(jax.random.key(config.seed or 0), model, params, lora_config)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if config.freeze_a:
-        params, adapter = lora.freeze_a(params, adapter)
-    return adapter, params, lora_config
 
 
 def _run_frozen_layers(config, model, params, *tables):
@@ -185,79 +110,3 @@ def _run_frozen_layers(config, model, params, *tables):
         return {"hidden": hidden, **{name: value for name, value in table.items() if name != "input_ids"}}
 
     return dataclasses.replace(model, start=start), *map(run, tables)
-
-
-def optimizers(config):
-    """(client's, server's) optax transformations: a learning rate for each part, momentum at the server.
-
-    The clients' rates are constant within a round; their fall over the rounds, a factor on every upload, is the server's.
-    """
-    make = {"sgd": optax.sgd, "adam": optax.adam}[config.client_optimizer]
-    client = aggregation.groups({"layers": make(config.client_lr), "head": make(config.head_lr)})
-    rate = optax.linear_schedule(config.server_lr, config.server_lr * config.lr_decay, config.rounds)
-    momentum = optax.trace(config.server_momentum) if config.server_momentum else optax.identity()
-    return client, optax.chain(momentum, optax.scale_by_learning_rate(rate))
-
-
-def _facts(config, corpus, sizes, mechanisms, model, adapter, grid):
-    """What `config.json` and the report say beyond the flags; all of it public."""
-    steps, total = config.rounds * config.steps_per_round, sum(sizes)
-    sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
-    spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
-    clients = [
-        {"client": k, **dataclasses.asdict(m), "records": n, "epsilon": e, "weight": w}
-        for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, trust_modes.weights(config, sizes), strict=True))
-    ]
-    method = [
-        *trust_modes.method(config),
-        "head alone, no LoRA"
-        if config.head_only
-        else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
-    ]
-    if config.noise == "banded":
-        method.append(
-            f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
-            f"each of them on its own {config.bands}th of a client's records"
-        )
-    if config.noise == "hardened":
-        method.append(
-            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
-            "host from SHAKE-256"
-        )
-    method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
-    bytes_sent, bytes_full = 4 * sent, 4 * full
-    return {
-        "clients": clients,
-        "data": {
-            "description": corpus.description,
-            "synthetic": corpus.synthetic,
-            "train_records": total,
-            "test_records": len(corpus.test.texts) if corpus.test else 0,
-            "labels": list(corpus.label_names),
-        },
-        "trust": list(trust_modes.statements(config)),
-        "release": _release(config),
-        "communication": {
-            "adapter_parameters": sent,
-            "full_parameters": full,
-            "bytes_up_per_client_per_round": bytes_sent,
-            "bytes_down_per_client_per_round": bytes_sent,
-            "full_bytes_per_client_per_round": bytes_full,
-            "ratio": full / sent,
-        },
-        "method": method,
-        "environment": {
-            "jax": jax.__version__,
-            "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
-            "mesh": "x".join(map(str, grid.devices.shape)),
-        },
-        "accounting": trust_modes.accounted_as(config)
-        + (f" {paper_bound.sentence(mechanisms, steps, config.delta)}" if config.trust == "local" else ""),
-    }
-
-
-def _release(config):
-    """Whether the outputs may leave the house; None where there is no privacy to speak of."""
-    if not config.private:
-        return None
-    return "for release" if config.seed is None else "NOT FOR RELEASE: --seed makes the noise reproducible"

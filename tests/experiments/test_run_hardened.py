@@ -10,7 +10,7 @@ from test_run import adapter_of, command, crash_before, lines_of  # noqa: F401 -
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, host_noise
 from dplora_jax.privacy.ledger import Ledger
-from experiments import dispatch, flags, run, setup
+from experiments import dispatch, flags, program, run
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -67,9 +67,9 @@ def test_an_unknown_noise_is_refused_by_the_known_ones(command):  # noqa: F811
 
 def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):  # noqa: F811
     config, adapter = flags.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
-    assert setup._bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
+    assert program.bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
     with pytest.raises(InputError, match="hundredth of --delta"):
-        setup._bits(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
+        program.bits(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
 
 
 def test_the_generators_distance_is_far_below_delta():

@@ -1,0 +1,73 @@
+"""What `config.json` and the report say of a run beyond its flags."""
+
+import dataclasses
+
+import jax
+
+from dplora_jax import lora
+from dplora_jax.privacy import accounting, integers, paper_bound
+from experiments import trust_modes
+
+
+def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
+    """What `config.json` and the report say beyond the flags; all of it public."""
+    steps, total = config.rounds * config.steps_per_round, sum(sizes)
+    sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
+    spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
+    clients = [
+        {"client": k, **dataclasses.asdict(m), "records": n, "epsilon": e, "weight": w}
+        for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, trust_modes.weights(config, sizes), strict=True))
+    ]
+    method = [
+        *trust_modes.method(config),
+        "head alone, no LoRA"
+        if config.head_only
+        else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
+    ]
+    if config.noise == "banded":
+        method.append(
+            f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
+            f"each of them on its own {config.bands}th of a client's records"
+        )
+    if config.noise == "hardened":
+        method.append(
+            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
+            "host from SHAKE-256"
+        )
+    method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
+    bytes_sent, bytes_full = 4 * sent, 4 * full
+    return {
+        "clients": clients,
+        "data": {
+            "description": corpus.description,
+            "synthetic": corpus.synthetic,
+            "train_records": total,
+            "test_records": len(corpus.test.texts) if corpus.test else 0,
+            "labels": list(corpus.label_names),
+        },
+        "trust": list(trust_modes.statements(config)),
+        "release": _release(config),
+        "communication": {
+            "adapter_parameters": sent,
+            "full_parameters": full,
+            "bytes_up_per_client_per_round": bytes_sent,
+            "bytes_down_per_client_per_round": bytes_sent,
+            "full_bytes_per_client_per_round": bytes_full,
+            "ratio": full / sent,
+        },
+        "method": method,
+        "environment": {
+            "jax": jax.__version__,
+            "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
+            "mesh": "x".join(map(str, grid.devices.shape)),
+        },
+        "accounting": trust_modes.accounted_as(config)
+        + (f" {paper_bound.sentence(mechanisms, steps, config.delta)}" if config.trust == "local" else ""),
+    }
+
+
+def _release(config):
+    """Whether the outputs may leave the house; None where there is no privacy to speak of."""
+    if not config.private:
+        return None
+    return "for release" if config.seed is None else "NOT FOR RELEASE: --seed makes the noise reproducible"
