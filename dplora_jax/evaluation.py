@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dplora_jax import lora
 from dplora_jax.data import tasks
 from dplora_jax.federation.aggregation import CLIENTS
 
@@ -21,9 +22,10 @@ def padded_batches(table, size):
 
 
 def classifier(model, mesh, params, test):
-    """A function adapter -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
+    """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
 
-    `params` lie on the mesh already; the test's rows are split over the clients axis, and compiled once.
+    A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split over
+    the clients axis, and compiled once.
     """
     labels, count = test["labels"], len(test["labels"])
     devices = mesh.shape[CLIENTS]
@@ -31,10 +33,14 @@ def classifier(model, mesh, params, test):
     split = NamedSharding(mesh, PartitionSpec(CLIENTS))
     inputs = {name: value for name, value in test.items() if name != "labels"}
     batches = [jax.device_put(batch, split) for batch in padded_batches(inputs, size)]
-    predict = jax.jit(lambda params, adapter, batch: model.apply(params, batch, adapter).argmax(-1))
 
-    def evaluate(adapter):
-        predicted = [predict(params, adapter, batch) for batch in batches]
+    @jax.jit
+    def predict(params, adapter, residual, batch):
+        based = lora.shifted(model, params, residual) if residual else params
+        return model.apply(based, batch, adapter).argmax(-1)
+
+    def evaluate(adapter, residual=()):
+        predicted = [predict(params, adapter, residual, batch) for batch in batches]
         predicted = np.concatenate([np.asarray(rows) for rows in predicted])[:count]
         return {
             "accuracy": tasks.accuracy(predicted, labels),

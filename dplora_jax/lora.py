@@ -19,7 +19,7 @@ from flax import struct
 # Accelerators round float32 products by default; norms and the sums that they bound must not be rounded differently.
 EXACT = jax.lax.Precision.HIGHEST
 GRAM_ERROR = 2.0**-21  # of a squared norm by Gram matrices, relative to the square of the sum of all tokens' lengths
-FROZEN_A = "lora_a"  # the key of the base parameters under which frozen A matrices live
+FROZEN = {"a": "lora_a", "b": "lora_b"}  # the keys of the base parameters under which frozen A and B matrices live
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,24 +210,46 @@ def resolve_targets(model, targets):
     return chosen
 
 
-def freeze_a(params, adapter):
-    """Move every A out of the adapter into the base parameters (FFA-LoRA, Sun et al. 2024) -> (params, adapter)."""
+def freeze(params, adapter, letter):
+    """Move every A (`letter` "a") or every B ("b") out of the adapter into the base parameters -> (params, adapter)."""
     if "layers" not in adapter:
         return params, adapter
-    frozen = {name: pair.a for name, pair in adapter["layers"].items()}
-    bare = {name: pair.replace(a=None) for name, pair in adapter["layers"].items()}
-    return {**params, FROZEN_A: frozen}, {**adapter, "layers": bare}
+    frozen = {name: getattr(pair, letter) for name, pair in adapter["layers"].items()}
+    bare = {name: pair.replace(**{letter: None}) for name, pair in adapter["layers"].items()}
+    return {**params, FROZEN[letter]: frozen}, {**adapter, "layers": bare}
 
 
-def with_frozen_a(params, adapter):
-    """The adapter with the A matrices that `freeze_a` moved into `params` put back, for `apply` and for files."""
-    if adapter is None or "layers" not in adapter or FROZEN_A not in params:
+def freeze_a(params, adapter):
+    """`freeze` of every A, for the whole run (FFA-LoRA, Sun et al. 2024) -> (params, adapter)."""
+    return freeze(params, adapter, "a")
+
+
+def with_frozen(params, adapter):
+    """The adapter with the matrices that `freeze` moved into `params` put back, for `apply` and for files."""
+    if adapter is None or "layers" not in adapter:
         return adapter
-    pairs = {
-        name: pair if pair.a is not None else pair.replace(a=params[FROZEN_A][name])
-        for name, pair in adapter["layers"].items()
-    }
+    pairs = adapter["layers"]
+    for letter in [letter for letter, key in FROZEN.items() if key in params]:
+        pairs = {
+            name: pair if getattr(pair, letter) is not None else pair.replace(**{letter: params[FROZEN[letter]][name]})
+            for name, pair in pairs.items()
+        }
     return {**adapter, "layers": pairs}
+
+
+def truncate(tree, rank):
+    """A tree shaped like an adapter with its rank components from `rank` (int32, traced or not) on set to zero: rows of A,
+    columns of B. An adapter cut so has no gradient in what was cut, since the one half's is a product with the other."""
+    if "layers" not in tree:
+        return tree
+    kept = lambda size: jnp.arange(size) < rank  # noqa: E731
+
+    def cut(pair):
+        a = None if pair.a is None else jnp.where(kept(pair.a.shape[1])[:, None], pair.a, 0)
+        b = None if pair.b is None else jnp.where(kept(pair.b.shape[2]), pair.b, 0)
+        return pair.replace(a=a, b=b)
+
+    return {**tree, "layers": {name: cut(pair) for name, pair in tree["layers"].items()}}
 
 
 def merge(model, params, adapter, config):
@@ -236,30 +258,43 @@ def merge(model, params, adapter, config):
     `config` is the adapter's own LoraConfig; kernels keep their dtype. Raises ValueError where they are quantised: rounded
     again, they would lose much of what was learned.
     """
-    adapter = with_frozen_a(params, adapter)
-    merged = {name: value for name, value in params.items() if name != FROZEN_A}
+    adapter = with_frozen(params, adapter)
+    merged = {name: value for name, value in params.items() if name not in FROZEN.values()}
     if "head" in adapter:
         merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter["head"], params["head"])
     scale = config.alpha / config.rank
     for name, pair in adapter.get("layers", {}).items():
-        merged["layers"] = _add_at(merged["layers"], model.targets[name].path, pair, scale)
+        merged["layers"] = _add_at(
+            merged["layers"],
+            model.targets[name].path,
+            (pair.a, pair.b),
+            lambda factors: scale * jnp.einsum("or,ri->io", factors[1], factors[0], precision=EXACT),
+        )
     return merged
 
 
-def _add_at(tree, path, pair, scale):
-    """`tree` with scale * (B A)^T added to the last layers of the kernel at `path`, in float32, a layer at a time."""
+def shifted(model, params, change):
+    """`params` with `change` {target: [L, I, O]} added to the kernels of the last L layers (what exact aggregation folds into the
+    base: `federation.exact`). Raises ValueError where kernels are quantised."""
+    for name, delta in change.items():
+        params = {**params, "layers": _add_at(params["layers"], model.targets[name].path, delta, lambda x: x)}
+    return params
+
+
+def _add_at(tree, path, parts, delta):
+    """`tree` with `delta` of each layer's `parts` (a pytree of [L, ...]) added to the last layers of the kernel at `path`, in
+    float32, a layer at a time."""
     if path:
-        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], pair, scale)}
+        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], parts, delta)}
     if not isinstance(tree, jax.Array | np.ndarray):
         raise ValueError("an adapter does not merge into quantised matrices: load the base unquantised.")
-    first = tree.shape[0] - pair.b.shape[0]
+    first = tree.shape[0] - jax.tree.leaves(parts)[0].shape[0]
 
     def one(layer):
-        kernel, a, b = layer
-        delta = scale * jnp.einsum("or,ri->io", b, a, precision=EXACT)
-        return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        kernel, own = layer
+        return (kernel.astype(jnp.float32) + delta(own)).astype(kernel.dtype)
 
-    return tree.at[first:].set(jax.lax.map(one, (tree[first:], pair.a, pair.b)))
+    return jnp.asarray(tree).at[first:].set(jax.lax.map(one, (tree[first:], parts)))
 
 
 def count(tree):

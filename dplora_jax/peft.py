@@ -27,7 +27,7 @@ UNUSED = {
 
 
 def save(path, model, adapter, config, base=None):
-    """Write `adapter` (every A present: see lora.with_frozen_a) of LoraConfig `config` into the directory `path`.
+    """Write `adapter` (every A present: see lora.with_frozen) of LoraConfig `config` into the directory `path`.
 
     `base` is the base model's name for others to find it by: a hub id, not a path of this machine.
     """

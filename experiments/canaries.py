@@ -27,6 +27,11 @@ FEWEST = 32  # coins: a quarter is the pilot's, and 23 right guesses beat a clai
 LOUD = 1e4  # a canary's gradient norm before clipping, in units of the clipping norm
 CHUNK = 32  # records at a time through the gradient program
 CANDIDATES = 32  # random records for each canary that is chosen
+# What an audit reads a client's noisy sums from: its upload, of both halves, in every round, as it was made.
+PLAIN = (
+    ("aggregation", "fedavg"), ("robust", "none"), ("participation", "all"), ("ranks", None), ("upload_bits", None),
+    ("proximal", 0.0), ("dropout", None),
+)  # fmt: skip
 SMALL_RATE = 2.0  # the small model's learning rate: its adapter has to move for rounds to differ
 
 
@@ -87,7 +92,7 @@ def of_config(config):
 
     if not config.private:
         raise InputError("there is no claim to audit in --trust=none: give --epsilon or --noise_multiplier.")
-    for name, audited in (("trust", "local"), ("clipping", "flat"), ("noise", "independent")):
+    for name, audited in (("trust", "local"), ("clipping", "flat"), ("noise", "independent"), *PLAIN):
         if getattr(config, name) != audited:
             raise InputError(f"--{name}={getattr(config, name)} cannot be audited yet, only {audited}.")
     if config.client_optimizer != "sgd":
@@ -196,7 +201,7 @@ def transcript(subject, canaries, coins, keys, program=None):
         one = mesh.place_keys(
             subject.grid, {p: k[index : index + 1] for p, k in numbers.items()}, place.clients.size.shape[0]
         )
-        state, (public, _) = program(state, subject.params, place.clients, place.data, one)
+        state, (public, *_) = program(state, subject.params, place.clients, place.data, one)
         uploads = {
             part: jax.tree.map(lambda x: np.asarray(x)[0, :count], tree) for part, tree in public["uploads"].items()
         }

@@ -9,12 +9,13 @@ import sys
 import time
 
 import jax
+import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import accounting, host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import causes, trust_modes, workdir
+from experiments import causes, participants, trust_modes, workdir
 
 
 def restore(job):
@@ -32,7 +33,7 @@ def restore(job):
         state, done, notes = (
             job.prepared.state,
             0,
-            {"lines": [line | job.prepared.evaluate(job.prepared.state.adapter)], "ledger": job.ledger.anchor},
+            {"lines": [line | job.prepared.evaluate(job.prepared.state)], "ledger": job.ledger.anchor},
         )
         job.checkpoints.save(0, state, notes)
         job.checkpoints.wait()
@@ -91,13 +92,14 @@ def charge(job, done, state):
     if config.eval_every:
         last = min(last, (done // config.eval_every + 1) * config.eval_every)
     if config.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
-        last = min(last, done + config.rounds - ledger.charged_rounds())
+        last = min(last, _affordable(job, done))
     if last <= done:
         return None
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
-    more = {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
+    more = {"steps": participants.steps(config, rounds).sum(0).tolist()} if participants.scheduled(config) else {}
+    more |= {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
     if (
         config.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
@@ -113,12 +115,23 @@ def _stay_within(job, rounds):
         return
     mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
     planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
+    planned["steps"] = participants.steps(config, rounds).sum(0).tolist()
     spent = max(job.ledger.epsilons(config.delta, [planned]))
     if spent > config.epsilon:
         raise InputError(
             f"rounds {rounds[0]} to {rounds[1] - 1} would take a client to epsilon {spent:.4g}, past {config.epsilon:g}; "
             "start a new --workdir."
         )
+
+
+def _affordable(job, done):
+    """The last round that no client has to pay more for than was planned: lost attempts have been paid for too."""
+    config = job.config
+    if not participants.scheduled(config):
+        return done + config.rounds - job.ledger.charged_rounds()
+    left = participants.steps(config).sum(0) - job.ledger.charged_steps(config.clients)
+    needed = np.cumsum(participants.steps(config, (done + 1, config.rounds + 1)), 0)
+    return done + int(np.logical_and.accumulate((needed <= left).all(1)).sum())
 
 
 def paid_secrets(job):
@@ -137,6 +150,15 @@ def paid_secrets(job):
 def round_keys(job, rounds, attempt):
     """What the dispatch that was charged last draws from: `secrets.round_keys`, or with hardened noise the host's own draws."""
     held, config = paid_secrets(job), job.config
+    keys = _drawn(job, held, rounds, attempt)
+    if participants.partial(config):
+        keys["joins"] = participants.joins(config, held, range(*rounds), attempt)
+    return keys
+
+
+def _drawn(job, held, rounds, attempt):
+    """`round_keys` without who takes part by schedule."""
+    config = job.config
     if config.noise != "hardened":
         return secrets.round_keys(held, range(*rounds), attempt, config.clients, trust_modes.joining(config))
     p, local = job.prepared, job.prepared.federation.local
@@ -156,7 +178,7 @@ def _most_rounds(job):
 
 
 def execute(job, state, rounds, attempt):
-    """Run rounds [a, b) as one call of the compiled program -> (state, what it shows, seconds of running it)."""
+    """Run rounds [a, b) as one call of the compiled program -> (state, (private, valid) that it shows, seconds of running it)."""
     p = job.prepared
     keys = round_keys(job, rounds, attempt)
     keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
@@ -166,41 +188,62 @@ def execute(job, state, rounds, attempt):
         program = round.make(p.federation, p.mesh, diagnostics=job.config.private_diagnostics)
         job.programs[length] = program.lower(*arguments).compile()
     start = time.perf_counter()
-    state, (_, private) = jax.block_until_ready(job.programs[length](*arguments))
-    return state, private, time.perf_counter() - start
+    state, (_, private, valid) = jax.block_until_ready(job.programs[length](*arguments))
+    return state, (private, valid), time.perf_counter() - start
 
 
-def metrics(job, rounds, attempt, seconds):
-    """The metrics lines of rounds [a, b): everything in them is public."""
+def metrics(job, rounds, attempt, seconds, shown):
+    """The metrics lines of rounds [a, b): everything in them is public; `shown` is `execute`'s."""
     config, sent = job.config, job.prepared.facts["communication"]
     length = rounds[1] - rounds[0]
-    before = job.ledger.charged_rounds() - length  # paid for before this dispatch, lost attempts included
-    inner = tuple((before + i) * config.steps_per_round for i in range(1, length))
-    outer = ((before + length) * config.steps_per_round,)
-    curves = {}
-    for m in set(job.prepared.mechanisms):
-        (end,) = accounting.epsilon_curve(m, outer, config.delta)
-        coarse = accounting.epsilon_curve(m, inner, config.delta, 1e-2)
-        curves[m] = (*(min(value, end) for value in coarse), end)  # no round costs more than a later one
+    epsilons = _epsilons(job, rounds)
     sizes = [client["records"] for client in job.prepared.facts["clients"]]
     rate = length * trust_modes.examples(config, sizes) / seconds
     lines, senders = [], trust_modes.senders(config, paid_secrets(job), range(*rounds), attempt)
     for index in range(length):
-        spent = [curves[m][index] for m in job.prepared.mechanisms]
         lines.append(
             {
                 "round": rounds[0] + index,
-                "epsilon": spent,
-                "epsilon_max": max(spent),
+                "epsilon": epsilons[index],
+                "epsilon_max": max(epsilons[index]),
                 "seconds": seconds / length,
                 "examples_per_second": rate,
                 "release": job.prepared.facts["release"] or "NO PRIVACY",
                 "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
                 "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
                 **senders[index],
+                **_finished(job, rounds[0] + index, None if shown[1] is None else np.asarray(shown[1])[index]),
             }
         )
     return lines
+
+
+def _epsilons(job, rounds):
+    """What each client has spent after each of rounds [a, b), lost attempts included: a list of K floats a round."""
+    config = job.config
+    own = participants.steps(config, rounds)
+    before = job.ledger.charged_steps(config.clients) - own.sum(0)  # this dispatch is charged already
+    counts = before + np.cumsum(own, 0)
+    spent = []
+    for mechanism, of_client in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
+        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.delta)
+        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.delta, 1e-2)
+        spent.append([*(min(value, end) for value in coarse), end])  # no round costs more than a later one
+    return [list(column) for column in zip(*spent, strict=True)]
+
+
+def _finished(job, number, valid):
+    """Where not every client's upload counted, as all can see in modes `local` and `none`: how many did, and whose was dropped
+    for numbers that are not finite. `valid` [K'] is the program's flag for each."""
+    config = job.config
+    if valid is None or valid[: config.clients].all():
+        return {}
+    valid = valid[: config.clients]
+    sent = np.ones(config.clients, bool)
+    if participants.partial(config):
+        attempt = job.ledger.begun[-1]["attempt"]
+        sent = participants.joins(config, paid_secrets(job), range(number, number + 1), attempt)[0] > 0
+    return {"finished": int(valid.sum()), "dropped": np.flatnonzero(sent & ~valid).tolist()}
 
 
 def commit(job, done, state, lines, shown, begun):
@@ -210,8 +253,8 @@ def commit(job, done, state, lines, shown, begun):
     job.checkpoints.wait()
     job.ledger.commit(*begun)
     workdir.write_metrics(job.folder, lines)
-    if shown is not None:
-        _write_diagnostics(job, begun[0], shown)
+    if shown[0] is not None:
+        _write_diagnostics(job, begun[0], shown[0])
 
 
 def _write_diagnostics(job, rounds, shown):

@@ -6,14 +6,15 @@ import jax
 
 from dplora_jax import lora
 from dplora_jax.privacy import accounting, integers, paper_bound
-from experiments import trust_modes
+from experiments import participants, traffic, trust_modes
 
 
 def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
     """What `config.json` and the report say beyond the flags; all of it public."""
-    steps, total = config.rounds * config.steps_per_round, sum(sizes)
+    total, steps = sum(sizes), participants.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
-    spent = [accounting.epsilon(m, steps, config.delta) for m in mechanisms]
+    spent = [accounting.epsilon(m, count, config.delta) for m, count in zip(mechanisms, steps, strict=True)]
+    up, down = traffic.of_run(config, adapter)
     clients = [
         {"client": k, **dataclasses.asdict(m), "records": n, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, trust_modes.weights(config, sizes), strict=True))
@@ -35,7 +36,9 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "host from SHAKE-256"
         )
     method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
-    bytes_sent, bytes_full = 4 * sent, 4 * full
+    for row, own, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
+        row |= {"rounds": own // config.steps_per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
+    mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,
         "data": {
@@ -50,10 +53,10 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
         "communication": {
             "adapter_parameters": sent,
             "full_parameters": full,
-            "bytes_up_per_client_per_round": bytes_sent,
-            "bytes_down_per_client_per_round": bytes_sent,
-            "full_bytes_per_client_per_round": bytes_full,
-            "ratio": full / sent,
+            "bytes_up_per_client_per_round": mean_up,
+            "bytes_down_per_client_per_round": mean_down,
+            "full_bytes_per_client_per_round": 4 * full,
+            "ratio": 4 * full / mean_up,
         },
         "method": method,
         "environment": {
@@ -62,7 +65,7 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
         "accounting": trust_modes.accounted_as(config)
-        + (f" {paper_bound.sentence(mechanisms, steps, config.delta)}" if config.trust == "local" else ""),
+        + (f" {paper_bound.sentence(mechanisms, max(steps), config.delta)}" if config.trust == "local" else ""),
     }
 
 

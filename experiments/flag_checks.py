@@ -7,9 +7,10 @@ import math
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.accounting import CLIP_NORMS
+from experiments import aggregation_checks
 
 # The flags of one trust mode alone, and what they are when not given.
-DISTRIBUTED = {"survivors": lambda config: config.clients, "colluding": lambda _: 1, "dropout": lambda _: 0.0}
+DISTRIBUTED = {"survivors": lambda config: config.clients, "colluding": lambda _: 1}
 CLIENT = {"client_rate": lambda _: 1.0}
 
 
@@ -17,12 +18,19 @@ def parties(config, trust):
     """The trust mode's own flags, settled."""
     own = {"distributed": DISTRIBUTED, "client": CLIENT}.get(trust, {})
     given = {name: getattr(config, name) for name in own}
-    return {name: default(config) if given[name] is None else given[name] for name, default in own.items()}
+    settled = {name: default(config) if given[name] is None else given[name] for name, default in own.items()}
+    return settled | ({"dropout": config.dropout or 0.0} if trust == "distributed" else {})
 
 
 def refuse(config, trust, budget, sigma):
     """Raise InputError with the first sentence that holds against `config`; `trust`, epsilon and sigma as settled."""
-    for checks in (_ranges(config, trust, budget, sigma), _combinations(config, trust), _variants(config, trust)):
+    of_clients = aggregation_checks.checks(config, trust)
+    for checks in (
+        _ranges(config, trust, budget, sigma),
+        _combinations(config, trust),
+        _variants(config, trust),
+        of_clients,
+    ):
         for ok, sentence in checks:
             if not ok:
                 raise InputError(sentence)
@@ -39,7 +47,7 @@ def _combinations(config, trust):
             )
     settled = parties(config, trust)
     if trust == "distributed":
-        survivors, colluding, dropout = settled["survivors"], settled["colluding"], settled["dropout"]
+        survivors, colluding = settled["survivors"], settled["colluding"]
         yield (
             config.local_steps == 1,
             f"--local_steps={config.local_steps} with --trust=distributed: only a total carries enough noise to be looked at, so "
@@ -63,7 +71,6 @@ def _combinations(config, trust):
             f"--trust=distributed with {survivors} surviving clients of which {colluding} collude leaves no honest noise: raise "
             "--clients or --survivors, or lower --colluding.",
         )
-        yield 0 <= dropout < 1, f"--dropout={dropout} must lie in [0, 1)."
     if trust == "client":
         rate = settled["client_rate"]
         yield 0 < rate <= 1, f"--client_rate={rate} must lie above 0, at most 1."

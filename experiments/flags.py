@@ -78,7 +78,14 @@ class RunConfig:
         None, "distributed: clients that surely send their sum, fewer void the round; default: all"
     )
     colluding: int | None = flag(None, "distributed: clients assumed to tell their own noise; default: 1")
-    dropout: float | None = flag(None, "distributed: simulated share of sums that fail to be sent; default: 0")
+    dropout: float | None = flag(
+        None, "simulated share of clients that fail to send in a round (not with --trust=client); default: 0"
+    )
+    participation: str = flag(
+        "all",
+        "who is in a round: all; fixed:M, M clients in turn; poisson:P, each with probability P. The schedule is public, drawn "
+        "from --split_seed, and a client pays for its own rounds",
+    )
     client_rate: float | None = flag(
         None, "client: probability with which each client takes part in a round; default: 1"
     )
@@ -112,8 +119,22 @@ class RunConfig:
     client_lr: float = flag(0.3, "learning rate of the adapter matrices")
     head_lr: float | None = flag(None, "learning rate of the classification head; default: client_lr")
     lr_decay: float = flag(1.0, "learning rates fall linearly over the rounds, to this share of themselves")
+    proximal: float = flag(0.0, "FedProx: how strongly local steps are pulled back to where the round began")
+    aggregation: str = flag(
+        "fedavg",
+        "fedavg: the means of A and of B; rolora: A and B trained in turn; fedsa: A shared, each client keeps its B; fedex: "
+        "fedavg, and what its product misses folded into the base; flora: the stacked adapters folded into the base; "
+        "flexlora: the mean product, factored anew",
+    )
+    robust: str = flag(
+        "none",
+        "none, median, or trimmed_mean:SHARE (cut at either end): of each coordinate, in place of the weighted mean",
+    )
+    ranks: str | None = flag(None, "comma-separated LoRA rank of each client, up to --rank; default: --rank for all")
+    upload_bits: int | None = flag(None, "8 or 4: round uploads at random to so many bits a number; default: float32")
     server_lr: float = flag(1.0, "learning rate of the server on the mean upload")
     server_momentum: float = flag(0.0, "momentum of the server")
+    server_optimizer: str = flag("sgd", "sgd, adam, yogi or adagrad, on the mean upload (FedOpt)")
     ema: float = flag(0.0, "decay of the running average of released adapters; 0 keeps the last")
     eval_every: int = flag(5, "rounds between evaluations on the public test set; 0 never evaluates")
     dispatch_rounds: int = flag(25, "the most rounds in one dispatch of the compiled program")
@@ -140,6 +161,11 @@ class RunConfig:
         """What `accounting.calibrate` and `with_noise` take beyond sizes, steps and noise."""
         adaptive = self.clipping == "adaptive"
         return {"adaptive": adaptive, "count_noise": self.count_noise_multiplier, "bands": self.bands or 1}
+
+    @property
+    def rank_list(self):
+        """--ranks as a tuple of whole numbers; None where all have --rank."""
+        return None if self.ranks is None else tuple(int(rank) for rank in self.ranks.split(","))
 
     @property
     def target_list(self):

@@ -6,9 +6,12 @@ import json
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from dplora_jax.errors import InputError
+from dplora_jax.federation import participation
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.ledger import rebuild
+from dplora_jax.privacy.ledger import rebuild, steps_of
 
 # By which a recomputed epsilon may exceed the one shown: another version of the accountant, another machine.
 SLACK = 1e-3
@@ -77,10 +80,17 @@ def _steps(config):
     return 1 if config["trust"] == "client" else config["local_steps"]
 
 
+def _scheduled_steps(config):
+    """Steps of the mechanism [rounds, K] of each client in each round, by the public schedule."""
+    spec, seed = config.get("participation", "all"), config.get("split_seed", 0)
+    return participation.schedule(spec, config["clients"], config["rounds"], seed) * _steps(config)
+
+
 def check_config(path, config, ledger):
     """Release, guarantee, mechanisms and steps of every begin entry are those of config.json, and the epsilon that it plans
     for each client is what these come to."""
     planned_for, steps, seed = mechanisms(config), _steps(config), config["seed"]
+    in_rounds = _scheduled_steps(config)
     private, release = config["trust"] != "none", config["federation"]["release"] or "NO PRIVACY"
     follows = ("for release" if seed is None else "NOT FOR RELEASE") if private else "NO PRIVACY"
     if not release.startswith(follows):
@@ -92,13 +102,15 @@ def check_config(path, config, ledger):
         other = [name for name, value in own.items() if entry.get(name, value) != value]
         other += ["seed"] if "nonce" in entry and seed is not None else []
         other += ["rounds"] if entry["rounds"][1] - 1 > config["rounds"] else []
+        between = in_rounds[entry["rounds"][0] - 1 : entry["rounds"][1] - 1].sum(0).tolist()
+        other += ["clients in its rounds"] if steps_of(entry) != between else []
         other += ["sampling or noise"] if [rebuild(client) for client in entry["clients"]] != planned_for else []
         if other:
             raise InputError(f"{path} does not agree with the ledger: entry {number} has other {', '.join(other)}.")
     sigma = config["noise_multiplier"]
     budget = math.inf if config["epsilon"] is None else _real(config["epsilon"])
     for client, (row, mechanism) in enumerate(zip(config["federation"]["clients"], _charged(ledger), strict=True)):
-        least = accounting.epsilon(mechanism, config["rounds"] * steps, config["delta"]) * (1 - SLACK)
+        least = accounting.epsilon(mechanism, int(in_rounds[:, client].sum()), config["delta"]) * (1 - SLACK)
         planned = _real(row["epsilon"])
         if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != private:
             raise InputError(
@@ -161,19 +173,22 @@ def _wrong_metrics(config, ledger, lines):
 def _understated(config, ledger, lines):
     """Which line shows less epsilon than its round had been charged when it was first committed, or less than a line before it,
     in words; else None. (A charge that came later, for a round lost and run again, is in the last line alone.)"""
-    charged, total = {0: 0}, 0
+    in_rounds = _scheduled_steps(config)
+    charged, total = {0: np.zeros(config["clients"], int)}, np.zeros(config["clients"], int)
     for entry in ledger.begun:
         first, end = entry["rounds"]
         if ledger.committed(entry):
             for number in range(first, end):
-                charged.setdefault(number, (total + number - first + 1) * entry["local_steps"])
-        total += end - first
-    counts = tuple(charged[line.number] for line in lines)
-    own = _charged(ledger)
+                charged.setdefault(number, total + in_rounds[first - 1 : number].sum(0))
+        total = total + in_rounds[first - 1 : end - 1].sum(0)
+    counts = np.array([charged[line.number] for line in lines]).T.tolist()
     # Lines within a dispatch may show more: they are reckoned on a coarser grid, every one of which is an upper bound.
-    least = {m: accounting.epsilon_curve(m, counts, config["delta"]) for m in set(own)}
+    least = [
+        accounting.epsilon_curve(mechanism, tuple(own), config["delta"])
+        for mechanism, own in zip(_charged(ledger), counts, strict=bool(lines))
+    ]
     for index, line in enumerate(lines):
-        if not _reaches(line.epsilon, [least[mechanism][index] for mechanism in own]):
+        if not _reaches(line.epsilon, [curve[index] for curve in least]):
             return f"shows less epsilon than was charged up to round {line.number}"
     for before, line in itertools.pairwise(lines):
         if not _reaches(line.epsilon, before.epsilon):

@@ -12,7 +12,7 @@ from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import secrets
-from experiments import records, setup
+from experiments import canaries, records, setup
 
 ROWS = 64  # at a time through the model
 
@@ -24,6 +24,9 @@ def attack(config, seed=None):
     Members are the clients' records, the others the test set's. A record's score is how much its loss fell from the base
     model's, which calibrates for hard and easy records (Watson et al. 2021, arXiv 2111.08440). Raises InputError.
     """
+    for name, attacked in canaries.PLAIN:
+        if getattr(config, name) != attacked:
+            raise InputError(f"--{name}={getattr(config, name)} cannot be attacked yet, only {attacked}.")
     prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1))
     released = _train(config, prepared, seed)
     tables = _tables(config)

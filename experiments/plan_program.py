@@ -19,7 +19,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.privacy import secrets
-from experiments import plan_hlo, plan_models, program, setup, trust_modes
+from experiments import participants, plan_hlo, plan_models, program, setup, trust_modes
 
 
 class Program(NamedTuple):
@@ -64,7 +64,7 @@ def abstract(config, devices, sizes, task, classes):
     limits = []
 
     def place():
-        placement = mesh.place(grid, shards, own, config.clip_norm, program.wave(config))
+        placement = mesh.place(grid, shards, own, config.clip_norm, program.wave(config), config.rank_list)
         limits.append(placement)
         return placement.clients, placement.data
 
@@ -113,7 +113,8 @@ def _keys(config, local, adapter, count):
         noise = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, *x.shape), jnp.int32), adapter)
         return {"noise": noise, "sampling": jax.ShapeDtypeStruct((*shape, local.records), jnp.int32)}
     parties = secrets.from_seed(0, count + (config.trust == "client"))
-    keys = secrets.round_keys(parties, range(1, 2), 0, count, trust_modes.joining(config))
+    rate = 1.0 if participants.partial(config) else trust_modes.joining(config)
+    keys = secrets.round_keys(parties, range(1, 2), 0, count, rate)
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in keys.items()}
 
 

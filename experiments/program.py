@@ -10,10 +10,13 @@ import optax
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation, round
+from dplora_jax.federation import aggregation, methods, robust, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, host_noise, integers
-from experiments import ledger_checks, trust_modes
+from experiments import ledger_checks, participants, trust_modes
+
+# Decay of the server's first and second moments, and what is added to the root (Reddi et al. 2021, section 5.1: tau 1e-3).
+MOMENTS = (0.9, 0.99, 1e-3)
 
 
 def mechanisms(config, sizes, stored):
@@ -28,7 +31,16 @@ def mechanisms(config, sizes, stored):
         return ledger_checks.mechanisms(stored)
     if config.trust == "client":
         return trust_modes.of_clients(config)
-    steps = config.rounds * config.local_steps
+    steps, found = participants.steps(config).sum(0), [None] * len(sizes)
+    for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
+        own = [client for client, of_client in enumerate(steps) if of_client == count]
+        for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
+            found[client] = mechanism
+    return found
+
+
+def _planned(config, sizes, steps):
+    """The mechanisms of clients of `sizes` records that take `steps` local steps each."""
     options = config.mechanism_options
     if config.epsilon is not None:
         return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **options)
@@ -63,10 +75,30 @@ def federation(config, model, loss, mechanisms, adapter, placement):
         quantile_rate=config.clip_rate,
         bands=config.bands or 1,
         bits=bits(config, mechanisms, adapter),
+        ranks=config.ranks is not None,
+        upload_bits=config.upload_bits,
     )
-    client, server = optimizers(config)
-    rule = trust_modes.rule(config, mechanisms)
-    return round.Federation(model, loss, local, client, server, config.ema, wave(config), rule)
+    method = methods.BY_NAME[config.aggregation]
+    if config.ranks is not None and config.aggregation == "fedavg":
+        method = methods.padded(config.rank)
+    return round.Federation(
+        model,
+        loss,
+        local,
+        *optimizers(config),
+        ema=config.ema,
+        wave=wave(config),
+        rule=trust_modes.rule(config, mechanisms),
+        method=method,
+        robust=_robust(config.robust),
+        partial=participants.partial(config),
+    )
+
+
+def _robust(spec):
+    """The robust mean that --robust names, or None."""
+    kind, _, share = spec.partition(":")
+    return {"none": None, "median": robust.median, "trimmed_mean": robust.trimmed_mean(float(share or 0))}[kind]
 
 
 def wave(config):
@@ -98,6 +130,14 @@ def optimizers(config):
     """
     make = {"sgd": optax.sgd, "adam": optax.adam}[config.client_optimizer]
     client = aggregation.groups({"layers": make(config.client_lr), "head": make(config.head_lr)})
+    if config.proximal:
+        client = optax.chain(aggregation.proximal(config.proximal), client)
     rate = optax.linear_schedule(config.server_lr, config.server_lr * config.lr_decay, config.rounds)
     momentum = optax.trace(config.server_momentum) if config.server_momentum else optax.identity()
-    return client, optax.chain(momentum, optax.scale_by_learning_rate(rate))
+    server = {
+        "sgd": momentum,
+        "adam": optax.scale_by_adam(*MOMENTS),
+        "yogi": optax.scale_by_yogi(*MOMENTS),
+        "adagrad": optax.scale_by_rss(initial_accumulator_value=0.0, eps=MOMENTS[2]),
+    }[config.server_optimizer]
+    return client, optax.chain(server, optax.scale_by_learning_rate(rate))

@@ -105,11 +105,11 @@ def train(job):
             rounds, attempt = todo
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = dispatch.metrics(job, rounds, attempt, seconds)
+            fresh = dispatch.metrics(job, rounds, attempt, seconds, shown)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
-                fresh[-1] |= job.prepared.evaluate(_released(job, state))
+                fresh[-1] |= job.prepared.evaluate(state)
             lines = [*lines, *fresh]
             dispatch.commit(job, done, state, lines, shown, (rounds, attempt))
             show(done, fresh[-1])
@@ -126,16 +126,11 @@ def _on_sigterm():
     return stop
 
 
-def _released(job, state):
-    """The adapter that metrics and files speak of: the average where there is one."""
-    return state.average.mean if job.config.ema else state.adapter
-
-
 def _settled(job, state, lines):
     """The lines with the last one as the ledger has it: evaluated, and charged with every attempt that was begun."""
     last = dict(lines[-1])
     if job.config.eval_every and "accuracy" not in last:
-        last |= job.prepared.evaluate(_released(job, state))
+        last |= job.prepared.evaluate(state)
     if job.config.private:
         last["epsilon"] = job.ledger.epsilons(job.config.delta)
         last["epsilon_max"] = max(last["epsilon"])
@@ -144,17 +139,13 @@ def _settled(job, state, lines):
 
 def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
-    import jax
-
-    from dplora_jax import lora, peft
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import model_card, report, summary, workdir
+    from experiments import model_card, released, report, summary, workdir
 
     workdir.write_metrics(job.folder, _settled(job, state, lines))
-    adapter = lora.with_frozen_a(job.prepared.params, _released(job, state))
-    model, base = job.prepared.model, pretrained.hub_id(job.config.model)
-    peft.save(job.folder / "adapter", model, jax.device_get(adapter), job.prepared.lora_config, base)
+    p, model, base = job.prepared, job.prepared.model, pretrained.hub_id(job.config.model)
+    released.save(job.folder / "adapter", job.config, model, p.params, p.lora_config, state, base)
     note = model_card.of_adapter(model, summary.line(job.folder))
     chain.replace_durably(job.folder / "adapter" / "README.md", note)
     report.write(job.folder)

@@ -15,7 +15,7 @@ from dplora_jax import evaluation, lora, losses, models
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
-from experiments import causes, facts, program, records, trust_modes
+from experiments import causes, facts, program, records, released, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -63,11 +63,19 @@ def prepare(config, stored=None):
     model, train, test = _run_frozen_layers(config, model, params, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
     placement = mesh.place(
-        grid, shards, trust_modes.own(config, sizes, mechanisms), config.clip_norm, program.wave(config)
+        grid,
+        shards,
+        trust_modes.own(config, sizes, mechanisms),
+        config.clip_norm,
+        program.wave(config),
+        config.rank_list,
     )
     federation = program.federation(config, model, losses.classification, mechanisms, adapter, placement)
     state = jax.device_put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
-    evaluate = evaluation.classifier(model, grid, params, test) if config.eval_every else lambda adapter: {}
+    evaluate = lambda state: {}  # noqa: E731
+    if config.eval_every:
+        of_adapter = evaluation.classifier(model, grid, params, test)
+        evaluate = lambda state: released.metrics(config, sizes, of_adapter, state)  # noqa: E731
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
     if config.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
         raise InputError(

@@ -104,7 +104,38 @@ def method(config):
             f"DP-FedAvg (McMahan et al. 2018) of LoRA: each client's whole update clipped at L2 norm {config.clip_norm:g}",
             "uniform weights, noise at the server, over the expected number of clients",
         ]
-    return [clipped if config.private else "Federated LoRA, no noise", "FedAvg weighted by n_k / n"]
+    return [clipped if config.private else "Federated LoRA, no noise", *_aggregation(config)]
+
+
+def _aggregation(config):
+    """How uploads are put together, in words: a line for each flag that says so."""
+    lines = [
+        {
+            "fedavg": "FedAvg of A and B, weighted by n_k / n",
+            "rolora": "B and A trained in turn, each with an exact mean weighted by n_k / n (RoLoRA)",
+            "fedsa": "A averaged, weighted by n_k / n, every client's B kept to itself (FedSA-LoRA)",
+            "fedex": "FedAvg of A and B, and what their product misses of the mean product folded into the base (FedEx-LoRA)",
+            "flora": "the clients' stacked adapters folded into the base after each round (FLoRA)",
+            "flexlora": "the mean product factored anew by singular values (FlexLoRA)",
+        }[config.aggregation]
+    ]
+    if config.robust != "none":
+        lines = [
+            f"{config.robust.replace('_', ' ')} of each coordinate, every client counting the same (Yin et al. 2018)"
+        ]
+    if config.ranks is not None:
+        lines.append(f"clients of ranks {config.ranks}")
+    if config.participation != "all":
+        lines.append(f"participation {config.participation} by a public schedule: each client pays for its own rounds")
+    if config.dropout:
+        lines.append(f"clients fail to send with probability {config.dropout:g} (simulated), and pay all the same")
+    if config.proximal:
+        lines.append(f"FedProx, strength {config.proximal:g}")
+    if config.server_optimizer != "sgd":
+        lines.append(f"Fed{config.server_optimizer.capitalize()} at the server (Reddi et al. 2021)")
+    if config.upload_bits:
+        lines.append(f"uploads rounded at random to {config.upload_bits} bits a number")
+    return lines
 
 
 def _clipping(config):

@@ -128,7 +128,7 @@ def test_freezing_a_keeps_the_logits_and_leaves_only_b_and_the_head(classifier, 
     model, params, batch = classifier
     adapter = trained(model, params, config)
     frozen_params, bare = lora.freeze_a(params, adapter)
-    restored = lora.with_frozen_a(frozen_params, bare)
+    restored = lora.with_frozen(frozen_params, bare)
     assert jax.tree.structure(restored) == jax.tree.structure(adapter)
     jax.tree.map(np.testing.assert_array_equal, restored, adapter)
     np.testing.assert_array_equal(apply(model, frozen_params, batch, bare), apply(model, params, batch, adapter))

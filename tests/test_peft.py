@@ -152,7 +152,7 @@ def test_target_modules_select_exactly_the_adapted_matrices(classifier, tmp_path
     assert document["target_modules"] != []  # PEFT refuses an adapter that lists no module
 
 
-def test_a_gradient_tree_with_frozen_a_has_names_too(classifier):
+def test_a_gradient_tree_with_frozen_has_names_too(classifier):
     model, params = classifier
     config = CONFIGS["last layers"]
     adapter = trained(model, params, config)

@@ -66,6 +66,26 @@ def weighted_sum(weights, uploads):
     return jax.tree.map(lambda u: jnp.tensordot(weights, u, 1, precision=lora.EXACT), uploads)
 
 
+def finite(upload):
+    """Whether every number of `upload` is finite: one that is not is dropped whole, and reported."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(upload)]).all()
+
+
+def masked(valid, tree):
+    """`tree` [K, ...] with zeros for the clients that are not `valid` [K], whatever it holds there."""
+    return jax.tree.map(lambda x: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0), tree)
+
+
+def proximal(strength):
+    """Pull local steps towards the adapter that the round began with: adds strength (w - w_start) to the gradient (FedProx, Li et
+    al. 2020, equation 2). An optax transformation whose state is that adapter; it touches no record, and so costs no privacy."""
+
+    def update(grads, start, params):
+        return jax.tree.map(lambda g, w, s: g + strength * (w - s), grads, params, start), start
+
+    return optax.GradientTransformation(lambda params: params, update)
+
+
 def groups(transforms):
     """A transformation that gives each top-level part of an adapter its own: {"layers": ..., "head": ...}."""
 

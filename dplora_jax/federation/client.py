@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dplora_jax import lora
+from dplora_jax.federation import compression
 from dplora_jax.privacy import adaptive, clipping, integers, noise, sampling
 
 
@@ -18,8 +20,8 @@ class Client(NamedTuple):
 
     Its records are rows `offset` to `offset + size` of its device's arrays. `join_below` is `sampling.threshold` of its rate,
     `capacity` the rows it may fill, `divisor` its expected batch size q n, `noise_std` sigma * clip_norm, `weight` its share
-    of the mean, and `count_std` the noise on its centred count (adaptive clipping). A padding client has size 0, weight 0 and
-    divisor 1.
+    of the mean, `count_std` the noise on its centred count (adaptive clipping), and `rank` its own LoRA rank, where clients have
+    several. A padding client has size 0, weight 0 and divisor 1.
     """
 
     offset: Any
@@ -30,6 +32,7 @@ class Client(NamedTuple):
     noise_std: Any
     weight: Any
     count_std: Any
+    rank: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,10 @@ class LocalConfig:
     (None = all). `clipping` is a mode of `clipped_grad_sum`, or "adaptive": flat, at a clip norm that each client moves towards
     the `quantile` of its norms at rate `quantile_rate`, from `clip_norm` on. With `bands` above 1, the noise of a round's steps
     is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`. With `bits` (hardened
-    noise), gradients are integers on a grid of clip_norm 2^-bits, and noise and sampling draws come from the host."""
+    noise), gradients are integers on a grid of clip_norm 2^-bits, and noise and sampling draws come from the host. With `ranks`,
+    a client's noise stays within its own rank, as the
+    gradient of an adapter that is cut to it does (`lora.truncate`). With `upload_bits`, uploads are rounded to so
+    many bits a number (`compression.rounded`)."""
 
     local_steps: int
     clip_norm: float
@@ -53,6 +59,8 @@ class LocalConfig:
     quantile_rate: float = 0.2
     bands: int = 1
     bits: int | None = None
+    ranks: bool = False
+    upload_bits: int | None = None
 
     def __post_init__(self):
         if self.local_steps % self.bands or (self.bands > 1 and self.adaptive):
@@ -62,6 +70,8 @@ class LocalConfig:
             )
         if self.bits is not None and (self.adaptive or self.bands > 1 or not self.private):
             raise ValueError("the host's integer noise is independent, of one scale, and never absent.")
+        if self.bits is not None and self.upload_bits is not None:
+            raise ValueError("uploads are rounded by device keys, and with the host's noise there are none.")
 
     @property
     def adaptive(self):
@@ -103,7 +113,11 @@ def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Clien
 
     start = adapter, optimizer.init(adapter), clip_norm, memory
     (params, _, clip_norm, _), traces = jax.lax.scan(step, start, jnp.arange(config.local_steps))
-    return jax.tree.map(jnp.subtract, params, adapter), traces, clip_norm
+    upload = jax.tree.map(jnp.subtract, params, adapter)
+    if config.upload_bits is not None:  # a number of steps that no noise is drawn for
+        key = jax.random.wrap_key_data(keys["noise"][0], impl="threefry2x32")
+        upload = compression.rounded(jax.random.fold_in(key, config.local_steps), upload, config.upload_bits)
+    return upload, traces, clip_norm
 
 
 def share(loss_fn, config: LocalConfig, data, adapter, client: Client, keys):
@@ -126,6 +140,9 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
     if config.adaptive:
         moving = adaptive.next_norm(clip_norm, count, client.divisor, config.quantile, config.quantile_rate)
     released = jax.tree.map(lambda g: g / client.divisor, grad_sum)
+    released = (
+        lora.truncate(released, client.rank) if config.ranks else released
+    )  # what was cut has noise, and no gradient
     sampled = weights.sum()
     shown = jnp.maximum(sampled, 1)
     clipped = ((norms > clip_norm) & (weights > 0)).sum() / shown

@@ -65,10 +65,11 @@ class Placement(NamedTuple):
     capacity: int
 
 
-def place(mesh, shards, mechanisms, clip_norm, wave):
+def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None):
     """Lay out clients for `round.make`: `shards` is a list of dicts of [n_k, ...] arrays, one a client.
 
-    Weights are n_k / n. Consecutive clients share a device, `wave` of them at a time.
+    Weights are n_k / n; `ranks` are the clients' own, where they have several. Consecutive clients share a device, `wave` of
+    them at a time.
     """
     rows, count = mesh.shape[CLIENTS], len(shards)
     sizes = [len(next(iter(shard.values()))) for shard in shards]
@@ -97,6 +98,7 @@ def place(mesh, shards, mechanisms, clip_norm, wave):
         noise_std=padded([m.noise_multiplier * clip_norm if m.noise_multiplier else 0 for m in mechanisms], np.float32),
         weight=padded([size / total for size in sizes], np.float32),
         count_std=padded([m.count_noise for m in mechanisms], np.float32),
+        rank=padded(ranks or [0] * count, np.int32),
     )
     sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
     data = {name: jax.device_put(stacked(name), sharding) for name in shards[0]}

@@ -112,7 +112,7 @@ class Bert:
         `batch`: `input_ids` [B, T] int32; optional `attention_mask` [B, T] (1 = attended; absent = all), `token_type_ids`
         and `position_ids` [B, T]. `adapter` as `lora.init` makes it.
         """
-        c, adapter = self.config, lora.with_frozen_a(params, adapter) or {}
+        c, adapter = self.config, lora.with_frozen(params, adapter) or {}
         x, mask = batch["hidden"] if self.start else self._embed(params, batch), attended(batch)
         x = self._layers(params, x.astype(self.dtype), mask, slice(self.start, None), adapter.get("layers"))
         if c.num_labels is None:

@@ -64,7 +64,7 @@ class Decoder:
         `batch`: `input_ids` [B, T] int32; optional `attention_mask` [B, T] (1 = attended; absent = all) and `position_ids`
         [B, T]. `adapter` as `lora.init` makes it. A classifier reads the last attended token of each row.
         """
-        adapter = lora.with_frozen_a(params, adapter) or {}
+        adapter = lora.with_frozen(params, adapter) or {}
         x = self.hidden(params, batch, adapter)
         if self.config.num_labels is None:
             return self.logits(params, x)
@@ -75,7 +75,7 @@ class Decoder:
 
     def hidden(self, params, batch, adapter=None):
         """What the last norm puts out: [B, T, D] in the model's dtype; `logits` of it are the model's."""
-        adapter = lora.with_frozen_a(params, adapter) or {}
+        adapter = lora.with_frozen(params, adapter) or {}
         x = (batch["hidden"] if self.start else self.embed(params, batch)).astype(self.dtype)
         x, _ = self._layers(params, x, batch, slice(self.start, None), adapter.get("layers"))
         return self.norm(params, x)
@@ -132,7 +132,7 @@ class Decoder:
 
     def _cached(self, params, ids, positions, mask, cache, adapter):
         """Run tokens `ids` [B, T] through all layers, their keys and values going to the next free slots."""
-        adapter = lora.with_frozen_a(params, adapter) or {}
+        adapter = lora.with_frozen(params, adapter) or {}
         x = self.embed(params, {"input_ids": ids, "position_ids": positions}).astype(self.dtype)
 
         def block(layer, x, pairs, state):

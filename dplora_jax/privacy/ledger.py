@@ -38,6 +38,12 @@ def rebuild(description):
         ) from None
 
 
+def steps_of(entry):
+    """How many steps a begin entry charges each client for: all its rounds', or by "steps" those of the rounds that it is in."""
+    rounds = entry["rounds"][1] - entry["rounds"][0]
+    return entry.get("steps", [rounds * entry["local_steps"]] * len(entry["clients"]))
+
+
 class Ledger(Chain):
     """The entries of one file, read at the start and appended to durably."""
 
@@ -110,14 +116,19 @@ class Ledger(Chain):
         """How many rounds have been paid for, repeated attempts included."""
         return sum(entry["rounds"][1] - entry["rounds"][0] for entry in self.begun)
 
+    def charged_steps(self, clients):
+        """How many steps each of `clients` clients has paid for, repeated attempts included."""
+        return [sum(column) for column in zip([0] * clients, *map(steps_of, self.begun), strict=True)]
+
     def epsilons(self, delta, planned=()):
         """Each client's epsilon at `delta`, recomputed from every begin entry, and from `planned` ones: the composition of all
         their steps."""
         steps = {}
         for entry in (*self.begun, *planned):
+            charged = steps_of(entry)
             for client, description in enumerate(entry["clients"]):
                 key = client, rebuild(description)
-                steps[key] = steps.get(key, 0) + (entry["rounds"][1] - entry["rounds"][0]) * entry["local_steps"]
+                steps[key] = steps.get(key, 0) + charged[client]
         spent = {}
         for (client, mechanism), count in steps.items():
             spent.setdefault(client, []).append((mechanism, count))

@@ -218,7 +218,7 @@ def finished(tiny_bert, finance_table, tmp_path_factory):
     workdir.write_metrics(folder, [{"round": 0}, {"round": 1, "epsilon": epsilon, "epsilon_max": 0.5}])
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape), jax.device_get(prepared.state.adapter))
-    adapter = lora.with_frozen_a(prepared.params, trained)
+    adapter = lora.with_frozen(prepared.params, trained)
     peft.save(folder / "adapter", prepared.model, jax.tree.map(np.float32, adapter), prepared.lora_config)
     (folder / "adapter" / "README.md").write_text(summary.line(folder))
     return folder

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import lora, losses
-from dplora_jax.federation import aggregation, mesh, round
+from dplora_jax.federation import aggregation, mesh, methods, robust, round
 from dplora_jax.federation.client import Client, LocalConfig
 from dplora_jax.models import bert
 from dplora_jax.privacy import accounting, secrets
@@ -95,6 +95,12 @@ class Setup(NamedTuple):
 
     clipping: str = "flat"
     bands: int = 1
+    method: str = "fedavg"
+    robust: str | None = None
+    partial: bool = False
+    ranks: tuple | None = None
+    upload_bits: int | None = None
+    plain: bool = False  # the server takes the mean as it is: no momentum, no rate, no average
 
 
 def grid_of(setup):
@@ -107,10 +113,16 @@ def federation(setup):
     """The static part of a setup's program."""
     plain = setup.trust == "client"
     variant = {"microbatch": setup.microbatch, "clipping": setup.clipping, "bands": setup.bands, "private": not plain}
+    variant |= {"ranks": setup.ranks is not None, "upload_bits": setup.upload_bits}
     local = LocalConfig(setup.local_steps, math.inf if plain else CLIP, max(SIZES), max(CAPACITIES), **variant)
     client = aggregation.groups({part: optax.sgd(rate) for part, rate in RATES.items()})
     server = optax.chain(optax.trace(MOMENTUM), optax.scale_by_learning_rate(SERVER_RATE))
-    return round.Federation(model_and_params()[0], loss, local, client, server, EMA, setup.wave, RULES[setup.trust])
+    server, ema = (optax.sgd(1.0), 0.0) if setup.plain else (server, EMA)
+    method = methods.BY_NAME[setup.method]
+    method = methods.padded(2) if setup.ranks and setup.method == "fedavg" else method
+    how = {None: None, "median": robust.median, "trimmed": robust.trimmed_mean(0.2)}[setup.robust]
+    rest = server, ema, setup.wave, RULES[setup.trust], method, how, setup.partial
+    return round.Federation(model_and_params()[0], loss, local, client, *rest)
 
 
 @functools.cache
@@ -128,7 +140,7 @@ def compiled(setup, rounds):
 
 def keys_of(setup, rounds, attempt=0):
     """`secrets.round_keys` of the setup's trust mode."""
-    rate = {"local": None, "distributed": 1.0, "client": CLIENT_RATE}[setup.trust]
+    rate = {"local": 1.0 if setup.partial else None, "distributed": 1.0, "client": CLIENT_RATE}[setup.trust]
     holders = SECRETS + SERVER if setup.trust == "client" else SECRETS
     return secrets.round_keys(holders, rounds, attempt, len(SECRETS), rate)
 
@@ -144,7 +156,7 @@ def arguments(setup, rounds, attempt=0, data=None, state=None, joins=None, **fie
     """(state, params, clients, data, keys) of a dispatch; `fields` replace real clients' fields of `Client`, and `joins` [K] who
     takes part."""
     grid = grid_of(setup)
-    place = mesh.place(grid, data or records(), mechanisms(setup.trust), CLIP, setup.wave)
+    place = mesh.place(grid, data or records(), mechanisms(setup.trust), CLIP, setup.wave, setup.ranks)
     clients = Client(*(np.array(value) for value in place.clients))
     for name, value in fields.items():
         getattr(clients, name)[: len(SIZES)] = value
@@ -164,6 +176,6 @@ def run(setup=None, rounds=ROUNDS, **options):
     setup = setup or Setup()
     state, shown = compiled(setup, len(rounds))(*arguments(setup, rounds, **options))
     aggregate = jax.tree.map(np.array, shown[0].pop("aggregate")) if setup.trust != "local" else None
-    public, private = jax.tree.map(lambda x: np.array(x)[:, : len(SIZES)], shown)
+    public, private, _ = jax.tree.map(lambda x: np.array(x)[:, : len(SIZES)], shown)
     public |= {} if aggregate is None else {"aggregate": aggregate}
     return jax.tree.map(np.array, state), public, private

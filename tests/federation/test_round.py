@@ -133,9 +133,10 @@ def test_padding_clients_upload_nothing_even_with_keys():
     for value in full.values():
         value[:, 5:] = rng.integers(0, 2**32, value[:, 5:].shape, np.uint32)
     placed = {name: jax.device_put(full[name], keys[name].sharding) for name in keys}
-    state, (public, private) = small.compiled(setup, 3)(state, params, clients, data, placed)
+    state, (public, private, valid) = small.compiled(setup, 3)(state, params, clients, data, placed)
     assert all((np.asarray(leaf)[:, 5:] == 0).all() for leaf in jax.tree.leaves(public["uploads"]))
     assert (np.asarray(private["sampled"])[:, 5:] == 0).all()
+    assert (np.asarray(valid) == (np.arange(8) < 5)).all()
     jax.tree.map(close, jax.tree.map(np.array, state), small.run()[0])
 
 
@@ -147,13 +148,15 @@ def test_the_state_is_donated():
 
 
 def test_the_program_puts_out_only_what_is_asked_for():
-    """Without `transcript` and `diagnostics` there is the next state and nothing else."""
+    """Without `transcript` and `diagnostics` there is the next state, and a flag for each upload: it counts or not."""
     shown = {}
     for transcript in (False, True):
         for diagnostics in (False, True):
             setup = small.Setup(transcript=transcript, diagnostics=diagnostics)
             arguments = small.arguments(setup, small.ROUNDS)
-            state, shown[transcript, diagnostics] = jax.eval_shape(small.program(setup), *arguments)
+            state, (*told, valid) = jax.eval_shape(small.program(setup), *arguments)
+            shown[transcript, diagnostics] = tuple(told)
+            assert (valid.shape, valid.dtype) == ((3, 5), bool)
             like = jax.tree.map(lambda x: (x.shape, x.dtype), arguments[0])
             assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == like
     assert shown[False, False] == (None, None)

@@ -44,7 +44,7 @@ def run(setup=PLAIN, noise=True, **fields):
     if not noise:
         drawn["noise"] = jax.tree.map(np.zeros_like, drawn["noise"])
     state, shown = compiled(setup)(*arguments(setup, drawn, **fields))
-    public, private = jax.tree.map(lambda x: np.array(x)[:, : len(small.SIZES)], shown)
+    public, private, _ = jax.tree.map(lambda x: np.array(x)[:, : len(small.SIZES)], shown)
     return jax.tree.map(np.array, state), public, private
 
 

@@ -186,7 +186,7 @@ def test_without_a_transcript_no_upload_leaves_the_program(setup):
     """Nor the aggregate: there is the next state, which follows from it, and nothing else."""
     quiet = setup._replace(transcript=False, diagnostics=False)
     state, shown = jax.eval_shape(small.program(quiet), *small.arguments(quiet, small.ROUNDS))
-    assert shown == (None, None)
+    assert shown == (None, None, None)
     assert jax.tree.structure(state) == jax.tree.structure(small.federation(quiet).init(small.adapter()))
 
 

@@ -1,0 +1,47 @@
+"""Means that a few clients cannot drag anywhere: coordinate by coordinate, every client counting the same (Yin et al. 2018).
+
+Letters: K clients.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _sorted(leaf, valid):
+    """`leaf` [K, ...] sorted over clients, those that are not `valid` [K] last; and each place's index [K, 1, ...]."""
+    per_client = (-1, *[1] * (leaf.ndim - 1))
+    ordered = jnp.sort(jnp.where(valid.reshape(per_client), leaf, jnp.inf), axis=0)
+    return ordered, jnp.arange(len(leaf)).reshape(per_client)
+
+
+def _mean_of(leaf, kept):
+    return jnp.where(kept, leaf, 0).sum(0) / jnp.maximum(kept.sum(0), 1)
+
+
+def trimmed_mean(share):
+    """A function (uploads [K, ...], valid bool [K]) -> the mean of each coordinate without its floor(share m) smallest and as
+    many largest values, of the m valid ones (Yin et al. 2018, definition 2). `share` in [0, 1/2)."""
+
+    def combine(uploads, valid):
+        count = valid.sum()
+        cut = jnp.floor(share * count + 1e-6).astype(jnp.int32)
+
+        def one(leaf):
+            ordered, place = _sorted(leaf, valid)
+            return _mean_of(ordered, (place >= cut) & (place < count - cut))
+
+        return jax.tree.map(one, uploads)
+
+    return combine
+
+
+def median(uploads, valid):
+    """Each coordinate's median over the valid clients, the mean of the middle two where they are even in number (Yin et al. 2018,
+    definition 1); uploads [K, ...], valid bool [K]."""
+    count = valid.sum()
+
+    def one(leaf):
+        ordered, place = _sorted(leaf, valid)
+        return _mean_of(ordered, ((place == (count - 1) // 2) | (place == count // 2)) & (place < count))
+
+    return jax.tree.map(one, uploads)

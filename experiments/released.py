@@ -1,0 +1,41 @@
+"""What a run gives away in the end: the adapter that metrics and files speak of, whatever the aggregation makes of it."""
+
+import jax
+import numpy as np
+
+from dplora_jax import lora, peft
+from dplora_jax.federation import exact, methods
+from experiments import trust_modes
+
+
+def adapter(config, state):
+    """The adapter of the released model: the average where there is one."""
+    return state.average.mean if config.ema else state.adapter
+
+
+def metrics(config, sizes, evaluate, state):
+    """The public metrics of `state` (a `round.State`), by `evaluate(adapter, residual)`; where every client keeps its own B, the
+    mean over the clients' own models, by their shares of the mean, and each one's."""
+    if config.aggregation != "fedsa":
+        return evaluate(adapter(config, state), state.residual)
+    each = [
+        evaluate(methods.with_own(state.adapter, jax.tree.map(lambda b, k=client: b[k], state.own)), ())
+        for client in range(config.clients)
+    ]
+    shares = trust_modes.weights(config, sizes)
+    means = {name: float(np.dot(shares, [found[name] for found in each])) for name in each[0]} if each[0] else {}
+    return means | {f"{name}_by_client": [found[name] for found in each] for name in each[0]}
+
+
+def save(folder, config, model, params, lora_config, state, base):
+    """Write the adapter of the released model to the directory `folder` in PEFT's format; where every client keeps its own B,
+    each client's beside it in `folder`/clients. `base` is the base model's name for others."""
+    whole = jax.device_get(lora.with_frozen(params, adapter(config, state)))
+    if config.aggregation in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
+        whole, rank = exact.whole(whole, jax.device_get(state.residual))
+        lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
+    peft.save(folder, model, whole, lora_config, base)
+    if config.aggregation == "fedsa":
+        for client in range(config.clients):
+            own = methods.with_own(whole, {name: np.asarray(b[client]) for name, b in state.own.items()})
+            peft.save(folder / "clients" / str(client), model, own, lora_config, base)
