@@ -24,8 +24,8 @@ def padded_batches(table, size):
 def classifier(model, mesh, params, test):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
 
-    A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split over
-    the clients axis, and compiled once.
+    A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
+    over the clients axis, and compiled once.
     """
     labels, count = test["labels"], len(test["labels"])
     devices = mesh.shape[CLIENTS]

@@ -4,15 +4,13 @@ import dataclasses
 import os
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dplora_jax import evaluation, losses, models
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import secrets
-from experiments import canaries, records, setup
+from experiments import canaries, records, released, setup, unsaved
 
 ROWS = 64  # at a time through the model
 
@@ -28,11 +26,11 @@ def attack(config, seed=None):
         if getattr(config, name) != attacked:
             raise InputError(f"--{name}={getattr(config, name)} cannot be attacked yet, only {attacked}.")
     prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1))
-    released = _train(config, prepared, seed)
+    trained = _train(config, prepared, seed)
     tables = _tables(config)
     full = dataclasses.replace(prepared.model, start=0)
     before, after = (
-        [_losses(full, prepared.params, adapter, table) for table in tables] for adapter in (None, released)
+        [_losses(full, prepared.params, adapter, table) for table in tables] for adapter in (None, trained)
     )
     members, others = (x - y for x, y in zip(before, after, strict=True))
     return rates(members, others)
@@ -48,16 +46,10 @@ def rates(members, others):
 
 
 def _train(config, prepared, seed):
-    """The adapter that the run releases; every round in one dispatch."""
+    """The adapter that the run releases."""
     count = config.clients
-    keys = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
-    keys = secrets.round_keys(keys, range(1, config.rounds + 1), 0)
-    place = prepared.placement
-    placed = mesh.place_keys(prepared.mesh, keys, place.clients.size.shape[0])
-    program = round.make(prepared.federation, prepared.mesh)
-    state = jax.tree.map(jnp.copy, prepared.state)  # it is donated, and shares the head with the base
-    state, _ = program(state, prepared.params, place.clients, place.data, placed)
-    return state.average.mean if config.ema else state.adapter
+    held = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
+    return released.adapter(config, unsaved.train(config, prepared, held))
 
 
 def _tables(config):

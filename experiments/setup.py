@@ -37,9 +37,9 @@ class Prepared(NamedTuple):
     causes: dict  # digests of all that decides the bits of a dispatch, to be keyed before they are shown
 
 
-def prepare(config, stored=None):
+def prepare(config, stored=None, memo=None):
     """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
-    mechanisms are kept. Raises InputError."""
+    mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call. Raises InputError."""
     corpus, shares = records.load(config)
     sizes = [len(share) for share in shares]
     model, params = models.from_pretrained(config.model, config.dtype, len(corpus.label_names), config.quantize)
@@ -60,7 +60,7 @@ def prepare(config, stored=None):
     adapter, params, lora_config = program.adapter(config, model, params)
     digests = causes.digests(config, (train, shares), model, params, mechanisms, grid)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
-    model, train, test = _run_frozen_layers(config, model, params, train, test)
+    model, train, test = _run_frozen_layers(config, model, params, memo, train, test)
     shards = [{name: array[share] for name, array in train.items()} for share in shares]
     placement = mesh.place(
         grid,
@@ -96,7 +96,7 @@ def prepare(config, stored=None):
     )
 
 
-def _run_frozen_layers(config, model, params, *tables):
+def _run_frozen_layers(config, model, params, memo, *tables):
     """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
     `hidden` in place of `input_ids`). Here all records go through together; in a deployment each client runs its own."""
     depth = model.config.num_layers
@@ -113,8 +113,14 @@ def _run_frozen_layers(config, model, params, *tables):
         if table is None:
             return None
         inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
-        chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
-        hidden = np.concatenate(chunks)[: len(table["labels"])]
+        key = None if memo is None else (config.model, config.dtype, config.quantize, start, causes.of_arrays(inputs))
+        if key is None or key not in memo:
+            chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
+            hidden = np.concatenate(chunks)[: len(table["labels"])]
+        else:
+            hidden = memo[key]
+        if memo is not None:
+            memo[key] = hidden
         return {"hidden": hidden, **{name: value for name, value in table.items() if name != "input_ids"}}
 
     return dataclasses.replace(model, start=start), *map(run, tables)

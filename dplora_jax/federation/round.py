@@ -37,9 +37,10 @@ class State(NamedTuple):
 class Federation:
     """The static part of the program. `loss(model, params)` makes the local loss; `client_optimizer` and `server_optimizer` are
     optax transformations (the server's is fed the negative mean upload); `ema` is the average's decay; `wave` clients run at
-    a time on each device; `rule` is the trust mode's, `method` the aggregation's. `robust`, a function (uploads [K, ...], valid [K])
-    -> mean, takes the place of the weighted mean. `partial`: in modes `local` and `none` some clients are missing from some
-    rounds. In mode `distributed` the client's transformation runs at the server, on the mean gradient, and has no memory (SGD)."""
+    a time on each device; `rule` is the trust mode's, `method` the aggregation's. `robust`, a function (uploads
+    [K, ...], valid [K]) -> mean, takes the place of the weighted mean. `partial`: in modes `local` and `none` some clients are
+    missing from some rounds. In mode `distributed` the client's transformation runs at the server, on the mean gradient, and has
+    no memory (SGD)."""
 
     model: Any
     loss: Callable
