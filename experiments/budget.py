@@ -130,6 +130,11 @@ def _checked(config, unknown, numbers):
         raise InputError(
             "a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone."
         )
+    if config.participation != "all":
+        raise InputError(
+            f"a budget is of a client's own rounds: ask with --rounds=the rounds that it is in, without --participation="
+            f"{config.participation}."
+        )
     if unknown in ("rounds", "expected_batch_size"):
         config = dataclasses.replace(config, **{unknown: 1})
     known = {name: value for name, value in numbers.items() if name != unknown}

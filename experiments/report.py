@@ -19,6 +19,7 @@ from dplora_jax.privacy.ledger import FILE
 from experiments import ledger
 from experiments.report_figures import by_metric, figures, show_metric
 from experiments.report_text import STYLE, as_epsilon, show, show_bytes
+from experiments.summary import sent_uploads
 
 CLIENT_COLUMNS = {
     "client": "client",
@@ -28,7 +29,10 @@ CLIENT_COLUMNS = {
     "noise_multiplier": "noise_multiplier (σ)",
     "epsilon": "epsilon",
     "weight": "weight",
+    "rounds": "rounds taken part in",
+    "bytes_up": "bytes up a round",
 }
+VARIED = ("rounds", "bytes_up")  # shown where clients differ
 MOST_CLIENTS, FIRST_CLIENTS = 50, 20
 
 
@@ -147,7 +151,7 @@ def _charged(clients: list[dict], rows: list[dict]) -> list[dict]:
 
 def _clients(clients: list[dict]) -> str:
     """A row per client, or the first ones and the spread of all."""
-    names = list(CLIENT_COLUMNS)
+    names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
     shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
     body = [[show(client.get(name), name) for name in names] for client in shown]
     foot, words = [], ""
@@ -161,7 +165,7 @@ def _clients(clients: list[dict]) -> str:
                 values = [as_epsilon(v) if name == "epsilon" else v for v in (client.get(name) for client in clients)]
                 values = [v for v in values if isinstance(v, (int, float))]
                 foot[-1].append(show(of(values) if values else None, name))
-    return _table(list(CLIENT_COLUMNS.values()), body, foot) + words
+    return _table([CLIENT_COLUMNS[name] for name in names], body, foot) + words
 
 
 def _communication(config: dict, rows: list[dict], sent: dict) -> str:
@@ -169,15 +173,16 @@ def _communication(config: dict, rows: list[dict], sent: dict) -> str:
     up, full = sent.get("bytes_up_per_client_per_round"), sent.get("full_bytes_per_client_per_round")
     down, times = sent.get("bytes_down_per_client_per_round"), (rows[-1]["round"] if rows else 0)
     clients = config.get("clients") or 0
+    uploads = sent_uploads(rows, clients)
 
     def total(count):
-        return show_bytes(count * clients * times) if count is not None else "unknown"
+        return show_bytes(count * uploads) if count is not None else "unknown"
 
     body = [
         ["parameters trained and sent", show(sent.get("adapter_parameters")), show(sent.get("full_parameters"))],
         ["bytes up, per client and round", show_bytes(up), show_bytes(full)],
         ["bytes down, per client and round", show_bytes(down), show_bytes(full)],
-        [f"bytes up, {show(clients)} clients, {times} rounds", total(up), total(full)],
+        [f"bytes up, {uploads:,} uploads in {times} rounds", total(up), total(full)],
     ]
     return _table(["what travels", "adapter (this run)", "full fine-tuning"], body)
 

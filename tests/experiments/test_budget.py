@@ -130,3 +130,8 @@ def test_no_jax_is_imported_even_where_sizes_come_from_data():
         "sys.exit(code or 'jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_budget_is_of_the_rounds_that_a_client_is_in(capsys):
+    assert budget.main([*SMALL, "--noise_multiplier=1.5", "--rounds=20", "--clients=2", "--participation=fixed:1"]) == 2
+    assert "without --participation=fixed:1" in capsys.readouterr().err

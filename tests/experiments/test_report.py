@@ -262,3 +262,16 @@ def test_a_missing_or_broken_config_is_one_sentence_and_2(tmp_path, capsys, brok
 def test_importing_the_report_does_not_import_matplotlib():
     code = "import sys, experiments.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bytes_in_all_are_of_the_uploads_that_were_sent(tmp_path):
+    """Two rounds of five clients: all in the first, three in the second, of which one sent what was no number."""
+    rows = metrics()[:3]
+    rows[2] |= {"finished": 2, "dropped": [4]}
+    told = config()
+    for client, row in enumerate(told["federation"]["clients"]):
+        row["rounds"] = 1 + (client < 3)
+    text = page(tmp_path, told, rows)
+    assert "bytes up, 8 uploads in 2 rounds" in text
+    assert "rounds taken part in" in text
+    assert "rounds taken part in" not in page(tmp_path, config(), metrics())
