@@ -100,7 +100,7 @@ def test_a_resumed_run_keeps_its_mechanisms(argv):
         ([*CLIENT, "--clip_norm=inf"], "--clip_norm"),
         ([*CLIENT, "--survivors=3"], "--survivors belongs to --trust=distributed"),
         (["--epsilon=8", "--colluding=2"], "--colluding belongs to --trust=distributed"),
-        (["--epsilon=8", "--dropout=0.1"], "--dropout belongs"),
+        ([*CLIENT, "--dropout=0.1"], "--dropout with --trust=client"),
         (["--epsilon=8", "--client_rate=0.5"], "--client_rate belongs"),  # in mode local it amplifies nothing
         (["--trust=client", "--epsilon=inf", "--client_rate=0.5"], "--client_rate belongs"),
     ],
