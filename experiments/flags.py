@@ -119,7 +119,8 @@ class RunConfig:
     dispatch_rounds: int = flag(25, "the most rounds in one dispatch of the compiled program")
     mesh: str = flag("auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices")
     coordinator: str | None = flag(
-        None, "HOST:PORT of process 0, where a run has several; auto: as JAX finds it under Slurm, on TPU slices and on GKE"
+        None,
+        "HOST:PORT of process 0, where a run has several; auto: as JAX finds it under Slurm, on TPU slices and on GKE",
     )
     processes: int | None = flag(None, "how many processes there are, with --coordinator=HOST:PORT")
     process: int | None = flag(None, "which of them this is, counted from 0")
