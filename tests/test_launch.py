@@ -163,7 +163,7 @@ def test_a_signal_reaches_every_process_and_the_run_ends_as_stopped(rehearse, nu
     ("codes", "ended"),
     [
         (["waits", "1", "waits"], 1),  # the others are told to end after the grace time
-        (["76", "deaf", "waits"], 76),  # and made to, where they do not heed it
+        (["69", "deaf", "waits"], 69),  # and made to, where they do not heed it
         (["waits", "waits", "75"], 75),
         (["75", "deaf", "waits"], 137),  # one that had to be killed saved nothing
     ],
@@ -179,8 +179,8 @@ def test_when_a_process_fails_the_others_are_ended_and_its_code_is_handed_on(reh
     ("code", "restarts", "requeued"),
     [
         *((code, "0", False) for code in (0, 1, 2)),
-        *((code, "2", True) for code in (75, 76, 137)),
-        *((code, "3", False) for code in (75, 76)),
+        *((code, "2", True) for code in (75, 69, 137)),
+        *((code, "3", False) for code in (75, 69)),
     ],
 )
 def test_slurm_script_queues_itself_again_where_that_goes_on_and_not_for_ever(rehearse, code, restarts, requeued):
@@ -255,7 +255,7 @@ def test_gke_jobset_starts_all_pods_again_so_many_times_and_never_after_bad_inpu
     job = jobset["replicatedJobs"][0]["template"]["spec"]
     rules = [(rule["onExitCodes"], rule["action"]) for rule in job["podFailurePolicy"]["rules"]]
     assert {rule["containerName"] for rule, _ in rules} == {job["template"]["spec"]["containers"][0]["name"]}
-    assert [(tuple(rule["values"]), action) for rule, action in rules] == [((2,), "FailJob"), ((75, 76), "Count")]
+    assert [(tuple(rule["values"]), action) for rule, action in rules] == [((2,), "FailJob"), ((75, 69), "Count")]
     # One pod that fails fails the Job, and the JobSet makes all of it anew, except where the pods' own policy failed it.
     assert job["backoffLimit"] == 0
     assert jobset["failurePolicy"]["maxRestarts"] > 0
