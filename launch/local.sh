@@ -82,7 +82,7 @@ for ((i = 0; i < PROCESSES; i++)); do
   pids[i]=$!
 done
 code=0
-deadline=
+deadline= signal=TERM
 while ((${#pids[@]})); do
   sleep 0.2 || true
   for i in "${!pids[@]}"; do
@@ -96,7 +96,7 @@ while ((${#pids[@]})); do
     deadline=${deadline:-$((SECONDS + GRACE))}
   done
   if [[ $deadline ]] && ((SECONDS >= deadline)); then
-    tell "${signal:-TERM}"
+    tell "$signal"
     signal=KILL # if they do not heed it in as long again
     deadline=$((SECONDS + GRACE))
   fi
