@@ -139,6 +139,13 @@ class RunConfig:
     eval_every: int = flag(5, "rounds between evaluations on the public test set; 0 never evaluates")
     dispatch_rounds: int = flag(25, "the most rounds in one dispatch of the compiled program")
     mesh: str = flag("auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices")
+    coordinator: str | None = flag(
+        None,
+        "HOST:PORT of process 0, where a run has several; auto: as JAX finds it under Slurm, on TPU slices and on GKE",
+    )
+    processes: int | None = flag(None, "how many processes there are, with --coordinator=HOST:PORT")
+    process: int | None = flag(None, "which of them this is, counted from 0")
+    stall_timeout: int = flag(600, "seconds without progress of a run of several processes, after which it ends")
     wave: int = flag(1, "clients that a device computes at a time")
     microbatch: int | None = flag(None, "rows of a client's batch that a device holds at a time; default: all")
     cache_frozen: bool = flag(True, "run the layers below the adapted ones once for each record, not at each step")

@@ -24,19 +24,23 @@ TASKS = ("language_model", "classification")
 
 
 class Chip(NamedTuple):
-    """Published peaks of one chip: bfloat16 operations a second, bytes of memory and bytes a second to it, bytes a second that
-    it sends to other chips (over all its links; cloud.google.com/tpu/docs, system architecture)."""
+    """Published peaks of one chip: bfloat16 operations a second, bytes of memory and bytes a second to it, and bytes a second
+    that it sends over one link to another chip.
+
+    They stand under "System architecture" on the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation. The
+    interconnect there is a chip's, over all its links (four, six, four) and in both directions: 400, 1200 and 800 GB/s.
+    """
 
     flops: float
     hbm: float
     bandwidth: float
-    interconnect: float
+    link: float
 
 
 CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9 / 2 / 4),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9 / 2 / 6),
+    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9 / 2 / 4),
 }
 
 
@@ -117,6 +121,11 @@ def topology(name):
     except Exception as error:  # of libtpu's own making; its message says what is wrong with the layout
         raise InputError(f"--topology={name} is refused by libtpu: {' '.join(str(error).split())}") from None
     return CHIPS[kind], found.devices
+
+
+def links(name):
+    """To how many others a chip of the slice `name` has a link, at the most: one along a side of two chips, else two."""
+    return sum(min(int(side) - 1, 2) for side in name.partition(":")[2].split("x"))
 
 
 def plan(config, options, chip, devices):
@@ -206,7 +215,8 @@ def tell(config, name, task, chip, program, measured):
     times = {
         "compute": totals.passes / chip.flops,
         "memory": totals.memory / chip.bandwidth,
-        "interconnect": sum(totals.sent.values()) / chip.interconnect,
+        # A slice of one chip has no link, and sends nothing.
+        "interconnect": sum(totals.sent.values()) / (max(1, links(name)) * chip.link),
     }
     return told | {
         "flops": totals.flops,

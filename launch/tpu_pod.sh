@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from your own machine: launch/tpu_pod.sh [--dry_run] [flags of experiments.run]
+# A run on a Cloud TPU slice, on all its hosts, from your own machine: launch/tpu_pod.sh [--dry_run] [flags of experiments.run]
 # It copies the project's last commit (nothing else: no run, no secrets, no data), installs it and runs in the foreground; if the
-# line breaks, start it again and the run goes on. experiments.run does not join processes yet, so a slice of more than one host
-# (v5litepod-16 and up) is refused; a host of eight v5e chips is one process.
+# line breaks, or a host is preempted, start it again and the run goes on. To stop it, saved:
+#   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command='pkill -TERM -f experiments.run'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +11,9 @@ TPU=${TPU:-dplora}
 ZONE=${ZONE:-us-west4-a}
 # 2. What to run, and over which chips (CLIENTSxMODEL).
 FLAGS=(--flagfile="${FLAGFILE:-finance.flags}" --mesh="${MESH:-8x1}")
-# 3. Where it goes, on the worker's disk. It holds the clients' secrets while the run lasts.
+# 3. Where it goes; it holds the clients' secrets while the run lasts. On a slice of one host (v5litepod-8 and smaller), a folder on
+# its disk. On several, an absolute path below a file system that all of them have mounted, as Filestore (NFS): a gs:// bucket is
+# no folder, and through gcsfuse the hosts do not see each other's locks.
 WORKDIR=${WORKDIR:-dplora_runs/tpu}
 
 dry_run=
@@ -20,7 +22,8 @@ if [[ ${1:-} == --dry_run ]]; then
   shift
 fi
 tpu=(gcloud compute tpus tpu-vm)
-run=$(printf '%q ' python3 -m experiments.run "${FLAGS[@]}" --workdir="../$WORKDIR" "$@")
+[[ $WORKDIR == /* ]] && place=$WORKDIR || place=../$WORKDIR # seen from the project's folder there
+run=$(printf '%q ' python3 -m experiments.run "${FLAGS[@]}" --workdir="$place" --coordinator=auto "$@")
 remote="mkdir -p dplora_jax && tar xzf dplora_jax.tar.gz -C dplora_jax && cd dplora_jax && pip install -q -e '.[tpu]' && $run"
 commands() { # calls "$1" on each command of the launch
   "$1" git archive --output="$archive" HEAD
@@ -28,6 +31,10 @@ commands() { # calls "$1" on each command of the launch
   "$1" "${tpu[@]}" ssh "$TPU" --zone="$ZONE" --worker=all --command="$remote"
 }
 show() { printf '%q ' "$@" && echo; }
+if [[ $WORKDIR == *://* ]]; then
+  echo "error: WORKDIR=$WORKDIR is no folder: give a path on the hosts, on several below a file system that all have mounted." >&2
+  exit 2
+fi
 if [[ $dry_run ]]; then
   archive=dplora_jax.tar.gz
   commands show
@@ -37,8 +44,8 @@ folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 archive=$folder/dplora_jax.tar.gz
 hosts=$("${tpu[@]}" describe "$TPU" --zone="$ZONE" --format='value(networkEndpoints.len())')
-if ((hosts != 1)); then
-  echo "error: $TPU has $hosts hosts, and experiments.run works on one: take a slice of one host, as v5litepod-8." >&2
+if ((hosts > 1)) && [[ $WORKDIR != /* ]]; then
+  echo "error: $TPU has $hosts hosts, each with its own WORKDIR=$WORKDIR: give an absolute path that all of them have mounted." >&2
   exit 2
 fi
 commands command

@@ -130,8 +130,18 @@ def test_state_stays_where_it_lies_and_memory_is_the_arguments_and_more(small, q
     told = plan.tell(small, "v5e:2x2", "classification", plan.CHIPS["v5e"], program, measured)
     assert told["fits"]
     assert told["round_seconds"] == max(told["seconds"].values()) > 0
+    # In a slice of 2x2 chips each has two neighbours, to each of whom it sends 50 GB a second.
+    assert told["seconds"]["interconnect"] == pytest.approx(sum(measured.totals.sent.values()) / 100e9)
     json.dumps(told)
     plan.show(told)
+
+
+@pytest.mark.parametrize(
+    ("topology", "links"),
+    [("v5e:1x1", 0), ("v5e:2x2", 2), ("v5e:2x4", 3), ("v5e:4x8", 4), ("v5p:2x2x1", 2), ("v5p:4x4x4", 6)],
+)
+def test_a_chip_has_links_to_its_neighbours_in_the_slice_alone(topology, links):
+    assert plan.links(topology) == links
 
 
 def test_what_cannot_hold_its_arguments_is_not_compiled(small):
