@@ -183,7 +183,7 @@ def metrics(job, rounds, attempt, seconds):
         coarse = accounting.epsilon_curve(m, inner, config.delta, 1e-2)
         curves[m] = (*(min(value, end) for value in coarse), end)  # no round costs more than a later one
     sizes = [client["records"] for client in job.prepared.facts["clients"]]
-    rate = length * trust_modes.examples(config, sizes) / seconds
+    rate = length * trust_modes.examples(config, sizes, job.prepared.mechanisms) / seconds
     lines, senders = [], trust_modes.senders(config, paid_secrets(job), range(*rounds), attempt)
     for index in range(length):
         spent = [curves[m][index] for m in job.prepared.mechanisms]

@@ -49,7 +49,7 @@ def adapter(config, model, params):
 
 
 def federation(config, model, loss, mechanisms, adapter, placement):
-    """The static part of the rounds (`round.Federation`); `placement` gives the largest `records` and `capacity` of a client."""
+    """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says."""
     plain = config.trust == "client"  # there, clipping and noise are the server's
     local = LocalConfig(
         config.local_steps,
@@ -65,7 +65,7 @@ def federation(config, model, loss, mechanisms, adapter, placement):
         bits=bits(config, mechanisms, adapter),
     )
     client, server = optimizers(config)
-    rule = trust_modes.rule(config, mechanisms)
+    rule = trust_modes.rule(config, mechanisms, placement.sizes)
     return round.Federation(model, loss, local, client, server, config.ema, wave(config), rule)
 
 

@@ -47,7 +47,7 @@ def test_the_shares_of_the_clients_that_are_counted_on_make_the_whole_noise(more
     found = mechanisms(config, sizes)
     shares = [m.noise_multiplier for m in trust_modes.own(config, sizes, found)]
     assert math.sqrt(sum(share**2 for share in shares[:honest])) == pytest.approx(found[0].noise_multiplier)
-    rule = trust_modes.rule(config, found)
+    rule = trust_modes.rule(config, found, sizes)
     assert rule.survivors == (config.survivors or config.clients)
     assert rule.divisor == pytest.approx(64 * config.clients)
 
@@ -58,7 +58,7 @@ def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
     assert found == [Mechanism(30, 0.3, 30, found[0].noise_multiplier)] * 30
     assert config.steps_per_round == 1
     assert 3.98 < accounting.epsilon(found[0], 10, config.delta) <= 4
-    rule = trust_modes.rule(config, found)
+    rule = trust_modes.rule(config, found, [50] * 30)
     assert rule.noise_std == pytest.approx(found[0].noise_multiplier * config.clip_norm)
     assert (rule.clip_norm, rule.divisor) == (config.clip_norm, pytest.approx(9))
     assert {m.noise_multiplier for m in trust_modes.own(config, [50] * 30, found)} == {0}

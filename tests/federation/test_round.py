@@ -70,7 +70,7 @@ def test_no_client_fills_more_rows_than_its_own_capacity():
 def test_samples_differ_by_step_round_and_client():
     """All clients with one and the same records, rate and capacity would still see different samples."""
     scales = [dict(r, scale=np.exp(np.arange(len(r["scale"]), dtype=np.float32))) for r in small.records()]
-    loss = small.run(data=scales, size=4, join_below=2**29, capacity=4)[2]["loss"]
+    loss = small.run(data=scales, size=4, population=4, join_below=2**29, capacity=4)[2]["loss"]
     assert len(np.unique(loss)) > 20
 
 
