@@ -71,7 +71,7 @@ def test_no_client_of_a_class_has_less_noise_than_its_own_calibration_says(found
 
 
 def test_adaptive_and_given_noise_and_parts_take_classes_too(monkeypatch):
-    monkeypatch.setattr(size_classes, "CLASSES", 2)
+    monkeypatch.setattr(size_classes, "CLASSES", 3)
     options = {"delta": DELTA, "steps": 4, "expected_batch_size": 8}
     given = accounting.with_noise(MANY, noise_multiplier=1.1, **options)
     assert len(set(given)) == 2
