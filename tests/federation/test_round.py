@@ -108,23 +108,6 @@ def test_one_dispatch_of_three_rounds_is_three_of_one():
     jax.tree.map(close, jax.tree.map(lambda *x: np.concatenate(x), *shown), whole[1])
 
 
-@pytest.mark.parametrize(
-    "setup",
-    [
-        small.Setup(rows=8),
-        small.Setup(rows=4, wave=2),
-        small.Setup(wave=5, microbatch=4),
-        small.Setup(rows=4, columns=2, microbatch=3),
-        small.Setup(rows=2, columns=4),
-    ],
-    ids=lambda s: f"{s.rows}x{s.columns}-wave{s.wave}-micro{s.microbatch}",
-)
-def test_mesh_waves_and_microbatches_change_nothing(setup):
-    """Nor do padding clients, on the meshes that five clients do not fill."""
-    one, other = small.run(), small.run(setup)
-    jax.tree.map(close, other, one)
-
-
 def test_padding_clients_upload_nothing_even_with_keys():
     setup = small.Setup(rows=8)
     state, params, clients, data, keys = small.arguments(setup, small.ROUNDS)
