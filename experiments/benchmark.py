@@ -4,7 +4,8 @@
 
 prints, for each form of the step, the median time, its ratio to the fastest plain step of the same round of the
 interleaving (median and quartiles), examples and tokens a second; then how long calibration takes for five clients.
-With `--measure=memory` it prints what loading, the loss and frozen weights in fewer bits take (experiments/memory.py).
+With `--measure=memory` it prints what loading, the loss and frozen weights in fewer bits take (experiments/memory.py),
+and with `--measure=clients` what a round of many clients takes (experiments/scale.py).
 """
 
 import platform
@@ -20,7 +21,7 @@ from absl import flags
 from dplora_jax import lora, losses, models
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, clipping, noise
-from experiments import memory
+from experiments import memory, scale
 
 
 def define():
@@ -32,7 +33,11 @@ def define():
     flags.DEFINE_integer("rank", 4, "LoRA rank", lower_bound=1, flag_values=values)
     flags.DEFINE_list("targets", ["q", "v"], "matrices to adapt", flag_values=values)
     flags.DEFINE_boolean("freeze_a", False, "train B alone", flag_values=values)
-    flags.DEFINE_enum("measure", "time", ["time", "memory"], "what to measure", flag_values=values)
+    flags.DEFINE_enum("measure", "time", ["time", "memory", "clients"], "what to measure", flag_values=values)
+    flags.DEFINE_list(
+        "clients", list(map(str, scale.CLIENTS)), "how many clients, for each of them", flag_values=values
+    )
+    flags.DEFINE_integer("records", 20, "records of each of many clients", lower_bound=4, flag_values=values)
     flags.DEFINE_float("gigabytes", 1.2, "size of the model made to measure loading", flag_values=values)
     flags.DEFINE_string("frozen", "SmolLM2-135M-Instruct", "the base to hold in fewer bits", flag_values=values)
     flags.DEFINE_integer("repeats", 9, "how often each form is timed", lower_bound=3, flag_values=values)
@@ -99,6 +104,11 @@ def main(argv=None):
             ):
                 for line in lines:
                     print(line, flush=True)
+            return 0
+        if config.measure == "clients":
+            counts = [int(count) for count in config.clients]
+            for line in scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats):
+                print(line, flush=True)
             return 0
         functions, arguments = steps(config)
     except (flags.Error, InputError, ValueError) as error:

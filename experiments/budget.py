@@ -38,9 +38,10 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A config with the unknown filled in, a Mechanism for each distinct size (ascending), and what its rounds cost each."""
+    """A config with the unknown filled in, and for each distinct size (ascending) its Mechanism and what its rounds cost."""
 
     config: flags.RunConfig
+    sizes: list
     mechanisms: list
     epsilons: list
     bounded: bool  # the unknown stopped at the end of its range, not at the budget
@@ -175,7 +176,7 @@ def solve(question):
         config = dataclasses.replace(config, epsilon=max(epsilons))
     if unknown == "noise_multiplier":
         config = dataclasses.replace(config, noise_multiplier=max(m.noise_multiplier for m in mechanisms))
-    return Answer(config, mechanisms, epsilons, bounded)
+    return Answer(config, sizes, mechanisms, epsilons, bounded)
 
 
 def _mechanisms(config, sizes):
@@ -233,16 +234,18 @@ def tell(question, answer):
     rounds = sorted({max(1, round(config.rounds * i / POINTS)) for i in range(POINTS + 1)})
     counts = tuple(count * config.local_steps for count in rounds)
     few = min(CURVES, len(answer.mechanisms))
-    curves = [answer.mechanisms[round(i * (len(answer.mechanisms) - 1) / max(1, few - 1))] for i in range(few)]
+    curves = [round(i * (len(answer.sizes) - 1) / max(1, few - 1)) for i in range(few)]
     clients = []
-    for m, spent in zip(answer.mechanisms, answer.epsilons, strict=True):
+    for n, m, spent in zip(answer.sizes, answer.mechanisms, answer.epsilons, strict=True):
         sigma, paper = m.noise_multiplier, paper_bound.epsilon
         clients.append(
             {
                 **dataclasses.asdict(m),
-                "clients": question.sizes.count(m.records),
+                "records": n,
+                "sampled_from": m.records,
+                "clients": question.sizes.count(n),
                 "epsilon": spent,
-                "mean_gradient_noise": sigma * config.clip_norm / (m.sampling_rate * m.records),
+                "mean_gradient_noise": sigma * config.clip_norm / (m.sampling_rate * n),
                 "renyi_epsilon": accounting.renyi_epsilon(m, steps, config.delta),
                 "paper_epsilon": paper(m.sampling_rate, sigma, steps, config.delta),
                 "paper_reach": paper_bound.reach(m.sampling_rate, steps),
@@ -256,7 +259,11 @@ def tell(question, answer):
         "clients": clients,
         "curve_rounds": rounds,
         "curves": [
-            {"records": m.records, "epsilon": list(accounting.epsilon_curve(m, counts, config.delta))} for m in curves
+            {
+                "records": answer.sizes[i],
+                "epsilon": list(accounting.epsilon_curve(answer.mechanisms[i], counts, config.delta)),
+            }
+            for i in curves
         ],
     }
 

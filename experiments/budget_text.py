@@ -1,5 +1,6 @@
 """How `experiments.budget` shows its answer: a table and bars in the terminal, and a figure of epsilon over the rounds."""
 
+import itertools
 import sys
 
 from dplora_jax.errors import InputError
@@ -18,10 +19,11 @@ def show(told):
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("records", "clients", "q", "capacity", "sigma", "rounds", "epsilon", "RDP", "paper", "noise"):
         table.add_column(name, justify="right")
-    for row in told["clients"]:
+    for rows in _alike(told["clients"]):
+        row, last = rows[0], rows[-1]
         table.add_row(
-            f"{row['records']:,}",
-            str(row["clients"]),
+            f"{row['records']:,}" + (f" to {last['records']:,}" if len(rows) > 1 else ""),
+            str(sum(each["clients"] for each in rows)),
             f"{row['sampling_rate']:.4g}",
             f"{row['capacity']:,}",
             f"{row['noise_multiplier']:.4g}",
@@ -42,6 +44,12 @@ def show(told):
     console.print()
     for note in notes(told):
         console.print(note)
+
+
+def _alike(clients):
+    """Rows in groups of one mechanism (`size_classes`); of each, the first has the fewest records and so the most noise."""
+    mechanism = lambda row: tuple(row[name] for name in ("sampled_from", "sampling_rate", "noise_multiplier"))  # noqa: E731
+    return [list(rows) for _, rows in itertools.groupby(clients, mechanism)]
 
 
 def _sentence(told):

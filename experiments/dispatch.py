@@ -199,7 +199,7 @@ def metrics(job, rounds, attempt, seconds, shown):
     epsilons = _epsilons(job, rounds)
     sizes = [client["records"] for client in job.prepared.facts["clients"]]
     share = np.mean(participants.schedule(config)[rounds[0] - 1 : rounds[1] - 1]) if participants.partial(config) else 1
-    rate = float(length * share * trust_modes.examples(config, sizes) / seconds)
+    rate = float(length * share * trust_modes.examples(config, sizes, job.prepared.mechanisms) / seconds)
     lines, senders = [], trust_modes.senders(config, paid_secrets(job), range(*rounds), attempt)
     for index in range(length):
         lines.append(

@@ -15,9 +15,10 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, count, config.delta) for m, count in zip(mechanisms, steps, strict=True)]
     up, down = traffic.of_run(config, adapter)
-    clients = [
-        {"client": k, **dataclasses.asdict(m), "records": n, "epsilon": e, "weight": w}
-        for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, trust_modes.weights(config, sizes), strict=True))
+    weights = trust_modes.weights(config, sizes, mechanisms)
+    clients = [  # `sampled_from` is the mechanism's own records: with null ones, or in mode `client` the clients
+        {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
+        for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
     ]
     method = [
         *trust_modes.method(config),

@@ -64,10 +64,14 @@ def _real(value):
 def mechanisms(config):
     """Each client's mechanism as config.json (a dict) has it: what an earlier version did not write is at its default."""
     names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
-    # In mode `client` the rows tell the clients' own records, and the mechanism's are the clients.
-    own = {"records": config["clients"]} if config["trust"] == "client" else {}
-    rows = config["federation"]["clients"]
-    return [accounting.Mechanism(**{name: row[name] for name in names if name in row} | own) for row in rows]
+    # The rows tell the clients' own records. The mechanism's are more where there are null ones; in mode `client`, the clients.
+    own = (lambda row: config["clients"]) if config["trust"] == "client" else (lambda row: row["records"])
+    return [
+        accounting.Mechanism(
+            **{name: row[name] for name in names if name in row} | {"records": row.get("sampled_from", own(row))}
+        )
+        for row in config["federation"]["clients"]
+    ]
 
 
 def _charged(ledger):

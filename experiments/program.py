@@ -61,7 +61,7 @@ def adapter(config, model, params):
 
 
 def federation(config, model, loss, mechanisms, adapter, placement):
-    """The static part of the rounds (`round.Federation`); `placement` gives the largest `records` and `capacity` of a client."""
+    """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says."""
     plain = config.trust == "client"  # there, clipping and noise are the server's
     local = LocalConfig(
         config.local_steps,
@@ -88,7 +88,7 @@ def federation(config, model, loss, mechanisms, adapter, placement):
         *optimizers(config),
         ema=config.ema,
         wave=wave(config),
-        rule=trust_modes.rule(config, mechanisms),
+        rule=trust_modes.rule(config, mechanisms, placement.sizes),
         method=method,
         robust=_robust(config.robust),
         partial=participants.partial(config),

@@ -40,10 +40,17 @@ def own(config, sizes, mechanisms):
     return mechanisms
 
 
-def rule(config, mechanisms):
+def expected_batches(config, sizes, mechanisms):
+    """How many of its own records each client expects in a local step's batch."""
+    if config.trust == "client":  # its mechanisms are of clients
+        return [min(n, config.expected_batch_size) for n in sizes]
+    return [m.sampling_rate * n for m, n in zip(mechanisms, sizes, strict=True)]
+
+
+def rule(config, mechanisms, sizes):
     """The server's part of a round."""
     if config.trust == "distributed":
-        return Rule("distributed", sum(m.sampling_rate * m.records for m in mechanisms), config.survivors)
+        return Rule("distributed", sum(expected_batches(config, sizes, mechanisms)), config.survivors)
     if config.trust == "client":
         expected = config.client_rate * config.clients
         std = mechanisms[0].noise_multiplier * config.clip_norm
@@ -58,9 +65,9 @@ def joining(config):
     return config.client_rate if config.trust == "client" else None
 
 
-def examples(config, sizes):
+def examples(config, sizes, mechanisms):
     """The expected count of records in a round's batches: public, unlike the count that was drawn."""
-    return (joining(config) or 1) * config.local_steps * sum(min(n, config.expected_batch_size) for n in sizes)
+    return (joining(config) or 1) * config.local_steps * sum(expected_batches(config, sizes, mechanisms))
 
 
 def senders(config, secrets, rounds, attempt):
@@ -77,11 +84,11 @@ def parties(config):
     return config.clients + (config.trust == "client")
 
 
-def weights(config, sizes):
+def weights(config, sizes, mechanisms):
     """Each client's share of the mean, if all take part."""
     if config.trust == "client":
         return [1 / len(sizes)] * len(sizes)
-    parts = [min(n, config.expected_batch_size) for n in sizes] if config.trust == "distributed" else sizes
+    parts = expected_batches(config, sizes, mechanisms) if config.trust == "distributed" else sizes
     return [part / sum(parts) for part in parts]
 
 

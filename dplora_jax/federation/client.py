@@ -18,14 +18,16 @@ from dplora_jax.privacy import adaptive, clipping, integers, noise, sampling
 class Client(NamedTuple):
     """What the program knows of a client, all public; each field is [K] where clients are stacked.
 
-    Its records are rows `offset` to `offset + size` of its device's arrays. `join_below` is `sampling.threshold` of its rate,
+    Its records are rows `offset` to `offset + size` of its device's arrays. A step samples from `population` >= size records
+    (`accounting.Mechanism.records`), those beyond its own being null. `join_below` is `sampling.threshold` of its rate,
     `capacity` the rows it may fill, `divisor` its expected batch size q n, `noise_std` sigma * clip_norm, `weight` its share
     of the mean, `count_std` the noise on its centred count (adaptive clipping), and `rank` its own LoRA rank, where clients have
-    several. A padding client has size 0, weight 0 and divisor 1.
+    several. A padding client has size, population and weight 0 and divisor 1.
     """
 
     offset: Any
     size: Any
+    population: Any
     join_below: Any
     capacity: Any
     divisor: Any
@@ -37,15 +39,14 @@ class Client(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
-    """The static part of a local step. `records` and `capacity` are the largest of any client; `private` False is trust mode
-    `none`: no noise, and no clipping when `clip_norm` is infinite. `microbatch` rows are held in memory at a time
-    (None = all). `clipping` is a mode of `clipped_grad_sum`, or "adaptive": flat, at a clip norm that each client moves towards
-    the `quantile` of its norms at rate `quantile_rate`, from `clip_norm` on. With `bands` above 1, the noise of a round's steps
-    is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`. With `bits` (hardened
-    noise), gradients are integers on a grid of clip_norm 2^-bits, and noise and sampling draws come from the host. With `ranks`,
-    a client's noise stays within its own rank, as the
-    gradient of an adapter that is cut to it does (`lora.truncate`). With `upload_bits`, uploads are rounded to so
-    many bits a number (`compression.rounded`)."""
+    """The static part of a local step. `records` is the largest population and `capacity` the largest of any client;
+    `private` False is trust mode `none`: no noise, and no clipping when `clip_norm` is infinite. `microbatch` rows are held in
+    memory at a time (None = all). `clipping` is a mode of `clipped_grad_sum`, or "adaptive": flat, at a clip norm that each
+    client moves towards the `quantile` of its norms at rate `quantile_rate`, from `clip_norm` on. With `bands` above 1, the
+    noise of a round's steps is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`.
+    With `bits` (hardened noise), gradients are integers on a grid of clip_norm 2^-bits, and noise and sampling draws come from
+    the host. With `ranks`, a client's noise stays within its own rank, as the gradient of an adapter that is cut to it does
+    (`lora.truncate`). With `upload_bits`, uploads are rounded to so many bits a number (`compression.rounded`)."""
 
     local_steps: int
     clip_norm: float
@@ -151,21 +152,22 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
 
 
 def _sample(config, client, keys, index):
-    """Which of the client's records join local step `index`: (rows within the client [capacity], weights of 0 or 1)."""
+    """Which of the client's records join local step `index`: (rows within the client [capacity], weights of 0 or 1). Null
+    records are drawn and take rows like others, for they are accounted as records; their weight is 0."""
     if config.bits is not None:
         draws = keys["sampling"][index]
-        return sampling.chosen(draws, client.size, client.join_below, client.capacity, config.capacity)
-    four = jax.vmap(lambda key: jax.random.fold_in(key, index))(
-        jax.random.wrap_key_data(keys["sampling"], impl="threefry2x32")
-    )
-    part = lambda size: (size + config.bands - 1) // config.bands  # noqa: E731
-    rows, weights = sampling.poisson(
-        four, part(client.size), client.join_below, client.capacity, part(config.records), config.capacity
-    )
-    if config.bands == 1:
-        return rows, weights
-    rows = rows * config.bands + index % config.bands
-    inside = rows < client.size  # a part one record short is filled up with a null record
+        rows, weights = sampling.chosen(draws, client.population, client.join_below, client.capacity, config.capacity)
+    else:
+        four = jax.vmap(lambda key: jax.random.fold_in(key, index))(
+            jax.random.wrap_key_data(keys["sampling"], impl="threefry2x32")
+        )
+        part = lambda size: (size + config.bands - 1) // config.bands  # noqa: E731
+        rows, weights = sampling.poisson(
+            four, part(client.population), client.join_below, client.capacity, part(config.records), config.capacity
+        )
+        if config.bands > 1:
+            rows = rows * config.bands + index % config.bands
+    inside = rows < client.size
     return jnp.where(inside, rows, 0), weights * inside
 
 

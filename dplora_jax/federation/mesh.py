@@ -57,16 +57,19 @@ def base_sharding(mesh, params):
 
 class Placement(NamedTuple):
     """Clients and their records on the mesh: `clients` fields [K'] and `data` arrays [devices * N, ...], both split over
-    `clients`; K' is K rounded up to the mesh (and to whole waves), with padding clients of weight 0."""
+    `clients`; K' is K rounded up to the mesh (and to whole waves), with padding clients of weight 0. `records` (populations)
+    and `capacity` are the largest of any client, `sizes` [K] their own records."""
 
     clients: Client
     data: dict
     records: int
     capacity: int
+    sizes: list
 
 
 def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None):
-    """Lay out clients for `round.make`: `shards` is a list of dicts of [n_k, ...] arrays, one a client.
+    """Lay out clients for `round.make`: `shards` is a list of dicts of [n_k, ...] arrays, one a client, and
+    `mechanisms` says what each samples from, at least its own records.
 
     Weights are n_k / n; `ranks` are the clients' own, where they have several. Consecutive clients share a device, `wave` of
     them at a time.
@@ -92,9 +95,10 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None):
     clients = Client(
         offset=padded(offsets, np.int32),
         size=padded(sizes, np.int32),
+        population=padded([m.records for m in mechanisms], np.int32),
         join_below=padded([sampling.threshold(m.join_rate) for m in mechanisms], np.int32),
         capacity=padded([m.capacity for m in mechanisms], np.int32),
-        divisor=padded([m.sampling_rate * m.records for m in mechanisms], np.float32, 1),
+        divisor=padded([m.sampling_rate * n for m, n in zip(mechanisms, sizes, strict=True)], np.float32, 1),
         noise_std=padded([m.noise_multiplier * clip_norm if m.noise_multiplier else 0 for m in mechanisms], np.float32),
         weight=padded([size / total for size in sizes], np.float32),
         count_std=padded([m.count_noise for m in mechanisms], np.float32),
@@ -102,7 +106,8 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None):
     )
     sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
     data = {name: jax.device_put(stacked(name), sharding) for name in shards[0]}
-    return Placement(jax.device_put(clients, sharding), data, max(sizes), max(m.capacity for m in mechanisms))
+    largest = (max(getattr(m, name) for m in mechanisms) for name in ("records", "capacity"))
+    return Placement(jax.device_put(clients, sharding), data, *largest, sizes)
 
 
 def place_keys(mesh, keys, clients):

@@ -13,6 +13,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import rdp_privacy_accountant
 
 from dplora_jax.errors import InputError
+from dplora_jax.privacy import size_classes
 
 NEIGHBOURS = privacy_accountant.NeighboringRelation.REPLACE_SPECIAL
 GRID = 1e-3  # of the privacy losses that are reported
@@ -25,9 +26,10 @@ CLIP_NORMS = (1e-6, 1e6)
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
     """One client's local step: Poisson sampling of `records` at `sampling_rate` into `capacity` rows, and Gaussian noise of
-    `noise_multiplier` times the clipping norm on the sum. With adaptive clipping, N(0, count_noise^2) on the centred count is
-    released along with it. With `bands` above 1, the noise of as many steps is correlated and each step samples one of as
-    many parts of the records, in turn. All of it is public."""
+    `noise_multiplier` times the clipping norm on the sum. Where a client has fewer (`size_classes`), the rest are null records:
+    they join and take rows as others do, and contribute nothing. With adaptive clipping, N(0, count_noise^2) on the centred
+    count is released along with it. With `bands` above 1, the noise of as many steps is correlated and each step samples one
+    of as many parts of the records, in turn. All of it is public."""
 
     records: int
     sampling_rate: float  # over all records: the expected batch is sampling_rate * records, whatever the parts
@@ -105,6 +107,7 @@ def composed(parts, delta, grid=GRID):
     return float(functools.reduce(lambda x, y: x.compose(y), losses).get_epsilon_for_delta(delta))
 
 
+@functools.cache
 def renyi_epsilon(mechanism, steps, delta):
     """epsilon of the same steps by Renyi accounting, a looser upper bound by other means: a cross-check, never what is promised.
     It is of plain Poisson sampling (its accountant knows no capacity), so it says nothing of what a capacity costs."""
@@ -123,13 +126,15 @@ def sampling_rate(records, expected_batch_size):
 def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, count_noise=None, bands=1):
     """The least noise for each client of `sizes` records that keeps `steps` local steps within (target, delta).
 
-    -> a list of Mechanism, in order. `adaptive` releases a centred count too, under noise of std `count_noise` (None chooses
-    it, see `_with_count`). Raises InputError where no noise multiplier in NOISE_RANGE would do.
+    -> a list of Mechanism, in order; many distinct sizes are accounted in classes (`size_classes`). `adaptive` releases a
+    centred count too, under noise of std `count_noise` (None chooses it, see `_with_count`). Raises InputError where no noise
+    multiplier in NOISE_RANGE would do.
     """
     grid = min(1e-2, max(GRID, target / 400))
+    classes = size_classes.of(sizes, expected_batch_size)
     found, guess, spread = {}, 1.0, None
-    for size in sorted(set(sizes)):
-        step = _step(size, expected_batch_size, bands)
+    for members in sorted(set(classes.values())):
+        step = _step(members, expected_batch_size, bands)
 
         def cost(noise, capacity=step.part, step=step):
             return epsilon(_with_noise(step, noise, capacity), steps, delta, grid)
@@ -141,17 +146,20 @@ def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, 
             if capacity == step.part and cost(plain) <= target
             else _least_noise(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
         )
-        found[size], guess = _with_noise(step, noise, capacity), noise
+        found[members], guess = _with_noise(step, noise, capacity), noise
     if adaptive:
-        found = {size: _with_count(step, count_noise) for size, step in found.items()}
-    return [found[size] for size in sizes]
+        found = {members: _with_count(step, count_noise) for members, step in found.items()}
+    return [found[classes[size]] for size in sizes]
 
 
 def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adaptive=False, count_noise=None, bands=1):
-    """Mechanisms of a given noise multiplier, each with the smallest capacity that costs under CAPACITY_COST of epsilon."""
+    """Mechanisms of a given noise multiplier, each with the smallest capacity that costs under CAPACITY_COST of epsilon; many
+    distinct sizes in classes, as `calibrate` has them, unless there is no noise to account for."""
+    exact = {size: (size, size) for size in sizes}
+    classes = size_classes.of(sizes, expected_batch_size) if noise_multiplier else exact
     found, spread = {}, None
-    for size in sorted(set(sizes)):
-        step = _with_noise(_step(size, expected_batch_size, bands), noise_multiplier, None)
+    for members in sorted(set(classes.values())):
+        step = _with_noise(_step(members, expected_batch_size, bands), noise_multiplier, None)
         if adaptive and noise_multiplier:
             share = _count_noise(step, count_noise)
             step = dataclasses.replace(step, count_noise=share)
@@ -162,19 +170,20 @@ def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adapt
         capacity = generous_capacity(step.part, step.join_rate) if noise_multiplier == 0 else None
         if capacity is None:
             capacity, spread = _least_capacity(step.part, step.join_rate, cost, spread)
-        found[size] = dataclasses.replace(step, capacity=capacity)
-    return [found[size] for size in sizes]
+        found[members] = dataclasses.replace(step, capacity=capacity)
+    return [found[classes[size]] for size in sizes]
 
 
-def _step(size, expected_batch_size, bands):
-    """A client's sampling, its noise and capacity to be found."""
-    rate = sampling_rate(size, expected_batch_size)
+def _step(members, expected_batch_size, bands):
+    """The sampling of clients of `members` = (smallest, largest) size, the noise and capacity to be found."""
+    smallest, largest = members
+    rate = sampling_rate(smallest, expected_batch_size)
     if bands > 1 and rate * bands > 1 + 1e-9:
         raise InputError(
-            f"--noise=banded samples each step from one of {bands} parts of a client's records: {size} records have too small "
-            f"parts for an expected batch of {expected_batch_size:g}; lower --bands or --expected_batch_size."
+            f"--noise=banded samples each step from one of {bands} parts of a client's records: {smallest} records have too "
+            f"small parts for an expected batch of {expected_batch_size:g}; lower --bands or --expected_batch_size."
         )
-    return Mechanism(size, rate, 0, 0.0, bands=bands)
+    return Mechanism(largest, rate, 0, 0.0, bands=bands)
 
 
 def _with_noise(step, noise, capacity):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, size_classes
 from experiments import budget
 
 SMALL = ("--records=60,200", "--expected_batch_size=12", "--local_steps=2", "--delta=1e-4")
@@ -45,6 +45,22 @@ def test_the_noise_for_a_budget_is_what_a_run_calibrates(capsys):
     found = accounting.calibrate((60, 200), 12, 40, 4.0, 1e-4)
     assert [row["noise_multiplier"] for row in told["clients"]] == [m.noise_multiplier for m in found]
     assert [row["capacity"] for row in told["clients"]] == [m.capacity for m in found]
+
+
+def test_sizes_of_one_class_are_told_each_and_shown_together(capsys, monkeypatch):
+    """Noise on the mean gradient is by a client's own records: the fewest have the most."""
+    monkeypatch.setattr(size_classes, "MOST", 1)
+    monkeypatch.setattr(size_classes, "CLASSES", 2)
+    flags = (*SMALL, "--noise_multiplier=1.5", "--rounds=20")
+    told = ask(capsys, *flags)
+    assert [(row["records"], row["sampled_from"], row["sampling_rate"]) for row in told["clients"]] == [
+        (60, 200, 12 / 60),
+        (200, 200, 12 / 60),
+    ]
+    assert [row["mean_gradient_noise"] for row in told["clients"]] == pytest.approx([1.5 / 12, 1.5 / 40])
+    assert [curve["records"] for curve in told["curves"]] == [60, 200]
+    budget.main(list(flags))
+    assert "60 to 200" in capsys.readouterr().out
 
 
 def test_rounds_and_batch_are_the_largest_that_fit(capsys):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import accounting, secrets
+from dplora_jax.privacy import accounting, secrets, size_classes
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 from experiments import flags, program, run, trust_modes
@@ -47,7 +47,7 @@ def test_the_shares_of_the_clients_that_are_counted_on_make_the_whole_noise(more
     found = mechanisms(config, sizes)
     shares = [m.noise_multiplier for m in trust_modes.own(config, sizes, found)]
     assert math.sqrt(sum(share**2 for share in shares[:honest])) == pytest.approx(found[0].noise_multiplier)
-    rule = trust_modes.rule(config, found)
+    rule = trust_modes.rule(config, found, sizes)
     assert rule.survivors == (config.survivors or config.clients)
     assert rule.divisor == pytest.approx(64 * config.clients)
 
@@ -58,7 +58,7 @@ def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
     assert found == [Mechanism(30, 0.3, 30, found[0].noise_multiplier)] * 30
     assert config.steps_per_round == 1
     assert 3.98 < accounting.epsilon(found[0], 10, config.delta) <= 4
-    rule = trust_modes.rule(config, found)
+    rule = trust_modes.rule(config, found, [50] * 30)
     assert rule.noise_std == pytest.approx(found[0].noise_multiplier * config.clip_norm)
     assert (rule.clip_norm, rule.divisor) == (config.clip_norm, pytest.approx(9))
     assert {m.noise_multiplier for m in trust_modes.own(config, [50] * 30, found)} == {0}
@@ -72,6 +72,35 @@ def test_a_resumed_run_keeps_its_mechanisms(argv):
     config = flags.parse(argv)
     found = mechanisms(config)
     rows = [dataclasses.asdict(m) | {"records": n} for m, n in zip(found, SIZES, strict=True)]
+    stored = dataclasses.asdict(config) | {"federation": {"clients": rows}}
+    assert mechanisms(config, SIZES, stored) == found
+
+
+@pytest.fixture
+def two_classes(monkeypatch):
+    """Three sizes are many: 60 and 400 make one class, 900 another."""
+    monkeypatch.setattr(size_classes, "MOST", 2)
+    monkeypatch.setattr(size_classes, "of", lambda sizes, _: {60: (60, 400), 400: (60, 400), 900: (900, 900)})
+
+
+@pytest.mark.parametrize(
+    "argv", [DISTRIBUTED, ["--clients=3", "--rounds=10", "--epsilon=4"]], ids=["distributed", "local"]
+)
+def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_classes):
+    """And a resumed run reads from config.json both their own records and those that are accounted."""
+    config = flags.parse(argv)
+    found = mechanisms(config)
+    assert [(m.records, m.sampling_rate) for m in found] == [(400, 1), (400, 1), (900, 64 / 900)]
+    assert all(accounting.epsilon(m, 10, config.delta) <= 4 for m in found)
+    expected = [400, 60, 64]
+    assert trust_modes.expected_batches(config, SIZES, found) == pytest.approx(expected)
+    assert trust_modes.examples(config, SIZES, found) == pytest.approx(sum(expected))
+    if config.trust == "distributed":
+        assert trust_modes.rule(config, found, SIZES).divisor == pytest.approx(sum(expected))
+        assert trust_modes.weights(config, SIZES, found) == pytest.approx([part / 524 for part in expected])
+    rows = [
+        dataclasses.asdict(m) | {"records": n, "sampled_from": m.records} for m, n in zip(found, SIZES, strict=True)
+    ]
     stored = dataclasses.asdict(config) | {"federation": {"clients": rows}}
     assert mechanisms(config, SIZES, stored) == found
 

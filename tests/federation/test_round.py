@@ -70,7 +70,7 @@ def test_no_client_fills_more_rows_than_its_own_capacity():
 def test_samples_differ_by_step_round_and_client():
     """All clients with one and the same records, rate and capacity would still see different samples."""
     scales = [dict(r, scale=np.exp(np.arange(len(r["scale"]), dtype=np.float32))) for r in small.records()]
-    loss = small.run(data=scales, size=4, join_below=2**29, capacity=4)[2]["loss"]
+    loss = small.run(data=scales, size=4, population=4, join_below=2**29, capacity=4)[2]["loss"]
     assert len(np.unique(loss)) > 20
 
 
@@ -106,23 +106,6 @@ def test_one_dispatch_of_three_rounds_is_three_of_one():
     whole = small.run()
     jax.tree.map(close, state, whole[0])
     jax.tree.map(close, jax.tree.map(lambda *x: np.concatenate(x), *shown), whole[1])
-
-
-@pytest.mark.parametrize(
-    "setup",
-    [
-        small.Setup(rows=8),
-        small.Setup(rows=4, wave=2),
-        small.Setup(wave=5, microbatch=4),
-        small.Setup(rows=4, columns=2, microbatch=3),
-        small.Setup(rows=2, columns=4),
-    ],
-    ids=lambda s: f"{s.rows}x{s.columns}-wave{s.wave}-micro{s.microbatch}",
-)
-def test_mesh_waves_and_microbatches_change_nothing(setup):
-    """Nor do padding clients, on the meshes that five clients do not fill."""
-    one, other = small.run(), small.run(setup)
-    jax.tree.map(close, other, one)
 
 
 def test_padding_clients_upload_nothing_even_with_keys():

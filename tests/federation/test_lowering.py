@@ -1,0 +1,35 @@
+"""The whole dispatch lowers for accelerators that are not there: sampling, clipping, noise, waves, aggregation."""
+
+import re
+
+import jax
+import pytest
+import small
+from jax import export
+
+SETUPS = {
+    "local": small.Setup(rows=4, columns=2, wave=2, transcript=False, diagnostics=False),
+    "distributed": small.Setup(4, 2, local_steps=1, transcript=False, diagnostics=False, trust="distributed"),
+    "client": small.Setup(4, 2, transcript=False, diagnostics=False, trust="client"),
+    "banded": small.Setup(4, 2, local_steps=4, transcript=False, diagnostics=False, bands=2),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_dispatch_lowers_for_an_accelerator_on_a_mesh_of_4x2(platform, name):
+    """Clients' totals meet in all-reduces over the clients axis alone. Nothing calls back to the host or a library: all of it is
+    the operations that every XLA backend has."""
+    setup = SETUPS[name]
+    arguments = small.arguments(setup, small.ROUNDS)
+    lowered = export.export(small.program(setup), platforms=[platform])(*arguments)
+    assert lowered.platforms == (platform,)
+    assert lowered.nr_devices == 8
+    text = lowered.mlir_module()
+    assert '<["clients"=4, "model"=2]>' in text
+    reduced = re.findall(r'"stablehlo\.all_reduce".*?replica_groups = dense<(\[\[.*?\]\])>', text)
+    assert len(reduced) >= len(jax.tree.leaves(small.adapter()))
+    assert set(reduced) == {"[[0, 2, 4, 6], [1, 3, 5, 7]]"}
+    assert "chlo.top_k" in text  # the sample
+    assert not re.findall(r"custom_call @(\w+)", text)
+    assert not re.search(r"stablehlo\.(infeed|outfeed|send|recv|rng\b)|callback", text)
