@@ -16,7 +16,7 @@ from dplora_jax.privacy import sampling, secrets
 
 OWN, POPULATION, RATE, CAPACITY = 13, 20, 0.45, 7
 DRAWS = 4000
-OF = client.Client(0, OWN, POPULATION, sampling.threshold(RATE), CAPACITY, 1.0, 0.0, 1.0, 0.0)
+OF = client.Client(0, OWN, POPULATION, sampling.threshold(RATE), CAPACITY, 1.0, 0.0, 1.0, 0.0, 0)
 
 
 def by_host(rng, count, config):
