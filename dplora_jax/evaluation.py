@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax.data import tasks
 from dplora_jax.federation.aggregation import CLIENTS
+from dplora_jax.federation.mesh import put
 
 ROWS = 256  # of a batch on one device
 
@@ -23,15 +24,18 @@ def padded_batches(table, size):
 def classifier(model, mesh, params, test):
     """A function adapter -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
 
-    `params` lie on the mesh already; the test's rows are split over the clients axis, and compiled once.
+    `params` lie on the mesh already; the test's rows are split over the clients axis, and compiled once;
+    every process gets all predictions.
     """
     labels, count = test["labels"], len(test["labels"])
     devices = mesh.shape[CLIENTS]
     size = devices * min(ROWS, -(-count // devices))
-    split = NamedSharding(mesh, PartitionSpec(CLIENTS))
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(CLIENTS), PartitionSpec()))
     inputs = {name: value for name, value in test.items() if name != "labels"}
-    batches = [jax.device_put(batch, split) for batch in padded_batches(inputs, size)]
-    predict = jax.jit(lambda params, adapter, batch: model.apply(params, batch, adapter).argmax(-1))
+    batches = [put(batch, split) for batch in padded_batches(inputs, size)]
+    predict = jax.jit(
+        lambda params, adapter, batch: model.apply(params, batch, adapter).argmax(-1), out_shardings=whole
+    )
 
     def evaluate(adapter):
         predicted = [predict(params, adapter, batch) for batch in batches]
