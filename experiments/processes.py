@@ -30,7 +30,7 @@ class _Group:
 
     def __init__(self, client, number, count, stall, address):
         self.client, self.number, self.count, self.stall, self.address = client, number, count, stall, address
-        self.silent = min(stall, 100.0)  # seconds without a sign of life
+        self.silent = _patience(stall)
         self.hosts = [f"process {index}" for index in range(count)]
         self.turn, self.steps, self.place = 0, 0, "the start"
         self.beats = {
@@ -42,6 +42,11 @@ class _Group:
 
 
 _group = None
+
+
+def _patience(stall):
+    """Seconds without a sign of life that are too many: few beside a dispatch's, many beside a network's hiccup."""
+    return max(SILENT, min(stall / 10, 100.0))
 
 
 def count():
@@ -74,7 +79,7 @@ def join(config):
     where = {"coordinator_address": config.coordinator, "cluster_detection_method": "deactivate"} if explicit else {}
     if config.coordinator.startswith(("127.0.0.1:", "localhost:")):
         where["coordinator_bind_address"] = config.coordinator  # else it would listen to every network
-    bound = max(1, int(min(config.stall_timeout, 100)))
+    bound = int(_patience(config.stall_timeout))
     real = _jax.get_distributed_runtime_client
     # Without it JAX prints a C++ stack before it aborts; no Python can take what it would be called with, and so it aborts too.
     _jax.get_distributed_runtime_client = functools.partial(real, missed_heartbeat_callback=lambda _: None)
@@ -272,8 +277,8 @@ def _judge(group):
 def _late(group, behind):
     named = ", ".join(f"{group.hosts[index]} at {group.beats[index][2]}" for index in behind)
     return (
-        f"not come back within --stall_timeout={group.stall:g} s: {named}. The run has ended; if that was work and no hang, "
-        f"give more time; {RESUME}"
+        f"no progress for --stall_timeout={group.stall:g} s, waiting for {named}. The run has ended; if that was work and no "
+        f"hang, give more time; {RESUME}"
     )
 
 
