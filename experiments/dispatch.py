@@ -39,7 +39,7 @@ def restore(job):
             },
         )
         job.checkpoints.save(0, state, notes)
-        job.checkpoints.wait()
+        job.checkpoints.wait(processes.meet)
     else:
         done, state, notes = restored
     if not processes.primary():
@@ -229,8 +229,7 @@ def commit(job, done, state, lines, shown, begun):
     as it stands, the dispatch's own begin entry included."""
     processes.at(f"the checkpoint of round {done}")
     job.checkpoints.save(done, state, {"lines": lines, "ledger": job.ledger.anchor if job.ledger else None})
-    job.checkpoints.wait()
-    processes.gather(None)  # durable for all
+    job.checkpoints.wait(processes.meet)
     shown = mesh.fetch(shown)
     if not processes.primary():
         return

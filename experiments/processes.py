@@ -140,6 +140,11 @@ def agree(make):
     return gather(make() if primary() else None)[0]
 
 
+def meet():
+    """Return when all processes have come here."""
+    gather(None)
+
+
 def any_of(flag):
     """Whether any process has `flag` set."""
     return any(gather(bool(flag)))
@@ -158,7 +163,7 @@ def leave(code):
     import jax
 
     at("the end")
-    gather(None)
+    meet()
     _group.code = code
     _group.leaving.set()
     try:

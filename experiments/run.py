@@ -135,7 +135,7 @@ def _secrets(config, folder, ledger):
         if not ledger.entries:  # nothing ran under secrets that an earlier start left, or nothing tells what did
             secrets.destroy(folder / "private")
         made = secrets.load_or_create(folder / "private", parties) if config.seed is None else None
-    processes.agree(lambda: None)
+    processes.meet()
     if config.seed is not None:
         return secrets.from_seed(config.seed, parties)
     held = made or secrets.load(folder / "private")

@@ -120,6 +120,10 @@ def with_records(prepared, secrets_of_clients):
     found = processes.gather({"records": keyed, "causes": {k: v.hex() for k, v in prepared.causes.items()}})
     merged = {int(k): digest for one in found for k, digest in one["records"].items()}
     together = causes.together([one["causes"] for one in found])
+    for name in ("base", "code", "versions"):  # else one process would train another model, and nothing would say so
+        for number, one in enumerate(found):
+            if one["causes"][name] != found[0]["causes"][name]:
+                raise InputError(f"process {number} has another {name} than process 0: give all the same.")
     data = causes.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
     return prepared._replace(causes=together | {"data": data})
 
