@@ -13,6 +13,7 @@ import traceback
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 os.environ |= {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": sys.argv[1], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401

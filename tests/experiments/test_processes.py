@@ -28,7 +28,10 @@ class Starts:
     def __init__(self, flags, folder):
         self.flags, self.folder, self.ids = flags, folder, []
         self.server = subprocess.Popen(
-            [sys.executable, str(HERE / "forked.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(HERE / "forked.py"), str(folder / "cache")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def ask(self, **job):
@@ -216,3 +219,27 @@ def test_sigterm_at_one_process_stops_all_and_loses_nothing(starts, two):
     done = len(lines_of(starts.folder / "stopped" / "metrics.jsonl")) - 1
     assert done < ROUNDS
     assert differences(starts.run("stopped", 2, 2, "--seed=1", "--private_diagnostics"), two) == 0
+
+
+def test_sigterm_before_a_round_stops_all_too(starts):
+    ids, lock, until = starts.begin("early", 2, 2), starts.folder / "early" / ".lock", time.monotonic() + BOUND
+    while not lock.exists():  # process 0 makes it when all have joined
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(ids[1], signal.SIGTERM)
+    assert starts.codes(ids) == [75, 75]
+
+
+def test_processes_with_different_flags_do_not_start(starts):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    flags = [*starts.flags, f"--workdir={starts.folder / 'unlike'}", where, "--processes=2"]
+    logs = [str(starts.log("unlike", index)) for index in range(2)]
+    ids = [
+        starts.ask(
+            start=[*flags, f"--process={i}", f"--rank={2 + i}"], devices=1, folder=str(starts.folder), log=logs[i]
+        )
+        for i in range(2)
+    ]
+    assert starts.codes(ids) == [2, 2]
+    assert "started with different --rank:" in starts.log("unlike", 1).read_text()
