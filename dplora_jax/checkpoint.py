@@ -40,7 +40,8 @@ def _sync_tree(directory):
 
 
 class Checkpoints:
-    """The checkpoints of one directory, a step a round; saved asynchronously, the last two kept."""
+    """The checkpoints of one directory, a step a round; saved asynchronously, the last two kept. All processes of a run save and
+    restore together, in one directory that all see; the notes are those of process 0."""
 
     def __init__(self, directory):
         import orbax.checkpoint as ocp
@@ -55,13 +56,18 @@ class Checkpoints:
         parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(notes))
         self._manager.save(number, args=parts)
 
-    def wait(self):
-        """Return when everything saved so far is durable, which orbax leaves to the system; raises what went wrong."""
+    def wait(self, meet=lambda: None):
+        """Return when everything saved so far is durable, which orbax leaves to the system; raises what went wrong.
+
+        Where several processes save together, `meet` returns when all have called it: before, none knows of all the files,
+        and after, each has made durable what it wrote."""
         self._manager.wait_until_finished()
+        meet()
         number = self._manager.latest_step()
         if number is not None:
             _sync_tree(self._directory / str(number))
             secrets.sync_directory(self._directory)
+        meet()
 
     def restore(self, like):
         """The newest whole checkpoint as (round, state, notes), or None; `like` gives shapes, dtypes and shardings."""

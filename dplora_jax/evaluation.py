@@ -1,5 +1,7 @@
 """Metrics of an adapter on the public test set, computed over the whole mesh."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -7,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dplora_jax import lora
 from dplora_jax.data import tasks
 from dplora_jax.federation.aggregation import CLIENTS
+from dplora_jax.federation.mesh import put
 
 ROWS = 256  # of a batch on one device
 
@@ -25,16 +28,16 @@ def classifier(model, mesh, params, test):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
-    over the clients axis, and compiled once.
+    over the clients axis, and compiled once; every process gets all predictions.
     """
     labels, count = test["labels"], len(test["labels"])
     devices = mesh.shape[CLIENTS]
     size = devices * min(ROWS, -(-count // devices))
-    split = NamedSharding(mesh, PartitionSpec(CLIENTS))
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(CLIENTS), PartitionSpec()))
     inputs = {name: value for name, value in test.items() if name != "labels"}
-    batches = [jax.device_put(batch, split) for batch in padded_batches(inputs, size)]
+    batches = [put(batch, split) for batch in padded_batches(inputs, size)]
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)
     def predict(params, adapter, residual, batch):
         based = lora.shifted(model, params, residual) if residual else params
         return model.apply(based, batch, adapter).argmax(-1)

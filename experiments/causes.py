@@ -17,8 +17,11 @@ import numpy as np
 import dplora_jax
 import experiments
 
-# They move no bit of a round; what --mesh comes to is a cause of its own.
-FREE = ("workdir", "dispatch_rounds", "eval_every", "mesh")
+# They move no bit of a round; what --mesh and --processes come to is a cause of its own.
+FREE = (
+    *("workdir", "dispatch_rounds", "eval_every", "mesh"),
+    *("coordinator", "processes", "process", "stall_timeout"),
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "jax_privacy")
 
 
@@ -42,6 +45,13 @@ def digests(config, records, model, params, mechanisms, grid):
         "versions": _of(([importlib.metadata.version(name) for name in LIBRARIES], platforms)),
         "xla": _of((environment, str(jax.config.values))),
     }
+
+
+def together(found):
+    """One {cause: digest} from all processes' (in hex): where they agree, theirs, however many they are."""
+    names = sorted({name for one in found for name in one})
+    by_name = {name: sorted({one.get(name, "") for one in found}) for name in names}
+    return {name: bytes.fromhex(seen[0]) if len(seen) == 1 else _of(seen) for name, seen in by_name.items()}
 
 
 def _of(value):

@@ -15,11 +15,12 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import accounting, host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import causes, participants, trust_modes, workdir
+from experiments import causes, participants, processes, trust_modes, workdir
 
 
 def restore(job):
     """(rounds done, state, metrics lines) from the newest checkpoint, or from the base model, which is evaluated and saved."""
+    processes.at("the newest checkpoint")
     restored = job.checkpoints.restore(job.prepared.state)
     if restored is None:
         line = {
@@ -33,12 +34,17 @@ def restore(job):
         state, done, notes = (
             job.prepared.state,
             0,
-            {"lines": [line | job.prepared.evaluate(job.prepared.state)], "ledger": job.ledger.anchor},
+            {
+                "lines": [line | job.prepared.evaluate(job.prepared.state)],
+                "ledger": job.ledger.anchor if job.ledger else None,  # process 0 writes the notes
+            },
         )
         job.checkpoints.save(0, state, notes)
-        job.checkpoints.wait()
+        job.checkpoints.wait(processes.meet)
     else:
         done, state, notes = restored
+    if not processes.primary():
+        return done, state, notes["lines"]
     entry = job.ledger.open_entry()
     if entry and entry["rounds"][1] - 1 <= done:  # killed between the checkpoint and its commit
         job.ledger.commit(entry["rounds"], entry["attempt"])
@@ -64,6 +70,18 @@ def check_past(job):
 def _keyed(job, name, digest):
     """A cause's digest under the run's secrets: a plain hash would tell whose records are in."""
     return secrets.digest(b"".join(job.secrets), "cause", name, digest.hex()).hex()
+
+
+def agreed_charge(job, done, state):
+    """What process 0 charges next, for all: (rounds, attempt, the hash of the entry that pays for it), or None at the end."""
+    processes.at(f"charging round {done + 1}")
+
+    def make():
+        todo = charge(job, done, state)
+        return todo and [*todo, job.ledger.head_of(job.ledger.begun[-1])]
+
+    todo = processes.agree(make)
+    return todo and (tuple(todo[0]), *todo[1:])
 
 
 def charge(job, done, state):
@@ -143,7 +161,7 @@ def paid_secrets(job):
     """
     if job.config.seed is not None:
         return job.secrets
-    paid = job.ledger.head_of(job.ledger.begun[-1])
+    paid = job.paid or job.ledger.head_of(job.ledger.begun[-1])
     return [secrets.digest(secret, "paid by", paid) for secret in job.secrets]
 
 
@@ -180,6 +198,7 @@ def _most_rounds(job):
 def execute(job, state, rounds, attempt):
     """Run rounds [a, b) as one call of the compiled program -> (state, (private, valid) that it shows, seconds of running it)."""
     p = job.prepared
+    processes.at(f"rounds {rounds[0]} to {rounds[1] - 1}")
     keys = round_keys(job, rounds, attempt)
     keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
@@ -189,11 +208,14 @@ def execute(job, state, rounds, attempt):
         job.programs[length] = program.lower(*arguments).compile()
     start = time.perf_counter()
     state, (_, private, valid) = jax.block_until_ready(job.programs[length](*arguments))
-    return state, (private, valid), time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return state, mesh.fetch((private, valid)), seconds
 
 
 def metrics(job, rounds, attempt, seconds, shown):
     """The metrics lines of rounds [a, b): everything in them is public; `shown` is `execute`'s."""
+    if not processes.primary():
+        return [{"epsilon_max": 0.0}]  # nobody sees it
     config, sent = job.config, job.prepared.facts["communication"]
     length = rounds[1] - rounds[0]
     epsilons = _epsilons(job, rounds)
@@ -250,8 +272,11 @@ def _finished(job, number, valid):
 def commit(job, done, state, lines, shown, begun):
     """Make the dispatch durable, then say so in the ledger, and only then release its metrics. The checkpoint anchors the ledger
     as it stands, the dispatch's own begin entry included."""
-    job.checkpoints.save(done, state, {"lines": lines, "ledger": job.ledger.anchor})
-    job.checkpoints.wait()
+    processes.at(f"the checkpoint of round {done}")
+    job.checkpoints.save(done, state, {"lines": lines, "ledger": job.ledger.anchor if job.ledger else None})
+    job.checkpoints.wait(processes.meet)
+    if not processes.primary():
+        return
     job.ledger.commit(*begun)
     workdir.write_metrics(job.folder, lines)
     if shown[0] is not None:

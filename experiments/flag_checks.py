@@ -24,13 +24,14 @@ def parties(config, trust):
 
 def refuse(config, trust, budget, sigma):
     """Raise InputError with the first sentence that holds against `config`; `trust`, epsilon and sigma as settled."""
-    of_clients = aggregation_checks.checks(config, trust)
-    for checks in (
+    several = (
         _ranges(config, trust, budget, sigma),
         _combinations(config, trust),
         _variants(config, trust),
-        of_clients,
-    ):
+        aggregation_checks.checks(config, trust),
+        _processes(config),
+    )
+    for checks in several:
         for ok, sentence in checks:
             if not ok:
                 raise InputError(sentence)
@@ -165,3 +166,23 @@ def _variants(config, trust):
         not banded or (bands > 1 and steps % bands == 0),
         f"--noise=banded needs --local_steps and --bands of 2 or more, bands dividing local_steps ({steps}).",
     )
+
+
+def _processes(config):
+    """(holds, what to say if not) for the flags that join several processes."""
+    where, count, number = config.coordinator, config.processes, config.process
+    yield (
+        where is not None or (count in (None, 1) and number in (None, 0)),
+        "--processes and --process need --coordinator=HOST:PORT, where process 0 listens.",
+    )
+    yield config.stall_timeout >= 10, f"--stall_timeout={config.stall_timeout:g} must be 10 seconds or more."
+    if where in (None, "auto"):
+        return
+    host, _, port = where.rpartition(":")
+    yield host and port.isdigit() and 0 < int(port) < 65536, f"--coordinator={where} is not HOST:PORT, nor auto."
+    yield (
+        count is not None and number is not None,
+        f"--coordinator={where} needs --processes=N and --process=I, from 0 to N - 1; or give --coordinator=auto.",
+    )
+    yield count >= 1, f"--processes={count} must be 1 or more."
+    yield 0 <= number < count, f"--process={number} must lie between 0 and --processes={count} less one."

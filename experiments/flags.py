@@ -23,6 +23,10 @@ FREE_ON_RESUME = (
     "wave",
     "microbatch",
     "cache_frozen",
+    "coordinator",
+    "processes",
+    "process",
+    "stall_timeout",
 )
 
 
@@ -59,7 +63,10 @@ class RunConfig:
     split_seed: int = flag(0, "seed of the test split and of the simulated partition")
     max_length: int = flag(64, "tokens a row, public; longer texts are cut")
     clients: int = flag(5, "how many parties")
-    partition: str = flag("iid", "how records are dealt to clients: iid, dirichlet:ALPHA (by label), column:NAME")
+    partition: str = flag(
+        "iid",
+        "how records are dealt to clients: iid, dirichlet:ALPHA (by label), column:NAME, folders (data_dir/<client>/)",
+    )
     rounds: int = flag(50, "rounds of the federation")
     local_steps: int = flag(1, "noisy steps of each client in a round")
     expected_batch_size: float = flag(64.0, "mean of the Poisson sample of each client's step")
@@ -141,11 +148,13 @@ class RunConfig:
     mesh: str = flag("auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices")
     coordinator: str | None = flag(
         None,
-        "HOST:PORT of process 0, where a run has several; auto: as JAX finds it under Slurm, on TPU slices and on GKE",
+        "HOST:PORT of process 0, to join several processes; auto: as Slurm, a TPU pod or Kubernetes tells; default: one",
     )
-    processes: int | None = flag(None, "how many processes there are, with --coordinator=HOST:PORT")
-    process: int | None = flag(None, "which of them this is, counted from 0")
-    stall_timeout: int = flag(600, "seconds without progress of a run of several processes, after which it ends")
+    processes: int | None = flag(None, "how many processes the run has; default: one, or as --coordinator=auto finds")
+    process: int | None = flag(None, "which of them this is, from 0; process 0 writes the workdir, which all must see")
+    stall_timeout: float = flag(
+        1800.0, "seconds that a process may keep the others waiting (compilation, the longest dispatch) before all end"
+    )
     wave: int = flag(1, "clients that a device computes at a time")
     microbatch: int | None = flag(None, "rows of a client's batch that a device holds at a time; default: all")
     cache_frozen: bool = flag(True, "run the layers below the adapted ones once for each record, not at each step")

@@ -1,19 +1,56 @@
 """The records that a run's flags name, dealt to its clients; no model and no JAX."""
 
-from dplora_jax.data import partition, sources
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dplora_jax.data import folders, partition, sources
+
+
+class Dealt(NamedTuple):
+    """Who has which records: what is public of them (`corpus`; its `train` is the whole table, where that was read to be dealt),
+    and `read`: numbers of clients -> (their Records, {client: its indices into those})."""
+
+    corpus: sources.Corpus
+    read: Callable
+
+
+def deal(config):
+    """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
+    those that it asks for."""
+    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels else None
+    source = sources.Source(
+        dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
+        label_column=config.label_column, group_column=partition.group_column(config.partition), labels=names,
+        test_fraction=config.test_fraction, split_seed=config.split_seed,
+    )  # fmt: skip
+    need_test = config.eval_every > 0
+    if config.partition == partition.FOLDERS:
+        found = folders.names(source, config.clients)
+        corpus = sources.load_public(source, need_test)
+        return Dealt(corpus, lambda own: _together({k: folders.read(source, corpus, found[k]) for k in own}))
+    corpus = sources.load(source, need_test)
+    train = corpus.train
+    shares = partition.partition(config.partition, train.labels, train.groups, config.clients, config.split_seed)
+    return Dealt(corpus, lambda own: _together({k: _take(train, shares[k]) for k in own}))
 
 
 def load(config):
     """The corpus, and each client's indices into its training records."""
-    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels else None
-    corpus = sources.load(
-        sources.Source(
-            dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
-            label_column=config.label_column, group_column=partition.group_column(config.partition), labels=names,
-            test_fraction=config.test_fraction, split_seed=config.split_seed,
-        ),
-        need_test=config.eval_every > 0,
-    )  # fmt: skip
-    return corpus, partition.partition(
-        config.partition, corpus.train.labels, corpus.train.groups, config.clients, config.split_seed
-    )
+    dealt = deal(config)
+    train, shares = dealt.read(range(config.clients))
+    return dealt.corpus._replace(train=train), [shares[k] for k in range(config.clients)]
+
+
+def _take(records, indices):
+    return sources.Records(tuple(records.texts[i] for i in indices), records.labels[indices], None)
+
+
+def _together(by_client):
+    """Several clients' records as one table, and where each one's are in it."""
+    ends = np.cumsum([0, *(len(records.labels) for records in by_client.values())])
+    texts = tuple(text for records in by_client.values() for text in records.texts)
+    labels = np.concatenate([np.zeros(0, np.int32), *(records.labels for records in by_client.values())])
+    places = {k: np.arange(start, end) for k, start, end in zip(by_client, ends[:-1], ends[1:], strict=True)}
+    return sources.Records(texts, labels, None), places

@@ -1,10 +1,12 @@
 """What a run gives away in the end: the adapter that metrics and files speak of, whatever the aggregation makes of it."""
 
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 
 from dplora_jax import lora, peft
-from dplora_jax.federation import exact, methods
+from dplora_jax.federation import exact, mesh, methods
 
 
 def adapter(config, state):
@@ -26,15 +28,28 @@ def metrics(config, sizes, evaluate, state):
     return means | {f"{name}_by_client": [found[name] for found in each] for name in each[0]}
 
 
-def save(folder, config, model, params, lora_config, state, base):
-    """Write the adapter of the released model to the directory `folder` in PEFT's format; where every client keeps its own B,
-    each client's beside it in `folder`/clients. `base` is the base model's name for others."""
-    whole = jax.device_get(lora.with_frozen(params, adapter(config, state)))
+class Released(NamedTuple):
+    """What the files are made of, on the host: the adapter with every A, the change folded into the base, each client's own B."""
+
+    adapter: Any
+    residual: Any
+    own: Any
+
+
+def fetched(config, params, state):
+    """The Released of `state`; where there are several processes, all must call it."""
+    return Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
+
+
+def save(folder, config, model, lora_config, parts, base):
+    """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where every
+    client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
+    whole = parts.adapter
     if config.aggregation in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
-        whole, rank = exact.whole(whole, jax.device_get(state.residual))
+        whole, rank = exact.whole(whole, parts.residual)
         lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
     peft.save(folder, model, whole, lora_config, base)
     if config.aggregation == "fedsa":
         for client in range(config.clients):
-            own = methods.with_own(whole, {name: np.asarray(b[client]) for name, b in state.own.items()})
+            own = methods.with_own(whole, {name: b[client] for name, b in parts.own.items()})
             peft.save(folder / "clients" / str(client), model, own, lora_config, base)

@@ -1,9 +1,10 @@
 """The main job: a private federation fine-tunes a language model. `python -m experiments.run --flagfile=finance.flags`.
 
 Run again in the same workdir, it goes on where it was; exit codes are 0 done, 2 bad input, 75 stopped by SIGTERM with
-everything saved.
+everything saved, and 69 (`processes.LOST`) where another process of the run was lost.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -18,23 +19,40 @@ STOPPED = 75
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import flags, workdir
+    from experiments import flags, processes
 
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: processes.primary() and print(f"warning: {message}", file=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = flags.parse(arguments)
-        with workdir.locked(config.workdir) as folder:
-            return run(config, folder, " ".join(["python -m experiments.run", *arguments]))
-    except InputError as error:
+        processes.join(config)
+        with _workdir(config) as folder:
+            code = run(config, folder, " ".join(["python -m experiments.run", *arguments]))
+            processes.leave(code)
+            return code
+    except Exception as error:
+        if processes.count() > 1:
+            processes.fail(error)  # ends them all
+        if not isinstance(error, InputError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def _workdir(config):
+    """The working directory, as a context: process 0 alone writes there (but for its part of a checkpoint), and holds it."""
+    from experiments import processes, workdir
+
+    return (
+        workdir.locked(config.workdir) if processes.primary() else contextlib.nullcontext(pathlib.Path(config.workdir))
+    )
+
+
 class Run(NamedTuple):
-    """A run under way: its configuration, folder, prepared parts and what it writes to."""
+    """A run under way: its configuration, folder, prepared parts and what it writes to. Only process 0 has the ledger; `paid`
+    is the hash of the entry that paid for the dispatch under way (None: the ledger's last)."""
 
     config: Any
     folder: pathlib.Path
@@ -43,16 +61,53 @@ class Run(NamedTuple):
     checkpoints: Any
     secrets: list
     programs: dict
+    paid: str | None = None
 
 
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax import checkpoint
+    from experiments import processes, setup, summary, workdir
+
+    opened = []  # process 0's ledger
+
+    def look():
+        stored = workdir.stored_config(folder, config)
+        opened.append(_open(config, folder))
+        return {"finished": opened[0].ended, "stored": stored}
+
+    found = processes.agree(look)
+    if found["finished"]:
+        if processes.primary():
+            print(f"This run is finished, nothing was done. {summary.line(folder)}")
+        return 0
+    prepared = setup.prepare(config, found["stored"])
+    ledger = opened[0] if opened else None
+    if processes.primary() and found["stored"] is None:
+        workdir.write_config(folder, config, prepared.facts | {"command": command})
+    keys = _secrets(config, folder, ledger)
+    if ledger is not None:
+        ledger.seal_with(b"".join(keys))
+        ledger.promise()
+    prepared = setup.with_records(prepared, keys)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    try:
+        code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}))
+    finally:
+        if processes.count() == 1 or sys.exc_info()[0] is None:  # closing waits for the others, who may be gone
+            checkpoints.close()
+    if code == 0 and processes.primary():
+        print(summary.line(folder))
+    return code
+
+
+def _open(config, folder):
+    """The checked ledger of `folder`; a finished one's secrets are destroyed."""
+    from dplora_jax import checkpoint
     from dplora_jax.privacy import ledger as ledgers
     from dplora_jax.privacy import secrets
-    from experiments import summary, trust_modes, workdir
+    from experiments import trust_modes
 
-    stored = workdir.stored_config(folder, config)
     ledger = ledgers.Ledger(folder / ledgers.FILE)
     for name, anchor in checkpoint.anchors(folder / "checkpoints"):
         ledger.check(anchor, name)
@@ -63,46 +118,47 @@ def run(config, folder, command):
         if held:  # an end that someone else wrote must not cost the secrets
             ledger.seal_with(b"".join(held))
         secrets.destroy(folder / "private")
-        print(f"This run is finished, nothing was done. {summary.line(folder)}")
-        return 0
-    from experiments import setup
-
-    if not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
+    elif not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
         raise InputError(
             f"{folder} has a ledger but its secrets are gone: its noise cannot go on; start a new --workdir."
         )
-    prepared = setup.prepare(config, stored)
-    if stored is None:
-        workdir.write_config(folder, config, prepared.facts | {"command": command})
-    if not ledger.entries:  # nothing ran under secrets that an earlier start left, or nothing tells what did
-        secrets.destroy(folder / "private")
-    keys = (
-        secrets.load_or_create(folder / "private", trust_modes.parties(config))
-        if config.seed is None
-        else secrets.from_seed(config.seed, trust_modes.parties(config))
-    )
-    ledger.seal_with(b"".join(keys))
-    ledger.promise()
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
-    try:
-        code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}))
-    finally:
-        checkpoints.close()
-    if code == 0:
-        print(summary.line(folder))
-    return code
+    return ledger
+
+
+def _secrets(config, folder, ledger):
+    """The clients' secrets: process 0 makes them where there are none, the others read its file."""
+    from dplora_jax.privacy import secrets
+    from experiments import processes, trust_modes
+
+    parties, made = trust_modes.parties(config), None
+    if processes.primary():
+        if not ledger.entries:  # nothing ran under secrets that an earlier start left, or nothing tells what did
+            secrets.destroy(folder / "private")
+        made = secrets.load_or_create(folder / "private", parties) if config.seed is None else None
+    processes.meet()
+    if config.seed is not None:
+        return secrets.from_seed(config.seed, parties)
+    held = made or secrets.load(folder / "private")
+    if held is None:
+        raise InputError(
+            f"{folder}/private has no secrets that this process can read: --workdir must be one shared folder for all."
+        )
+    return held
 
 
 def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
-    from experiments import dispatch, progress
+    from experiments import dispatch, processes, progress
 
-    dispatch.check_past(job)
+    processes.agree(lambda: dispatch.check_past(job))
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
-    with progress.bar(job.config.rounds, done) as show:
-        while not stop and (todo := dispatch.charge(job, done, state)) is not None:
-            rounds, attempt = todo
+    with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
+        while (
+            not (stopped := processes.any_of(stop)) and (todo := dispatch.agreed_charge(job, done, state)) is not None
+        ):
+            *(rounds, attempt), paid = todo
+            job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1
             fresh = dispatch.metrics(job, rounds, attempt, seconds, shown)
@@ -113,7 +169,7 @@ def train(job):
             lines = [*lines, *fresh]
             dispatch.commit(job, done, state, lines, shown, (rounds, attempt))
             show(done, fresh[-1])
-    if stop and done < job.config.rounds:
+    if stopped and done < job.config.rounds:
         return STOPPED
     _finish(job, done, state, lines)
     return 0
@@ -131,7 +187,7 @@ def _settled(job, state, lines):
     last = dict(lines[-1])
     if job.config.eval_every and "accuracy" not in last:
         last |= job.prepared.evaluate(state)
-    if job.config.private:
+    if job.config.private and job.ledger is not None:
         last["epsilon"] = job.ledger.epsilons(job.config.delta)
         last["epsilon_max"] = max(last["epsilon"])
     return [*lines[:-1], last]
@@ -141,11 +197,15 @@ def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import model_card, released, report, summary, workdir
+    from experiments import model_card, processes, released, report, summary, workdir
 
-    workdir.write_metrics(job.folder, _settled(job, state, lines))
-    p, model, base = job.prepared, job.prepared.model, pretrained.hub_id(job.config.model)
-    released.save(job.folder / "adapter", job.config, model, p.params, p.lora_config, state, base)
+    p, lines = job.prepared, _settled(job, state, lines)
+    parts = released.fetched(job.config, p.params, state)
+    if not processes.primary():
+        return
+    workdir.write_metrics(job.folder, lines)
+    model, base = p.model, pretrained.hub_id(job.config.model)
+    released.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
     note = model_card.of_adapter(model, summary.line(job.folder))
     chain.replace_durably(job.folder / "adapter" / "README.md", note)
     report.write(job.folder)

@@ -15,7 +15,8 @@ from dplora_jax import evaluation, lora, losses, models
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
-from experiments import causes, facts, program, records, released, trust_modes
+from dplora_jax.privacy import secrets
+from experiments import causes, facts, processes, program, records, released, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -35,20 +36,25 @@ class Prepared(NamedTuple):
     evaluate: Callable
     facts: dict  # what config.json says under "federation"
     causes: dict  # digests of all that decides the bits of a dispatch, to be keyed before they are shown
+    records: dict  # {client: digest of its records}, of this process's own clients
 
 
 def prepare(config, stored=None, memo=None):
     """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
     mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call. Raises InputError."""
-    corpus, shares = records.load(config)
-    sizes = [len(share) for share in shares]
+    processes.at("reading the base model and the records")
+    dealt = records.deal(config)
+    corpus = dealt.corpus
     model, params = models.from_pretrained(config.model, config.dtype, len(corpus.label_names), config.quantize)
     if config.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     grid = mesh.make(config.mesh, config.clients, model)
     tokenizer = models.load_tokenizer(config.model)
     tasks.check_length(config.max_length, model, tokenizer)
-    train = tasks.classification(tokenizer, corpus.train, config.max_length)
+    wave, everyone = program.wave(config), range(config.clients)
+    table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
+    train = tasks.classification(tokenizer, table, config.max_length)
+    sizes = _sizes(shares, config.clients)
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
     if config.private and config.delta * max(sizes) >= 1:
         warnings.warn(
@@ -58,20 +64,22 @@ def prepare(config, stored=None, memo=None):
         )
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
     adapter, params, lora_config = program.adapter(config, model, params)
-    digests = causes.digests(config, (train, shares), model, params, mechanisms, grid)
-    params = jax.device_put(params, mesh.base_sharding(grid, params))
-    model, train, test = _run_frozen_layers(config, model, params, memo, train, test)
-    shards = [{name: array[share] for name, array in train.items()} for share in shares]
-    placement = mesh.place(
-        grid,
-        shards,
-        trust_modes.own(config, sizes, mechanisms),
-        config.clip_norm,
-        program.wave(config),
-        config.rank_list,
+    digest_of = {
+        k: causes.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
+    }
+    digests = causes.digests(config, (), model, params, mechanisms, grid)
+    local, params = params, mesh.put(params, mesh.base_sharding(grid, params))
+    # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
+    model, train, test = _run_frozen_layers(
+        config, model, params if processes.count() == 1 else local, memo, sum(sizes), train, test
     )
+    del local
+    none = np.zeros(0, int)
+    shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
+    own = trust_modes.own(config, sizes, mechanisms)
+    placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes)
     federation = program.federation(config, model, losses.classification, mechanisms, adapter, placement)
-    state = jax.device_put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
+    state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = lambda state: {}  # noqa: E731
     if config.eval_every:
         of_adapter = evaluation.classifier(model, grid, params, test)
@@ -93,17 +101,44 @@ def prepare(config, stored=None, memo=None):
         evaluate,
         told,
         digests,
+        digest_of,
     )
 
 
-def _run_frozen_layers(config, model, params, memo, *tables):
+def _sizes(shares, clients):
+    """Every client's n_k, which are public, from the processes that hold their records."""
+    known = {
+        int(k): n for own in processes.gather({k: len(share) for k, share in shares.items()}) for k, n in own.items()
+    }
+    return [known[k] for k in range(clients)]
+
+
+def with_records(prepared, secrets_of_clients):
+    """The Prepared whose "data" cause speaks of all clients' records, whoever holds them. Between processes go keyed digests
+    alone: a plain one would tell the network who is in."""
+    keyed = {
+        k: secrets.digest(secrets_of_clients[k], "records", digest.hex()).hex()
+        for k, digest in prepared.records.items()
+    }
+    found = processes.gather({"records": keyed, "causes": {k: v.hex() for k, v in prepared.causes.items()}})
+    merged = {int(k): digest for one in found for k, digest in one["records"].items()}
+    together = causes.together([one["causes"] for one in found])
+    for name in ("base", "code", "versions"):  # else one process would train another model, and nothing would say so
+        for number, one in enumerate(found):
+            if one["causes"][name] != found[0]["causes"][name]:
+                raise InputError(f"process {number} has another {name} than process 0: give all the same.")
+    data = causes.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
+    return prepared._replace(causes=together | {"data": data})
+
+
+def _run_frozen_layers(config, model, params, memo, count, *tables):
     """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
-    `hidden` in place of `input_ids`). Here all records go through together; in a deployment each client runs its own."""
+    `hidden` in place of `input_ids`). The first table is of this process's clients; all clients have `count` records."""
     depth = model.config.num_layers
     start = depth if config.head_only else depth - (config.last_layers or depth)
     if not start or not config.cache_frozen:
         return model, *tables
-    rows = sum(len(table["labels"]) for table in tables if table is not None)
+    rows = count + sum(len(table["labels"]) for table in tables[1:] if table is not None)
     if 4 * rows * config.max_length * model.config.width > CACHE_BYTES:
         print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, *tables
@@ -113,13 +148,15 @@ def _run_frozen_layers(config, model, params, memo, *tables):
         if table is None:
             return None
         inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
+        inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
         key = None if memo is None else (config.model, config.dtype, config.quantize, start, causes.of_arrays(inputs))
-        if key is None or key not in memo:
-            chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
-            hidden = np.concatenate(chunks)[: len(table["labels"])]
-        else:
+        if key is not None and key in memo:
             hidden = memo[key]
-        if memo is not None:
+        else:
+            shape = (0, config.max_length, model.config.width)
+            chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
+            hidden = np.concatenate(chunks)[: len(table["labels"])] if chunks else np.zeros(shape, model.dtype)
+        if key is not None:
             memo[key] = hidden
         return {"hidden": hidden, **{name: value for name, value in table.items() if name != "input_ids"}}
 

@@ -1,7 +1,7 @@
 """Deals records to clients.
 
-This simulates parties on one machine: in a deployment each party has its own records. The sizes of
-the clients are public (sampling rates and weights come from them).
+This simulates parties: whoever deals reads the whole table. In a deployment each party has its own records
+(`--partition=folders`). The sizes of the clients are public (sampling rates and weights come from them).
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from dplora_jax.errors import InputError
 
 MAX_DIRICHLET_DRAWS = 100
+FOLDERS = "folders"  # not dealt: each client's table is its own, and `sources.load_clients` reads it
 
 
 def group_column(spec: str) -> str | None:
@@ -51,7 +52,7 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
     elif kind == "column":
         parts = _by_group(group_column(spec), groups, clients, total)
     else:
-        raise InputError(f"--partition={spec} is malformed; write iid, dirichlet:ALPHA or column:NAME.")
+        raise InputError(f"--partition={spec} is malformed; write iid, dirichlet:ALPHA, column:NAME or folders.")
     return [np.sort(part) for part in parts]
 
 

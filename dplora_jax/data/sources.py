@@ -174,6 +174,21 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
     path = tables.find(source.data_dir, "train", suffixes)
     if path is None:
         raise InputError(f"{source.data_dir} has no train{' or train'.join(suffixes)}; put the training table there.")
+    test_path = _public_test(source, need_test)
+    columns = source.text_column, source.label_column, source.group_column
+    train = _rows(tables.read_file(path), str(path), *columns, private=True)
+    test = test_path and _rows(*_read_test(source, test_path, path), source.text_column, source.label_column, None)
+    description = f"{source.dataset}: one's own table"
+    if source.test_fraction is not None:
+        train, test = _split(train, source.test_fraction, source.split_seed)
+        description += f"; test: a part declared public, {source.test_fraction:g} of it, split_seed {source.split_seed}"
+    names = _label_names(source, test)
+    return _corpus(train, test, names, {name: i for i, name in enumerate(names)}, description)
+
+
+def _public_test(source: Source, need_test: bool) -> Path | None:
+    """The file of an own table's public test set, if there is one; InputError where one is needed, or named beside a split."""
+    suffixes = OWN_TABLES[source.dataset]
     test_path = tables.find(source.data_dir, "test", suffixes)
     has_test = source.test_data is not None or test_path is not None
     if has_test and source.test_fraction is not None:
@@ -185,25 +200,23 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
             f"{source.data_dir} has no public test set to evaluate on; give --test_data (or test{suffixes[0]} beside "
             "train), or --test_fraction to declare a random part of train public, or --eval_every=0."
         )
-    columns = source.text_column, source.label_column, source.group_column
-    train = _rows(tables.read_file(path), str(path), *columns, private=True)
-    test = None
-    if has_test:
-        table, where = _read_test(source, test_path, private=path)
-        test = _rows(table, where, source.text_column, source.label_column, None)
-    description = f"{source.dataset}: one's own table"
-    if source.test_fraction is not None:
-        train, test = _split(train, source.test_fraction, source.split_seed)
-        description += f"; test: a part declared public, {source.test_fraction:g} of it, split_seed {source.split_seed}"
+    return Path(source.test_data) if source.test_data else test_path
+
+
+def load_public(source: Source, need_test: bool) -> Corpus:
+    """What is public where each client's own table lies in a folder of its own (`folders`): a Corpus whose `train` is None."""
+    path = _public_test(source, need_test)
+    test = path and _rows(*_read_test(source, path), source.text_column, source.label_column, None)
     names = _label_names(source, test)
-    return _corpus(train, test, names, {name: i for i, name in enumerate(names)}, description)
+    about = f"{source.dataset}: each client's own table"
+    return _corpus(None, test, names, {name: i for i, name in enumerate(names)}, about)
 
 
 def _read_test(source: Source, beside: Path | None, private: Path | None = None) -> tuple[dict[str, list], str]:
     path = beside if source.test_data is None else Path(source.test_data)
     named = (
         source.data_dir is not None
-        and path.resolve().parent == Path(source.data_dir).resolve()
+        and Path(source.data_dir).resolve() in path.resolve().parents
         and path.stem == "train"
     )
     if named or (private is not None and path.exists() and path.samefile(private)):
@@ -270,7 +283,9 @@ def _split(rows: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
     return take(order[held:]), take(order[:held])
 
 
-def _corpus(train: _Rows, test: _Rows | None, names: tuple[str, ...], codes: dict[str, int], about: str) -> Corpus:
+def _corpus(
+    train: _Rows | None, test: _Rows | None, names: tuple[str, ...], codes: dict[str, int], about: str
+) -> Corpus:
     """Turns each label's text into its code; InputError counts the labels without one, and quotes none.
 
     A test table that holds every training record is a copy of the training table: metrics on it would release exact
@@ -291,9 +306,14 @@ def _corpus(train: _Rows, test: _Rows | None, names: tuple[str, ...], codes: dic
         groups = None if rows.groups is None or part == "test" else tuple(rows.groups)
         encoded.append(Records(tuple(rows.texts), labels, groups))
     train, test = encoded
-    if test is not None and not _counted(train) - _counted(test):
-        raise InputError("the test table holds every training record, and these are private; give a public test set.")
+    refuse_copy(train, test)
     return Corpus(train, test, names, about, synthetic=False)
+
+
+def refuse_copy(train: Records | None, test: Records | None):
+    """InputError where every record of `train` is in `test` too."""
+    if train is not None and test is not None and not _counted(train) - _counted(test):
+        raise InputError("the test table holds every training record, and these are private; give a public test set.")
 
 
 def _counted(records: Records) -> Counter:

@@ -11,10 +11,12 @@ def classification(tokenizer, records, max_length):
     Every row is padded to the public `max_length`, never to the longest: shapes tell nothing of the texts. Longer texts
     are cut, special tokens kept.
     """
+    names = ("input_ids", "attention_mask")
+    if not len(records.texts):
+        return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
     encoded = tokenizer(
         list(records.texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
     )
-    names = ("input_ids", "attention_mask")
     return {name: encoded[name].astype(np.int32) for name in names} | {"labels": np.asarray(records.labels, np.int32)}
 
 

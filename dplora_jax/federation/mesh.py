@@ -1,5 +1,6 @@
 """The mesh (`clients` x `model`), and how clients, their records and the frozen base lie on it."""
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -17,13 +18,18 @@ MODEL = "model"
 
 def make(spec, clients, model, devices=None):
     """The mesh that `--mesh` asks for: "CxM", or "auto" for as many client rows as there are devices and clients; `devices` None
-    are this process's.
+    are those of all processes. Each process takes part with as many of its devices, which lie side by side.
 
     Raises InputError where the devices do not suffice or a model axis does not divide the model's own sizes.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
+        by_process = [list(own) for _, own in itertools.groupby(sorted(devices, key=_process), _process)]
+    else:
+        by_process = [devices]
     if spec == "auto":
-        rows, columns = min(len(devices), clients), 1
+        each = min([*map(len, by_process), -(-clients // len(by_process))])
+        rows, columns = len(by_process) * each, 1
     else:
         parts = spec.lower().split("x")
         if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
@@ -31,6 +37,12 @@ def make(spec, clients, model, devices=None):
         rows, columns = map(int, parts)
     if rows * columns > len(devices):
         raise InputError(f"--mesh={spec} needs {rows * columns} devices, and there are {len(devices)}.")
+    each, rest = divmod(rows * columns, len(by_process))
+    if rest or each > min(map(len, by_process)):
+        raise InputError(
+            f"--mesh={spec}: {rows * columns} devices are not as many of each of the {len(by_process)} processes; use a mesh "
+            "that is, or other --processes."
+        )
     odd = sorted(
         {size for target in model.targets.values() for size in target.shape if size % columns}
         | {n for n in (model.config.num_heads,) if n % columns}
@@ -39,9 +51,53 @@ def make(spec, clients, model, devices=None):
         raise InputError(
             f"--mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does."
         )
-    return Mesh(
-        np.array(devices[: rows * columns]).reshape(rows, columns), (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2
-    )
+    chosen = np.array([device for own in by_process for device in own[:each]]).reshape(rows, columns)
+    return Mesh(chosen, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def _process(device):
+    return device.process_index
+
+
+def per_device(mesh, clients, wave):
+    """How many clients, padding ones included, share a device, `wave` of them at a time."""
+    return wave * math.ceil(math.ceil(clients / mesh.shape[CLIENTS]) / wave)
+
+
+def own_clients(mesh, clients, wave, process=None):
+    """The numbers of the clients whose records `process` (None: this one) must hold: those on its devices."""
+    process = jax.process_index() if process is None else process
+    each = per_device(mesh, clients, wave)
+    rows = [row for row, devices in enumerate(mesh.devices) if process in map(_process, devices)]
+    return [client for client in range(clients) if client // each in rows]
+
+
+def put(tree, sharding):
+    """The arrays of `tree` on the mesh, each process giving what its devices hold; `sharding` is one for all, or a tree of them.
+
+    `jax.device_put` would also compare the whole of each array between processes."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(leaf, sharding):
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    if isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda leaf: place(leaf, sharding), tree)
+    return jax.tree.map(place, tree, sharding)
+
+
+def fetch(tree):
+    """The arrays of `tree` whole, in the memory of every process; all processes must call it."""
+
+    def one(leaf):
+        if jax.process_count() > 1 and not leaf.is_fully_replicated:
+            whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            leaf = jax.jit(lambda x: x, out_shardings=whole)(leaf)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
 
 
 def base_sharding(mesh, params):
@@ -67,29 +123,37 @@ class Placement(NamedTuple):
     sizes: list
 
 
-def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None):
+def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None):
     """Lay out clients for `round.make`: `shards` is a list of dicts of [n_k, ...] arrays, one a client, and
     `mechanisms` says what each samples from, at least its own records.
 
     Weights are n_k / n; `ranks` are the clients' own, where they have several. Consecutive clients share a device, `wave` of
-    them at a time.
+    them at a time. `sizes`, the public n_k, are needed where this process has not all clients' records: the shards of those
+    that are not `own_clients` are not looked at.
     """
     rows, count = mesh.shape[CLIENTS], len(shards)
-    sizes = [len(next(iter(shard.values()))) for shard in shards]
-    per_device = wave * math.ceil(math.ceil(count / rows) / wave)
-    starts = [device * per_device for device in range(rows)]
-    records = max(sum(sizes[start : start + per_device]) for start in starts)
-    offsets = [sum(sizes[client - client % per_device : client]) for client in range(count)]
+    sizes = [len(next(iter(shard.values()))) for shard in shards] if sizes is None else sizes
+    each = per_device(mesh, count, wave)
+    records = max(sum(sizes[start : start + each]) for start in range(0, rows * each, each))
+    offsets = [sum(sizes[client - client % each : client]) for client in range(count)]
 
-    def stacked(name):
+    def block(name, row):
         first = shards[0][name]
-        out = np.zeros((rows, records, *first.shape[1:]), first.dtype)
-        for client, shard in enumerate(shards):
-            out[client // per_device, offsets[client] : offsets[client] + sizes[client]] = shard[name]
-        return out.reshape(rows * records, *first.shape[1:])
+        out = np.zeros((records, *first.shape[1:]), first.dtype)
+        for client in range(row * each, min((row + 1) * each, count)):
+            out[offsets[client] : offsets[client] + sizes[client]] = shards[client][name]
+        return out
+
+    def laid(name):
+        shape = (rows * records, *shards[0][name].shape[1:])
+        if jax.process_count() == 1:
+            return jax.device_put(np.concatenate([block(name, row) for row in range(rows)]), sharding)
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: block(name, (index[0].start or 0) // records)
+        )
 
     def padded(values, dtype, fill=0):
-        return np.array([*values, *[fill] * (rows * per_device - count)], dtype)
+        return np.array([*values, *[fill] * (rows * each - count)], dtype)
 
     total = sum(sizes)
     clients = Client(
@@ -105,9 +169,9 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None):
         rank=padded(ranks or [0] * count, np.int32),
     )
     sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
-    data = {name: jax.device_put(stacked(name), sharding) for name in shards[0]}
+    data = {name: laid(name) for name in shards[0]}
     largest = (max(getattr(m, name) for m in mechanisms) for name in ("records", "capacity"))
-    return Placement(jax.device_put(clients, sharding), data, *largest, sizes)
+    return Placement(put(clients, sharding), data, *largest, sizes)
 
 
 def place_keys(mesh, keys, clients):
@@ -115,11 +179,11 @@ def place_keys(mesh, keys, clients):
     padded to `clients` with zeros (padding clients never join) and split over the clients axis; the server's are everywhere."""
     everywhere, by_client = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, CLIENTS)))
 
-    def put(leaf):
+    def padded(leaf):
         padding = [(0, 0), (0, clients - leaf.shape[1]), *[(0, 0)] * (leaf.ndim - 2)]
-        return jax.device_put(np.pad(leaf, padding), by_client)
+        return put(np.pad(leaf, padding), by_client)
 
     return {
-        purpose: jax.device_put(value, everywhere) if purpose == "server" else jax.tree.map(put, value)
+        purpose: put(value, everywhere) if purpose == "server" else jax.tree.map(padded, value)
         for purpose, value in keys.items()
     }

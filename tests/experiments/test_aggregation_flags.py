@@ -152,7 +152,7 @@ def test_the_adapter_file_holds_what_was_folded_into_the_base(command, tmp_path,
     from experiments import released
 
     save = released.save
-    monkeypatch.setattr(released, "save", lambda *args: (kept.update(state=args[5]), save(*args))[1])
+    monkeypatch.setattr(released, "save", lambda *args: (kept.update(state=args[4]), save(*args))[1])
     assert run.main([*command, f"--aggregation={aggregation}", f"--workdir={folder}"]) == 0
     config = flags.parse([*command, f"--aggregation={aggregation}"])
     model, params = models.from_pretrained(config.model, num_labels=2)

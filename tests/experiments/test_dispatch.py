@@ -21,7 +21,9 @@ def keys(tmp_path):
         kept = Ledger(tmp_path / f"{name}.jsonl")
         for attempt, cause in enumerate(causes):
             kept.begin((1, 3), attempt, MECHANISMS, 1, {"mesh": cause})
-        job = types.SimpleNamespace(secrets=[b"s" * 32], ledger=kept, config=flags.RunConfig(seed=seed, clients=1))
+        job = types.SimpleNamespace(
+            secrets=[b"s" * 32], paid=None, ledger=kept, config=flags.RunConfig(seed=seed, clients=1)
+        )
         return dispatch.round_keys(job, (1, 3), 0)["noise"]
 
     return draw
@@ -55,7 +57,7 @@ def job(tmp_path):
         )  # fmt: skip
         ledger = Ledger(tmp_path / "charged.jsonl")
         return types.SimpleNamespace(
-            secrets=[b"s" * 32], ledger=ledger, config=config, prepared=prepared, folder=tmp_path
+            secrets=[b"s" * 32], paid=None, ledger=ledger, config=config, prepared=prepared, folder=tmp_path
         )
 
     return make

@@ -69,9 +69,21 @@ def test_head_only_has_no_targets():
         (["--epsilon=8", "--colour=red"], "colour"),
         (["--epsilon=8", "stray"], "stray"),
         (["--flagfile=nowhere.flags"], "nowhere.flags"),
+        (["--epsilon=8", "--processes=2", "--process=0"], "--coordinator"),
+        (["--epsilon=8", "--process=1"], "--coordinator"),
+        (["--epsilon=8", "--coordinator=host:1"], "--processes"),
+        (["--epsilon=8", "--coordinator=host", "--processes=2", "--process=0"], "HOST:PORT"),
+        (["--epsilon=8", "--coordinator=host:70000", "--processes=2", "--process=0"], "HOST:PORT"),
+        (["--epsilon=8", "--coordinator=host:1", "--processes=2", "--process=2"], "--process=2"),
+        (["--epsilon=8", "--coordinator=host:1", "--processes=0", "--process=0"], "--processes=0"),
+        (["--epsilon=8", "--stall_timeout=1"], "--stall_timeout"),
     ],
 )
 def test_mistake_is_one_sentence_that_names_the_flag(argv, words):
     with pytest.raises(InputError, match=words) as caught:
         flags.parse(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_processes_need_no_number_where_the_cluster_gives_it():
+    assert flags.parse(["--epsilon=8", "--coordinator=auto"]).process is None

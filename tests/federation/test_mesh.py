@@ -52,6 +52,57 @@ def test_each_client_finds_its_own_records_on_its_own_device(rows, columns, wave
             np.testing.assert_array_equal(devices[client // per_device][own], shard[name])
 
 
+@pytest.fixture
+def hosts(monkeypatch):
+    """Eight devices as two processes' four each, found in another order than they lie."""
+    monkeypatch.setattr(mesh, "_process", lambda device: device.id % 2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "clients", "wave", "first", "second"),
+    [
+        ("auto", 5, 1, [0, 1, 2], [3, 4]),
+        ("auto", 1, 1, [0], []),
+        ("auto", 20, 1, list(range(12)), list(range(12, 20))),
+        ("2x1", 5, 2, [0, 1, 2, 3], [4]),
+        ("4x2", 5, 1, [0, 1, 2, 3], [4]),
+        ("1x2", 3, 1, [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_a_client_belongs_to_the_process_whose_devices_compute_it(hosts, spec, clients, wave, first, second):
+    """With 1x2, a client's row lies on both, which must then both hold its records."""
+    grid = mesh.make(spec, clients, small.model_and_params()[0])
+    assert [mesh.own_clients(grid, clients, wave, process) for process in (0, 1)] == [first, second]
+    places = [device.id % 2 for device in grid.devices.flat]
+    assert places == sorted(places)
+    assert places.count(0) == places.count(1)
+
+
+@pytest.mark.parametrize("spec", ["3x1", "1x1"])
+def test_a_mesh_that_leaves_a_process_out_is_refused(hosts, spec):
+    with pytest.raises(InputError, match="not as many of each of the 2 processes"):
+        mesh.make(spec, 5, small.model_and_params()[0])
+
+
+def test_other_clients_records_are_not_looked_at(hosts, monkeypatch):
+    """A process that must hold its own clients' blocks alone places the same arrays from its own records alone."""
+    grid, shards = mesh.make("8x1", 5, small.model_and_params()[0]), small.records()
+    whole = mesh.place(grid, shards, small.MECHANISMS, small.CLIP, 1)
+    own = mesh.own_clients(grid, 5, 1, 0)
+    empty = [shard if k in own else {name: a[:0] for name, a in shard.items()} for k, shard in enumerate(shards)]
+    asked = []
+
+    def make(shape, sharding, block):
+        indices = [index for device, index in sharding.devices_indices_map(shape).items() if device.id % 2 == 0]
+        asked.append([block(index) for index in indices])
+
+    monkeypatch.setattr(mesh.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(mesh.jax, "make_array_from_callback", make)
+    mesh.place(grid, empty, small.MECHANISMS, small.CLIP, 1, small.SIZES)
+    for blocks, array in zip(asked, whole.data.values(), strict=False):
+        np.testing.assert_array_equal(np.concatenate(blocks), np.asarray(array)[: sum(map(len, blocks))])
+
+
 def test_what_the_program_knows_of_a_client_is_its_public_mechanism():
     """The divisor is the expected batch, the noise is sigma times the clipping norm, and weights are n_k / n."""
     grid = mesh.make("8x1", 5, small.model_and_params()[0])

@@ -1,0 +1,48 @@
+"""Each client's own table in a folder of its own, `data_dir/<client>/train.*`: who runs a client reads that one alone."""
+
+import dataclasses
+from pathlib import Path
+
+from dplora_jax.data import sources
+from dplora_jax.errors import InputError
+
+
+def names(source, clients):
+    """The clients' folders in `data_dir`, in sorted order: only their names are looked at.
+
+    Raises InputError where they are not as many as `clients`, or the flags ask for what folders do not have.
+    """
+    if source.dataset not in sources.OWN_TABLES:
+        raise InputError(
+            f"--partition=folders reads your own tables, not --dataset={source.dataset}; give csv, jsonl or parquet."
+        )
+    for flag in ("data_dir", "text_column", "label_column"):
+        if not getattr(source, flag):
+            raise InputError(f"--partition=folders needs --{flag}; give it.")
+    if source.test_fraction is not None:
+        raise InputError(
+            "--test_fraction would declare a part of each client's table public; with --partition=folders give --test_data, "
+            "or --eval_every=0."
+        )
+    root = Path(source.data_dir)
+    if not root.is_dir():
+        raise InputError(f"--data_dir={source.data_dir} is not a folder; give the one that holds the clients' folders.")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(found) != clients:
+        raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give --clients={len(found)}.")
+    return found
+
+
+def read(source, corpus, name):
+    """The records of the client whose folder is `name`; `corpus` (`sources.load_public`) knows the labels and the test set.
+
+    Raises InputError as `sources.load` does, and where the public test set holds every record of the client.
+    """
+    folder = Path(source.data_dir) / name
+    own = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=corpus.label_names)
+    try:
+        records = sources.load(own, need_test=False).train
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): let this process read it.") from None
+    sources.refuse_copy(records, corpus.test)
+    return records

@@ -1,0 +1,245 @@
+"""Several real processes as one run, on loopback: the same adapters as one process, and one end for all, whoever dies."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from experiments import ledger, processes
+
+HERE = pathlib.Path(__file__).parent
+BOUND = 240  # seconds, of a busy machine: whatever is waited for, not what is measured
+ROUNDS = 10
+
+
+class Starts:
+    """Starts runs through `forked.py`, each of one or several processes."""
+
+    def __init__(self, flags, folder):
+        self.flags, self.folder, self.ids = flags, folder, []
+        self.server = subprocess.Popen(
+            [sys.executable, str(HERE / "forked.py"), str(folder / "cache")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **job):
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def begin(self, name, count, devices, *more, folders=None):
+        """`count` processes of `devices` each on workdir `name` -> their ids; what they say is in `name.I.log`."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+        ids = []
+        for index in range(count):
+            several = [where, f"--processes={count}", f"--process={index}"] if count > 1 else []
+            flags = [*self.flags, f"--workdir={self.folder / name}", *several, *more]
+            log, folder = str(self.log(name, index)), str((folders or [self.folder] * count)[index])
+            ids.append(self.ask(start=flags, devices=devices, folder=folder, log=log))
+        self.ids += ids
+        return ids
+
+    def codes(self, ids):
+        return [self.ask(wait=pid, seconds=BOUND) for pid in ids]
+
+    def log(self, name, index):
+        return self.folder / f"{name}.{index}.log"
+
+    def run(self, name, count, devices, *more, folders=None):
+        """Run it to its end, which must be a good one -> the workdir."""
+        ids = self.begin(name, count, devices, *more, folders=folders)
+        codes = self.codes(ids)
+        assert codes == [0] * count, "\n".join(self.log(name, index).read_text() for index in range(count))
+        return self.folder / name
+
+    def close(self):
+        self.server.stdin.close()
+        for pid in self.ids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def starts(tiny_bert, finance_table, tmp_path_factory):
+    flags = [
+        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
+        "--labels=good,bad", "--max_length=8", "--clients=4", f"--rounds={ROUNDS}", "--expected_batch_size=8", "--rank=2",
+        "--noise_multiplier=1", "--delta=1e-3", "--client_lr=0.1", "--head_lr=1", "--server_momentum=0.5", "--last_layers=1",
+        f"--eval_every={ROUNDS}", "--dispatch_rounds=1", "--stall_timeout=200",
+    ]  # fmt: skip
+    server = Starts(flags, tmp_path_factory.mktemp("runs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def alone(starts):
+    """One process with four devices."""
+    return starts.run("alone", 1, 4, "--seed=1")
+
+
+@pytest.fixture(scope="module")
+def two(starts):
+    """Two processes with two devices each: the same mesh."""
+    return starts.run("two", 2, 2, "--seed=1", "--private_diagnostics")
+
+
+def adapter_of(workdir):
+    return safetensors.numpy.load_file(workdir / "adapter" / "adapter_model.safetensors")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def differences(one, other):
+    one, other = adapter_of(one), adapter_of(other)
+    assert one.keys() == other.keys()
+    assert all(np.abs(value).max() > 0 for value in one.values())
+    return max(float(np.abs(value - other[name]).max()) for name, value in one.items())
+
+
+def wait_for_round(starts, name, number, ids):
+    """Return when `number` rounds are committed."""
+    path, until = starts.folder / name / "metrics.jsonl", time.monotonic() + BOUND
+    while not path.exists() or len(path.read_text().splitlines()) <= number:
+        assert time.monotonic() < until, "\n".join(starts.log(name, i).read_text() for i in range(len(ids)))
+        time.sleep(0.05)
+
+
+def test_two_processes_make_what_one_makes(alone, two):
+    assert differences(alone, two) < 1e-6
+    for one, other in zip(lines_of(alone / "metrics.jsonl"), lines_of(two / "metrics.jsonl"), strict=True):
+        timeless = [
+            {k: v for k, v in line.items() if k not in ("seconds", "examples_per_second")} for line in (one, other)
+        ]
+        assert timeless[0] == timeless[1]
+    assert ledger.main(["verify", str(two)]) == 0
+
+
+def test_diagnostics_of_all_clients_come_from_all_processes(two):
+    lines = lines_of(two / "private" / "diagnostics.jsonl")
+    assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
+    assert all(np.shape(line["loss"])[0] == 4 and np.min(line["loss"]) > 0 for line in lines)
+
+
+def test_four_processes_make_what_one_makes(starts, alone):
+    four = starts.run("four", 4, 1, "--seed=1")
+    assert differences(alone, four) < 1e-6
+    assert ledger.main(["verify", str(four)]) == 0
+
+
+@pytest.fixture(scope="module")
+def tables(finance_table, starts):
+    """Four clients' own tables in folders, and for each of two processes a folder where the other's clients' are empty."""
+    header, *rows = (finance_table / "train.csv").read_text().splitlines()
+    whole = starts.folder / "whole" / "tables"
+    for index, name in enumerate(("alder", "birch", "cedar", "dogwood")):
+        (whole / name).mkdir(parents=True)
+        part = rows[index::4][: 15 - index]
+        (whole / name / "train.csv").write_text("\n".join([header, *part]) + "\n")
+    shutil.copy(finance_table / "test.csv", whole)
+    parts = []
+    for index, strange in enumerate((("cedar", "dogwood"), ("alder", "birch"))):
+        parts.append(starts.folder / f"part{index}")
+        shutil.copytree(whole, parts[-1] / "tables")
+        for name in strange:
+            (parts[-1] / "tables" / name / "train.csv").unlink()
+    return whole.parent, parts
+
+
+def test_a_process_needs_no_other_clients_folders(starts, tables):
+    """Each of two has its own clients' tables alone, and what they make is what one process makes of all four."""
+    whole, parts = tables
+    flags = ["--partition=folders", "--data_dir=tables", "--seed=1"]
+    one = starts.run("folders", 1, 4, *flags, folders=[whole])
+    both = starts.run("parts", 2, 2, *flags, folders=parts)
+    assert differences(one, both) < 1e-6
+    records = [c["records"] for c in json.loads((both / "config.json").read_text())["federation"]["clients"]]
+    assert records == [15, 14, 13, 12]
+
+
+def test_a_mistake_at_one_process_ends_all_with_its_sentence(starts, tables):
+    _, parts = tables
+    ids = starts.begin("mistake", 2, 2, "--partition=folders", "--data_dir=tables", folders=[parts[1], parts[0]])
+    assert starts.codes(ids) == [2, 2]
+    for index in range(2):
+        said = starts.log("mistake", index).read_text()
+        assert "error: process " in said
+        assert "has no train.csv" in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("victim", "blow", "then"), [(1, signal.SIGKILL, (1, 2)), (0, signal.SIGKILL, (2, 1)), (1, signal.SIGSTOP, (2, 2))]
+)
+def test_one_that_dies_or_hangs_ends_all_by_its_name(starts, victim, blow, then):
+    """And the next start goes on with the rounds that were committed: on the same processes a lost round is replayed, on
+    others it is charged again."""
+    name = f"blow{victim}{blow}"
+    ids = starts.begin(name, 2, 2)
+    wait_for_round(starts, name, 2, ids)
+    os.kill(ids[victim], blow)
+    assert starts.codes([ids[1 - victim]]) == [processes.LOST]
+    said = starts.log(name, 1 - victim).read_text()
+    assert "error: no sign of life for" in said
+    assert f"from process {victim} (" in said
+    assert "Traceback" not in said
+    os.kill(ids[victim], signal.SIGKILL)
+    kept = lines_of(starts.folder / name / "metrics.jsonl")
+    workdir = starts.run(name, *then)
+    lines = lines_of(workdir / "metrics.jsonl")
+    assert [line["round"] for line in lines] == list(range(ROUNDS + 1))
+    assert lines[: len(kept)] == kept
+    begun = [entry["rounds"] for entry in lines_of(workdir / "privacy_ledger.jsonl") if entry["entry"] == "begin"]
+    twice = len(begun) - ROUNDS
+    assert twice in ((0,) if then == (2, 2) else (0, 1))
+    assert ledger.main(["verify", str(workdir)]) == 0
+
+
+def test_sigterm_at_one_process_stops_all_and_loses_nothing(starts, two):
+    ids = starts.begin("stopped", 2, 2, "--seed=1", "--private_diagnostics")
+    wait_for_round(starts, "stopped", 2, ids)
+    os.kill(ids[1], signal.SIGTERM)
+    assert starts.codes(ids) == [75, 75]
+    done = len(lines_of(starts.folder / "stopped" / "metrics.jsonl")) - 1
+    assert done < ROUNDS
+    assert differences(starts.run("stopped", 2, 2, "--seed=1", "--private_diagnostics"), two) == 0
+
+
+def test_sigterm_before_a_round_stops_all_too(starts):
+    ids, lock, until = starts.begin("early", 2, 2), starts.folder / "early" / ".lock", time.monotonic() + BOUND
+    while not lock.exists():  # process 0 makes it when all have joined
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(ids[1], signal.SIGTERM)
+    assert starts.codes(ids) == [75, 75]
+
+
+def test_processes_with_different_flags_do_not_start(starts):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    flags = [*starts.flags, f"--workdir={starts.folder / 'unlike'}", where, "--processes=2"]
+    logs = [str(starts.log("unlike", index)) for index in range(2)]
+    ids = [
+        starts.ask(
+            start=[*flags, f"--process={i}", f"--rank={2 + i}"], devices=1, folder=str(starts.folder), log=logs[i]
+        )
+        for i in range(2)
+    ]
+    assert starts.codes(ids) == [2, 2]
+    assert "started with different --rank:" in starts.log("unlike", 1).read_text()
