@@ -42,8 +42,8 @@ def fetched(config, params, state):
 
 
 def save(folder, config, model, lora_config, parts, base):
-    """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where every
-    client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
+    """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where
+    every client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
     whole = parts.adapter
     if config.aggregation in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
         whole, rank = exact.whole(whole, parts.residual)
