@@ -228,12 +228,11 @@ def with_frozen(params, adapter):
     """The adapter with the matrices that `freeze` moved into `params` put back, for `apply` and for files."""
     if adapter is None or "layers" not in adapter:
         return adapter
-    pairs = adapter["layers"]
-    for letter in [letter for letter, key in FROZEN.items() if key in params]:
-        pairs = {
-            name: pair if getattr(pair, letter) is not None else pair.replace(**{letter: params[FROZEN[letter]][name]})
-            for name, pair in pairs.items()
-        }
+    pairs = dict(adapter["layers"])
+    for letter in (letter for letter, key in FROZEN.items() if key in params):
+        for name, pair in pairs.items():
+            if getattr(pair, letter) is None:
+                pairs[name] = pair.replace(**{letter: params[FROZEN[letter]][name]})
     return {**adapter, "layers": pairs}
 
 

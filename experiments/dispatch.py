@@ -13,7 +13,7 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
-from dplora_jax.privacy import accounting, host_noise, secrets
+from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
 from experiments import causes, participants, processes, trust_modes, workdir
 
@@ -210,63 +210,6 @@ def execute(job, state, rounds, attempt):
     state, (_, private, valid) = jax.block_until_ready(job.programs[length](*arguments))
     seconds = time.perf_counter() - start
     return state, mesh.fetch((private, valid)), seconds
-
-
-def metrics(job, rounds, attempt, seconds, shown):
-    """The metrics lines of rounds [a, b): everything in them is public; `shown` is `execute`'s."""
-    if not processes.primary():
-        return [{"epsilon_max": 0.0}]  # nobody sees it
-    config, sent = job.config, job.prepared.facts["communication"]
-    length = rounds[1] - rounds[0]
-    epsilons = _epsilons(job, rounds)
-    sizes = [client["records"] for client in job.prepared.facts["clients"]]
-    share = np.mean(participants.schedule(config)[rounds[0] - 1 : rounds[1] - 1]) if participants.partial(config) else 1
-    rate = float(length * share * trust_modes.examples(config, sizes, job.prepared.mechanisms) / seconds)
-    lines, senders = [], trust_modes.senders(config, paid_secrets(job), range(*rounds), attempt)
-    for index in range(length):
-        lines.append(
-            {
-                "round": rounds[0] + index,
-                "epsilon": epsilons[index],
-                "epsilon_max": max(epsilons[index]),
-                "seconds": seconds / length,
-                "examples_per_second": rate,
-                "release": job.prepared.facts["release"] or "NO PRIVACY",
-                "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
-                "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
-                **senders[index],
-                **_finished(job, rounds[0] + index, None if shown[1] is None else np.asarray(shown[1])[index]),
-            }
-        )
-    return lines
-
-
-def _epsilons(job, rounds):
-    """What each client has spent after each of rounds [a, b), lost attempts included: a list of K floats a round."""
-    config = job.config
-    own = participants.steps(config, rounds)
-    before = job.ledger.charged_steps(config.clients) - own.sum(0)  # this dispatch is charged already
-    counts = before + np.cumsum(own, 0)
-    spent = []
-    for mechanism, of_client in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
-        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.delta)
-        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.delta, 1e-2)
-        spent.append([*(min(value, end) for value in coarse), end])  # no round costs more than a later one
-    return [list(column) for column in zip(*spent, strict=True)]
-
-
-def _finished(job, number, valid):
-    """Where not every client's upload counted, as all can see in modes `local` and `none`: how many did, and whose was dropped
-    for numbers that are not finite. `valid` [K'] is the program's flag for each."""
-    config = job.config
-    if valid is None or valid[: config.clients].all():
-        return {}
-    valid = valid[: config.clients]
-    sent = np.ones(config.clients, bool)
-    if participants.partial(config):
-        attempt = job.ledger.begun[-1]["attempt"]
-        sent = participants.joins(config, paid_secrets(job), range(number, number + 1), attempt)[0] > 0
-    return {"finished": int(valid.sum()), "dropped": np.flatnonzero(sent & ~valid).tolist()}
 
 
 def commit(job, done, state, lines, shown, begun):

@@ -148,7 +148,7 @@ def _secrets(config, folder, ledger):
 
 def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
-    from experiments import dispatch, processes, progress
+    from experiments import dispatch, metrics, processes, progress
 
     processes.agree(lambda: dispatch.check_past(job))
     stop = _on_sigterm()
@@ -161,7 +161,7 @@ def train(job):
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = dispatch.metrics(job, rounds, attempt, seconds, shown)
+            fresh = metrics.of_dispatch(job, rounds, attempt, seconds, shown)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
