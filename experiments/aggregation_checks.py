@@ -6,19 +6,14 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import participation
 
 AGGREGATIONS = ("fedavg", "rolora", "fedsa", "fedex", "flora", "flexlora")
-PLAIN_SERVER = {"server_lr": 1.0, "lr_decay": 1.0, "server_momentum": 0.0, "server_optimizer": "sgd", "ema": 0.0}
+# Their server takes the factors as settled: an exact mean would be undone by a step of another length, and RoLoRA's halves,
+# trained in turn, would be moved by a memory in the other's rounds. The server's optimizer then is the head's alone.
+WHOLE = ("rolora", "fedex", "flora", "flexlora")
 SERVER_OPTIMIZERS = ("sgd", "adam", "yogi", "adagrad")
-# What each aggregation cannot be combined with, and why.
-ONLY = {
-    "rolora": (
-        ("server_momentum", "server_optimizer"),
-        "its halves are trained in turn, and a memory would move the other half",
-    ),
-    "fedsa": (("ema",), "an average has no client's own B"),
-    **{
-        name: (tuple(PLAIN_SERVER), "it replaces factors by those of an exact mean")
-        for name in ("fedex", "flora", "flexlora")
-    },
+# Where an average over rounds makes no model, and why.
+NO_AVERAGE = {
+    "fedsa": "an average has no client's own B",
+    **dict.fromkeys(("fedex", "flora", "flexlora"), "factors of several rounds do not average to their products' mean"),
 }
 
 
@@ -84,13 +79,11 @@ def _factors(config):
         config.quantize is None or config.aggregation not in ("fedex", "flora"),
         f"--aggregation={config.aggregation} folds into the base, which --quantize keeps in few bits: leave one of them out.",
     )
-    names, why = ONLY.get(config.aggregation, ((), ""))
-    for name in names:
-        yield (
-            getattr(config, name) == PLAIN_SERVER[name],
-            f"--{name}={getattr(config, name)} does not go with --aggregation={config.aggregation}: {why}; use "
-            f"--{name}={PLAIN_SERVER[name]}.",
-        )
+    yield (
+        not config.ema or config.aggregation not in NO_AVERAGE,
+        f"--ema={config.ema:g} does not go with --aggregation={config.aggregation}: {NO_AVERAGE.get(config.aggregation)}; use "
+        "--ema=0.",
+    )
     if config.ranks is None:
         return
     parts = config.ranks.split(",")

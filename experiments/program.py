@@ -13,7 +13,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, methods, robust, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, host_noise, integers
-from experiments import ledger_checks, participants, trust_modes
+from experiments import aggregation_checks, ledger_checks, participants, trust_modes
 
 # Decay of the server's first and second moments, and what is added to the root (Reddi et al. 2021, section 5.1: tau 1e-3).
 MOMENTS = (0.9, 0.99, 1e-3)
@@ -140,4 +140,9 @@ def optimizers(config):
         "yogi": optax.scale_by_yogi(*MOMENTS),
         "adagrad": optax.scale_by_rss(initial_accumulator_value=0.0, eps=MOMENTS[2]),
     }[config.server_optimizer]
-    return client, optax.chain(server, optax.scale_by_learning_rate(rate))
+    server = optax.chain(server, optax.scale_by_learning_rate(rate))
+    if (
+        config.aggregation in aggregation_checks.WHOLE
+    ):  # what the mean of factors is to be is settled: the head alone has a rate
+        server = aggregation.groups({"layers": optax.sgd(1.0), "head": server})
+    return client, server
