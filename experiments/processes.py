@@ -59,7 +59,7 @@ def join(config):
             num_processes=config.processes,
             process_id=config.process,
             initialization_timeout=max(1, int(config.stall_timeout)),
-            heartbeat_timeout_seconds=2 * bound,  # ours comes first, with a better sentence
+            heartbeat_timeout_seconds=4 * bound,  # ours comes first, with a better sentence
             shutdown_timeout_seconds=bound,
             **where,
         )

@@ -79,6 +79,8 @@ _saying = threading.Lock()
 def _say(group, code, sentence):
     with _saying:  # held to the end, so that one sentence is said
         os.write(2, f"{'stopped' if code == STOPPED else 'error'}: {sentence}\n".encode())
+        group.code = code
+        group.leaving.set()  # should JAX abort now, that is how it ends
         if group.number == 0:  # whoever reads the end must find process 0 there
             time.sleep(4 * POLL)
         leave_at_once(code)
