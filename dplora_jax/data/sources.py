@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dplora_jax.data import finance_demo, tables
+from dplora_jax.data.benchmarks import BENCHMARKS, Benchmark
 from dplora_jax.errors import InputError
 
 
@@ -50,37 +51,6 @@ class Source:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A public classification table: where the hub has it, its columns, and the names of its labels 0, 1, ..."""
-
-    hub_id: str
-    hub_revision: str
-    hub_folder: str | None
-    text_column: str
-    label_column: str
-    label_names: tuple[str, ...]
-
-
-BENCHMARKS = {
-    "financial_phrasebank": Benchmark(
-        # The repository holds a script, which `datasets` refuses; this branch of it holds the hub's own conversion.
-        "takala/financial_phrasebank",
-        "refs/convert/parquet",
-        "sentences_50agree",
-        "sentence",
-        "label",
-        ("negative", "neutral", "positive"),
-    ),
-    "twitter_financial_news_sentiment": Benchmark(
-        "zeroshot/twitter-financial-news-sentiment",
-        "main",
-        None,
-        "text",
-        "label",
-        ("bearish", "bullish", "neutral"),
-    ),
-}
 OWN_TABLES = {"csv": (".csv",), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
 DATASETS = ("finance_demo", *BENCHMARKS, *OWN_TABLES)
 BENCHMARK_TEST_FRACTION = 0.2
