@@ -273,8 +273,7 @@ def merge(model, params, adapter, config):
 
 
 def shifted(model, params, change):
-    """`params` with `change` {target: [L, I, O]} added to the kernels of the last L layers (what exact aggregation folds into the
-    base: `federation.exact`). Raises ValueError where kernels are quantised."""
+    """`params` with `change` {target: [L, I, O]} added to the last L layers' kernels. ValueError where these are quantised."""
     for name, delta in change.items():
         params = {**params, "layers": _add_at(params["layers"], model.targets[name].path, delta, lambda x: x)}
     return params

@@ -7,7 +7,7 @@ from dplora_jax.federation import participation
 
 AGGREGATIONS = ("fedavg", "rolora", "fedsa", "fedex", "flora", "flexlora")
 # Their server takes the factors as settled: an exact mean would be undone by a step of another length, and RoLoRA's halves,
-# trained in turn, would be moved by a memory in the other's rounds. The server's optimizer then is the head's alone.
+# trained in turn, would be moved by a memory in the other's rounds. The server's momentum or moments are the head's alone.
 WHOLE = ("rolora", "fedex", "flora", "flexlora")
 SERVER_OPTIMIZERS = ("sgd", "adam", "yogi", "adagrad")
 # Where an average over rounds makes no model, and why.
@@ -76,9 +76,16 @@ def _factors(config):
         "out.",
     )
     yield (
-        config.quantize is None or config.aggregation not in ("fedex", "flora"),
-        f"--aggregation={config.aggregation} folds into the base, which --quantize keeps in few bits: leave one of them out.",
+        (config.quantize is None and config.dtype == "float32") or config.aggregation not in ("fedex", "flora"),
+        f"--aggregation={config.aggregation} folds small changes into the base, which --quantize and --dtype=bfloat16 would round "
+        "away: use --dtype=float32.",
     )
+    for name, usual in (("server_lr", 1.0), ("lr_decay", 1.0)):
+        yield (
+            getattr(config, name) == usual or config.aggregation not in ("fedex", "flora", "flexlora"),
+            f"--{name}={getattr(config, name):g} does not go with --aggregation={config.aggregation}: the mean product is "
+            f"taken as it is; use --{name}=1.",
+        )
     yield (
         not config.ema or config.aggregation not in NO_AVERAGE,
         f"--ema={config.ema:g} does not go with --aggregation={config.aggregation}: {NO_AVERAGE.get(config.aggregation)}; use "

@@ -48,10 +48,11 @@ def digests(config, records, model, params, mechanisms, grid):
 
 
 def together(found):
-    """One {cause: digest} from all processes' (in hex): where they agree, theirs, however many they are."""
+    """One {cause: digest} from all processes' (in hex), in their order: where they agree, theirs, however many they are; else of
+    who has which, since another order puts a client on another processor."""
     names = sorted({name for one in found for name in one})
-    by_name = {name: sorted({one.get(name, "") for one in found}) for name in names}
-    return {name: bytes.fromhex(seen[0]) if len(seen) == 1 else _of(seen) for name, seen in by_name.items()}
+    by_name = {name: [one.get(name, "") for one in found] for name in names}
+    return {name: bytes.fromhex(seen[0]) if len(set(seen)) == 1 else _of(seen) for name, seen in by_name.items()}
 
 
 def _of(value):

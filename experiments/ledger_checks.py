@@ -116,7 +116,8 @@ def check_config(path, config, ledger):
     for client, (row, mechanism) in enumerate(zip(config["federation"]["clients"], _charged(ledger), strict=True)):
         least = accounting.epsilon(mechanism, int(in_rounds[:, client].sum()), config["delta"]) * (1 - SLACK)
         planned = _real(row["epsilon"])
-        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != private:
+        never = not private and not in_rounds[:, client].any()  # and so not without privacy either
+        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (private or never):
             raise InputError(
                 f"{path} does not agree with the ledger: client {client}'s epsilon does not follow from it."
             )
@@ -155,9 +156,11 @@ def _wrong_metrics(config, ledger, lines):
     if [line.number for line in lines] != list(range(len(lines))):
         return "does not show each round from 0 on once, in order"
     private, release = config["trust"] != "none", config["federation"]["release"] or "NO PRIVACY"
+    in_rounds = _scheduled_steps(config)
     for line in lines:
-        free = not private and line.number > 0  # without privacy, all that follows the base model is infinite
-        if len(line.epsilon) != config["clients"] or any(math.isfinite(value) == free for value in line.epsilon):
+        # Without privacy, all that follows a client's first round is infinite.
+        free = [not private and bool(own) for own in in_rounds[: line.number].sum(0)]
+        if len(line.epsilon) != config["clients"] or free != [math.isinf(value) for value in line.epsilon]:
             return f"has no epsilon for each client in round {line.number}"
         if line.largest != max(line.epsilon):
             return f"has another epsilon_max in round {line.number} than its largest epsilon"

@@ -10,7 +10,7 @@ from dplora_jax import evaluation, losses, models
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import secrets
-from experiments import canaries, records, released, setup, unsaved
+from experiments import canaries, records, released, setup, trust_modes, unsaved
 
 ROWS = 64  # at a time through the model
 
@@ -23,7 +23,7 @@ def attack(config, seed=None):
     model's, which calibrates for hard and easy records (Watson et al. 2021, arXiv 2111.08440). Raises InputError.
     """
     for name, attacked in canaries.PLAIN:
-        if getattr(config, name) != attacked:
+        if (getattr(config, name) or None) != (attacked or None):
             raise InputError(f"--{name}={getattr(config, name)} cannot be attacked yet, only {attacked}.")
     prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1))
     trained = _train(config, prepared, seed)
@@ -47,7 +47,7 @@ def rates(members, others):
 
 def _train(config, prepared, seed):
     """The adapter that the run releases."""
-    count = config.clients
+    count = trust_modes.parties(config)
     held = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
     return released.adapter(config, unsaved.train(config, prepared, held))
 

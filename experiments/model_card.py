@@ -10,6 +10,7 @@ AVERAGED = (
     "This classifier averages the tokens of a text, and transformers' own BertForSequenceClassification reads the first "
     "token alone, so that it would give other logits: this is a sentence-transformers directory, whose `encode` gives the logits."
 )
+OWN_MODELS = "The figures are means over the clients' own models"  # of FedSA-LoRA
 AUTO_CLASSES = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
@@ -36,6 +37,20 @@ def of_adapter(model, line):
             "--workdir=...` writes a sentence-transformers directory whose `encode` gives these logits.\n"
         )
     return note
+
+
+def of_adapters(config, model, line):
+    """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
+    client."""
+    note = of_adapter(model, line)
+    if config.aggregation != "fedsa":
+        return [(".", note)]
+    shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"
+    own = [
+        f"{note}\nThis is client {k}'s own model: the shared A with its B. {OWN_MODELS}.\n"
+        for k in range(config.clients)
+    ]
+    return [(".", shared), *((f"clients/{k}", text) for k, text in enumerate(own))]
 
 
 def closing_line(job, model, document):
@@ -99,7 +114,8 @@ def _run_facts(run):
     shown = {"accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity"}
     found = [f"{label} {last[key]:.3f}" for key, label in shown.items() if key in last]
     if found:
-        yield f"On the public test set: {', '.join(found)}."
+        whose = f" {OWN_MODELS}, not of this one." if run.get("aggregation") == "fedsa" else ""
+        yield f"On the public test set: {', '.join(found)}.{whose}"
 
 
 def _number(epsilon):

@@ -111,7 +111,9 @@ def _keys(config, local, adapter, count):
     if local.bits is not None:
         shape = (1, count, config.local_steps)
         noise = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, *x.shape), jnp.int32), adapter)
-        return {"noise": noise, "sampling": jax.ShapeDtypeStruct((*shape, local.records), jnp.int32)}
+        keys = {"noise": noise, "sampling": jax.ShapeDtypeStruct((*shape, local.records), jnp.int32)}
+        joins = {"joins": jax.ShapeDtypeStruct((1, count), jnp.float32)}
+        return keys | (joins if participants.partial(config) else {})
     parties = secrets.from_seed(0, count + (config.trust == "client"))
     rate = 1.0 if participants.partial(config) else trust_modes.joining(config)
     keys = secrets.round_keys(parties, range(1, 2), 0, count, rate)

@@ -138,11 +138,9 @@ def optimizers(config):
         "sgd": momentum,
         "adam": optax.scale_by_adam(*MOMENTS),
         "yogi": optax.scale_by_yogi(*MOMENTS),
-        "adagrad": optax.scale_by_rss(initial_accumulator_value=0.0, eps=MOMENTS[2]),
+        "adagrad": optax.scale_by_rss(initial_accumulator_value=0.0, eps=MOMENTS[2] ** 2),  # it stands inside the root
     }[config.server_optimizer]
     server = optax.chain(server, optax.scale_by_learning_rate(rate))
-    if (
-        config.aggregation in aggregation_checks.WHOLE
-    ):  # what the mean of factors is to be is settled: the head alone has a rate
-        server = aggregation.groups({"layers": optax.sgd(1.0), "head": server})
+    if config.aggregation in aggregation_checks.WHOLE:
+        server = aggregation.groups({"layers": optax.sgd(rate), "head": server})
     return client, server

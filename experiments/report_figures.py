@@ -9,7 +9,7 @@ from experiments.report_text import as_epsilon, show
 INK, GRID, SERIES = "#010101", "#020202", ("#030303", "#040404", "#050505", "#060606")
 VARIABLES = {INK: "--soft", GRID: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
 BOOKKEEPING = {"round", "epsilon", "epsilon_max", "bytes_up_per_client", "bytes_down_per_client", "seconds"}
-BOOKKEEPING |= {"examples_per_second"}
+BOOKKEEPING |= {"examples_per_second", "finished", "survivors"}
 
 
 def by_metric(rows: list[dict]) -> dict[str, tuple[list, list, list]]:

@@ -206,8 +206,8 @@ def _finish(job, done, state, lines):
     workdir.write_metrics(job.folder, lines)
     model, base = p.model, pretrained.hub_id(job.config.model)
     released.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
-    note = model_card.of_adapter(model, summary.line(job.folder))
-    chain.replace_durably(job.folder / "adapter" / "README.md", note)
+    for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder)):
+        chain.replace_durably(job.folder / "adapter" / folder / "README.md", note)
     report.write(job.folder)
     if done < job.config.rounds:
         missing = f"rounds {done + 1} to {job.config.rounds} were not run"

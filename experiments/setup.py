@@ -148,7 +148,6 @@ def _run_frozen_layers(config, model, params, memo, count, *tables):
         if table is None:
             return None
         inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
-        inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
         key = None if memo is None else (config.model, config.dtype, config.quantize, start, causes.of_arrays(inputs))
         if key is not None and key in memo:
             hidden = memo[key]

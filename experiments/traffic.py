@@ -4,14 +4,16 @@ import jax
 
 from dplora_jax import lora
 from dplora_jax.federation import compression, exact
+from experiments import participants
 
 
 def of_run(config, adapter):
     """(bytes up, bytes down) of each client in a round, two lists of K; `adapter` is the one that is trained (shapes suffice).
 
-    Down travels what a client lacks to begin the next round, in float32: the means, of several ranks its own components; with
-    `fedex` the new factors and either all clients' factors or the dense residual, whichever is less; with `flora` all
-    clients' factors (the fresh A is public, like the first one). With `rolora` both are means over the two halves' rounds.
+    Down travels what a client lacks to begin the next round, in float32: the means, of several ranks its own components. With
+    `fedex` and `flora` it is all clients' factors, or the dense residual (and with `fedex` the factors' means), whichever is
+    less; the residual, where a client may have missed rounds. FLoRA's fresh A is public, like the first one. With `rolora`
+    both are means over the two halves' rounds.
     """
     ranks = config.rank_list or [config.rank] * config.clients
     shapes = jax.eval_shape(lambda tree: tree, adapter)
@@ -25,11 +27,10 @@ def of_run(config, adapter):
     up, down = ([compression.size(tree, bits) for tree in own] for bits in (config.upload_bits, None))
     head = compression.size({part: value for part, value in shapes.items() if part != "layers"})
     stack = sum(down) - head * (len(down) - 1)  # all clients' factors, and one head
-    if config.aggregation == "flora":
-        down = [stack] * len(down)
-    if config.aggregation == "fedex":
-        dense = compression.size(jax.eval_shape(exact.product, shapes)) if "layers" in shapes else 0
-        down = [min(stack, compression.size(shapes) + dense)] * len(down)
+    if config.aggregation in ("fedex", "flora"):
+        dense = compression.size(jax.eval_shape(exact.product, shapes))
+        dense += compression.size(shapes) if config.aggregation == "fedex" else head
+        down = [dense if participants.partial(config) else min(stack, dense)] * len(down)
     return up, down
 
 

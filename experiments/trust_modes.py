@@ -6,6 +6,7 @@ import math
 from dplora_jax.federation.aggregation import Rule
 from dplora_jax.privacy import accounting, trust
 from dplora_jax.privacy.secrets import joins
+from experiments import aggregation_checks
 
 
 def of_clients(config):
@@ -138,8 +139,11 @@ def _aggregation(config):
         lines.append(f"clients fail to send with probability {config.dropout:g} (simulated), and pay all the same")
     if config.proximal:
         lines.append(f"FedProx, strength {config.proximal:g}")
+    of_head = " on the head alone" if config.aggregation in aggregation_checks.WHOLE else ""
     if config.server_optimizer != "sgd":
-        lines.append(f"Fed{config.server_optimizer.capitalize()} at the server (Reddi et al. 2021)")
+        lines.append(f"Fed{config.server_optimizer.capitalize()} at the server{of_head} (Reddi et al. 2021)")
+    if config.server_momentum and of_head:
+        lines.append(f"server momentum {config.server_momentum:g}{of_head}")
     if config.upload_bits:
         lines.append(f"uploads rounded at random to {config.upload_bits} bits a number")
     return lines

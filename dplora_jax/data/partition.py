@@ -9,7 +9,7 @@ import numpy as np
 from dplora_jax.errors import InputError
 
 MAX_DIRICHLET_DRAWS = 100
-FOLDERS = "folders"  # not dealt: each client's table is its own, and `sources.load_clients` reads it
+FOLDERS = "folders"  # not dealt: each client's table is its own, and `folders.read` reads it
 
 
 def group_column(spec: str) -> str | None:

@@ -114,11 +114,16 @@ def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Clien
 
     start = adapter, optimizer.init(adapter), clip_norm, memory
     (params, _, clip_norm, _), traces = jax.lax.scan(step, start, jnp.arange(config.local_steps))
-    upload = jax.tree.map(jnp.subtract, params, adapter)
-    if config.upload_bits is not None:  # a number of steps that no noise is drawn for
-        key = jax.random.wrap_key_data(keys["noise"][0], impl="threefry2x32")
-        upload = compression.rounded(jax.random.fold_in(key, config.local_steps), upload, config.upload_bits)
-    return upload, traces, clip_norm
+    return jax.tree.map(jnp.subtract, params, adapter), traces, clip_norm
+
+
+def sent(config: LocalConfig, upload, keys):
+    """`upload` as it arrives: rounded to `upload_bits`, where there are such."""
+    if config.upload_bits is None:
+        return upload
+    key = jax.random.wrap_key_data(keys["noise"][0], impl="threefry2x32")
+    key = jax.random.fold_in(key, config.local_steps)  # a step that no noise is drawn for
+    return compression.rounded(key, upload, config.upload_bits)
 
 
 def share(loss_fn, config: LocalConfig, data, adapter, client: Client, keys):
@@ -175,7 +180,8 @@ def _add_noise(config, sums, client, keys, index, clip_norm, memory):
     """(grad_sum, count) plus their noise, and the memory of correlated noise."""
     grad_sum, count = sums
     if config.bits is not None:
-        drawn = jax.tree.map(lambda x: x[index], keys["noise"])
+        own = dict(jax.tree.leaves_with_path(keys["noise"]))  # of a whole adapter, of which a half may be trained
+        drawn = jax.tree.map_with_path(lambda path, _: own[path][index], grad_sum)
         return (integers.released(grad_sum, drawn, config.clip_norm, config.bits), count), memory
     if config.adaptive:  # one draw for both: the count is a leaf of its own
         drawn, of_count = noise.gaussian(keys["noise"], sums, 1.0, index)

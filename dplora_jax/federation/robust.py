@@ -19,12 +19,13 @@ def _mean_of(leaf, kept):
 
 
 def trimmed_mean(share):
-    """A function (uploads [K, ...], valid bool [K]) -> the mean of each coordinate without its floor(share m) smallest and as
-    many largest values, of the m valid ones (Yin et al. 2018, definition 2). `share` in [0, 1/2)."""
+    """A function (uploads [K, ...], valid bool [K]) -> the mean of each coordinate without its ceil(share m) smallest and as many
+    largest values, of the m valid ones (Yin et al. 2018, definition 2), and with one left at least. So up to that many clients of
+    garbage move it no further than the others reach. `share` in (0, 1/2)."""
 
     def combine(uploads, valid):
         count = valid.sum()
-        cut = jnp.floor(share * count + 1e-6).astype(jnp.int32)
+        cut = jnp.minimum(jnp.ceil(share * count - 1e-6).astype(jnp.int32), (count - 1) // 2)
 
         def one(leaf):
             ordered, place = _sorted(leaf, valid)

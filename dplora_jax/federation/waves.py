@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dplora_jax import lora
 from dplora_jax.federation import aggregation, methods
-from dplora_jax.federation.client import share, update
+from dplora_jax.federation.client import sent, share, update
 
 
 class Members(NamedTuple):
@@ -95,9 +95,12 @@ def _wave(federation, params, group, data, state, letter):
             upload, trace = share(loss, local, data, begun, member.client, member.keys)
             return upload, trace, member.clip_norm, upload
         optimizer = federation.client_optimizer
-        upload, trace, clip_norm = update(
+        made, trace, clip_norm = update(
             loss, optimizer, local, data, begun, member.client, member.keys, member.clip_norm
         )
+        upload = sent(local, made, member.keys)
+        if method.keeps_b:  # what does not travel is not rounded
+            upload = methods.with_own(upload, methods.own_of(made))
         return upload, trace, clip_norm, method.terms(member.client, begun, upload)
 
     uploads, trace, clip_norms, terms = jax.vmap(one)(group)

@@ -84,16 +84,17 @@ def epsilon(mechanism, steps, delta, grid=GRID):
     return epsilon_curve(mechanism, (steps,), delta, grid)[0]
 
 
-@functools.cache
 def epsilon_curve(mechanism, steps, delta, grid=GRID):
     """epsilon after each count of the tuple `steps` (0 costs nothing; no noise is infinite) -> tuple of floats."""
-    if mechanism.noise_multiplier == 0:
-        return tuple(math.inf if count else 0.0 for count in steps)
-    one = step_loss(mechanism, grid)
-    return tuple(
-        float(one.self_compose(mechanism.charged(count)).get_epsilon_for_delta(delta)) if count else 0.0
-        for count in steps
-    )
+    return tuple(_after(mechanism, mechanism.charged(count), delta, grid) for count in steps)
+
+
+@functools.cache
+def _after(mechanism, events, delta, grid):
+    """epsilon after so many sampled Gaussian events: clients of one mechanism share what was reckoned for any of them."""
+    if not events or mechanism.noise_multiplier == 0:
+        return math.inf if events else 0.0
+    return float(step_loss(mechanism, grid).self_compose(events).get_epsilon_for_delta(delta))
 
 
 @functools.cache

@@ -26,7 +26,10 @@ def parse(*more):
         (["--aggregation=flora", "--ema=0.5"], "use --ema=0."),
         (["--aggregation=fedsa", "--ema=0.5"], "an average has no client's own B"),
         (["--aggregation=fedex", "--freeze_a"], "exact already"),
-        (["--aggregation=flora", "--quantize=int8"], "few bits"),
+        (["--aggregation=flora", "--quantize=int8"], "use --dtype=float32"),
+        (["--aggregation=fedex", "--dtype=bfloat16"], "use --dtype=float32"),
+        (["--aggregation=flexlora", "--server_lr=0.5"], "use --server_lr=1"),
+        (["--aggregation=fedex", "--lr_decay=0.2"], "use --lr_decay=1"),
         (["--aggregation=fedsa", "--head_only"], "LoRA matrices"),
         (["--aggregation=fedsa", "--trust=distributed"], "--trust=distributed does not"),
         (["--robust=median", "--trust=client", "--delta=1e-3"], "--trust=client does not"),
@@ -71,8 +74,10 @@ def test_a_client_is_calibrated_to_the_rounds_that_it_is_in():
 
 @pytest.mark.parametrize("aggregation", ["rolora", "fedex", "flora", "flexlora", "fedsa"])
 def test_the_servers_optimizer_is_the_heads_alone_where_factors_are_settled(aggregation):
-    """Momentum 0.9 and rate 0.5: a constant mean upload of 1 moves the head by 0.5 and 0.95, and settled factors by 1 and 1."""
-    config = parse(f"--aggregation={aggregation}", "--server_momentum=0.9", "--server_lr=0.5")
+    """Momentum 0.9: a constant mean upload of 1 moves the head by 1 and 1.9, settled factors by 1 and 1; a falling rate of
+    RoLoRA's is for both."""
+    more = ["--lr_decay=0.5", "--rounds=2"] if aggregation == "rolora" else []
+    config, rates = parse(f"--aggregation={aggregation}", "--server_momentum=0.9", *more), [1, 0.75 if more else 1]
     tree = {"layers": {"q": np.zeros(2)}, "head": np.zeros(3)}
     _, server = program.optimizers(config)
     state, up = server.init(tree), jax.tree.map(lambda x: x - 1, tree)
@@ -80,8 +85,25 @@ def test_the_servers_optimizer_is_the_heads_alone_where_factors_are_settled(aggr
     for _ in range(2):
         step, state = server.update(up, state, tree)
         steps.append([float(leaf[0]) for leaf in jax.tree.leaves(step)])  # head, layers
-    factors = [0.5, 0.95] if aggregation == "fedsa" else [1, 1]
-    np.testing.assert_allclose(steps, np.transpose([[0.5, 0.95], factors]), rtol=1e-6)
+    factors = [1, 1.9] if aggregation == "fedsa" else [1, 1]
+    np.testing.assert_allclose(steps, np.transpose([[1, 1.9], factors]) * np.array(rates)[:, None], rtol=1e-6)
+
+
+def test_adagrad_at_the_server_is_the_papers():
+    """A first mean upload of 1e-3 becomes 1e-3 / (1e-3 + tau), tau = 1e-3, up to where tau stands (Reddi et al. 2021)."""
+    _, server = program.optimizers(parse("--server_optimizer=adagrad"))
+    tree = {"head": np.zeros(1, np.float32)}
+    step, _ = server.update({"head": np.full(1, -1e-3, np.float32)}, server.init(tree), tree)
+    assert float(step["head"][0]) == pytest.approx(1 / np.sqrt(2), rel=1e-3)
+
+
+def test_accuracy_of_a_client_that_is_never_in_a_round_is_no_breach(command, tmp_path):
+    """Without privacy too the ledger holds: a client's epsilon is infinite from its first round on."""
+    folder = tmp_path / "run"
+    more = ["--epsilon=inf", "--rounds=2", "--dispatch_rounds=1", "--participation=fixed:1", f"--workdir={folder}"]
+    assert run.main([*command, *more]) == 0
+    assert ledger.verify(folder)
+    assert [line["epsilon"].count("inf") for line in lines_of(folder / "metrics.jsonl")] == [0, 1, 2]
 
 
 def test_who_fails_to_send_pays_all_the_same():
@@ -185,6 +207,10 @@ def test_every_client_of_fedsa_is_evaluated_and_has_a_file_of_its_own(command, t
     assert min(last["accuracy_by_client"]) - 1e-9 <= last["accuracy"] <= max(last["accuracy_by_client"]) + 1e-9
     model, params = models.from_pretrained(flags.parse(command).model, num_labels=2)
     own = [peft.load(folder / "adapter" / "clients" / str(k), model, params)[0]["layers"] for k in range(3)]
+    for place in (".", "clients/0", "clients/2"):
+        text = (folder / "adapter" / place / "README.md").read_text()
+        assert "NOT FOR RELEASE" in text
+        assert "means over the clients' own models" in text
     for name in own[0]:
         assert np.abs(own[0][name].b - own[1][name].b).max() > 1e-5
         np.testing.assert_array_equal(own[0][name].a, own[1][name].a)
@@ -205,7 +231,9 @@ def shapes(config):
         (["--upload_bits=4"], 64 + 4 * 4 + 4 + 4, 4 * (128 + 8)),
         (["--aggregation=rolora"], 4 * (64 + 8), 4 * (64 + 8)),
         (["--aggregation=fedsa"], 4 * (80 + 8), 4 * (80 + 8)),
-        (["--aggregation=flora"], 4 * (128 + 8), 4 * (3 * 128 + 8)),
+        (["--aggregation=flora"], 4 * (128 + 8), 4 * (120 + 8)),
+        (["--aggregation=flora", "--rank=1", "--ranks=1,1,1"], 4 * (32 + 8), 4 * (3 * 32 + 8)),
+        (["--aggregation=flora", "--rank=1", "--dropout=0.1"], 4 * (32 + 8), 4 * (120 + 8)),
         (["--aggregation=fedex"], 4 * (128 + 8), 4 * (128 + 8 + 120)),
         (["--aggregation=flexlora"], 4 * (128 + 8), 4 * (128 + 8)),
     ],

@@ -82,3 +82,12 @@ def test_the_compilers_flags_are_a_cause(before, monkeypatch, name):
 def test_another_processor_is_a_cause(before, monkeypatch):
     monkeypatch.setattr(causes, "_processor", lambda: "another")
     assert changed(before, digests()) == {"devices"}
+
+
+def test_which_process_has_which_processor_is_a_cause():
+    """Two unlike hosts in another order put a client on another processor, whose sums may round otherwise; alike ones do not, and
+    how many they are is the mesh's cause."""
+    a, b = {"devices": "aa"}, {"devices": "bb"}
+    assert causes.together([a, b]) != causes.together([b, a])
+    assert causes.together([a, a, b]) != causes.together([a, b, b])
+    assert causes.together([a, a]) == causes.together([a]) == {"devices": bytes.fromhex("aa")}

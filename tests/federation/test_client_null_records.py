@@ -88,11 +88,21 @@ def test_the_divisor_is_the_rate_times_the_clients_own_records():
 
 
 def test_null_records_change_no_upload_of_a_whole_sample():
-    """Who joins whole uploads the same, however many null records join with it: client 1 has 4 of 4."""
-    wide = [dataclasses.replace(m, records=max(small.SIZES)) for m in small.MECHANISMS]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small, "MECHANISMS", wide)
-        other = small.run(noise_std=0, join_below=2**30, capacity=max(small.CAPACITIES))
-    full = other[2]["sampled"][:, 1]
-    assert (full <= 4).all()
-    assert full.min() < 4  # null records took rows: 9 of 20 stay, whoever they are
+    """Client 1's four records and four null ones all join, in nine rows: it uploads what its four alone would. Of sixteen null
+    ones too many join, and some of its own are displaced."""
+    shown = []
+    for records in (4, 8, 20):
+        others = small.MECHANISMS
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                small, "MECHANISMS", [others[0], dataclasses.replace(others[1], records=records), *others[2:]]
+            )
+            shown.append(small.run(noise_std=0, join_below=2**30, capacity=max(small.CAPACITIES)))
+    alone, with_null, crowded = shown
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x[0, 1], y[0, 1], rtol=2e-5, atol=2e-6),
+        with_null[1]["uploads"],
+        alone[1]["uploads"],
+    )
+    assert (with_null[2]["sampled"][:, 1] == 4).all()
+    assert crowded[2]["sampled"][:, 1].min() < 4

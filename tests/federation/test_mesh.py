@@ -98,7 +98,7 @@ def test_other_clients_records_are_not_looked_at(hosts, monkeypatch):
 
     monkeypatch.setattr(mesh.jax, "process_count", lambda: 2)
     monkeypatch.setattr(mesh.jax, "make_array_from_callback", make)
-    mesh.place(grid, empty, small.MECHANISMS, small.CLIP, 1, small.SIZES)
+    mesh.place(grid, empty, small.MECHANISMS, small.CLIP, 1, sizes=small.SIZES)
     for blocks, array in zip(asked, whole.data.values(), strict=False):
         np.testing.assert_array_equal(np.concatenate(blocks), np.asarray(array)[: sum(map(len, blocks))])
 
