@@ -77,7 +77,7 @@ def _factors(config):
     )
     yield (
         (config.quantize is None and config.dtype == "float32") or config.aggregation not in ("fedex", "flora"),
-        f"--aggregation={config.aggregation} folds small changes into the base, which --quantize and --dtype=bfloat16 would round "
+        f"--aggregation={config.aggregation} folds into the base what --quantize and --dtype=bfloat16 would round "
         "away: use --dtype=float32.",
     )
     for name, usual in (("server_lr", 1.0), ("lr_decay", 1.0)):

@@ -131,6 +131,19 @@ def test_two_processes_make_what_one_makes(alone, two):
     assert ledger.main(["verify", str(two)]) == 0
 
 
+def test_what_clients_keep_and_who_takes_part_are_the_same_over_processes(starts):
+    """Each client's own B (FedSA-LoRA), a schedule and drop-outs: every client's file, and the ledger."""
+    more = ["--seed=1", "--aggregation=fedsa", "--participation=fixed:3", "--dropout=0.2"]
+    one, two = (starts.run(f"kept{count}", count, 2 // count, *more) for count in (1, 2))
+    for place in (".", *(f"clients/{k}" for k in range(4))):
+        own = [safetensors.numpy.load_file(w / "adapter" / place / "adapter_model.safetensors") for w in (one, two)]
+        assert all(np.abs(value - own[1][name]).max() < 1e-6 for name, value in own[0].items())
+    assert ledger.main(["verify", str(two)]) == 0
+    finished = [[line.get("finished") for line in lines_of(w / "metrics.jsonl")] for w in (one, two)]
+    assert finished[0] == finished[1]
+    assert max(finished[0][1:]) <= 3
+
+
 def test_diagnostics_of_all_clients_come_from_all_processes(two):
     lines = lines_of(two / "private" / "diagnostics.jsonl")
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))

@@ -177,3 +177,14 @@ def test_combinations_without_a_meaning_are_refused(other):
 def test_optimizers_see_floats():
     assert {leaf.dtype for leaf in jax.tree.leaves(run()[1])} == {np.dtype("float32")}
     assert optax.tree.norm(run()[0].adapter) > 0
+
+
+def test_halves_that_are_trained_in_turn_take_their_own_part_of_the_hosts_noise():
+    """RoLoRA: where nobody joins, the trained half holds exactly its draws, and the other nothing."""
+    _, public, _ = run(small.Setup(method="rolora", plain=True), join_below=0)
+    sums, drawn = integers_of(public["released"]), draws()["noise"]
+    for name, pair in sums["layers"].items():
+        for number, (trained, other) in enumerate(("ba", "ab", "ba")):
+            expected = getattr(drawn["layers"][name], trained)[number]
+            np.testing.assert_array_equal(getattr(pair, trained)[number], expected)
+            assert (getattr(pair, other)[number] == 0).all()
