@@ -106,6 +106,17 @@ def test_accuracy_of_a_client_that_is_never_in_a_round_is_no_breach(command, tmp
     assert [line["epsilon"].count("inf") for line in lines_of(folder / "metrics.jsonl")] == [0, 1, 2]
 
 
+def test_many_clients_steps_are_rounded_up_to_a_few_counts():
+    rng = np.random.default_rng(0)
+    steps, sizes = rng.binomial(50, 0.2, 300), list(range(300))
+    planned = program.planned_steps(steps, sizes)
+    assert (planned >= steps).all()
+    assert planned.max() == steps.max()
+    assert len(set(planned.tolist())) == program.LEVELS
+    assert (planned - steps <= np.ptp(steps) / program.LEVELS + 1).all()
+    np.testing.assert_array_equal(program.planned_steps(steps[:20], sizes[:20]), steps[:20])
+
+
 def test_who_fails_to_send_pays_all_the_same():
     config = parse("--participation=fixed:2", "--dropout=0.9")
     assert participants.partial(config)
