@@ -42,8 +42,8 @@ def mechanisms(config, sizes, stored):
 
 
 def planned_steps(steps, sizes):
-    """The steps that each client's noise is calibrated to, at least its own `steps` (int [K]): its own, or, where clients differ in
-    more ways than are calibrated one by one, the next of a few (LEVELS) counts."""
+    """The steps that each client's noise is calibrated to, at least its own `steps` (int [K]): its own, or, where clients differ
+    in more ways than are calibrated one by one, the next of a few (LEVELS) counts."""
     if len(set(zip(steps.tolist(), sizes, strict=True))) <= size_classes.MOST or len(set(steps.tolist())) <= LEVELS:
         return steps
     levels = np.ceil(np.linspace(steps.min(), steps.max(), LEVELS + 1)[1:]).astype(int)
