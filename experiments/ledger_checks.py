@@ -160,7 +160,7 @@ def _wrong_metrics(config, ledger, lines):
     for line in lines:
         # Without privacy, all that follows a client's first round is infinite.
         free = [not private and bool(own) for own in in_rounds[: line.number].sum(0)]
-        if len(line.epsilon) != config["clients"] or free != [math.isinf(value) for value in line.epsilon]:
+        if len(line.epsilon) != config["clients"] or free != [not math.isfinite(value) for value in line.epsilon]:
             return f"has no epsilon for each client in round {line.number}"
         if line.largest != max(line.epsilon):
             return f"has another epsilon_max in round {line.number} than its largest epsilon"

@@ -78,7 +78,7 @@ def test_the_servers_optimizer_is_the_heads_alone_where_factors_are_settled(aggr
     RoLoRA's is for both."""
     more = ["--lr_decay=0.5", "--rounds=2"] if aggregation == "rolora" else []
     config, rates = parse(f"--aggregation={aggregation}", "--server_momentum=0.9", *more), [1, 0.75 if more else 1]
-    tree = {"layers": {"q": np.zeros(2)}, "head": np.zeros(3)}
+    tree = {"layers": {"q": np.zeros(2, np.float32)}, "head": np.zeros(3, np.float32)}
     _, server = program.optimizers(config)
     state, up = server.init(tree), jax.tree.map(lambda x: x - 1, tree)
     steps = []
