@@ -15,7 +15,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import causes, participants, processes, trust_modes, workdir
+from experiments import causes, draws, participants, processes, workdir
 
 
 def restore(job):
@@ -166,24 +166,8 @@ def paid_secrets(job):
 
 
 def round_keys(job, rounds, attempt):
-    """What the dispatch that was charged last draws from: `secrets.round_keys`, or with hardened noise the host's own draws."""
-    held, config = paid_secrets(job), job.config
-    keys = _drawn(job, held, rounds, attempt)
-    if participants.partial(config):
-        keys["joins"] = participants.joins(config, held, range(*rounds), attempt)
-    return keys
-
-
-def _drawn(job, held, rounds, attempt):
-    """`round_keys` without who takes part by schedule."""
-    config = job.config
-    if config.noise != "hardened":
-        return secrets.round_keys(held, range(*rounds), attempt, config.clients, trust_modes.joining(config))
-    p, local = job.prepared, job.prepared.federation.local
-    stds = [m.noise_multiplier * 2.0**local.bits for m in p.mechanisms]
-    return host_noise.round_draws(
-        held, range(*rounds), attempt, local.local_steps, p.state.adapter, stds, local.records
-    )
+    """What the dispatch that was charged last draws from (`draws.of_rounds`)."""
+    return draws.of_rounds(job.config, job.prepared, paid_secrets(job), rounds, attempt)
 
 
 def _most_rounds(job):

@@ -56,12 +56,7 @@ def prepare(config, stored=None, memo=None):
     train = tasks.classification(tokenizer, table, config.max_length)
     sizes = _sizes(shares, config.clients)
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
-    if config.private and config.delta * max(sizes) >= 1:
-        warnings.warn(
-            f"--delta={config.delta:g} is not below 1 / {max(sizes)} records: at that delta, publishing one record whole would "
-            "count as private.",
-            stacklevel=1,
-        )
+    _warn_of_delta(config, max(sizes))
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
     adapter, params, lora_config = program.adapter(config, model, params)
     digest_of = {
@@ -103,6 +98,16 @@ def prepare(config, stored=None, memo=None):
         digests,
         digest_of,
     )
+
+
+def _warn_of_delta(config, largest):
+    """Warn where delta is no small matter to a client of `largest` records."""
+    if config.private and config.delta * largest >= 1:
+        warnings.warn(
+            f"--delta={config.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
+            "count as private.",
+            stacklevel=1,
+        )
 
 
 def _sizes(shares, clients):

@@ -4,22 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dplora_jax.federation import mesh, round
-from dplora_jax.privacy import host_noise, secrets
-from experiments import participants, trust_modes
-
-
-def keys_of(config, prepared, held, rounds):
-    """What rounds [a, b) draw from, by the secrets `held`, on the mesh."""
-    local = prepared.federation.local
-    if local.bits is None:
-        keys = secrets.round_keys(held, range(*rounds), 0, config.clients, trust_modes.joining(config))
-    else:
-        stds = [m.noise_multiplier * 2.0**local.bits for m in prepared.mechanisms]
-        adapter = prepared.state.adapter
-        keys = host_noise.round_draws(held, range(*rounds), 0, local.local_steps, adapter, stds, local.records)
-    if participants.partial(config):
-        keys["joins"] = participants.joins(config, held, range(*rounds), 0)
-    return mesh.place_keys(prepared.mesh, keys, prepared.placement.clients.size.shape[0])
+from experiments import draws
 
 
 def train(config, prepared, held, program=None):
@@ -32,6 +17,7 @@ def train(config, prepared, held, program=None):
     state = jax.tree.map(jnp.copy, prepared.state)  # it is donated, and shares the head with the base
     for first in range(1, config.rounds + 1, config.dispatch_rounds):
         end = min(first + config.dispatch_rounds, config.rounds + 1)
-        keys = keys_of(config, prepared, held, (first, end))
+        keys = draws.of_rounds(config, prepared, held, (first, end), 0)
+        keys = mesh.place_keys(prepared.mesh, keys, place.clients.size.shape[0])
         state, _ = program(state, prepared.params, place.clients, place.data, keys)
     return state

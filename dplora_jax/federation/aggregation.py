@@ -55,9 +55,10 @@ def noisy_mean(total, keys, rule):
     return jax.tree.map(lambda x: x / rule.divisor, noisy)
 
 
-def choose(flag, new, old):
-    """`new` where the scalar `flag` holds, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), new, old)
+def choose(flags, new, old):
+    """`new` where `flags` holds, else `old`, leaf by leaf: a scalar, or [K] over leaves [K, ...]."""
+    over = lambda x: flags.reshape(*flags.shape, *[1] * (x.ndim - flags.ndim))  # noqa: E731
+    return jax.tree.map(lambda x, y: jnp.where(over(x), x, y), new, old)
 
 
 def weighted_sum(weights, uploads):
@@ -73,7 +74,7 @@ def finite(upload):
 
 def masked(valid, tree):
     """`tree` [K, ...] with zeros for the clients that are not `valid` [K], whatever it holds there."""
-    return jax.tree.map(lambda x: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0), tree)
+    return choose(valid, tree, jax.tree.map(jnp.zeros_like, tree))
 
 
 def proximal(strength):

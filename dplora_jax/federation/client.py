@@ -146,9 +146,8 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
     if config.adaptive:
         moving = adaptive.next_norm(clip_norm, count, client.divisor, config.quantile, config.quantile_rate)
     released = jax.tree.map(lambda g: g / client.divisor, grad_sum)
-    released = (
-        lora.truncate(released, client.rank) if config.ranks else released
-    )  # what was cut has noise, and no gradient
+    if config.ranks:  # what was cut has noise, and no gradient
+        released = lora.truncate(released, client.rank)
     sampled = weights.sum()
     shown = jnp.maximum(sampled, 1)
     clipped = ((norms > clip_norm) & (weights > 0)).sum() / shown

@@ -136,6 +136,6 @@ def with_own(adapter, own):
 
 
 def filled(tree, whole):
-    """The leaves that `whole` (a tree of shapes) has, taken from `tree` where it has them, zeros elsewhere."""
+    """A tree like `whole` (of shapes): the leaves of `tree` where it has them, zeros elsewhere."""
     own = dict(jax.tree.leaves_with_path(tree))
-    return [own.get(path, jnp.zeros(x.shape, x.dtype)) for path, x in jax.tree.leaves_with_path(whole)]
+    return jax.tree.map_with_path(lambda path, x: own[path] if path in own else jnp.zeros(x.shape, x.dtype), whole)

@@ -146,11 +146,7 @@ def _in_turn(federation, params, members, data, state, shows):
     whole = jax.eval_shape(lambda: waves.run(federation, params, members, data, state, shows))
 
     def half(letter):
-        def run():
-            found = waves.run(federation, params, members, data, state, shows, letter)
-            return jax.tree.unflatten(jax.tree.structure(whole), methods.filled(found, whole))
-
-        return run
+        return lambda: methods.filled(waves.run(federation, params, members, data, state, shows, letter), whole)
 
     return jax.lax.switch(state.average.rounds % len(turns), [half(letter) for letter in turns])
 

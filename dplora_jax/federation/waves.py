@@ -39,9 +39,8 @@ def run(federation, params, members, data, state, shows, letter=None):
     clients' `Shown` -> (terms, weight, Shown).
 
     `shows` asks for uploads and noisy gradients one by one, whose memory grows with K. `letter` is the half of every pair that is
-    trained in this round, None for both. A client that does not take part
-    ("joins" 0 in its keys), or whose upload is not finite, is in neither sum and keeps what it had. Modes `distributed` and
-    `client` sum what they are given.
+    trained in this round, None for both. A client that does not take part ("joins" 0 in its keys), or whose upload is not
+    finite, is in neither sum and keeps what it had. Modes `distributed` and `client` sum what they are given.
     """
     partial = "joins" in members.keys and federation.rule.trust in ("local", "none")
 
@@ -52,9 +51,8 @@ def run(federation, params, members, data, state, shows, letter=None):
         return *sums, shown
 
     size = federation.wave
-    order = (
-        jnp.argsort(-members.keys["joins"]) if partial else None
-    )  # those who take part share waves, and others are idle
+    # Those who take part share waves, and the others' are idle.
+    order = jnp.argsort(-members.keys["joins"]) if partial else None
     chosen = members if order is None else jax.tree.map(lambda x: x[order], members)
     waves = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), chosen)
     terms, weight, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], waves))
@@ -122,17 +120,12 @@ def _valid(method, group, start, uploads, trace, clip_norms, terms):
         apart = jax.tree.map(jnp.subtract, own, methods.own_of(start))
         terms = methods.with_own(uploads, apart)
         uploads = {**uploads, "layers": {n: pair.replace(b=None) for n, pair in uploads["layers"].items()}}
-        own = jax.tree.map(lambda x, y: _choose(valid, x, y), own, group.own)
     else:
         own = group.own
-    clip_norms = jax.tree.map(lambda x, y: _choose(valid, x, y), clip_norms, group.clip_norm)
+    clip_norms, own = aggregation.choose(valid, (clip_norms, own), (group.clip_norm, group.own))
     weights = group.client.weight * valid
     total = aggregation.weighted_sum(weights, aggregation.masked(valid, terms))
     # What never left its client is no upload, and its noisy gradients are no one's to see.
     uploads, released, count = aggregation.masked(there, (uploads, trace.released, trace.count))
     trace = trace._replace(released=released, count=count)
     return total, weights.sum(), Shown(uploads, trace, clip_norms, own, valid)
-
-
-def _choose(flags, new, old):
-    return jnp.where(flags.reshape(-1, *[1] * (new.ndim - 1)), new, old)

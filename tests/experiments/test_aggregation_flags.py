@@ -9,10 +9,10 @@ from test_run import crash_before, lines_of
 
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError
-from dplora_jax.federation import exact
+from dplora_jax.federation import exact, methods
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import dispatch, flags, ledger, participants, program, run, setup, traffic
+from experiments import aggregation_checks, dispatch, flags, ledger, participants, program, run, setup, traffic
 
 
 def parse(*more):
@@ -56,6 +56,11 @@ def test_a_combination_without_a_meaning_is_refused_in_one_sentence(more, words)
     with pytest.raises(InputError) as error:
         parse(*more)
     assert words in str(error.value)
+
+
+def test_the_flag_knows_every_method_and_no_other():
+    """The checks import no JAX, and so have the names a second time."""
+    assert set(aggregation_checks.AGGREGATIONS) == set(methods.BY_NAME)
 
 
 def test_a_client_is_calibrated_to_the_rounds_that_it_is_in():

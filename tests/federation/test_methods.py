@@ -9,7 +9,7 @@ import pytest
 import small
 
 from dplora_jax import lora
-from dplora_jax.federation import exact, methods
+from dplora_jax.federation import exact
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 WEIGHTS = np.array(small.SIZES) / sum(small.SIZES)
@@ -208,7 +208,3 @@ def test_the_mesh_changes_nothing_of_any_method():
         one = small.run(small.Setup(method=method, plain=True), rounds=[1, 2])
         other = small.run(small.Setup(4, 2, 2, method=method, plain=True), rounds=[1, 2])
         jax.tree.map(close, other, one)
-
-
-def test_every_name_is_a_method():
-    assert set(methods.BY_NAME) == {"fedavg", "rolora", "fedsa", "fedex", "flora", "flexlora"}

@@ -1,0 +1,19 @@
+"""What rounds draw from, by the clients' secrets: keys of the device's generator or the host's own draws, and who takes part."""
+
+from dplora_jax.privacy import host_noise, secrets
+from experiments import participants, trust_modes
+
+
+def of_rounds(config, prepared, held, rounds, attempt):
+    """The draws of rounds [a, b) of `prepared` (`setup.Prepared`), by the secrets `held`: `secrets.round_keys`, or with hardened
+    noise `host_noise.round_draws`; and "joins" where not everyone takes part in each round."""
+    local, numbers = prepared.federation.local, range(*rounds)
+    if local.bits is None:
+        keys = secrets.round_keys(held, numbers, attempt, config.clients, trust_modes.joining(config))
+    else:
+        stds = [m.noise_multiplier * 2.0**local.bits for m in prepared.mechanisms]
+        adapter = prepared.state.adapter
+        keys = host_noise.round_draws(held, numbers, attempt, local.local_steps, adapter, stds, local.records)
+    if participants.partial(config):
+        keys["joins"] = participants.joins(config, held, numbers, attempt)
+    return keys
