@@ -29,7 +29,7 @@ def of_dispatch(job, rounds, attempt, seconds, shown):
                 "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
                 "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
                 **senders[index],
-                **_finished(job, rounds[0] + index, None if shown[1] is None else np.asarray(shown[1])[index]),
+                **({} if shown[1] is None else _finished(job, rounds[0] + index, attempt, shown[1][index])),
             }
         )
     return lines
@@ -49,15 +49,14 @@ def _epsilons(job, rounds):
     return [list(column) for column in zip(*spent, strict=True)]
 
 
-def _finished(job, number, valid):
-    """Where not every client's upload counted, as all can see in modes `local` and `none`: how many did, and whose was dropped
-    for numbers that are not finite. `valid` [K'] is the program's flag for each."""
+def _finished(job, number, attempt, valid):
+    """Where not every client's upload counted in round `number`, as all can see in modes `local` and `none`: how many did, and
+    whose was dropped for numbers that are not finite. `valid` [K'] is the program's flag for each."""
     config = job.config
-    if valid is None or valid[: config.clients].all():
-        return {}
     valid = valid[: config.clients]
+    if valid.all():
+        return {}
     sent = np.ones(config.clients, bool)
     if participants.partial(config):
-        attempt = job.ledger.begun[-1]["attempt"]
         sent = participants.joins(config, dispatch.paid_secrets(job), range(number, number + 1), attempt)[0] > 0
     return {"finished": int(valid.sum()), "dropped": np.flatnonzero(sent & ~valid).tolist()}

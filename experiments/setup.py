@@ -84,20 +84,8 @@ def prepare(config, stored=None, memo=None):
         raise InputError(
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
         )
-    return Prepared(
-        model,
-        params,
-        lora_config,
-        federation,
-        grid,
-        placement,
-        mechanisms,
-        state,
-        evaluate,
-        told,
-        digests,
-        digest_of,
-    )
+    made = model, params, lora_config, federation, grid, placement, mechanisms, state
+    return Prepared(*made, evaluate, told, digests, digest_of)
 
 
 def _warn_of_delta(config, largest):

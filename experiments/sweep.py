@@ -106,7 +106,7 @@ def read(path):
 def outcome(config, memo, programs):
     """The public metrics after the last round of `config`. `memo` keeps what frozen layers made of a table, and `programs`
     compiled rounds, from cell to cell."""
-    from dplora_jax.federation import round
+    from dplora_jax.federation.round import make
     from dplora_jax.privacy import secrets
     from experiments import setup, trust_modes, unsaved
 
@@ -115,20 +115,15 @@ def outcome(config, memo, programs):
     like = (dataclasses.replace(config, seed=0, split_seed=0), prepared.federation.local, prepared.federation.rule)
     if like not in programs:
         programs.clear()  # one case at a time
-        programs[like] = round.make(prepared.federation, prepared.mesh)
+        programs[like] = make(prepared.federation, prepared.mesh)
     held = secrets.from_seed(config.seed, trust_modes.parties(config))
     state = unsaved.train(config, prepared, held, programs[like])
     found = prepared.evaluate(state)
     spent = max(client["epsilon"] for client in prepared.facts["clients"])
     return {name: found[name] for name in METRICS} | {
         "epsilon_max": spent if config.private else "inf",
-        "seconds": round_to(time.perf_counter() - start),
+        "seconds": round(time.perf_counter() - start, 1),
     }
-
-
-def round_to(seconds):
-    """Seconds to a tenth."""
-    return float(f"{seconds:.1f}")
 
 
 def table(lines):
