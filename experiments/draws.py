@@ -7,10 +7,11 @@ from experiments import participants, trust_modes
 def of_rounds(config, prepared, held, rounds, attempt):
     """The draws of rounds [a, b) of `prepared` (`setup.Prepared`), by the secrets `held`: `secrets.round_keys`, or with hardened
     noise `host_noise.round_draws`; and "joins" where not everyone takes part in each round."""
-    local, numbers = prepared.federation.local, range(*rounds)
-    if local.bits is None:
+    numbers = range(*rounds)
+    if config.noise != "hardened":
         keys = secrets.round_keys(held, numbers, attempt, config.clients, trust_modes.joining(config))
     else:
+        local = prepared.federation.local
         stds = [m.noise_multiplier * 2.0**local.bits for m in prepared.mechanisms]
         adapter = prepared.state.adapter
         keys = host_noise.round_draws(held, numbers, attempt, local.local_steps, adapter, stds, local.records)

@@ -22,7 +22,7 @@ def keys(tmp_path):
         for attempt, cause in enumerate(causes):
             kept.begin((1, 3), attempt, MECHANISMS, 1, {"mesh": cause})
         job = types.SimpleNamespace(
-            secrets=[b"s" * 32], paid=None, ledger=kept, config=flags.RunConfig(seed=seed, clients=1)
+            secrets=[b"s" * 32], paid=None, ledger=kept, config=flags.RunConfig(seed=seed, clients=1), prepared=None
         )
         return dispatch.round_keys(job, (1, 3), 0)["noise"]
 
