@@ -7,7 +7,6 @@ the arrays that are trained; a frozen A is no leaf (`freeze_a` moves it into the
 """
 
 import dataclasses
-import functools
 import warnings
 from typing import Any
 
@@ -16,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-# Accelerators round float32 products by default; norms and the sums that they bound must not be rounded differently.
-EXACT = jax.lax.Precision.HIGHEST
-GRAM_ERROR = 2.0**-21  # of a squared norm by Gram matrices, relative to the square of the sum of all tokens' lengths
+from dplora_jax.per_row import EXACT, PerRow, linear
+
 FROZEN = {"a": "lora_a", "b": "lora_b"}  # the keys of the base parameters under which frozen A and B matrices live
 
 
@@ -49,69 +47,6 @@ class Pair:
     scale: float = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class PerRow:
-    """A weight that all rows share, with a slot per row whose cotangent tells of that row's gradient alone.
-
-    A slot of the weight's own shape behind a row axis receives each row's gradient; a slot [B] receives each row's
-    squared gradient norm, for which no per-row gradient is ever formed (the ghost norm, Goodfellow 2015; Li et al. 2022).
-    The value of a slot [B] is the factor of each row's gradient in the weight's own, their sum; no forward pass reads a slot.
-    """
-
-    weight: Any
-    slot: Any
-
-
-def linear(x, weight):
-    """x [B, T, I] times weight [O, I] transposed -> [B, T, O], in x's dtype; a `PerRow` weight also feeds its slot."""
-    if isinstance(weight, PerRow):
-        return _per_row_linear(x, weight.weight, weight.slot)
-    return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
-
-
-@jax.custom_vjp
-def _per_row_linear(x, weight, slot):
-    # The cast lies inside, so that the sum over rows keeps the weight's precision: rounded to bfloat16, it would move by
-    # more than one row's share when one row changes.
-    return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
-
-
-def _per_row_forward(x, weight, slot):
-    return _per_row_linear(x, weight, slot), (x, weight, slot)
-
-
-def _per_row_backward(residuals, g):
-    x, weight, slot = residuals
-    grad_x = jnp.einsum("bto,oi->bti", g, weight.astype(x.dtype))
-    if slot.ndim > 1:
-        grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)
-        per_row = jnp.einsum("bto,bti->boi", g, x, preferred_element_type=slot.dtype, precision=EXACT)
-        return grad_x, grad_weight, per_row
-    g, x = g.astype(jnp.float32), x.astype(jnp.float32)
-    squares = _squared_norm(g, x)
-    # The factor meets float32 gradients, the very ones whose norm was taken: scaled earlier, in the loss, they would be
-    # rounded anew in bfloat16 and pass the norm that they were cut to. A factor of 0 silences whatever the row holds.
-    g, x = (jnp.where((slot > 0)[:, None, None], y, 0) for y in (g, x))
-    summed = jnp.einsum("bto,bti->oi", slot[:, None, None] * g, x, precision=EXACT)
-    return grad_x, summed.astype(weight.dtype), squares
-
-
-def _squared_norm(g, x):
-    """|sum_t g_t x_t^T|^2 of each row, by whichever of the product and the Gram matrices is smaller -> [B]."""
-    (_, tokens, outputs), inputs = g.shape, x.shape[-1]
-    if outputs * inputs <= 2 * tokens * tokens:
-        return jnp.square(jnp.einsum("bto,bti->boi", g, x, precision=EXACT)).sum((1, 2))
-    gram = functools.partial(jnp.einsum, precision=EXACT)
-    squares = (gram("bto,bso->bts", g, g) * gram("bti,bsi->bts", x, x)).sum((1, 2))
-    # Tokens that cancel leave a rounding error of either sign, in the measure of what cancelled: it may only add to a norm,
-    # or a record made to cancel would pass uncut.
-    lengths = jnp.sqrt(jnp.square(g).sum(-1) * jnp.square(x).sum(-1))
-    return jnp.maximum(squares, 0) + GRAM_ERROR * jnp.square(lengths.sum(1))
-
-
-_per_row_linear.defvjp(_per_row_forward, _per_row_backward)
-
-
 def product(x, pair):
     """The adapter's part of an adapted dense layer, scale * B A x: x [B, T, I] -> [B, T, O] (Hu et al. 2021, eq. 3)."""
     return pair.scale * linear(linear(x, pair.a), pair.b)
@@ -132,20 +67,6 @@ def _column(bias):
     if isinstance(bias, PerRow):
         return PerRow(bias.weight[:, None], bias.slot if bias.slot.ndim == 1 else bias.slot[..., None])
     return bias[:, None]
-
-
-def with_slots(adapter, slots):
-    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], or of factors [B] (for a leaf
-    stacked over layers, also [B, L])."""
-
-    def under_layers(leaf, slot):
-        if slot.ndim == 1:
-            return PerRow(leaf, jnp.broadcast_to(slot, (leaf.shape[0], *slot.shape)))
-        return PerRow(leaf, jnp.moveaxis(slot, 0, 1))
-
-    return {
-        part: jax.tree.map(under_layers if part == "layers" else PerRow, adapter[part], slots[part]) for part in adapter
-    }
 
 
 def groups(tree):

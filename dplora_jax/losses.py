@@ -16,7 +16,7 @@ class ModelLoss:
     """`loss(adapter, batch) -> [B]` that hands the adapter to `model.apply` and does nothing else with it.
 
     That is what the fast clipping forms need: row i's loss depends on row i alone, and the adapter enters by
-    `lora.linear` only.
+    `per_row.linear` only.
     """
 
     model: Any
@@ -25,6 +25,10 @@ class ModelLoss:
 
     def __call__(self, adapter, batch):
         return self.of_logits(self.model.apply(self.params, batch, adapter), batch)
+
+    def activations(self, batch):
+        """What the adapted layers compute on: (tokens of a row, dtype)."""
+        return batch["hidden" if "hidden" in batch else "input_ids"].shape[1], self.model.dtype
 
 
 def classification(model, params):

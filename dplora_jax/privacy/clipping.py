@@ -6,14 +6,15 @@ Letters: B rows.
 import jax
 import jax.numpy as jnp
 
-from dplora_jax import lora
+from dplora_jax import lora, per_row
 from dplora_jax.losses import ModelLoss, as_batch_of_one
 from dplora_jax.privacy import integers
 
-FORMS = ("auto", "vmap", "broadcast", "ghost")
+FORMS = ("auto", "vmap", "broadcast", "bookkeeping", "ghost")
 MODES = ("flat", "per_layer", "automatic")
-# Per-row gradients beyond this many bytes are not worth forming: `auto` then takes ghost norms and a second backward pass.
-PER_ROW_BYTES = 1 << 30
+# Beyond this many bytes, what one backward pass would leave of all rows is too much, and `auto` takes ghost norms and a second
+# pass.
+ONE_PASS_BYTES = 1 << 30
 STABILITY = 0.01  # gamma of automatic clipping (Bu et al. 2023, section 4.2): how small a gradient keeps its size
 
 
@@ -25,41 +26,56 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
     clipping, over all leaves together; losses [B] float32. A row of weight 0 adds nothing and reports norm 0. A row whose
     gradient is not finite adds nothing and reports norm inf.
 
-    `form`: "vmap" is the definition, each example as a batch of one, for any loss_fn. "broadcast" gets all rows' gradients
-    from one batched backward pass. "ghost" forms none of them: norms in a first backward pass, the weighted sum in a second.
-    The last two need a `losses.ModelLoss`; "auto" picks among them from the shapes, and takes "vmap" for any other loss_fn.
+    `form`: "vmap" is the definition, each example as a batch of one, for any loss_fn. The others need a `losses.ModelLoss`.
+    "broadcast" gets all rows' gradients from one batched backward pass. "bookkeeping" gets their norms from one such pass, and
+    the sum from what it kept of it (Bu et al. 2023, algorithm 1). "ghost" keeps nothing: norms in a first pass, the sum in a
+    second. "auto" takes for each matrix whichever of the first two leaves less, "ghost" where even that is over ONE_PASS_BYTES,
+    and "vmap" for any other loss_fn.
 
     `mode`: "flat" as above. "per_layer" cuts each of the m parts of `lora.groups` to clip_norm / sqrt(m) by its own norm, so
     that all together stay within clip_norm (McMahan et al. 2018, section 3.1). "automatic" scales every row, small ones too, to
     clip_norm |g| / (|g| + STABILITY) (Bu et al. 2023, equation 4.1). In each, a row moves the sum by at most `clip_norm`.
 
     With `bits`, the sum is a tree of int32 in units of clip_norm 2^-bits: each row is truncated to that grid, and moves the
-    sum by at most 2^bits units, in exact arithmetic (`integers.clipped_sum`). "ghost" has no rows to truncate.
-    Raises ValueError on an unknown form or mode, a fast form of another loss_fn, or "ghost" with `bits`.
+    sum by at most 2^bits units, in exact arithmetic (`integers.clipped_sum`). "ghost" and "bookkeeping" have no rows to truncate.
+    Raises ValueError on an unknown form or mode, a fast form of another loss_fn, or "ghost" or "bookkeeping" with `bits`.
     """
     if form not in FORMS:
         raise ValueError(f"unknown clipping form {form!r}; known: {', '.join(FORMS)}.")
     if mode not in MODES:
         raise ValueError(f"unknown clipping mode {mode!r}; known: {', '.join(MODES)}.")
-    if form in ("broadcast", "ghost") and not isinstance(loss_fn, ModelLoss):
+    if form not in ("auto", "vmap") and not isinstance(loss_fn, ModelLoss):
         raise ValueError(f"form {form!r} needs a loss made by dplora_jax.losses; form 'vmap' serves any other.")
-    if form == "ghost" and bits is not None:
-        raise ValueError("form 'ghost' makes no rows' gradients, and integers are made of each row's.")
+    if form in ("ghost", "bookkeeping") and bits is not None:
+        raise ValueError(f"form {form!r} makes no rows' gradients, and integers are made of each row's.")
     rows = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(rows, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    if form == "auto":
-        large = 4 * rows * lora.count(adapter) > PER_ROW_BYTES and bits is None
-        form = ("ghost" if large else "broadcast") if isinstance(loss_fn, ModelLoss) else "vmap"
+    form, slots = _chosen(form, loss_fn, adapter, batch, rows, bits)
     parts = lora.groups(adapter) if mode == "per_layer" else (1, jax.tree.map(lambda _: 0, adapter))
     if form == "ghost":
         return _ghost(loss_fn, adapter, batch, clip_norm, weights, mode, parts)
-    per_row = _vmap if form == "vmap" else _broadcast
-    grads, losses = per_row(loss_fn, adapter, batch)
-    factors, norms = _factors(_squares(grads, parts), clip_norm, weights, mode)
+    found, losses = _vmap(loss_fn, adapter, batch) if form == "vmap" else _one_pass(loss_fn, adapter, batch, slots)
+    factors, norms = _factors(_squares(found, parts), clip_norm, weights, mode)
     if bits is not None:
         factors = _spread(factors * (integers.MARGIN * 2.0**bits / clip_norm), parts)
-        return integers.clipped_sum(factors, grads, bits), norms, losses
-    return jax.tree.map(_weighted_sum, _spread(factors, parts), grads), norms, losses
+        return integers.clipped_sum(factors, found, bits), norms, losses
+    return jax.tree.map(_weighted_sum, _spread(factors, parts), found), norms, losses
+
+
+def _chosen(form, loss_fn, adapter, batch, rows, bits):
+    """The form that `form` stands for, and the slots that its one backward pass fills (None where it has none)."""
+    if form in ("vmap", "ghost") or not isinstance(loss_fn, ModelLoss):
+        return ("ghost" if form == "ghost" else "vmap"), None
+    tokens, dtype = loss_fn.activations(batch) if "layers" in adapter else (None, None)
+    whole = form == "broadcast" or bits is not None
+
+    def kept(leaf):
+        _, outputs, inputs = leaf.shape
+        return not whole and (form == "bookkeeping" or per_row.keeps_less(tokens, outputs, inputs, dtype))
+
+    slots = per_row.zeros(adapter, rows, kept, tokens, dtype)
+    large = sum(slot.nbytes for slot in jax.tree.leaves(slots)) > ONE_PASS_BYTES and bits is None
+    return ("ghost", None) if form == "auto" and large else (form, slots)
 
 
 def _spread(values, parts):
@@ -67,14 +83,23 @@ def _spread(values, parts):
     return jax.tree.map(lambda part: values[:, part], parts[1])
 
 
-def _squares(grads, parts):
+def _squares(found, parts):
     """Squared norms [B, m] of the parts of rows' gradients."""
-    rows = jax.tree.leaves(grads)[0].shape[0]
+    leaves = jax.tree.leaves(found, is_leaf=_is_kept)
+    rows = leaves[0].squares.shape[1] if _is_kept(leaves[0]) else leaves[0].shape[0]
     squares = jnp.zeros((rows, parts[0]), jnp.float32)
-    for part, g in zip(jax.tree.leaves(parts[1]), jax.tree.leaves(grads), strict=True):
-        stacked = g.shape[: 1 + isinstance(part, slice)]
-        squares = squares.at[:, part].add(jnp.square(g.astype(jnp.float32)).reshape(*stacked, -1).sum(-1))
+    for part, leaf in zip(jax.tree.leaves(parts[1]), leaves, strict=True):
+        by_layer = isinstance(part, slice)
+        if _is_kept(leaf):
+            own = leaf.squares.T if by_layer else leaf.squares.sum(0)
+        else:
+            own = jnp.square(leaf.astype(jnp.float32)).reshape(*leaf.shape[: 1 + by_layer], -1).sum(-1)
+        squares = squares.at[:, part].add(own)
     return squares
+
+
+def _is_kept(leaf):
+    return isinstance(leaf, per_row.Kept)
 
 
 def _factors(squares, clip_norm, weights, mode):
@@ -90,11 +115,13 @@ def _factors(squares, clip_norm, weights, mode):
 def _weighted_sum(factors, g):
     """sum_i factors_i g_i for factors [B], or [B, L] over a stacked leaf; a factor of 0 silences whatever the row holds (0 * nan
     is nan)."""
+    if _is_kept(g):
+        return per_row.kept_sum(factors, g)
     over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
     kept = jnp.where(over > 0, g, 0).astype(jnp.float32)
     if factors.ndim == 1:
-        return jnp.tensordot(factors, kept, 1, precision=lora.EXACT).astype(g.dtype)
-    return jnp.einsum("bl,bl...->l...", factors, kept, precision=lora.EXACT).astype(g.dtype)
+        return jnp.tensordot(factors, kept, 1, precision=per_row.EXACT).astype(g.dtype)
+    return jnp.einsum("bl,bl...->l...", factors, kept, precision=per_row.EXACT).astype(g.dtype)
 
 
 def _vmap(loss_fn, adapter, batch):
@@ -105,20 +132,19 @@ def _vmap(loss_fn, adapter, batch):
     return jax.vmap(one)(batch)
 
 
-def _broadcast(loss_fn, adapter, batch):
-    rows = jax.tree.leaves(batch)[0].shape[0]
+def _one_pass(loss_fn, adapter, batch, slots):
+    """What one batched backward pass puts into `slots` (`per_row.zeros`), and the losses [B]."""
 
     def total(slots):
-        losses = loss_fn(lora.with_slots(adapter, slots), batch)
+        losses = loss_fn(per_row.with_slots(adapter, slots), batch)
         return losses.sum(), losses
 
-    slots = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape), jnp.float32), adapter)
     return jax.grad(total, has_aux=True)(slots)
 
 
 def _ghost(loss_fn, adapter, batch, clip_norm, weights, mode, parts):
     def forward(adapter, factors):
-        return loss_fn(lora.with_slots(adapter, _spread(factors, parts)), batch)
+        return loss_fn(per_row.with_slots(adapter, _spread(factors, parts)), batch)
 
     zeros = jnp.zeros((weights.shape[0], parts[0]), jnp.float32)
     losses, pull = jax.vjp(lambda slots: forward(adapter, slots), zeros)

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dplora_jax.privacy import threefry
+
 DRAWS = 4  # keys to a draw; 4 x 64 bits carry a client's whole 256-bit digest
 
 
@@ -16,15 +18,13 @@ def gaussian(keys, tree, std, step):
     normals: JAX's float32 normal never leaves 5.42 standard deviations, and a sum of four reaches 10.84.
     """
     leaves, treedef = jax.tree.flatten(tree)
+    own = [jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step) for key in keys]
 
-    def draw(totals, key):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step)
-        normal = lambda index, shape: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)  # noqa: E731
-        return [total + normal(index, total.shape) for index, total in enumerate(totals)], None
+    def draw(index, shape):
+        four = [jax.random.key_data(jax.random.fold_in(key, index)) for key in own]
+        return std * 0.5 * sum(threefry.normal(key, shape) for key in four)
 
-    # A scan, not a loop: threefry and the inverse error function compile once for each leaf instead of four times.
-    totals, _ = jax.lax.scan(draw, [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves], keys)
-    return treedef.unflatten([std * 0.5 * total for total in totals])
+    return treedef.unflatten([draw(index, leaf.shape) for index, leaf in enumerate(leaves)])
 
 
 def add(tree, noise):

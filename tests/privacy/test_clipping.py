@@ -1,4 +1,4 @@
-"""Per-example clipping in three forms, against a loop over examples; and what one row can do to the sum."""
+"""Per-example clipping in each form, against a loop over examples; and what one row can do to the sum."""
 
 import functools
 
@@ -25,7 +25,7 @@ CASES = {
     "language model": (MLM, lora.LoraConfig(16, 8, ("all-linear",), last_layers=2), False, 0),
     "language model, frozen A": (MLM, lora.LoraConfig(4, 8, ("v", "o")), True, 0),
 }
-FORMS = ("vmap", "broadcast", "ghost")
+FORMS = ("vmap", "broadcast", "bookkeeping", "ghost")
 ONES = np.ones(3, np.float32)
 cases = pytest.mark.parametrize("case", CASES)
 forms = pytest.mark.parametrize("form", FORMS)
@@ -168,7 +168,7 @@ def test_a_row_with_a_gradient_that_is_not_finite_adds_nothing_and_reports_inf(c
     assert norm(grad_sum) > 0
 
 
-@pytest.mark.parametrize("form", ["broadcast", "ghost"])
+@pytest.mark.parametrize("form", FORMS[1:])
 def test_the_sum_over_bfloat16_activations_is_float32_and_bounded(form):
     _, params, adapter, batch = setup("classifier", jnp.bfloat16)
     run = compiled("classifier", form, jnp.bfloat16)
@@ -279,16 +279,31 @@ def test_auto_takes_ghost_only_where_per_row_gradients_are_large(monkeypatch):
     loss, batch = toy(lambda logits, batch: logits[:, 0]), {"x": jnp.ones((2, 3))}
     monkeypatch.setattr(clipping, "_ghost", lambda *_: "ghost")
     assert clipped_grad_sum(loss, HEAD, batch, 1.0) != "ghost"
-    monkeypatch.setattr(clipping, "PER_ROW_BYTES", 2 * 8 * 4 - 1)  # two rows of 8 float32
+    monkeypatch.setattr(clipping, "ONE_PASS_BYTES", 2 * 8 * 4 - 1)  # two rows of 8 float32
     assert clipped_grad_sum(loss, HEAD, batch, 1.0) == "ghost"
 
 
+@pytest.mark.parametrize("case", ["language model", "classifier"])
+def test_auto_chooses_for_each_matrix_and_every_choice_is_the_same_sum(case, monkeypatch):
+    """Leaves in turn are kept and not: whichever way, sums and norms are those of a loop."""
+    turn = iter(range(1000))
+    monkeypatch.setattr(clipping.per_row, "keeps_less", lambda *_: next(turn) % 2 == 0)
+    model, params, adapter, batch = setup(case)
+    run = jax.jit(lambda adapter: clipped_grad_sum(loss_of(model, params), adapter, batch, 0.5, ONES, "auto"))
+    mine, expected = run(adapter), compiled(case, "vmap")(params, adapter, batch, 0.5, ONES)
+    assert next(turn) >= 4
+    assert norm(difference(mine[0], expected[0])) < 1e-5 * norm(expected[0])
+    np.testing.assert_allclose(mine[1], expected[1], rtol=1e-5)
+
+
 def test_an_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="unknown clipping form 'fast'; known: auto, vmap, broadcast, ghost"):
+    with pytest.raises(
+        ValueError, match="unknown clipping form 'fast'; known: auto, vmap, broadcast, bookkeeping, ghost"
+    ):
         clipped_grad_sum(toy(None), HEAD, {"x": jnp.ones((2, 3))}, 1.0, form="fast")
 
 
-@pytest.mark.parametrize("form", ["broadcast", "ghost"])
+@pytest.mark.parametrize("form", FORMS[1:])
 def test_a_fast_form_of_a_plain_function_is_refused(form):
     with pytest.raises(ValueError, match=rf"form '{form}' needs a loss made by dplora_jax\.losses"):
         clipped_grad_sum(lambda adapter, batch: batch["x"].sum(1), HEAD, {"x": jnp.ones((2, 3))}, 1.0, form=form)
