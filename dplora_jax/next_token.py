@@ -35,8 +35,9 @@ def loss(hidden_BxTxD, vocabulary_VxD, targets_BxT, counted_BxT, max_targets=Non
         targets_BxT, counted_BxT = (jnp.take_along_axis(x, first, axis=1) for x in (targets_BxT, counted_BxT))
     weights = counted_BxT / jnp.maximum(counted_BxT.sum(1, keepdims=True), 1)
     rows, positions = targets_BxT.shape
-    at_a_time = max(1, min(positions, chunk_bytes // (4 * rows * vocabulary_VxD.shape[0])))
-    return _weighted(hidden, vocabulary_VxD, targets_BxT, weights, at_a_time)
+    at_most = max(1, min(positions, chunk_bytes // (4 * rows * vocabulary_VxD.shape[0])))
+    pieces = -(-positions // at_most)  # of one size, or the last one would be mostly padding
+    return _weighted(hidden, vocabulary_VxD, targets_BxT, weights, -(-positions // pieces))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

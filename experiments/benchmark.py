@@ -1,135 +1,167 @@
-"""What the private step costs: noisy against plain LoRA steps of the same model and shapes, interleaved in one process.
+"""What a noisy LoRA step costs: examples and tokens a second, against plain steps and against this machine's matrix products.
 
-    python -m experiments.benchmark --model=all-MiniLM-L6-v2 --batch=64 --length=32 --rank=4
+    python -m experiments.benchmark --model=gpt2 --batch=8 --length=128 --rank=8
+    python -m experiments.benchmark --model=gpt2 --layers=2 --vary='rank=8|64|512' --vary='batch=8|32' --out=speed.jsonl
 
-prints, for each form of the step, the median time, its ratio to the fastest plain step of the same round of the
-interleaving (median and quartiles), examples and tokens a second; then how long calibration takes for five clients.
-With `--measure=memory` it prints what loading, the loss and frozen weights in fewer bits take (experiments/memory.py),
-and with `--measure=clients` what a round of many clients takes (experiments/scale.py).
+The first prints a table: the plain LoRA step, the noisy step in each clipping form, and evaluation, interleaved in one process
+after a warm-up: median times, their ratio to the plain step of the same turn with its quartiles, the share of the rate of a plain
+matrix product measured in the same turns, memory by XLA's account, and compile time. The second does so for each value of the
+varied flags, writes each finished cell as a line of --out, and prints one table in Markdown; finished cells are not run again.
+A --model is a name of `plan_models.KNOWN` (random weights; --layers of them) or one with weights. The same command works on CPU,
+GPU and TPU.
+
+--peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps;
+--roofline=h100,v5e adds what the step should take there. Other measures: --measure=round, a whole federated round beside its
+local steps (benchmark_rounds.py); memory (memory.py); clients, many of them (scale.py).
 """
 
+import itertools
+import json
+import pathlib
 import platform
 import sys
-import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from absl import flags
 
-from dplora_jax import lora, losses, models
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import accounting, clipping, noise
-from experiments import memory, scale
+from dplora_jax.models import pretrained
+from dplora_jax.privacy.clipping import FORMS
+from experiments import allocator, benchmark_rounds, benchmark_steps, benchmark_table, memory, plan_models, scale
+
+MEASURES = ("step", "round", "memory", "clients")
 
 
 def define():
     """The benchmark's flags."""
     values = flags.FlagValues()
     flags.DEFINE_string("model", "all-MiniLM-L6-v2", "the base model", flag_values=values)
+    flags.DEFINE_integer("layers", None, "layers of a model of random weights", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("batch", 64, "rows of a step", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", 32, "tokens of a row", lower_bound=2, flag_values=values)
     flags.DEFINE_integer("rank", 4, "LoRA rank", lower_bound=1, flag_values=values)
     flags.DEFINE_list("targets", ["q", "v"], "matrices to adapt", flag_values=values)
     flags.DEFINE_boolean("freeze_a", False, "train B alone", flag_values=values)
-    flags.DEFINE_enum("measure", "time", ["time", "memory", "clients"], "what to measure", flag_values=values)
-    flags.DEFINE_list(
-        "clients", list(map(str, scale.CLIENTS)), "how many clients, for each of them", flag_values=values
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the frozen base", flag_values=values)
+    flags.DEFINE_boolean("remat", False, "make a layer's activations again in the backward pass", flag_values=values)
+    flags.DEFINE_enum(
+        "task", None, ["language_model", "classification"], "what is trained; BERT: classes", flag_values=values
     )
+    flags.DEFINE_list(
+        "forms", ["auto", "broadcast", "bookkeeping", "ghost", "vmap"], "clipping forms", flag_values=values
+    )
+    flags.DEFINE_integer("repeats", 9, "how often each step is timed", lower_bound=3, flag_values=values)
+    flags.DEFINE_multi_string("vary", [], "FLAG=VALUE|VALUE|...", flag_values=values)
+    flags.DEFINE_string(
+        "out", None, "file of a sweep's finished cells, a line each; a plot lies beside it", flag_values=values
+    )
+    flags.DEFINE_boolean("peers", False, "also PyTorch with PEFT, Opacus, jax_privacy", flag_values=values)
+    flags.DEFINE_string("profile", None, "directory for a trace that Perfetto and TensorBoard read", flag_values=values)
+    flags.DEFINE_list("roofline", [], "chips to estimate a step for: h100, v5e", flag_values=values)
+    flags.DEFINE_enum("measure", "step", MEASURES, "what to measure", flag_values=values)
+    flags.DEFINE_list("clients", list(map(str, scale.CLIENTS)), "numbers of clients", flag_values=values)
     flags.DEFINE_integer("records", 20, "records of each of many clients", lower_bound=4, flag_values=values)
     flags.DEFINE_float("gigabytes", 1.2, "size of the model made to measure loading", flag_values=values)
     flags.DEFINE_string("frozen", "SmolLM2-135M-Instruct", "the base to hold in fewer bits", flag_values=values)
-    flags.DEFINE_integer("repeats", 9, "how often each form is timed", lower_bound=3, flag_values=values)
     return values
 
 
-def steps(config):
-    """{name: step}, each a compiled function of one adapter, and the adapter: one plain form, and a noisy step in each
-    clipping form, all ending in the same SGD update."""
-    model, params = models.from_pretrained(config.model, num_labels=3)
-    adapter = lora.init(
-        jax.random.key(0), model, params, lora.LoraConfig(config.rank, 2.0 * config.rank, tuple(config.targets))
-    )
-    if config.freeze_a:
-        params, adapter = lora.freeze_a(params, adapter)
-    shape, rng = (config.batch, config.length), np.random.default_rng(0)
-    batch = {
-        "input_ids": jnp.asarray(rng.integers(0, model.config.vocab_size, shape), jnp.int32),
-        "attention_mask": jnp.ones(shape, jnp.int32),
-        "labels": jnp.asarray(rng.integers(0, 3, config.batch), jnp.int32),
-    }
-    keys = jnp.asarray(rng.integers(0, 2**32, (noise.DRAWS, 2)), jnp.uint32)
-
-    def update(adapter, grad):
-        return optax.apply_updates(adapter, jax.tree.map(lambda g: -0.1 * g / config.batch, grad))
-
-    def plain(params, adapter):
-        loss = losses.classification(model, params)
-        return update(adapter, jax.grad(lambda a: loss(a, batch).sum())(adapter))
-
-    def noisy(form):
-        def step(params, adapter):
-            grad, _, _ = clipping.clipped_grad_sum(losses.classification(model, params), adapter, batch, 1.0, form=form)
-            return update(adapter, noise.add(grad, noise.gaussian(keys, grad, 1.0, 0)))
-
-        return step
-
-    forms = {"plain": plain} | {f"noisy, {form}": noisy(form) for form in ("auto", "broadcast", "vmap", "ghost")}
-    return {name: jax.jit(step).lower(params, adapter).compile() for name, step in forms.items()}, (params, adapter)
-
-
-def interleaved(functions, arguments, repeats):
-    """Seconds of each function, [repeats] each: one call of every function in turn, after a warm-up."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in times.items()}
-
-
 def main(argv=None):
-    """Print the table -> exit code."""
+    """Print what is asked for -> exit code."""
     config = define()
     try:
         config(["benchmark", *(sys.argv[1:] if argv is None else argv)])
-        if config.measure == "memory":
-            for lines in (
-                memory.loading(config.gigabytes),
-                memory.next_token_loss(8, 512, 64),
-                memory.frozen_base(config.frozen),
-            ):
-                for line in lines:
-                    print(line, flush=True)
-            return 0
-        if config.measure == "clients":
-            counts = [int(count) for count in config.clients]
-            for line in scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats):
-                print(line, flush=True)
-            return 0
-        functions, arguments = steps(config)
+        unknown = set(config.forms) - set(FORMS)
+        if unknown:
+            raise InputError(f"--forms={','.join(sorted(unknown))} is not known: {', '.join(FORMS)}.")
+        for line in sweep(config) if config.vary else chosen(config):
+            print(line, flush=True)
     except (flags.Error, InputError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{config.model}, batch {config.batch}, length {config.length}, rank {config.rank} on {','.join(config.targets)}; "
-          f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}")  # fmt: skip
-    print(f"{'step':18} {'median s':>9} {'/ plain':>8} {'quartiles':>14} {'examples/s':>11} {'tokens/s':>9}")
-    times = interleaved(functions, arguments, config.repeats)
-    for name, seconds in times.items():
-        low, ratio, high = np.quantile(seconds / times["plain"], [0.25, 0.5, 0.75])
-        rate = config.batch / np.median(seconds)
-        print(
-            f"{name:18} {np.median(seconds):9.3f} {ratio:8.3f} {low:6.3f} .. {high:5.3f} {rate:11.1f} {rate * config.length:9.0f}"
-        )
-    sizes = (120, 310, 640, 1100, 1700)
-    start = time.perf_counter()
-    accounting.calibrate(sizes, 64, 50, 8.0, 1e-5)
-    print(f"calibrating sigma for clients of {sizes} records: {time.perf_counter() - start:.2f} s")
     return 0
 
 
+def chosen(config):
+    """The lines of the measure that `config` asks for."""
+    if config.measure == "memory":
+        parts = memory.loading(config.gigabytes), memory.next_token_loss(8, 512, 64), memory.frozen_base(config.frozen)
+        return itertools.chain(*parts)
+    counts = [int(count) for count in config.clients]
+    if config.measure == "clients":
+        return scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats)
+    if config.measure == "round":
+        return benchmark_rounds.table(case(config), counts, config.repeats)
+    return one(config)
+
+
+def one(config):
+    """The lines of one cell."""
+    what, found = case(config), None
+    yield machine()
+    yield ", ".join(f"{name} {value}" for name, value in what._asdict().items() if value not in (None, False))
+    if config.profile:
+        from experiments import profiling
+
+        yield from profiling.lines(what, config.forms, config.profile)
+    found = measured(config, what)
+    yield from benchmark_table.lines(what, found)
+    if config.roofline:
+        from experiments import roofline
+
+        yield from roofline.lines(what, config.roofline)
+
+
+def measured(config, what):
+    """What `benchmark_steps.measure` finds, with the peers where they are asked for."""
+    if not config.peers:
+        return benchmark_steps.measure(what, config.forms, config.repeats)
+    from experiments import benchmark_peers
+
+    with benchmark_peers.calls(what) as peers:
+        return benchmark_steps.measure(what, config.forms, config.repeats, peers)
+
+
+def sweep(config):
+    """The lines of a table over every value of the varied flags; a finished cell is a line of `--out`, and not run again."""
+    out = pathlib.Path(config.out or "benchmark.jsonl")
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    varied = [(name, values.split("|")) for name, _, values in (text.partition("=") for text in config.vary)]
+    if any(name not in config or values == [""] for name, values in varied):
+        raise InputError(f"--vary={config.vary} needs FLAG=VALUE|VALUE of this program's flags.")
+    cells = []
+    for values in itertools.product(*(values for _, values in varied)):
+        name = dict(zip([name for name, _ in varied], values, strict=True))
+        for flag, value in name.items():
+            config[flag].parse(value)
+        what = case(config)
+        key = {"case": json.loads(json.dumps(what)), "forms": config.forms, "peers": config.peers}
+        found = next((line["found"] for line in done if all(line[part] == key[part] for part in key)), None)
+        if found is None:
+            found = measured(config, what)
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(key | {"machine": machine(), "found": found}) + "\n")
+            print(f"{name}: done", file=sys.stderr, flush=True)
+            jax.clear_caches()
+        cells.append((name, found))
+    benchmark_table.plot(cells, out.with_suffix(".svg"))
+    yield machine()
+    yield benchmark_table.markdown(cells)
+
+
+def case(config):
+    """The Case that the flags describe."""
+    place = config.model if config.model in plan_models.KNOWN else pretrained.locate(config.model)
+    task = config.task or plan_models.default_task(place)
+    fields = {name: config[name].value for name in benchmark_steps.Case._fields if name in config and name != "task"}
+    return benchmark_steps.Case(**fields | {"targets": tuple(config.targets), "task": task})
+
+
+def machine():
+    """Where this runs, in a line."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}"
+
+
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     sys.exit(main())

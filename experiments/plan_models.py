@@ -54,9 +54,13 @@ class NoWeights(NamedTuple):
         return True
 
 
-def build(config, classes):
+DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers
+
+
+def build(config, classes, layers=None):
     """The model of `config.model`, a name in KNOWN or a directory with config.json, and the shapes of its parameters as
     `config` has them (dtype, quantisation, remat) -> (model, params of jax.ShapeDtypeStruct). `classes` None: a language model.
+    `layers` is how many layers it has, where not as many as it says.
 
     Raises InputError on a name that is neither, and where the model is not supported.
     """
@@ -69,6 +73,8 @@ def build(config, classes):
                 f"--model={config.model} is neither a directory with config.json nor one of {', '.join(KNOWN)}."
             )
         hf = read_json(place / "config.json")
+    if layers is not None:
+        hf = hf | {name: layers for name in DEPTH if name in hf}
     there = any(place.glob("model*.safetensors"))  # then it is looked up which tensors there are
     with SafetensorsCheckpoint(place) if there else contextlib.nullcontext(NoWeights(place)) as checkpoint:
         model = pretrained.build(hf, checkpoint, classes, jnp.dtype(config.dtype))
@@ -83,5 +89,5 @@ def build(config, classes):
 def default_task(name):
     """What a plan trains unless told: the labels of a masked language model, the next tokens of all others."""
     path = pathlib.Path(name).expanduser() / "config.json"
-    hf = KNOWN.get(name) or (read_json(path) if path.is_file() else {})
+    hf = KNOWN.get(str(name)) or (read_json(path) if path.is_file() else {})
     return "classification" if hf.get("model_type") == "bert" else "language_model"

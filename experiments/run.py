@@ -13,6 +13,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from dplora_jax.errors import InputError
+from experiments import allocator
 
 STOPPED = 75
 
@@ -217,4 +218,5 @@ def _finish(job, done, state, lines):
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     sys.exit(main())

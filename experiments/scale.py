@@ -20,7 +20,7 @@ import time
 import numpy as np
 
 CLIENTS, WAVES = (8, 64, 512, 1000), (1, 4)
-EXPECTED, RANK, CLASSES = 4, 4, 3
+EXPECTED, RANK = 4, 4
 LONG = 500  # clients whose one round takes minutes
 ALLOWED = 1024  # bytes of a client beside its own rows
 
@@ -104,35 +104,10 @@ def measure(name, clients, wave, records, length, repeats):
 
 def _arguments(name, clients, wave, records, length):
     """(Federation, mesh, (state, params, clients, data, keys)) of a round of random rows."""
-    import jax
-    import optax
-    from jax.sharding import NamedSharding, PartitionSpec
+    from experiments import benchmark_rounds, benchmark_steps
 
-    from dplora_jax import lora, losses, models
-    from dplora_jax.federation import aggregation, mesh, round
-    from dplora_jax.federation.client import LocalConfig
-    from dplora_jax.privacy import accounting, secrets
-
-    model, params = models.from_pretrained(name, num_labels=CLASSES)
-    grid = mesh.make("1x1", clients, model)
-    params = jax.device_put(params, mesh.base_sharding(grid, params))
-    adapter = lora.init(jax.random.key(0), model, params, lora.LoraConfig(RANK, 2.0 * RANK))
-    rng, shape = np.random.default_rng(0), (clients * records, length)
-    rows = {
-        "input_ids": rng.integers(0, model.config.vocab_size, shape, np.int32),
-        "attention_mask": np.ones(shape, np.int32),
-        "labels": rng.integers(0, CLASSES, shape[0], np.int32),
-    }
-    shards = [{key: value[k * records : (k + 1) * records] for key, value in rows.items()} for k in range(clients)]
-    mechanisms = accounting.with_noise([records] * clients, EXPECTED, 1, 1.0, 1e-5)
-    placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
-    local = LocalConfig(1, 1.0, placed.records, placed.capacity)
-    optimizer = aggregation.groups({"layers": optax.sgd(0.1), "head": optax.sgd(0.1)})
-    federation = round.Federation(model, losses.classification, local, optimizer, optax.sgd(1.0), 0.9, wave)
-    keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, 2), 0)
-    keys = mesh.place_keys(grid, keys, placed.clients.size.shape[0])
-    state = jax.device_put(federation.init(adapter), NamedSharding(grid, PartitionSpec()))
-    return federation, grid, (state, params, placed.clients, placed.data, keys)
+    case = benchmark_steps.Case(name, None, 1, length, RANK, ("q", "v"), False, "classification", "float32", False)
+    return benchmark_rounds.federation(case, clients, records, EXPECTED, wave)
 
 
 def _status(name):

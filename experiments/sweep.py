@@ -20,7 +20,7 @@ import time
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import flags
+from experiments import allocator, flags
 
 METRICS = ("accuracy", "macro_f1")
 
@@ -152,4 +152,5 @@ def _spread(values):
 
 
 if __name__ == "__main__":
+    allocator.keep_freed_memory()
     sys.exit(main())

@@ -1,0 +1,93 @@
+"""What a benchmark found, as text: one cell's table, and a sweep's in Markdown and as a plot."""
+
+import itertools
+
+import numpy as np
+
+from experiments.benchmark_steps import LIMIT
+
+WIDTHS = {"step": -14, "median s": 9, "/ plain": 8, "quartiles": 16, "examples/s": 11, "tokens/s": 9} | {
+    "of matmul": 10, "peak MB": 8, "/ plain ": 8, "compile s": 10,
+}  # fmt: skip
+
+
+def ratios(found, name, other="plain"):
+    """The quartiles of `name`'s seconds over `other`'s of the same turn."""
+    return np.quantile(np.array(found[name]["seconds"]) / np.array(found[other]["seconds"]), [0.25, 0.5, 0.75])
+
+
+def share(found, name):
+    """The operations a second of a step over those of the plain matrix product of the same turn, the median."""
+    rate = lambda row: row["flops"] / np.array(row["seconds"])  # noqa: E731
+    return float(np.median(rate(found[name]) / rate(found[LIMIT])))
+
+
+def _aligned(values):
+    return " ".join(
+        f"{value:<{-w}}" if w < 0 else f"{value:>{w}}" for value, w in zip(values, WIDTHS.values(), strict=False)
+    )
+
+
+def lines(case, found):
+    """The table of one cell, line by line; a step without figures of memory (a peer's) has its time alone."""
+    yield _aligned(WIDTHS)
+    for name, row in found.items():
+        if name == LIMIT:
+            continue
+        seconds, (low, middle, high) = np.median(row["seconds"]), ratios(found, name)
+        rate = case.batch / seconds
+        values = [name, f"{seconds:.3f}", f"{middle:.3f}", f"{low:.3f} .. {high:.3f}", f"{rate:.2f}"]
+        values.append(f"{rate * case.length:.0f}")
+        if "peak" in row:
+            values += [f"{share(found, name):.2f}", f"{row['peak'] / 1e6:.0f}"]
+            values += [f"{row['peak'] / found['plain']['peak']:.3f}", f"{row['compile_seconds']:.1f}"]
+        yield _aligned(values)
+    limit = found[LIMIT]
+    yield f"the limit: a plain matrix product runs at {limit['flops'] / np.median(limit['seconds']) / 1e9:,.0f} GFLOP/s"
+
+
+def fastest(found, forms):
+    """Of the `forms` that are here, the one of the least median ratio to the plain step, and that ratio."""
+    return min(((float(ratios(found, form)[1]), form) for form in forms if form in found), default=(None, None))
+
+
+def markdown(cells):
+    """A sweep's cells [(name {flag: value}, found)] as a Markdown table, and how often the automatic choice was the fastest form or
+    within 5 % of it."""
+    if not cells:
+        return "no cells"
+    names = list(cells[0][0])
+    forms = [name for name in cells[0][1] if name not in ("plain", "evaluation", LIMIT)]
+    head = [*names, "plain s", *(f"{form}: time, memory" for form in forms), "fastest", "plain of matmul"]
+    rows, near, counted = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], 0, 0
+    for name, found in cells:
+        own = [str(name[flag]) for flag in names] + [f"{np.median(found['plain']['seconds']):.2f}"]
+        for form in forms:
+            memory = found[form]["peak"] / found["plain"]["peak"] if form in found else None
+            own.append("" if memory is None else f"{ratios(found, form)[1]:.3f}, {memory:.3f}")
+        best, form = fastest(found, [form for form in forms if form != "auto"])
+        if "auto" in found and best is not None:
+            near, counted = near + (float(ratios(found, "auto")[1]) <= 1.05 * best), counted + 1
+        rows.append("| " + " | ".join([*own, form or "", f"{share(found, 'plain'):.2f}"]) + " |")
+    if counted:
+        rows.append(f"\nThe automatic choice was the fastest form, or within 5 % of it, in {near} of {counted} cells.")
+    return "\n".join(rows)
+
+
+def plot(cells, path):
+    """Draw each form's time over the plain step's for every cell into `path` (.svg or .png)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.32 * len(cells) + 1.4), layout="constrained")
+    axes, marks = figure.add_subplot(), itertools.cycle("osD^v")
+    forms = dict.fromkeys(form for _, found in cells for form in found if form not in ("plain", "evaluation", LIMIT))
+    for form, mark in zip(forms, marks, strict=False):
+        points = [(ratios(found, form)[1], i) for i, (_, found) in enumerate(cells) if form in found]
+        axes.plot(*zip(*points, strict=True), mark, label=form, markersize=5, alpha=0.8)
+    axes.axvline(1, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(cells)), [", ".join(f"{k} {v}" for k, v in name.items()) for name, _ in cells])
+    axes.invert_yaxis()
+    axes.set_xlabel("time over the plain step's")
+    axes.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -1,0 +1,28 @@
+"""Operations of the matrix products that a function traces, loops counted as often as they run: the same on every platform."""
+
+import math
+
+import jax
+from jax.interpreters import partial_eval
+
+
+def count(function, *arguments):
+    """How many multiplications and additions the matrix products of `function(*arguments)` take; what no output needs is left
+    out, as a compiler leaves it out. Of branches the largest counts, and a `while` whose turns are not known counts once."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return _of(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _of(jaxpr):
+    return sum(map(_equation, jaxpr.eqns))
+
+
+def _equation(equation):
+    kind, parameters = equation.primitive.name, equation.params
+    if kind == "dot_general":
+        ((contracted, _), _), left = parameters["dimension_numbers"], equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+    inner = [_of(jaxpr) for jaxpr in jax.core.jaxprs_in_params(parameters)]
+    if kind == "cond":
+        return max(inner)
+    return sum(inner) * parameters.get("length", 1)
