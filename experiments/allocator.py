@@ -1,5 +1,5 @@
-"""Keep memory that was freed, on CPU: a step's temporaries are gigabytes, and to have them from the system anew costs a sixth of its
-time in page faults (BUILD_NOTES.md, "Speed")."""
+"""Keep memory that was freed, on CPU: a step's temporaries are gigabytes, and to have them from the system anew costs a sixth
+of its time in page faults (BUILD_NOTES.md, "Speed")."""
 
 import ctypes
 
@@ -8,7 +8,7 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory():
-    """Have the C library keep what is freed, in one pool; where it is not glibc, nothing. For programs, before they start threads."""
+    """Have the C library (if it is glibc) keep what is freed, in one pool. For programs, before they start threads."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):

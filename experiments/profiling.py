@@ -14,8 +14,8 @@ TURNS = 2
 
 
 def lines(case, forms, directory):
-    """Run the plain step and each form a few times under JAX's profiler -> lines: where the trace lies, and the operations that take
-    most of each."""
+    """Run the plain step and each form a few times under JAX's profiler -> lines: where the trace lies, and the operations that
+    take most of each."""
     model, params, adapter, batch = benchmark_steps.arguments(case)
     for name, function in benchmark_steps.functions(case, model, forms).items():
         run = benchmark_steps.compiled(function, params, adapter, batch, donate=()).run
