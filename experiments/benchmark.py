@@ -10,9 +10,9 @@ varied flags, writes each finished cell as a line of --out, and prints one table
 A --model is a name of `plan_models.KNOWN` (random weights; --layers of them) or one with weights. The same command works on CPU,
 GPU and TPU.
 
---peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps;
---roofline=h100,v5e adds what the step should take there. Other measures: --measure=round, a whole federated round beside its
-local steps (benchmark_rounds.py); memory (memory.py); clients, many of them (scale.py).
+--peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps. Other
+measures: --measure=round, a whole federated round beside its local steps (benchmark_rounds.py); roofline, what the step should
+take on chips that are not at hand (roofline.py); memory (memory.py); clients, many of them (scale.py).
 """
 
 import itertools
@@ -27,9 +27,18 @@ from absl import flags
 from dplora_jax.errors import InputError
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
-from experiments import allocator, benchmark_rounds, benchmark_steps, benchmark_table, memory, plan_models, scale
+from experiments import (
+    allocator,
+    benchmark_rounds,
+    benchmark_steps,
+    benchmark_table,
+    memory,
+    plan_models,
+    roofline,
+    scale,
+)
 
-MEASURES = ("step", "round", "memory", "clients")
+MEASURES = ("step", "round", "roofline", "memory", "clients")
 
 
 def define():
@@ -57,7 +66,7 @@ def define():
     )
     flags.DEFINE_boolean("peers", False, "also PyTorch with PEFT, Opacus, jax_privacy", flag_values=values)
     flags.DEFINE_string("profile", None, "directory for a trace that Perfetto and TensorBoard read", flag_values=values)
-    flags.DEFINE_list("roofline", [], "chips to estimate a step for: h100, v5e", flag_values=values)
+    flags.DEFINE_list("chips", ["h100", "v5e"], "chips to estimate a step for", flag_values=values)
     flags.DEFINE_enum("measure", "step", MEASURES, "what to measure", flag_values=values)
     flags.DEFINE_list("clients", list(map(str, scale.CLIENTS)), "numbers of clients", flag_values=values)
     flags.DEFINE_integer("records", 20, "records of each of many clients", lower_bound=4, flag_values=values)
@@ -90,6 +99,8 @@ def chosen(config):
     counts = [int(count) for count in config.clients]
     if config.measure == "clients":
         return scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats)
+    if config.measure == "roofline":
+        return roofline.lines(case(config), config.chips)
     if config.measure == "round":
         return benchmark_rounds.table(case(config), counts, config.repeats)
     return one(config)
@@ -97,7 +108,7 @@ def chosen(config):
 
 def one(config):
     """The lines of one cell."""
-    what, found = case(config), None
+    what = case(config)
     yield machine()
     yield ", ".join(f"{name} {value}" for name, value in what._asdict().items() if value not in (None, False))
     if config.profile:
@@ -106,10 +117,6 @@ def one(config):
         yield from profiling.lines(what, config.forms, config.profile)
     found = measured(config, what)
     yield from benchmark_table.lines(what, found)
-    if config.roofline:
-        from experiments import roofline
-
-        yield from roofline.lines(what, config.roofline)
 
 
 def measured(config, what):
@@ -118,8 +125,7 @@ def measured(config, what):
         return benchmark_steps.measure(what, config.forms, config.repeats)
     from experiments import benchmark_peers
 
-    with benchmark_peers.calls(what) as peers:
-        return benchmark_steps.measure(what, config.forms, config.repeats, peers)
+    return benchmark_steps.measure(what, config.forms, config.repeats, benchmark_peers.calls(what))
 
 
 def sweep(config):

@@ -18,6 +18,7 @@ from experiments import flops, plan_models
 RATE = 1e-4  # of the SGD that each step ends in: small, so that hundreds of steps of random rows stay finite
 CLASSES = 3
 LIMIT = "matmul"
+REST = 0.3  # seconds before a call, where others' threads may still spin from the one before
 
 
 class Case(NamedTuple):
@@ -113,12 +114,13 @@ def matmul(dtype):
     return lambda: run(a), 2 * side**3
 
 
-def interleaved(calls, repeats):
+def interleaved(calls, repeats, rest=0.0):
     """Seconds of each of `calls` {name: function without arguments}, [repeats] each: one call of every one in turn, after a
-    warm-up."""
+    warm-up, and `rest` seconds before each."""
     times = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
+            time.sleep(rest)
             start = time.perf_counter()
             jax.block_until_ready(call())
             if repeat:
@@ -143,7 +145,7 @@ def measure(case, forms, repeats, extra=None):
 
     product, operations = matmul(case.dtype)
     calls = {name: lambda name=name: call(name) for name in steps} | {LIMIT: product} | (extra or {})
-    seconds = interleaved(calls, repeats)
+    seconds = interleaved(calls, repeats, REST if extra else 0.0)
     found = {name: {"seconds": seconds[name].tolist()} | steps[name]._asdict() for name in steps}
     for row in found.values():
         del row["run"]

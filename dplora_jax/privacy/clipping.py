@@ -14,7 +14,7 @@ FORMS = ("auto", "vmap", "broadcast", "bookkeeping", "ghost")
 MODES = ("flat", "per_layer", "automatic")
 # Beyond this many bytes, what one backward pass would leave of all rows is too much, and `auto` takes ghost norms and a second
 # pass.
-ONE_PASS_BYTES = 1 << 30
+ONE_PASS_BYTES = 4 << 30
 STABILITY = 0.01  # gamma of automatic clipping (Bu et al. 2023, section 4.2): how small a gradient keeps its size
 
 

@@ -1,0 +1,179 @@
+"""The same step by other programs, for comparison: PyTorch with PEFT, Opacus by hooks and by ghost clipping, jax_privacy.
+
+    pip install -e '.[bench]'
+    python -m experiments.benchmark --model=gpt2 --batch=8 --length=128 --rank=8 --peers
+
+Same shapes and random weights (GPT-2 and Llama as transformers builds them), same process, PyTorch with a thread for each core,
+as XLA has. Every step ends in an update by SGD.
+"""
+
+import contextlib
+import os
+import sys
+import warnings
+
+import jax
+import numpy as np
+
+from dplora_jax.errors import InputError
+from experiments import benchmark_steps, plan_models
+
+MODULES = {
+    "gpt2": {"q,v": ["c_attn"], "all-linear": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]},
+    "llama": {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"},
+}
+
+
+def calls(case):
+    """{name: a function without arguments that runs one step}. Raises InputError where a peer cannot run the case, or is not
+    installed."""
+    if case.task != "language_model" or case.dtype != "float32" or case.freeze_a or case.model not in plan_models.KNOWN:
+        raise InputError("--peers runs language models of random weights in float32, with A and B trained.")
+    try:
+        import torch
+    except ImportError:
+        raise InputError("--peers needs PyTorch, PEFT and Opacus: pip install -e '.[bench]'.") from None
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, _hf(case)["vocab_size"], (case.batch, case.length)))
+    return {
+        "PEFT, plain": _plain(case, ids),
+        "Opacus, hooks": _opacus_hooks(case, ids),
+        "Opacus, ghost": _opacus_ghost(case, ids),
+        "jax_privacy": _jax_privacy(case),
+    }
+
+
+def _hf(case):
+    hf = plan_models.KNOWN[case.model]
+    return hf if case.layers is None else hf | {name: case.layers for name in plan_models.DEPTH if name in hf}
+
+
+def _model(case):
+    """A PEFT model of the case's shapes, in training mode without dropout."""
+    import peft
+    import transformers
+
+    hf = _hf(case)
+    family, targets = hf["model_type"], ",".join(case.targets)
+    if family not in MODULES or targets not in MODULES[family]:
+        raise InputError(f"--peers runs {', '.join(MODULES)} with --targets=q,v or all-linear.")
+    if family == "gpt2":
+        config = transformers.GPT2Config(**hf, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    else:
+        config = transformers.LlamaConfig(**hf, use_cache=False)
+    with _quiet():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        options = peft.LoraConfig(
+            r=case.rank,
+            lora_alpha=2 * case.rank,
+            target_modules=MODULES[family][targets],
+            fan_in_fan_out=family == "gpt2",
+        )
+        return peft.get_peft_model(model, options).train()
+
+
+def _quiet():
+    stack = contextlib.ExitStack()
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+    return stack
+
+
+def _row_losses(logits, ids):
+    """Mean next-token cross-entropy of each row [B]."""
+    from torch.nn import functional
+
+    flat = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return flat.view(ids.shape[0], -1).mean(1)
+
+
+def _trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _plain(case, ids):
+    import torch
+
+    model = _model(case)
+    optimizer = torch.optim.SGD(_trained(model), lr=benchmark_steps.RATE)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        _row_losses(model(input_ids=ids).logits, ids).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def _opacus_hooks(case, ids):
+    import torch
+    from opacus import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    with _quiet():
+        model = GradSampleModule(_model(case), loss_reduction="sum", strict=False)
+    inner = torch.optim.SGD(_trained(model), lr=benchmark_steps.RATE)
+    optimizer = DPOptimizer(
+        inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.batch, loss_reduction="sum"
+    )
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        _row_losses(model(input_ids=ids).logits, ids).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def _opacus_ghost(case, ids):
+    import torch
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    class Losses:
+        reduction = "sum"
+
+        def __call__(self, logits, ids):
+            return _row_losses(logits, ids)
+
+    with _quiet():
+        model = GradSampleModuleFastGradientClipping(
+            _model(case), loss_reduction="sum", strict=False, max_grad_norm=1.0, use_ghost_clipping=True
+        )
+    inner = torch.optim.SGD(_trained(model), lr=benchmark_steps.RATE)
+    optimizer = DPOptimizerFastGradientClipping(
+        inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.batch, loss_reduction="sum"
+    )
+    loss = DPLossFastGradientClipping(model, optimizer, Losses(), loss_reduction="sum")
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss(model(input_ids=ids).logits, ids).backward()
+        optimizer.step()
+
+    return step
+
+
+def _jax_privacy(case):
+    from jax_privacy import clipping, noise_addition
+
+    model, params, adapter, batch = benchmark_steps.arguments(case)
+    privatizer = noise_addition.gaussian_privatizer(stddev=1.0, prng_key=0)
+
+    def step(params, adapter, state, batch):
+        loss = benchmark_steps.loss_of(case)(model, params)
+        grads = clipping.clipped_grad(lambda adapter, row: loss(adapter, row)[0], l2_clip_norm=1.0)(adapter, batch)
+        noisy, state = privatizer.update(grads, state)
+        return jax.tree.map(lambda a, g: a - benchmark_steps.RATE / case.batch * g, adapter, noisy), state
+
+    state = [adapter, privatizer.init(adapter)]
+    run = jax.jit(step, donate_argnums=(1, 2)).lower(params, *state, batch).compile()
+
+    def call():
+        state[:] = run(params, *state, batch)
+        return state[0]
+
+    return call

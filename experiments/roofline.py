@@ -1,0 +1,96 @@
+"""What a noisy step should take at least on chips that are not at hand, from its products, its bytes and their published peaks.
+
+    python -m experiments.benchmark --model=llama2-7b --batch=8 --length=512 --rank=8 --measure=roofline
+
+Nothing runs and no weights are made: operations are counted in the traced step (flops.py), bytes are those of its arrays.
+Assumed: the base in bfloat16, products at the bfloat16 peak, but norms and clipped sums in exact float32 (on a TPU six
+bfloat16 passes, on an H100 outside its tensor cores); every weight is read twice (forward, backward) and the adapter three
+times, every array that the backward pass needs is written once and read once, all else stays on the chip; compute, memory and
+interconnect overlap. The interconnect carries what a federation of CHIPS chips sums in a round of one local step, the adapter
+in float32, in a ring. So times are least times.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dplora_jax import lora
+from experiments import benchmark_steps, flops, plan_models
+
+CHIPS = 8
+BASE = "bfloat16"
+
+
+class Chip(NamedTuple):
+    """Published peaks, a second: bfloat16 operations, exact float32 ones, bytes of memory, bytes sent to the next chip."""
+
+    bfloat16: float
+    exact: float
+    bandwidth: float
+    link: float
+
+
+PEAKS = {
+    # NVIDIA H100 SXM datasheet: dense bfloat16, float32, HBM3, and one direction of NVLink.
+    "h100": Chip(989e12, 67e12, 3.35e12, 450e9),
+    # Cloud TPU documentation, "TPU v5e"; a ring uses two of a chip's links, 50 GB/s each.
+    "v5e": Chip(197e12, 197e12 / 6, 819e9, 100e9),
+}
+
+
+def lines(case, chips):
+    """A line for each of `chips` (names of PEAKS)."""
+    told = {form: estimate(case, form) for form in ("plain", "auto")}
+    yield (
+        f"{'least times at published peaks':32} {'TFLOP':>8} {'exact':>7} {'GB':>8} {'compute s':>10} {'memory s':>9} "
+        f"{'sent s':>8} {'examples/s':>11}"
+    )
+    for chip in chips:
+        for form, (products, exact, traffic, sent) in told.items():
+            peak = PEAKS[chip]
+            compute = (products - exact) / peak.bfloat16 + exact / peak.exact
+            times = compute, traffic / peak.bandwidth, sent / peak.link
+            yield (
+                f"{f'{chip}, {form}':32} {products / 1e12:8.2f} {exact / 1e12:7.3f} {traffic / 1e9:8.2f} {times[0]:10.4f} "
+                f"{times[1]:9.4f} {times[2]:8.4f} {case.batch / max(times):11.1f}"
+            )
+
+
+def estimate(case, form):
+    """(operations, exact ones of these, bytes of memory traffic, bytes sent by a chip) of the step of `form`."""
+    model, params, adapter, batch = shapes(case)
+    step = benchmark_steps.functions(case, model, ["auto"])[form]
+    exact = flops.count(step, params, adapter, batch, exact=True)
+
+    def kept(params, adapter, batch):
+        return jax.vjp(lambda a: benchmark_steps.loss_of(case)(model, params)(a, batch), adapter)[1]
+
+    residuals = sum(_bytes(leaf) for leaf in jax.tree.leaves(jax.eval_shape(kept, params, adapter, batch)))
+    base, trained = _size(params), _size(adapter)
+    residuals = max(0, residuals - base - trained)  # the weights are among what the backward pass needs
+    sent = 2 * (CHIPS - 1) / CHIPS * trained
+    return flops.count(step, params, adapter, batch), exact, 2 * base + 3 * trained + 2 * residuals, sent
+
+
+def shapes(case):
+    """(model, params, adapter, batch) of jax.ShapeDtypeStruct, the base in bfloat16."""
+    case = case._replace(dtype=BASE)
+    model, params = plan_models.build(
+        case, benchmark_steps.CLASSES if case.task == "classification" else None, case.layers
+    )
+    config = lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
+    adapter = jax.eval_shape(lambda params: lora.init(jax.random.key(0), model, params, config), params)
+    ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
+    batch = {"input_ids": ids, "attention_mask": ids}
+    if case.task == "classification":
+        batch["labels"] = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    return model, params, adapter, batch
+
+
+def _size(tree):
+    return sum(map(_bytes, jax.tree.leaves(tree)))
+
+
+def _bytes(leaf):
+    return leaf.size * leaf.dtype.itemsize
