@@ -155,7 +155,9 @@ class RunConfig:
     stall_timeout: float = flag(
         1800.0, "seconds that a process may keep the others waiting (compilation, the longest dispatch) before all end"
     )
-    wave: int = flag(1, "clients that a device computes at a time")
+    wave: int | None = flag(
+        None, "clients that a device computes at a time; default: several where their rows can be pooled, else 1"
+    )
     microbatch: int | None = flag(None, "rows of a client's batch that a device holds at a time; default: all")
     cache_frozen: bool = flag(True, "run the layers below the adapted ones once for each record, not at each step")
     seed: int | None = flag(None, "makes the run reproducible, noise included: its outputs are NOT for release")

@@ -166,7 +166,7 @@ def search(config, options, task, chip, devices):
 
 def _changes(config, devices):
     """Flags that make room, one dict at a time, those that change nothing of the result first."""
-    if config.wave > 1:
+    if config.wave != 1:
         yield {"wave": 1}
     if not config.remat:
         yield {"remat": True}

@@ -57,6 +57,7 @@ def abstract(config, devices, sizes, task, classes):
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, None))
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
+    wave = program.wave(config, grid, adapter)
     shards = [
         {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
     ]
@@ -64,13 +65,13 @@ def abstract(config, devices, sizes, task, classes):
     limits = []
 
     def place():
-        placement = mesh.place(grid, shards, own, config.clip_norm, program.wave(config), config.rank_list)
+        placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list)
         limits.append(placement)
         return placement.clients, placement.data
 
     clients, data = jax.eval_shape(place)
     loss = losses.classification if task == "classification" else losses.language_model
-    federation = program.federation(config, model, loss, mechanisms, adapter, limits[0])
+    federation = program.federation(config, model, loss, mechanisms, adapter, limits[0], wave)
     state = jax.eval_shape(lambda adapter: federation.init(adapter, config.clients), adapter)
     count = clients.size.shape[0]
     keys = _keys(config, federation.local, adapter, count)

@@ -11,11 +11,12 @@ import optax
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation, methods, robust, round
+from dplora_jax.federation import aggregation, methods, pool, robust, round
 from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, host_noise, integers, size_classes
+from dplora_jax.privacy import accounting, clipping, host_noise, integers, size_classes
 from experiments import aggregation_checks, ledger_checks, participants, trust_modes
 
+MOST_POOLED, POOLED_BYTES = 8, 256 << 20  # clients of a wave, and bytes of their uploads, unless --wave says otherwise
 LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 # Decay of the server's first and second moments, and what is added to the root (Reddi et al. 2021, section 5.1: tau 1e-3).
 MOMENTS = (0.9, 0.99, 1e-3)
@@ -71,8 +72,8 @@ def adapter(config, model, params):
     return fresh, params, lora_config
 
 
-def federation(config, model, loss, mechanisms, adapter, placement):
-    """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says."""
+def federation(config, model, loss, mechanisms, adapter, placement, wave=1):
+    """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says, `wave` at a time."""
     plain = config.trust == "client"  # there, clipping and noise are the server's
     local = LocalConfig(
         config.local_steps,
@@ -88,6 +89,7 @@ def federation(config, model, loss, mechanisms, adapter, placement):
         bits=bits(config, mechanisms, adapter),
         ranks=config.ranks is not None,
         upload_bits=config.upload_bits,
+        pool=_pool(config, mechanisms, adapter, wave),
     )
     method = methods.BY_NAME[config.aggregation]
     if config.ranks is not None and config.aggregation == "fedavg":
@@ -98,7 +100,7 @@ def federation(config, model, loss, mechanisms, adapter, placement):
         local,
         *optimizers(config),
         ema=config.ema,
-        wave=wave(config),
+        wave=wave,
         rule=trust_modes.rule(config, mechanisms, placement.sizes),
         method=method,
         robust=_robust(config.robust),
@@ -112,9 +114,38 @@ def _robust(spec):
     return {"none": None, "median": robust.median, "trimmed_mean": robust.trimmed_mean(float(share or 0))}[kind]
 
 
-def wave(config):
-    """How many clients a device computes at a time."""
-    return min(config.wave, config.clients)
+def wave(config, grid, adapter):
+    """How many clients a device computes at a time: as flagged, else, where they can pool their rows, as many as it has, up to
+    MOST_POOLED whose uploads fit POOLED_BYTES."""
+    if config.wave is not None:
+        return min(config.wave, config.clients)
+    fitting = POOLED_BYTES // (4 * lora.count(adapter)) if _poolable(config) else 1
+    return max(1, min(-(-config.clients // grid.shape[aggregation.CLIENTS]), MOST_POOLED, fitting))
+
+
+def _poolable(config):
+    """Whether all clients' rows of a round go through one adapter, and are clipped to one norm."""
+    return (
+        config.local_steps == 1
+        and config.trust != "client"
+        and math.isfinite(config.clip_norm)
+        and config.clipping != "adaptive"
+        and config.noise != "hardened"
+        and config.ranks is None
+        and not methods.BY_NAME[config.aggregation].keeps_b
+        and not participants.partial(config)
+    )
+
+
+def _pool(config, mechanisms, adapter, wave):
+    """The rows that a wave's clients fill together, the fullest wave's; None where they do not pool them."""
+    if wave == 1 or not _poolable(config):
+        return None
+    waves = (mechanisms[first : first + wave] for first in range(0, len(mechanisms), wave))
+    rows = max(map(pool.rows, waves))
+    most = config.microbatch or max(m.capacity for m in mechanisms)
+    fits = 4 * pool.at_a_time(rows, most) * lora.count(adapter) <= clipping.ONE_PASS_BYTES
+    return rows if fits else None
 
 
 def bits(config, mechanisms, adapter):

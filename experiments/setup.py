@@ -51,14 +51,14 @@ def prepare(config, stored=None, memo=None):
     grid = mesh.make(config.mesh, config.clients, model)
     tokenizer = models.load_tokenizer(config.model)
     tasks.check_length(config.max_length, model, tokenizer)
-    wave, everyone = program.wave(config), range(config.clients)
+    adapter, params, lora_config = program.adapter(config, model, params)
+    wave, everyone = program.wave(config, grid, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
     train = tasks.classification(tokenizer, table, config.max_length)
     sizes = _sizes(shares, config.clients)
     test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
     _warn_of_delta(config, max(sizes))
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
-    adapter, params, lora_config = program.adapter(config, model, params)
     digest_of = {
         k: causes.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
     }
@@ -73,7 +73,7 @@ def prepare(config, stored=None, memo=None):
     shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
     own = trust_modes.own(config, sizes, mechanisms)
     placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes)
-    federation = program.federation(config, model, losses.classification, mechanisms, adapter, placement)
+    federation = program.federation(config, model, losses.classification, mechanisms, adapter, placement, wave)
     state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = lambda state: {}  # noqa: E731
     if config.eval_every:

@@ -46,7 +46,8 @@ class LocalConfig:
     noise of a round's steps is correlated (`noise.banded`) and step t samples from the records whose index is t modulo `bands`.
     With `bits` (hardened noise), gradients are integers on a grid of clip_norm 2^-bits, and noise and sampling draws come from
     the host. With `ranks`, a client's noise stays within its own rank, as the gradient of an adapter that is cut to it does
-    (`lora.truncate`). With `upload_bits`, uploads are rounded to so many bits a number (`compression.rounded`)."""
+    (`lora.truncate`). With `upload_bits`, uploads are rounded to so many bits a number (`compression.rounded`). With `pool`,
+    the clients of a wave fill so many rows together (`pool.sums`), in their only local step."""
 
     local_steps: int
     clip_norm: float
@@ -62,6 +63,7 @@ class LocalConfig:
     bits: int | None = None
     ranks: bool = False
     upload_bits: int | None = None
+    pool: int | None = None
 
     def __post_init__(self):
         if self.local_steps % self.bands or (self.bands > 1 and self.adaptive):
@@ -73,6 +75,10 @@ class LocalConfig:
             raise ValueError("the host's integer noise is independent, of one scale, and never absent.")
         if self.bits is not None and self.upload_bits is not None:
             raise ValueError("uploads are rounded by device keys, and with the host's noise there are none.")
+        if self.pool is not None and (self.local_steps > 1 or self.adaptive or self.ranks or self.bits is not None):
+            raise ValueError(
+                "rows are pooled in a single local step of one adapter and one clip norm, in floating point."
+            )
 
     @property
     def adaptive(self):
@@ -94,20 +100,29 @@ class Trace(NamedTuple):
     count: Any = ()
 
 
-def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Client, keys, clip_norm=()):
+class Sums(NamedTuple):
+    """A local step before its noise: which rows count [C], the sum of their clipped gradients, their norms and losses [C]."""
+
+    weights: Any
+    grad_sum: Any
+    norms: Any
+    losses: Any
+
+
+def update(loss_fn, optimizer, config: LocalConfig, data, adapter, client: Client, keys, clip_norm=(), sums=None):
     """Run a client's local steps from the global `adapter` -> (upload, Trace, clip norm of the next round).
 
     `data` is a dict of [N, ...] arrays, `keys` {purpose: uint32 [4, 2]} of this client and round (with hardened noise the draws
     themselves, [local_steps, ...] as `host_noise.round_draws` makes them), `clip_norm` the client's own under adaptive
-    clipping, else (). The upload is the adapter's change. The optimizer's state lives for this call (DP-LoRA,
-    Liu et al. 2023, algorithm 1, with per-example clipping).
+    clipping, else (); `sums` are the only step's, where they were made in a pool. The upload is the adapter's change.
+    The optimizer's state lives for this call (DP-LoRA, Liu et al. 2023, algorithm 1, with per-example clipping).
     """
     memory = noise.banded(config.local_steps, config.bands).init_multiply(adapter) if config.bands > 1 else ()
 
     def step(carry, index):
         params, state, clip_norm, memory = carry
         grad, clip_norm, memory, trace = _noisy_mean_gradient(
-            loss_fn, config, data, params, client, keys, index, clip_norm, memory
+            loss_fn, config, data, params, client, keys, index, clip_norm, memory, sums
         )
         updates, state = optimizer.update(grad, state, params)
         return (optax.apply_updates(params, updates), state, clip_norm, memory), trace
@@ -126,20 +141,22 @@ def sent(config: LocalConfig, upload, keys):
     return compression.rounded(key, upload, config.upload_bits)
 
 
-def share(loss_fn, config: LocalConfig, data, adapter, client: Client, keys):
+def share(loss_fn, config: LocalConfig, data, adapter, client: Client, keys, sums=None):
     """A client's share of the total in trust mode `distributed`: one step's clipped sum and its part of the noise, undivided,
     to be seen in the total alone -> (upload, Trace). Dividing, rates and momentum are the server's."""
     of_sum = client._replace(divisor=1.0)
-    noisy, _, _, trace = _noisy_mean_gradient(loss_fn, config, data, adapter, of_sum, keys, 0, (), ())
+    noisy, _, _, trace = _noisy_mean_gradient(loss_fn, config, data, adapter, of_sum, keys, 0, (), (), sums)
     return noisy, jax.tree.map(lambda x: x[None], trace)
 
 
-def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, moving, memory):
+def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, moving, memory, sums):
     """(clipped sum + noise) / the public expected batch size, the next clip norm and noise memory, and what to show of it."""
-    rows, weights = _sample(config, client, keys, index)
-    batch = {name: array[client.offset + rows] for name, array in data.items()}
     clip_norm = moving if config.adaptive else config.clip_norm
-    grad_sum, norms, losses = _in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights)
+    if sums is None:
+        rows, weights = sample(config, client, keys, index)
+        batch = {name: array[client.offset + rows] for name, array in data.items()}
+        sums = Sums(weights, *_in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights))
+    weights, grad_sum, norms, losses = sums
     count = adaptive.centred_count(norms, clip_norm, weights) if config.adaptive else ()
     if config.private:
         (grad_sum, count), memory = _add_noise(config, (grad_sum, count), client, keys, index, clip_norm, memory)
@@ -155,7 +172,7 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
     return released, moving, memory, trace
 
 
-def _sample(config, client, keys, index):
+def sample(config, client, keys, index):
     """Which of the client's records join local step `index`: (rows within the client [capacity], weights of 0 or 1). Null
     records are drawn and take rows like others, for they are accounted as records; their weight is 0."""
     if config.bits is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dplora_jax import lora
-from dplora_jax.federation import aggregation, methods
+from dplora_jax.federation import aggregation, methods, pool
 from dplora_jax.federation.client import sent, share, update
 
 
@@ -85,23 +85,24 @@ def _wave(federation, params, group, data, state, letter):
     if letter is not None:  # the other half is a constant of the round, and no leaf of what is clipped and noised
         params, start = lora.freeze(params, start, {"a": "b", "b": "a"}[letter])
     loss = federation.loss(federation.model, params)
+    sums = pool.sums(loss, local, data, start, group.client, group.keys) if local.pool else None
 
-    def one(member):
+    def one(member, sums):
         begun = methods.with_own(start, member.own) if method.keeps_b else start
         begun = lora.truncate(begun, member.client.rank) if local.ranks else begun
         if rule.trust == "distributed":
-            upload, trace = share(loss, local, data, begun, member.client, member.keys)
+            upload, trace = share(loss, local, data, begun, member.client, member.keys, sums)
             return upload, trace, member.clip_norm, upload
         optimizer = federation.client_optimizer
         made, trace, clip_norm = update(
-            loss, optimizer, local, data, begun, member.client, member.keys, member.clip_norm
+            loss, optimizer, local, data, begun, member.client, member.keys, member.clip_norm, sums
         )
         upload = sent(local, made, member.keys)
         if method.keeps_b:  # what does not travel is not rounded
             upload = methods.with_own(upload, methods.own_of(made))
         return upload, trace, clip_norm, method.terms(member.client, begun, upload)
 
-    uploads, trace, clip_norms, terms = jax.vmap(one)(group)
+    uploads, trace, clip_norms, terms = jax.vmap(one)(group, sums)
     if rule.trust == "client":
         uploads = terms = aggregation.clip_each(uploads, rule.clip_norm)
     if rule.trust not in ("local", "none"):

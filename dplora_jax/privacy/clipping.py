@@ -3,6 +3,8 @@
 Letters: B rows.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,9 @@ ONE_PASS_BYTES = 4 << 30
 STABILITY = 0.01  # gamma of automatic clipping (Bu et al. 2023, section 4.2): how small a gradient keeps its size
 
 
-def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat", bits=None):
+def clipped_grad_sum(
+    loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat", bits=None, owners=None
+):
     """Sum over rows of w_i g_i min(1, clip_norm / |g_i|) -> (grad_sum, per_example_norms, per_example_losses).
 
     `loss_fn(adapter, batch) -> [B]`; `batch` leaves are [B, ...]; `weights` [B] in [0, 1] (absent = 1), so that one row moves
@@ -38,6 +42,8 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
 
     With `bits`, the sum is a tree of int32 in units of clip_norm 2^-bits: each row is truncated to that grid, and moves the
     sum by at most 2^bits units, in exact arithmetic (`integers.clipped_sum`). "ghost" and "bookkeeping" have no rows to truncate.
+
+    With `owners` (owner [B] int32, how many K), the sums of each owner's rows come apart, leaves [K, ...].
     Raises ValueError on an unknown form or mode, a fast form of another loss_fn, or "ghost" or "bookkeeping" with `bits`.
     """
     if form not in FORMS:
@@ -46,11 +52,13 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
         raise ValueError(f"unknown clipping mode {mode!r}; known: {', '.join(MODES)}.")
     if form not in ("auto", "vmap") and not isinstance(loss_fn, ModelLoss):
         raise ValueError(f"form {form!r} needs a loss made by dplora_jax.losses; form 'vmap' serves any other.")
-    if form in ("ghost", "bookkeeping") and bits is not None:
-        raise ValueError(f"form {form!r} makes no rows' gradients, and integers are made of each row's.")
+    if form in ("ghost", "bookkeeping") and (bits is not None or owners is not None):
+        raise ValueError(f"form {form!r} makes no rows' gradients, which integers and sums by owner are made of.")
+    if bits is not None and owners is not None:
+        raise ValueError("integers are not summed by owner.")
     rows = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(rows, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    form, slots = _chosen(form, loss_fn, adapter, batch, rows, bits)
+    form, slots = _chosen(form, loss_fn, adapter, batch, rows, bits is not None or owners is not None)
     parts = lora.groups(adapter) if mode == "per_layer" else (1, jax.tree.map(lambda _: 0, adapter))
     if form == "ghost":
         return _ghost(loss_fn, adapter, batch, clip_norm, weights, mode, parts)
@@ -59,22 +67,23 @@ def clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights=None, form="aut
     if bits is not None:
         factors = _spread(factors * (integers.MARGIN * 2.0**bits / clip_norm), parts)
         return integers.clipped_sum(factors, found, bits), norms, losses
-    return jax.tree.map(_weighted_sum, _spread(factors, parts), found), norms, losses
+    add = _weighted_sum if owners is None else functools.partial(_sums_by_owner, *owners)
+    return jax.tree.map(add, _spread(factors, parts), found), norms, losses
 
 
-def _chosen(form, loss_fn, adapter, batch, rows, bits):
+def _chosen(form, loss_fn, adapter, batch, rows, by_row):
     """The form that `form` stands for, and the slots that its one backward pass fills (None where it has none)."""
     if form in ("vmap", "ghost") or not isinstance(loss_fn, ModelLoss):
         return ("ghost" if form == "ghost" else "vmap"), None
     tokens, dtype = loss_fn.activations(batch) if "layers" in adapter else (None, None)
-    whole = form == "broadcast" or bits is not None
+    whole = form == "broadcast" or by_row
 
     def kept(leaf):
         _, outputs, inputs = leaf.shape
         return not whole and (form == "bookkeeping" or per_row.keeps_less(tokens, outputs, inputs, dtype))
 
     slots = per_row.zeros(adapter, rows, kept, tokens, dtype)
-    large = sum(slot.nbytes for slot in jax.tree.leaves(slots)) > ONE_PASS_BYTES and bits is None
+    large = sum(slot.nbytes for slot in jax.tree.leaves(slots)) > ONE_PASS_BYTES and not by_row
     return ("ghost", None) if form == "auto" and large else (form, slots)
 
 
@@ -122,6 +131,14 @@ def _weighted_sum(factors, g):
     if factors.ndim == 1:
         return jnp.tensordot(factors, kept, 1, precision=per_row.EXACT).astype(g.dtype)
     return jnp.einsum("bl,bl...->l...", factors, kept, precision=per_row.EXACT).astype(g.dtype)
+
+
+def _sums_by_owner(owner, count, factors, g):
+    """`_weighted_sum` of each owner's rows -> [count, ...]."""
+    over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
+    scaled = over * jnp.where(over > 0, g, 0).astype(jnp.float32)
+    own = jax.nn.one_hot(owner, count, axis=0)
+    return jnp.tensordot(own, scaled, 1, precision=per_row.EXACT).astype(g.dtype)
 
 
 def _vmap(loss_fn, adapter, batch):

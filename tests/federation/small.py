@@ -100,6 +100,7 @@ class Setup(NamedTuple):
     partial: bool = False
     ranks: tuple | None = None
     upload_bits: int | None = None
+    pool: int | None = None
     plain: bool = False  # the server takes the mean as it is: no momentum, no rate, no average
 
 
@@ -113,7 +114,7 @@ def federation(setup):
     """The static part of a setup's program."""
     plain = setup.trust == "client"
     variant = {"microbatch": setup.microbatch, "clipping": setup.clipping, "bands": setup.bands, "private": not plain}
-    variant |= {"ranks": setup.ranks is not None, "upload_bits": setup.upload_bits}
+    variant |= {"pool": setup.pool, "ranks": setup.ranks is not None, "upload_bits": setup.upload_bits}
     local = LocalConfig(setup.local_steps, math.inf if plain else CLIP, max(SIZES), max(CAPACITIES), **variant)
     client = aggregation.groups({part: optax.sgd(rate) for part, rate in RATES.items()})
     server = optax.chain(optax.trace(MOMENTUM), optax.scale_by_learning_rate(SERVER_RATE))

@@ -88,7 +88,7 @@ def test_a_part_is_all_its_records_once_and_a_null_record_where_it_is_short(inde
     config = client.LocalConfig(3, 1.0, 8, 3, bands=3)
     of = client.Client(0, 8, 8, 2**30, 3, 1.0, 0.0, 1.0, 0.0, 0)
     keys = {name: value[0, 0] for name, value in secrets.round_keys(secrets.from_seed(0, 1), [1], 0).items()}
-    rows, weights = jax.jit(lambda keys: client._sample(config, of, keys, index))(keys)
+    rows, weights = jax.jit(lambda keys: client.sample(config, of, keys, index))(keys)
     assert sorted(np.asarray(rows)[np.asarray(weights) > 0]) == list(range(index, 8, 3))
 
 

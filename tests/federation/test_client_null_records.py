@@ -34,7 +34,7 @@ def samples(kind):
     bits = 8 if kind is by_host else None
     config = client.LocalConfig(1, 1.0, POPULATION, CAPACITY + 2, bits=bits)
     keys = jnp.asarray(kind(np.random.default_rng(0), DRAWS, config))
-    return jax.device_get(jax.jit(jax.vmap(lambda k: client._sample(config, OF, {"sampling": k}, 0)))(keys))
+    return jax.device_get(jax.jit(jax.vmap(lambda k: client.sample(config, OF, {"sampling": k}, 0)))(keys))
 
 
 @pytest.mark.parametrize("kind", [by_keys, by_host])
@@ -69,7 +69,7 @@ def test_parts_are_of_the_records_that_are_accounted():
     of = OF._replace(join_below=2**30, capacity=7)
     keys = {name: value[0, 0] for name, value in secrets.round_keys(secrets.from_seed(0, 1), [1], 0).items()}
     for index in range(3):
-        rows, weights = jax.jit(lambda keys, i=index: client._sample(config, of, keys, i))(keys)
+        rows, weights = jax.jit(lambda keys, i=index: client.sample(config, of, keys, i))(keys)
         assert sorted(np.asarray(rows)[np.asarray(weights) > 0]) == list(range(index, OWN, 3))
 
 

@@ -296,6 +296,28 @@ def test_auto_chooses_for_each_matrix_and_every_choice_is_the_same_sum(case, mon
     np.testing.assert_allclose(mine[1], expected[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["vmap", "broadcast", "auto"])
+def test_sums_by_owner_are_those_of_each_owners_rows_alone(form):
+    """Of the second owner nothing counts, and of the first a row is not finite."""
+    model, params, adapter, batch = setup("classifier")
+    owner, weights = np.array([0, 2, 0], np.int32), np.array([1, 1, 0.5], np.float32)
+    loss = loss_of(model, params)
+    run = jax.jit(lambda *a: clipped_grad_sum(loss, adapter, batch, 0.05, *a, form, owners=(owner, 3))[0])
+    found = run(weights)
+    for k in range(3):
+        expected = compiled("classifier", form if form != "auto" else "vmap")(
+            params, adapter, batch, 0.05, weights * (owner == k)
+        )[0]
+        jax.tree.map(lambda a, b, k=k: np.testing.assert_allclose(a[k], b, atol=1e-6), found, expected)
+    assert norm(jax.tree.map(lambda x: x[0], found)) > 0.04
+
+
+@pytest.mark.parametrize("form", ["ghost", "bookkeeping"])
+def test_sums_by_owner_need_rows_of_their_own(form):
+    with pytest.raises(ValueError, match="by owner"):
+        clipped_grad_sum(toy(None), HEAD, {"x": jnp.ones((2, 3))}, 1.0, form=form, owners=(np.zeros(2), 1))
+
+
 def test_an_unknown_form_is_refused():
     with pytest.raises(
         ValueError, match="unknown clipping form 'fast'; known: auto, vmap, broadcast, bookkeeping, ghost"

@@ -1,0 +1,103 @@
+"""Pooled rows change nothing but the time: every client's sums are its own, whatever was sampled."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+import small
+
+from dplora_jax.federation import pool
+from dplora_jax.federation.client import LocalConfig
+from dplora_jax.privacy import accounting
+
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+ALONE = small.Setup(local_steps=1)
+WHOLE = pool.rows(small.MECHANISMS)
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        ALONE._replace(wave=5, pool=WHOLE),
+        ALONE._replace(wave=5, pool=1, microbatch=3),
+        ALONE._replace(rows=2, columns=2, wave=3, pool=7, microbatch=4),
+    ],
+    ids=["all at once", "a pool that always overflows", "2x2, padding clients"],
+)
+def test_a_pool_releases_what_clients_apart_release(setup):
+    """Uploads, noisy gradients, the next state and each client's private statistics."""
+    one, other = small.run(ALONE), small.run(setup)
+    jax.tree.map(close, other, one)
+    assert one[2]["sampled"].max() > 3
+
+
+@pytest.mark.parametrize("fields", [{"trust": "distributed"}, {"clipping": "per_layer"}, {"method": "rolora"}])
+def test_so_it_does_in_other_modes(fields):
+    one, other = small.run(ALONE._replace(**fields)), small.run(ALONE._replace(**fields, wave=5, pool=WHOLE))
+    jax.tree.map(close, other, one)
+
+
+def test_no_row_enters_another_clients_sum():
+    """All of a client's records made null move its own noisy gradient alone."""
+    setup = ALONE._replace(wave=5, pool=WHOLE)
+    data = small.records()
+    for client in (0, 3):
+        changed = [dict(own) for own in data]
+        changed[client]["scale"] = np.zeros_like(changed[client]["scale"])
+        before, after = (small.run(setup, data=rows)[1]["released"] for rows in (data, changed))
+        moved = [
+            max(np.abs(a[0, k] - b[0, k]).max() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+            for k in range(5)
+        ]
+        assert moved[client] > 1e-3
+        assert max(moved[:client] + moved[client + 1 :]) < 1e-6
+
+
+@pytest.mark.parametrize("pooled", [WHOLE, 1])
+def test_how_long_it_takes_follows_public_sizes_unless_the_pool_overflows(pooled):
+    """Turns of two rows: as many as the pool asks for under each of twenty samples, more only where more joined."""
+    taken = []
+    config = LocalConfig(1, small.CLIP, max(small.SIZES), max(small.CAPACITIES), pool=pooled, microbatch=2)
+    _, params, clients, data, keys = small.arguments(ALONE, range(20))
+
+    def loss(adapter, batch):
+        jax.debug.callback(lambda: taken.append(1))
+        return small.loss(small.model_and_params()[0], params)(adapter, batch)
+
+    run = jax.jit(lambda keys: pool.sums(loss, config, data, small.adapter(), clients, keys).weights.sum())
+    for index in range(20):
+        taken.clear()
+        joined = int(run(jax.tree.map(lambda x, i=index: x[i], keys)))
+        jax.effects_barrier()
+        size = pool.at_a_time(pooled, 2)
+        assert len(taken) == max(-(-pooled // size), -(-joined // size))
+
+
+def test_a_pool_holds_all_rows_but_for_a_chance_of_one_in_a_billion():
+    alone = accounting.Mechanism(775, 64 / 775, 775, 1.0)
+    rows = pool.rows([alone])
+    assert scipy.stats.binom.sf(rows, 775, 64 / 775) <= pool.OVERFLOW < scipy.stats.binom.sf(rows - 1, 775, 64 / 775)
+    many = pool.rows([alone] * 5)
+    of_all = scipy.stats.binom(5 * 775, 64 / 775)
+    assert of_all.sf(many) == pytest.approx(pool.OVERFLOW, rel=0.5)
+    assert of_all.sf(many) <= pool.OVERFLOW * (1 + 1e-6)
+    assert many < 0.85 * 5 * 105  # of five clients' own capacities
+
+
+def test_a_pool_is_never_larger_than_its_clients_capacities():
+    tight = dataclasses.replace(accounting.Mechanism(775, 64 / 775, 775, 1.0), capacity=50)
+    assert pool.rows([tight, tight]) == 100
+
+
+def test_turns_are_of_one_size():
+    assert pool.at_a_time(100, 30) == 25
+    assert pool.at_a_time(20, 30) == 20
+
+
+@pytest.mark.parametrize("fields", [{"local_steps": 2}, {"clipping": "adaptive"}, {"ranks": True}, {"bits": 16}])
+def test_what_cannot_be_pooled_is_refused(fields):
+    with pytest.raises(ValueError, match="pooled"):
+        LocalConfig(**{"local_steps": 1, "clip_norm": 1.0, "records": 9, "capacity": 3, "pool": 4} | fields)
