@@ -47,14 +47,20 @@ def linear(x, weight):
     """x [B, T, I] times weight [O, I] transposed -> [B, T, O], in x's dtype; a `PerRow` weight also feeds its slot."""
     if isinstance(weight, PerRow):
         return _per_row_linear(x, weight.weight, weight.slot)
-    return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
+    return _of_tokens(x, weight.astype(x.dtype).T)
+
+
+def _of_tokens(x, matrix):
+    """x [B, T, I] times matrix [I, O] -> [B, T, O], rows and tokens as one axis: the weight's gradient is then a plain product of
+    two matrices, with which a CPU is done in a fraction of the time of one over two axes."""
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 @jax.custom_vjp
 def _per_row_linear(x, weight, slot):
     # The cast lies inside, so that the sum over rows keeps the weight's precision: rounded to bfloat16, it would move by
     # more than one row's share when one row changes.
-    return jnp.einsum("bti,oi->bto", x, weight.astype(x.dtype))
+    return _of_tokens(x, weight.astype(x.dtype).T)
 
 
 def _forward(x, weight, slot):
@@ -65,7 +71,7 @@ def _forward(x, weight, slot):
 
 def _backward(residuals, g):
     x, weight, slot = residuals
-    grad_x = jnp.einsum("bto,oi->bti", g, weight.astype(x.dtype))
+    grad_x = _of_tokens(g, weight.astype(x.dtype))
     wide_g, wide_x = g.astype(jnp.float32), x.astype(jnp.float32)
     if slot is None or isinstance(slot, Kept):
         grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)  # nobody asks for it, and it is not computed
@@ -83,8 +89,10 @@ _per_row_linear.defvjp(_forward, _backward)
 
 def _product(factors, g, x):
     """sum_b factors_b g_b^T x_b -> [O, I] float32. A factor of 0 silences whatever the row holds (0 * nan is nan)."""
-    g, x = (jnp.where((factors > 0)[:, None, None], y, 0) for y in (g, x))
-    return jnp.einsum("bto,bti->oi", factors[:, None, None] * g, x, precision=EXACT)
+    over = factors[:, None, None]
+    g, x = (jnp.where(over > 0, y, 0) for y in (g, x))
+    g, x = (y.reshape(-1, y.shape[-1]) for y in (over * g, x))
+    return jnp.einsum("ko,ki->oi", g, x, precision=EXACT)
 
 
 def squared_norm(g, x):
@@ -131,7 +139,8 @@ def with_slots(adapter, slots):
 
 
 def keeps_less(tokens, outputs, inputs, dtype):
-    """Whether what is `Kept` of a row's gradient [outputs, inputs] takes less memory than the gradient itself."""
+    """Whether what is `Kept` of a row's gradient [outputs, inputs] takes less memory than the gradient itself. It is then also
+    the faster way, by all that was measured: moving the larger of the two is what costs (BUILD_NOTES.md, "Speed")."""
     return jnp.dtype(dtype).itemsize * tokens * (outputs + inputs) < 4 * outputs * inputs
 
 

@@ -4,12 +4,15 @@ over one client with K times the batch.
     python -m experiments.benchmark --measure=round --model=gpt2 --layers=2 --batch=8 --length=128 --clients=1,5
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax.federation import aggregation, mesh, round
+from dplora_jax.federation import aggregation, mesh, pool, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, secrets
 from experiments import benchmark_steps
@@ -17,7 +20,7 @@ from experiments import benchmark_steps
 RECORDS = 10  # of a client, as a multiple of its expected batch
 
 
-def federation(case, clients, records, expected, wave=1):
+def federation(case, clients, records, expected, wave=1, pooled=False, microbatch=None):
     """A round of `clients` clients of `records` random rows each, one local step of `expected` rows, on one device ->
     (Federation, mesh, (state, params, clients, data, keys))."""
     model, params, adapter, _ = benchmark_steps.arguments(case._replace(batch=1))
@@ -33,7 +36,9 @@ def federation(case, clients, records, expected, wave=1):
     shards = [{key: value[k * records : (k + 1) * records] for key, value in rows.items()} for k in range(clients)]
     mechanisms = accounting.with_noise([records] * clients, expected, 1, 1.0, 1e-5)
     placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
-    local = LocalConfig(1, 1.0, placed.records, placed.capacity)
+    local = LocalConfig(
+        1, 1.0, placed.records, placed.capacity, microbatch=microbatch, pool=pool.rows(mechanisms) if pooled else None
+    )
     optimizer = aggregation.groups({"layers": optax.sgd(0.1), "head": optax.sgd(0.1)})
     made = round.Federation(model, benchmark_steps.loss_of(case), local, optimizer, optax.sgd(1.0), 0.9, wave)
     keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, 2), 0)
@@ -43,34 +48,42 @@ def federation(case, clients, records, expected, wave=1):
 
 
 def table(case, counts, repeats):
-    """Lines: for each K, a round of K clients that expect `case.batch` rows each, beside K local steps of as many rows as theirs
-    hold (interleaved), and beside a round of one client that expects K times the rows."""
-    yield f"{'K':>5} {'rows':>6} {'round s':>9} {'/ local steps':>14} {'rows of one':>12} {'/ one client':>13} {'rows / one':>11}"
+    """Lines: for each K, a round of K clients that expect `case.batch` rows each, their rows pooled and apart, over one client
+    that expects K times the rows; and what the pooled round takes over its local steps alone. All take as many rows at a time, a
+    client's capacity at most, and are interleaved. Ratios are medians, with quartiles."""
+    heads = ("/ one client", "apart / one", "/ local steps")
+    yield f"{'K':>5} {'rows pooled, apart, of one':>27} {'round s':>9} " + " ".join(f"{head:>24}" for head in heads)
     for count in counts:
-        many = _round(case, count, case.batch)
-        one = _round(case, 1, count * case.batch)
-        held = many["rows"] // count
-        model, params, adapter, batch = benchmark_steps.arguments(case._replace(batch=held))
-        step = benchmark_steps.compiled(
-            benchmark_steps.functions(case, model, ["auto"])["auto"], params, adapter, batch, donate=()
+        most = _round(case, 1, case.batch).rows
+        pooled = _round(case, count, case.batch, count, count > 1, most)
+        apart, one = (
+            _round(case, count, case.batch, 1, False, most),
+            _round(case, 1, count * case.batch, 1, False, most),
         )
+        calls = {"pooled": pooled.run, "apart": apart.run, "one": one.run, "steps": _steps(case, pooled)}
+        times = benchmark_steps.interleaved(calls, repeats)
 
-        def steps(step=step, params=params, adapter=adapter, batch=batch, count=count):
-            for _ in range(count):
-                jax.block_until_ready(step.run(params, adapter, batch))
+        def spread(name, other, times=times):
+            low, middle, high = np.quantile(times[name] / times[other], [0.25, 0.5, 0.75])
+            return f"{middle:.3f} ({low:.3f} .. {high:.3f})"
 
-        times = benchmark_steps.interleaved({"round": many["run"], "steps": steps, "one": one["run"]}, repeats)
-        ratio = {name: np.quantile(times["round"] / times[name], [0.25, 0.5, 0.75]) for name in ("steps", "one")}
-        spread = {name: f"{mid:.3f} ({low:.3f} .. {high:.3f})" for name, (low, mid, high) in ratio.items()}
+        rows = ", ".join(str(part.rows) for part in (pooled, apart, one))
         yield (
-            f"{count:5} {many['rows']:6} {np.median(times['round']):9.3f} {spread['steps']:>14} {one['rows']:12} "
-            f"{spread['one']:>13} {many['rows'] / one['rows']:11.3f}"
+            f"{count:5} {rows:>27} {np.median(times['pooled']):9.3f} {spread('pooled', 'one'):>24} "
+            f"{spread('apart', 'one'):>24} {spread('pooled', 'steps'):>24}"
         )
 
 
-def _round(case, clients, expected):
-    """{"run": a function that runs a round, "rows": how many rows its clients' batches hold}."""
-    made, grid, arguments = federation(case, clients, RECORDS * expected, expected)
+class Round(NamedTuple):
+    """A compiled round: a function that runs it, the rows that its local steps hold, and how many of them at a time."""
+
+    run: Callable
+    rows: int
+    size: int
+
+
+def _round(case, clients, expected, wave=1, pooled=False, microbatch=None):
+    made, grid, arguments = federation(case, clients, RECORDS * expected, expected, wave, pooled, microbatch)
     compiled = round.make(made, grid).lower(*arguments).compile()
     state, rest = [arguments[0]], arguments[1:]
 
@@ -78,4 +91,20 @@ def _round(case, clients, expected):
         state[0], _ = compiled(state[0], *rest)
         return state[0]
 
-    return {"run": run, "rows": made.local.capacity * clients}
+    local = made.local
+    held = local.pool or local.capacity
+    size = pool.at_a_time(held, microbatch or held) if local.pool else min(held, microbatch or held)
+    return Round(run, -(-held // size) * size * (1 if local.pool else clients), size)
+
+
+def _steps(case, of):
+    """As many local steps as the round `of` takes, of as many rows, one after the other in one program, and nothing else: a
+    function that runs them."""
+    model, params, adapter, batch = benchmark_steps.arguments(case._replace(batch=of.size))
+    step = benchmark_steps.functions(case, model, ["auto"])["auto"]
+
+    def several(params, adapter, batch):
+        return jax.lax.scan(lambda a, _: (step(params, a, batch), None), adapter, None, of.rows // of.size)[0]
+
+    run = benchmark_steps.compiled(several, params, adapter, batch, donate=()).run
+    return lambda: run(params, adapter, batch)

@@ -33,7 +33,7 @@ def clipped_grad_sum(
     `form`: "vmap" is the definition, each example as a batch of one, for any loss_fn. The others need a `losses.ModelLoss`.
     "broadcast" gets all rows' gradients from one batched backward pass. "bookkeeping" gets their norms from one such pass, and
     the sum from what it kept of it (Bu et al. 2023, algorithm 1). "ghost" keeps nothing: norms in a first pass, the sum in a
-    second. "auto" takes for each matrix whichever of the first two leaves less, "ghost" where even that is over ONE_PASS_BYTES,
+    second. "auto" takes for each matrix whichever of the first two leaves less, "ghost" where that is over ONE_PASS_BYTES in all,
     and "vmap" for any other loss_fn.
 
     `mode`: "flat" as above. "per_layer" cuts each of the m parts of `lora.groups` to clip_norm / sqrt(m) by its own norm, so
