@@ -97,7 +97,7 @@ def of_config(config):
             raise InputError(f"--{name}={getattr(config, name)} cannot be audited yet, only {audited}.")
     if config.client_optimizer != "sgd":
         raise InputError("--client_optimizer=adam cannot be audited: its uploads do not tell the noisy sums.")
-    prepared = setup.prepare(dataclasses.replace(config, cache_frozen=False, eval_every=0))
+    prepared = setup.prepare(dataclasses.replace(config, cache_frozen=False, stream=False, eval_every=0))
     return Subject(
         dataclasses.replace(prepared.federation, loss=scaled),
         prepared.mesh,

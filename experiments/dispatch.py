@@ -15,7 +15,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import causes, draws, participants, processes, workdir
+from experiments import causes, draws, participants, processes, streaming, workdir
 
 
 def restore(job):
@@ -180,20 +180,31 @@ def _most_rounds(job):
 
 
 def execute(job, state, rounds, attempt):
-    """Run rounds [a, b) as one call of the compiled program -> (state, (private, valid) that it shows, seconds of running it)."""
+    """Run rounds [a, b) as one call of the compiled program, or round by round where records are streamed -> (state, (private,
+    valid) that they show, seconds of running them)."""
     p = job.prepared
     processes.at(f"rounds {rounds[0]} to {rounds[1] - 1}")
     keys = round_keys(job, rounds, attempt)
-    keys = mesh.place_keys(p.mesh, keys, p.placement.clients.size.shape[0])
+    parts, total = [], 0.0
+    for placed, length, waited in streaming.calls(p, keys, rounds[1] - rounds[0]):
+        state, shown, seconds = _call(job, state, placed, length)
+        total += waited + seconds  # what is waited for is part of the round
+        parts.append(mesh.fetch(shown))
+    return state, jax.tree.map(lambda *x: np.concatenate(x), *parts), total
+
+
+def _call(job, state, keys, length):
+    """One call of the program of `length` rounds, compiled if it is the first -> (state, (private, valid), seconds)."""
+    p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
-    length = rounds[1] - rounds[0]
     if length not in job.programs:
         program = round.make(p.federation, p.mesh, diagnostics=job.config.private_diagnostics)
-        job.programs[length] = program.lower(*arguments).compile()
+        with job.clock.busy():
+            job.programs[length] = program.lower(*arguments).compile()
     start = time.perf_counter()
-    state, (_, private, valid) = jax.block_until_ready(job.programs[length](*arguments))
-    seconds = time.perf_counter() - start
-    return state, mesh.fetch((private, valid)), seconds
+    with job.clock.busy():
+        state, (_, private, valid) = jax.block_until_ready(job.programs[length](*arguments))
+    return state, (private, valid), time.perf_counter() - start
 
 
 def commit(job, done, state, lines, shown, begun):

@@ -102,7 +102,8 @@ def _ranges(config, trust, budget, sigma):
     )
     yield not private or math.isfinite(config.clip_norm), "--clip_norm=inf clips nothing: only --trust=none allows it."
     for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
-        yield getattr(config, name) >= 1, f"--{name}={getattr(config, name)} must be 1 or more."
+        value = getattr(config, name)
+        yield value is None or value >= 1, f"--{name}={value} must be 1 or more."
     for name in ("microbatch", "last_layers"):
         yield (
             getattr(config, name) is None or getattr(config, name) >= 1,

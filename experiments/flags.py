@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "eval_every",
     "private_diagnostics",
     "wave",
+    "stream",
     "microbatch",
     "cache_frozen",
     "coordinator",
@@ -157,6 +158,11 @@ class RunConfig:
     )
     wave: int | None = flag(
         None, "clients that a device computes at a time; default: several where their rows can be pooled, else 1"
+    )
+    stream: bool | None = flag(
+        None,
+        "keep records on the host, and send each round's rows while the round before runs; default: where they would take more "
+        "than a quarter of a device's memory",
     )
     microbatch: int | None = flag(None, "rows of a client's batch that a device holds at a time; default: all")
     cache_frozen: bool = flag(True, "run the layers below the adapted ones once for each record, not at each step")

@@ -72,7 +72,7 @@ def adapter(config, model, params):
     return fresh, params, lora_config
 
 
-def federation(config, model, loss, mechanisms, adapter, placement, wave=1):
+def federation(config, model, loss, mechanisms, adapter, placement, wave=1, streamed=False):
     """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says, `wave` at a time."""
     plain = config.trust == "client"  # there, clipping and noise are the server's
     local = LocalConfig(
@@ -105,6 +105,7 @@ def federation(config, model, loss, mechanisms, adapter, placement, wave=1):
         method=method,
         robust=_robust(config.robust),
         partial=participants.partial(config),
+        streamed=streamed,
     )
 
 

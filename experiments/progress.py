@@ -2,9 +2,31 @@
 
 import contextlib
 import sys
+import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Clock:
+    """How long the devices had nothing to do: all time since the start but that in `busy` blocks."""
+
+    def __init__(self):
+        self.start, self.seconds = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def busy(self):
+        """Compiling, running and evaluating go here."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def line(self):
+        """What to tell at the end."""
+        elapsed = time.perf_counter() - self.start
+        waited = elapsed - self.seconds
+        share = f"{waited:.1f} s of {elapsed:.1f} s ({waited / elapsed:.1%})"
+        return f"The devices waited {share} for input, keys, ledger and checkpoints."
 
 
 @contextlib.contextmanager

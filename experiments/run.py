@@ -62,13 +62,14 @@ class Run(NamedTuple):
     checkpoints: Any
     secrets: list
     programs: dict
+    clock: Any
     paid: str | None = None
 
 
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax import checkpoint
-    from experiments import processes, setup, summary, workdir
+    from experiments import processes, progress, setup, summary, workdir
 
     opened = []  # process 0's ledger
 
@@ -93,7 +94,7 @@ def run(config, folder, command):
     prepared = setup.with_records(prepared, keys)
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     try:
-        code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}))
+        code = train(Run(config, folder, prepared, ledger, checkpoints, keys, {}, progress.Clock()))
     finally:
         if processes.count() == 1 or sys.exc_info()[0] is None:  # closing waits for the others, who may be gone
             checkpoints.close()
@@ -166,12 +167,15 @@ def train(job):
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
-                fresh[-1] |= job.prepared.evaluate(state)
+                with job.clock.busy():
+                    fresh[-1] |= job.prepared.evaluate(state)
             lines = [*lines, *fresh]
             dispatch.commit(job, done, state, lines, shown, (rounds, attempt))
             show(done, fresh[-1])
     if stopped and done < job.config.rounds:
         return STOPPED
+    if processes.primary():
+        print(job.clock.line())
     _finish(job, done, state, lines)
     return 0
 

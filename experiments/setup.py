@@ -16,7 +16,7 @@ from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import secrets
-from experiments import causes, facts, processes, program, records, released, trust_modes
+from experiments import causes, facts, processes, program, records, released, streaming, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -31,6 +31,7 @@ class Prepared(NamedTuple):
     federation: round.Federation
     mesh: Any
     placement: mesh.Placement
+    stream: Any  # streaming.Stream, or None where the records lie on the devices
     mechanisms: list
     state: round.State
     evaluate: Callable
@@ -72,8 +73,14 @@ def prepare(config, stored=None, memo=None):
     none = np.zeros(0, int)
     shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
     own = trust_modes.own(config, sizes, mechanisms)
-    placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes)
-    federation = program.federation(config, model, losses.classification, mechanisms, adapter, placement, wave)
+    streamed = streaming.wanted(config, grid, train, sizes)
+    placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes, streamed)
+    federation = program.federation(
+        config, model, losses.classification, mechanisms, adapter, placement, wave, streamed
+    )
+    stream = None
+    if streamed:
+        stream = streaming.Stream(federation.local, mesh.fetch(placement.clients), shards, grid)
     state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = lambda state: {}  # noqa: E731
     if config.eval_every:
@@ -84,7 +91,7 @@ def prepare(config, stored=None, memo=None):
         raise InputError(
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
         )
-    made = model, params, lora_config, federation, grid, placement, mechanisms, state
+    made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
     return Prepared(*made, evaluate, told, digests, digest_of)
 
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from dplora_jax.federation import mesh, round
-from experiments import draws
+from dplora_jax.federation import round
+from experiments import draws, streaming
 
 
 def train(config, prepared, held, program=None):
@@ -18,6 +18,6 @@ def train(config, prepared, held, program=None):
     for first in range(1, config.rounds + 1, config.dispatch_rounds):
         end = min(first + config.dispatch_rounds, config.rounds + 1)
         keys = draws.of_rounds(config, prepared, held, (first, end), 0)
-        keys = mesh.place_keys(prepared.mesh, keys, place.clients.size.shape[0])
-        state, _ = program(state, prepared.params, place.clients, place.data, keys)
+        for placed, _, _ in streaming.calls(prepared, keys, end - first):
+            state, _ = program(state, prepared.params, place.clients, place.data, placed)
     return state

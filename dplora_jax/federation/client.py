@@ -153,8 +153,7 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
     """(clipped sum + noise) / the public expected batch size, the next clip norm and noise memory, and what to show of it."""
     clip_norm = moving if config.adaptive else config.clip_norm
     if sums is None:
-        rows, weights = sample(config, client, keys, index)
-        batch = {name: array[client.offset + rows] for name, array in data.items()}
+        batch, weights = drawn(config, data, client, keys, index)
         sums = Sums(weights, *_in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights))
     weights, grad_sum, norms, losses = sums
     count = adaptive.centred_count(norms, clip_norm, weights) if config.adaptive else ()
@@ -170,6 +169,14 @@ def _noisy_mean_gradient(loss_fn, config, data, adapter, client, keys, index, mo
     clipped = ((norms > clip_norm) & (weights > 0)).sum() / shown
     trace = Trace(released, jnp.where(weights > 0, losses, 0).sum() / shown, clipped, sampled, count)
     return released, moving, memory, trace
+
+
+def drawn(config, data, client, keys, index):
+    """The padded batch of local step `index` and its weights: out of `data`, or as the host drew and sent them with the keys."""
+    if "batch" in keys:
+        return jax.tree.map(lambda x: x[index], (keys["batch"], keys["weights"]))
+    rows, weights = sample(config, client, keys, index)
+    return {name: array[client.offset + rows] for name, array in data.items()}, weights
 
 
 def sample(config, client, keys, index):

@@ -123,13 +123,13 @@ class Placement(NamedTuple):
     sizes: list
 
 
-def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None):
+def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None, streamed=False):
     """Lay out clients for `round.make`: `shards` is a list of dicts of [n_k, ...] arrays, one a client, and
     `mechanisms` says what each samples from, at least its own records.
 
     Weights are n_k / n; `ranks` are the clients' own, where they have several. Consecutive clients share a device, `wave` of
     them at a time. `sizes`, the public n_k, are needed where this process has not all clients' records: the shards of those
-    that are not `own_clients` are not looked at.
+    that are not `own_clients` are not looked at. With `streamed`, records stay where they are, and `data` is empty.
     """
     rows, count = mesh.shape[CLIENTS], len(shards)
     sizes = [len(next(iter(shard.values()))) for shard in shards] if sizes is None else sizes
@@ -169,7 +169,7 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None):
         rank=padded(ranks or [0] * count, np.int32),
     )
     sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
-    data = {name: laid(name) for name in shards[0]}
+    data = {} if streamed else {name: laid(name) for name in shards[0]}
     largest = (max(getattr(m, name) for m in mechanisms) for name in ("records", "capacity"))
     return Placement(put(clients, sharding), data, *largest, sizes)
 

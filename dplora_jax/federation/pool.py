@@ -39,7 +39,13 @@ def sums(loss_fn, config, data, adapter, clients, keys):
 
     `clients` and `keys` are those of K clients; `config.pool` rows are taken M (`config.microbatch`, or one client's capacity, at
     most) at a time, and more of them where more joined."""
-    picked, weights = jax.vmap(lambda client, keys: sample(config, client, keys, 0))(clients, keys)
+    if "batch" in keys:  # as the host drew and sent it
+        weights = keys["weights"][:, 0]
+        data = {name: array[:, 0].reshape(-1, *array.shape[3:]) for name, array in keys["batch"].items()}
+        picked = jnp.arange(weights.size)
+    else:
+        picked, weights = jax.vmap(lambda client, keys: sample(config, client, keys, 0))(clients, keys)
+        picked = clients.offset[:, None] + picked
     count, capacity = weights.shape
     size = at_a_time(config.pool, config.microbatch or config.capacity)
     order = jnp.argsort(-weights.reshape(-1), stable=True)  # those who joined come first
@@ -51,7 +57,7 @@ def sums(loss_fn, config, data, adapter, clients, keys):
 
     owners = jnp.repeat(jnp.arange(count), capacity)
     joined = weights.sum()
-    turn = {"row": in_turns(clients.offset[:, None] + picked), "weight": in_turns(weights), "owner": in_turns(owners)}
+    turn = {"row": in_turns(picked), "weight": in_turns(weights), "owner": in_turns(owners)}
 
     def take(turn):
         batch = {name: array[turn["row"]] for name, array in data.items()}

@@ -35,12 +35,12 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Federation:
-    """The static part of the program. `loss(model, params)` makes the local loss; `client_optimizer` and `server_optimizer` are
-    optax transformations (the server's is fed the negative mean upload); `ema` is the average's decay; `wave` clients run at
-    a time on each device; `rule` is the trust mode's, `method` the aggregation's. `robust`, a function (uploads
-    [K, ...], valid [K]) -> mean, takes the place of the weighted mean. `partial`: in modes `local` and `none` some clients are
-    missing from some rounds. In mode `distributed` the client's transformation runs at the server, on the mean gradient, and has
-    no memory (SGD)."""
+    """The static part of the program. `loss(model, params)` makes the local loss; `client_optimizer` and `server_optimizer`
+    are optax transformations (the server's is fed the negative mean upload); `ema` is the average's decay; `wave` clients
+    run at a time on each device; `rule` is the trust mode's, `method` the aggregation's. `robust`, a function (uploads [K,
+    ...], valid [K]) -> mean, takes the place of the weighted mean. `partial`: in modes `local` and `none` some clients are
+    missing from some rounds. `streamed`: keys come with each round's "batch" and "weights" in the place of "sampling". In
+    mode `distributed` the client's transformation runs at the server, on the mean gradient, and has no memory (SGD)."""
 
     model: Any
     loss: Callable
@@ -53,6 +53,7 @@ class Federation:
     method: Method = methods.FEDAVG
     robust: Callable | None = None
     partial: bool = False
+    streamed: bool = False
 
     def init(self, adapter, clients=0):
         """The state before round 1; `clients` is K where each keeps something of its own (a clip norm, its B)."""
@@ -87,6 +88,9 @@ def make(federation: Federation, mesh, transcript=False, diagnostics=False):
     replicated, by_client, by_round = PartitionSpec(), PartitionSpec(CLIENTS), PartitionSpec(None, CLIENTS)
     states = State(replicated, replicated, replicated, by_client, by_client, replicated)
     names = dict.fromkeys([*KEYS[federation.rule.trust], *(["joins"] if federation.partial else [])])
+    names = (
+        {n: None for n in names if n != "sampling"} | {"batch": None, "weights": None} if federation.streamed else names
+    )
     key_specs = {name: replicated if name == "server" else by_round for name in names}
     public = {"uploads": by_round, "released": by_round}
     public |= {"aggregate": replicated} if federation.rule.trust in ("distributed", "client") else {}
