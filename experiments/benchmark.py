@@ -83,6 +83,9 @@ def main(argv=None):
         unknown = set(config.forms) - set(FORMS)
         if unknown:
             raise InputError(f"--forms={','.join(sorted(unknown))} is not known: {', '.join(FORMS)}.")
+        unknown = set(config.chips) - set(roofline.PEAKS)
+        if unknown:
+            raise InputError(f"--chips={','.join(sorted(unknown))} is not known: {', '.join(roofline.PEAKS)}.")
         for line in sweep(config) if config.vary else chosen(config):
             print(line, flush=True)
     except (flags.Error, InputError, ValueError) as error:

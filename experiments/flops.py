@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.extend import core
 from jax.interpreters import partial_eval
 
 
@@ -25,7 +26,7 @@ def _equation(equation, exact):
             return 0
         ((contracted, _), _), left = parameters["dimension_numbers"], equation.invars[0].aval.shape
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-    inner = [_of(jaxpr, exact) for jaxpr in jax.core.jaxprs_in_params(parameters)]
+    inner = [_of(jaxpr, exact) for jaxpr in core.jaxprs_in_params(parameters)]
     if kind == "cond":
         return max(inner)
     return sum(inner) * parameters.get("length", 1)

@@ -173,7 +173,11 @@ def test_flags_that_make_room_are_tried_until_it_fits(small, monkeypatch):
 
     monkeypatch.setattr(plan, "_measure", measure)
     rows = plan.search(small, {}, "classification", plan.CHIPS["v5e"], range(4))
-    assert rows[-1] == {"flags": "--wave=1 --remat --dtype=bfloat16 --microbatch=1 --mesh=1x4", "total": 5.0, "fits": True}
+    assert rows[-1] == {
+        "flags": "--wave=1 --remat --dtype=bfloat16 --microbatch=1 --mesh=1x4",
+        "total": 5.0,
+        "fits": True,
+    }
     assert [row["fits"] for row in rows[:-1]] == [False] * (len(rows) - 1)
 
 
