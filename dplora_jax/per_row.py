@@ -3,7 +3,6 @@
 Letters: B rows, T tokens, L layers, I inputs, O outputs.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -12,7 +11,9 @@ from flax import struct
 
 # Accelerators round float32 products by default; norms and the sums that they bound must not be rounded differently.
 EXACT = jax.lax.Precision.HIGHEST
-GRAM_ERROR = 2.0**-21  # of a squared norm by Gram matrices, relative to the square of the sum of all tokens' lengths
+ROUNDOFF = 2.0**-24  # of float32
+SLACK = 1 + 2.0**-8  # for the rounding of what bounds the rounding
+PIECE = 128
 
 
 @struct.dataclass
@@ -97,16 +98,31 @@ def _product(factors, g, x):
 
 def squared_norm(g, x):
     """|sum_t g_t x_t^T|^2 of each row, by whichever of the product and the Gram matrices is smaller: g [B, T, O] and x [B, T, I]
-    float32 -> [B], never too small."""
+    float32 -> [B], never too small.
+
+    Tokens that cancel leave rounding errors in the measure of what cancelled, not of what is left: a record made to cancel could
+    pass uncut. So the errors are bounded, by n terms' (n ROUNDOFF of the sum of their sizes, in any order: Higham 2002, section
+    3.1), and may only add to a norm: those of the norm, and those of the sum that it bounds.
+    """
     (_, tokens, outputs), inputs = g.shape, x.shape[-1]
+    lengths = jnp.sqrt(jnp.square(g).sum(-1) * jnp.square(x).sum(-1)).sum(1) * SLACK
+    of_sum = 2 * tokens * ROUNDOFF * lengths
     if outputs * inputs <= tokens * (outputs + inputs):
-        return jnp.square(jnp.einsum("bto,bti->boi", g, x, precision=EXACT)).sum((1, 2))
-    gram = functools.partial(jnp.einsum, precision=EXACT)
-    squares = (gram("bto,bso->bts", g, g) * gram("bti,bsi->bts", x, x)).sum((1, 2))
-    # Tokens that cancel leave a rounding error of either sign, in the measure of what cancelled: it may only add to a norm,
-    # or a record made to cancel would pass uncut.
-    lengths = jnp.sqrt(jnp.square(g).sum(-1) * jnp.square(x).sum(-1))
-    return jnp.maximum(squares, 0) + GRAM_ERROR * jnp.square(lengths.sum(1))
+        squares = jnp.square(jnp.einsum("bto,bti->boi", g, x, precision=EXACT)).sum((1, 2))
+        return jnp.square(jnp.sqrt(squares) + of_sum)
+    (gram_g, terms_g), (gram_x, terms_x) = _gram(g), _gram(x)
+    squares = jnp.einsum("bts,bts->bt", gram_g, gram_x, precision=EXACT).sum(1)
+    error = (terms_g + terms_x + 2 * tokens) * ROUNDOFF * jnp.square(lengths)
+    return jnp.square(jnp.sqrt(jnp.maximum(squares, 0) + error) + of_sum)
+
+
+def _gram(y):
+    """y y^T of each row, y [B, T, I] -> ([B, T, T], how many terms are ever added one to another): PIECE inputs at a time, so
+    that rounding grows with these and with how many pieces there are, not with the inputs."""
+    rows, tokens, inputs = y.shape
+    pieces = -(-inputs // PIECE)
+    y = jnp.pad(y, [(0, 0), (0, 0), (0, pieces * PIECE - inputs)]).reshape(rows, tokens, pieces, PIECE)
+    return jnp.einsum("btpi,bspi->pbts", y, y, precision=EXACT).sum(0), min(inputs, PIECE) + pieces
 
 
 def kept_sum(factors, kept):

@@ -118,8 +118,10 @@ def one(config):
         from experiments import profiling
 
         yield from profiling.lines(what, config.forms, config.profile)
-    found = measured(config, what)
-    yield from benchmark_table.lines(what, found)
+    yield from benchmark_table.lines(what, measured(config, what))
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is not None:
+        yield f"the device's own account: {peak / 1e6:,.0f} MB in use at the most, of all steps together"
 
 
 def measured(config, what):
