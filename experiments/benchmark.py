@@ -68,7 +68,7 @@ def define():
     flags.DEFINE_string("profile", None, "directory for a trace that Perfetto and TensorBoard read", flag_values=values)
     flags.DEFINE_list("chips", ["h100", "v5e"], "chips to estimate a step for", flag_values=values)
     flags.DEFINE_enum("measure", "step", MEASURES, "what to measure", flag_values=values)
-    flags.DEFINE_list("clients", list(map(str, scale.CLIENTS)), "numbers of clients", flag_values=values)
+    flags.DEFINE_list("clients", None, "numbers of clients; default: 1,5, or up to 1000", flag_values=values)
     flags.DEFINE_integer("records", 20, "records of each of many clients", lower_bound=4, flag_values=values)
     flags.DEFINE_float("gigabytes", 1.2, "size of the model made to measure loading", flag_values=values)
     flags.DEFINE_string("frozen", "SmolLM2-135M-Instruct", "the base to hold in fewer bits", flag_values=values)
@@ -99,7 +99,7 @@ def chosen(config):
     if config.measure == "memory":
         parts = memory.loading(config.gigabytes), memory.next_token_loss(8, 512, 64), memory.frozen_base(config.frozen)
         return itertools.chain(*parts)
-    counts = [int(count) for count in config.clients]
+    counts = [int(count) for count in config.clients or (scale.CLIENTS if config.measure == "clients" else (1, 5))]
     if config.measure == "clients":
         return scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats)
     if config.measure == "roofline":
@@ -146,12 +146,13 @@ def sweep(config):
         for flag, value in name.items():
             config[flag].parse(value)
         what = case(config)
-        key = {"case": json.loads(json.dumps(what)), "forms": config.forms, "peers": config.peers}
-        found = next((line["found"] for line in done if all(line[part] == key[part] for part in key)), None)
+        key = {"case": json.loads(json.dumps(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
+        key["repeats"] = config.repeats
+        found = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
         if found is None:
             found = measured(config, what)
             with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(key | {"machine": machine(), "found": found}) + "\n")
+                file.write(json.dumps(key | {"found": found}) + "\n")
             print(f"{name}: done", file=sys.stderr, flush=True)
             jax.clear_caches()
         cells.append((name, found))

@@ -25,8 +25,8 @@ MODULES = {
 
 
 def calls(case):
-    """{name: a function without arguments that runs one step}. Raises InputError where a peer cannot run the case, or is not
-    installed."""
+    """{name: a function without arguments that runs one step} of the PEERS that can. Raises InputError where none could, or they
+    are not installed."""
     if case.task != "language_model" or case.dtype != "float32" or case.freeze_a or case.model not in plan_models.KNOWN:
         raise InputError("--peers runs language models of random weights in float32, with A and B trained.")
     try:
@@ -36,12 +36,15 @@ def calls(case):
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, _hf(case)["vocab_size"], (case.batch, case.length)))
-    return {
-        "PEFT, plain": _plain(case, ids),
-        "Opacus, hooks": _opacus_hooks(case, ids),
-        "Opacus, ghost": _opacus_ghost(case, ids),
-        "jax_privacy": _jax_privacy(case),
-    }
+    found = {}
+    for name, make in PEERS.items():
+        try:
+            found[name] = make(case, ids)
+            found[name]()
+        except Exception as error:  # a peer that cannot run this is no reason to leave the others out
+            found.pop(name, None)
+            print(f"{name} cannot run this: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+    return found
 
 
 def _hf(case):
@@ -157,7 +160,7 @@ def _opacus_ghost(case, ids):
     return step
 
 
-def _jax_privacy(case):
+def _jax_privacy(case, ids):
     from jax_privacy import clipping, noise_addition
 
     model, params, adapter, batch = benchmark_steps.arguments(case)
@@ -177,3 +180,11 @@ def _jax_privacy(case):
         return state[0]
 
     return call
+
+
+PEERS = {
+    "PEFT, plain": _plain,
+    "Opacus, hooks": _opacus_hooks,
+    "Opacus, ghost": _opacus_ghost,
+    "jax_privacy": _jax_privacy,
+}

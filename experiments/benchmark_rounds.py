@@ -4,15 +4,13 @@ over one client with K times the batch.
     python -m experiments.benchmark --measure=round --model=gpt2 --layers=2 --batch=8 --length=128 --clients=1,5
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax.federation import aggregation, mesh, pool, round
+from dplora_jax.federation import aggregation, mesh, pool, round, waves
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, secrets
 from experiments import benchmark_steps
@@ -49,62 +47,58 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
 
 def table(case, counts, repeats):
     """Lines: for each K, a round of K clients that expect `case.batch` rows each, their rows pooled and apart, over one client
-    that expects K times the rows; and what the pooled round takes over its local steps alone. All take as many rows at a time, a
-    client's capacity at most, and are interleaved. Ratios are medians, with quartiles."""
+    that expects K times the rows; and what the pooled round takes over its local steps (`waves.run`) alone. All take as many rows
+    at a time, a client's capacity at most, and are interleaved. Ratios are medians, with quartiles."""
     heads = ("/ one client", "apart / one", "/ local steps")
     yield f"{'K':>5} {'rows pooled, apart, of one':>27} {'round s':>9} " + " ".join(f"{head:>24}" for head in heads)
     for count in counts:
-        most = _round(case, 1, case.batch).rows
-        pooled = _round(case, count, case.batch, count, count > 1, most)
-        apart, one = (
-            _round(case, count, case.batch, 1, False, most),
-            _round(case, 1, count * case.batch, 1, False, most),
-        )
-        calls = {"pooled": pooled.run, "apart": apart.run, "one": one.run, "steps": _steps(case, pooled)}
+        most = federation(case, 1, RECORDS * case.batch, case.batch)[0].local.capacity
+        pooled = federation(case, count, RECORDS * case.batch, case.batch, count, count > 1, most)
+        apart = federation(case, count, RECORDS * case.batch, case.batch, 1, False, most)
+        one = federation(case, 1, RECORDS * count * case.batch, count * case.batch, 1, False, most)
+        calls = {"pooled": _round(*pooled), "apart": _round(*apart), "one": _round(*one), "steps": _steps(*pooled)}
         times = benchmark_steps.interleaved(calls, repeats)
 
         def spread(name, other, times=times):
             low, middle, high = np.quantile(times[name] / times[other], [0.25, 0.5, 0.75])
             return f"{middle:.3f} ({low:.3f} .. {high:.3f})"
 
-        rows = ", ".join(str(part.rows) for part in (pooled, apart, one))
+        rows = ", ".join(str(_rows(*made)) for made in (pooled, apart, one))
         yield (
             f"{count:5} {rows:>27} {np.median(times['pooled']):9.3f} {spread('pooled', 'one'):>24} "
             f"{spread('apart', 'one'):>24} {spread('pooled', 'steps'):>24}"
         )
 
 
-class Round(NamedTuple):
-    """A compiled round: a function that runs it, the rows that its local steps hold, and how many of them at a time."""
-
-    run: Callable
-    rows: int
-    size: int
-
-
-def _round(case, clients, expected, wave=1, pooled=False, microbatch=None):
-    made, grid, arguments = federation(case, clients, RECORDS * expected, expected, wave, pooled, microbatch)
+def _round(made, grid, arguments):
+    """A function that runs one compiled round after the other."""
+    state, rest = [jax.tree.map(jnp.copy, arguments[0])], arguments[1:]
     compiled = round.make(made, grid).lower(*arguments).compile()
-    state, rest = [arguments[0]], arguments[1:]
 
     def run():
         state[0], _ = compiled(state[0], *rest)
         return state[0]
 
-    local = made.local
+    return run
+
+
+def _steps(made, grid, arguments):
+    """A function that runs the local steps of that round alone: sampling, clipping, noise, and the clients' weighted sum."""
+    state, params, clients, data, keys = arguments
+
+    def local(state, params, clients, data, keys):
+        members = waves.Members(clients, {name: value[0] for name, value in keys.items()})
+        return waves.run(made, params, members, data, state, False)[:2]
+
+    compiled = jax.jit(local).lower(state, params, clients, data, keys).compile()
+    return lambda: compiled(state, params, clients, data, keys)
+
+
+def _rows(made, grid, arguments):
+    """How many rows a round's local steps compute, padding included."""
+    local, clients = made.local, len(arguments[2].size)
     held = local.pool or local.capacity
-    size = pool.at_a_time(held, microbatch or held) if local.pool else min(held, microbatch or held)
-    return Round(run, -(-held // size) * size * (1 if local.pool else clients), size)
-
-
-def _steps(case, of):
-    """As many local steps as the round `of` takes, of as many rows, one after the other in one program, and nothing else: a
-    function that runs them."""
-    model, params, adapter, batch = benchmark_steps.arguments(case._replace(batch=of.size))
-    step = benchmark_steps.functions(case, model, ["auto"])["auto"]
-
-    def several(params, adapter, batch):
-        return jax.lax.scan(lambda a, _: (step(params, a, batch), None), adapter, None, of.rows // of.size)[0]
-
-    run = benchmark_steps.compiled(several, params, adapter, batch, donate=()).run
-    return lambda: run(params, adapter, batch)
+    size = (
+        pool.at_a_time(held, local.microbatch or local.capacity) if local.pool else min(held, local.microbatch or held)
+    )
+    return -(-held // size) * size * (1 if local.pool else clients)

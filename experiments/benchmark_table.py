@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+from dplora_jax.privacy.clipping import FORMS
 from experiments.benchmark_steps import LIMIT
 
 WIDTHS = {"step": -14, "median s": 9, "/ plain": 8, "quartiles": 16, "examples/s": 11, "tokens/s": 9} | {
@@ -29,7 +30,7 @@ def _aligned(values):
 
 
 def lines(case, found):
-    """The table of one cell, line by line; a step without figures of memory (a peer's) has its time alone."""
+    """The table of one cell, line by line; a step without figures of memory is a peer's, and comes with ours over theirs."""
     yield _aligned(WIDTHS)
     for name, row in found.items():
         if name == LIMIT:
@@ -42,6 +43,10 @@ def lines(case, found):
             values += [f"{share(found, name):.2f}", f"{row['peak'] / 1e6:.0f}"]
             values += [f"{row['peak'] / found['plain']['peak']:.3f}", f"{row['compile_seconds']:.1f}"]
         yield _aligned(values)
+    for name in (name for name, row in found.items() if "peak" not in row and name != LIMIT):
+        ours = "plain" if name.endswith("plain") else "auto"
+        low, middle, high = ratios(found, name, ours)
+        yield f"{ours} does {middle:.2f} ({low:.2f} .. {high:.2f}) times the examples a second of {name}"
     limit = found[LIMIT]
     yield f"the limit: a plain matrix product runs at {limit['flops'] / np.median(limit['seconds']) / 1e9:,.0f} GFLOP/s"
 
@@ -57,8 +62,10 @@ def markdown(cells):
     if not cells:
         return "no cells"
     names = list(cells[0][0])
-    forms = [name for name in cells[0][1] if name not in ("plain", "evaluation", LIMIT)]
+    forms = [name for name in cells[0][1] if name in FORMS]
+    peers = [name for name, row in cells[0][1].items() if "peak" not in row and name != LIMIT]
     head = [*names, "plain s", *(f"{form}: time, memory" for form in forms), "fastest", "plain of matmul"]
+    head += [f"auto / {peer}, examples/s" for peer in peers]
     rows, near, counted = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], 0, 0
     for name, found in cells:
         own = [str(name[flag]) for flag in names] + [f"{np.median(found['plain']['seconds']):.2f}"]
@@ -68,7 +75,9 @@ def markdown(cells):
         best, form = fastest(found, [form for form in forms if form != "auto"])
         if "auto" in found and best is not None:
             near, counted = near + (float(ratios(found, "auto")[1]) <= 1.05 * best), counted + 1
-        rows.append("| " + " | ".join([*own, form or "", f"{share(found, 'plain'):.2f}"]) + " |")
+        own += [form or "", f"{share(found, 'plain'):.2f}"]
+        own += [f"{ratios(found, peer, 'auto')[1]:.2f}" if {peer, "auto"} <= found.keys() else "" for peer in peers]
+        rows.append("| " + " | ".join(own) + " |")
     if counted:
         rows.append(f"\nThe automatic choice was the fastest form, or within 5 % of it, in {near} of {counted} cells.")
     return "\n".join(rows)
@@ -80,7 +89,7 @@ def plot(cells, path):
 
     figure = Figure(figsize=(8, 0.32 * len(cells) + 1.4), layout="constrained")
     axes, marks = figure.add_subplot(), itertools.cycle("osD^v")
-    forms = dict.fromkeys(form for _, found in cells for form in found if form not in ("plain", "evaluation", LIMIT))
+    forms = dict.fromkeys(form for _, found in cells for form in found if form in FORMS)
     for form, mark in zip(forms, marks, strict=False):
         points = [(ratios(found, form)[1], i) for i, (_, found) in enumerate(cells) if form in found]
         axes.plot(*zip(*points, strict=True), mark, label=form, markersize=5, alpha=0.8)

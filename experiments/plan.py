@@ -81,6 +81,8 @@ def parse(argv):
     ):
         config = dataclasses.replace(config, noise_multiplier=1.0)
     config = flags.resolve(config)
+    if config.stream:
+        raise InputError("a plan takes all records to lie on the devices: leave out --stream.")
     classes = len(config.labels.split(",")) if config.labels else values.classes
     names = ("topology", "task", "search", "json")
     return config, {name: values[name].value for name in names} | {

@@ -57,7 +57,7 @@ def abstract(config, devices, sizes, task, classes):
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, None))
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
-    wave = program.wave(config, grid, adapter)
+    wave = program.wave(config, grid, model, adapter)
     shards = [
         {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
     ]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from dplora_jax import lora
+from dplora_jax import lora, per_row
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, methods, pool, robust, round
 from dplora_jax.federation.client import LocalConfig
@@ -115,17 +115,28 @@ def _robust(spec):
     return {"none": None, "median": robust.median, "trimmed_mean": robust.trimmed_mean(float(share or 0))}[kind]
 
 
-def wave(config, grid, adapter):
-    """How many clients a device computes at a time: as flagged, else, where they can pool their rows, as many as it has, up to
-    MOST_POOLED whose uploads fit POOLED_BYTES."""
+def wave(config, grid, model, adapter):
+    """How many clients a device computes at a time: as flagged, else, where they can pool their rows, as many as it has, in waves
+    of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
     if config.wave is not None:
         return min(config.wave, config.clients)
-    fitting = POOLED_BYTES // (4 * lora.count(adapter)) if _poolable(config) else 1
-    return max(1, min(-(-config.clients // grid.shape[aggregation.CLIENTS]), MOST_POOLED, fitting))
+    if not _poolable(config) or _keeps(config, model, adapter):
+        return 1
+    each = -(-config.clients // grid.shape[aggregation.CLIENTS])
+    most = max(1, min(MOST_POOLED, POOLED_BYTES // (4 * lora.count(adapter))))
+    return -(-each // -(-each // most))
+
+
+def _keeps(config, model, adapter):
+    """Whether some matrix's sums are better made without rows' gradients, which pooled rows have."""
+    return any(
+        per_row.keeps_less(config.max_length, *leaf.shape[1:], model.dtype)
+        for leaf in jax.tree.leaves(adapter.get("layers", {}))
+    )
 
 
 def _poolable(config):
-    """Whether all clients' rows of a round go through one adapter, and are clipped to one norm."""
+    """Whether all clients' rows of a round go through one adapter, and are clipped to one norm; else the round refuses a pool."""
     return (
         config.local_steps == 1
         and config.trust != "client"

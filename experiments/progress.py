@@ -9,14 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Clock:
-    """How long the devices had nothing to do: all time since the start but that in `busy` blocks."""
+    """How long the devices waited: all time since the start but that in `busy` blocks."""
 
     def __init__(self):
         self.start, self.seconds = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def busy(self):
-        """Compiling, running and evaluating go here."""
+        """Compiling, running (the way of its arguments to the device included) and evaluating go here."""
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dplora_jax import lora
+from dplora_jax.privacy import clipping
 from experiments import benchmark_steps, flops, plan_models
 
 CHIPS = 8
@@ -62,15 +63,21 @@ def estimate(case, form):
     model, params, adapter, batch = shapes(case)
     step = benchmark_steps.functions(case, model, ["auto"])[form]
     exact = flops.count(step, params, adapter, batch, exact=True)
+    loss = lambda params: benchmark_steps.loss_of(case)(model, params)  # noqa: E731
 
     def kept(params, adapter, batch):
-        return jax.vjp(lambda a: benchmark_steps.loss_of(case)(model, params)(a, batch), adapter)[1]
+        return jax.vjp(lambda a: loss(params)(a, batch), adapter)[1]
 
-    residuals = sum(_bytes(leaf) for leaf in jax.tree.leaves(jax.eval_shape(kept, params, adapter, batch)))
+    residuals, known = jax.eval_shape(kept, params, adapter, batch), jax.tree.leaves((params, adapter, batch))
+    shapes_known = {(leaf.shape, leaf.dtype) for leaf in known}  # weights are among what the backward pass needs
+    traffic = 2 * sum(_bytes(x) for x in jax.tree.leaves(residuals) if (x.shape, x.dtype) not in shapes_known)
     base, trained = _size(params), _size(adapter)
-    residuals = max(0, residuals - base - trained)  # the weights are among what the backward pass needs
+    traffic += 2 * base + 3 * trained
+    if form != "plain":  # what tells of each row's gradient is written and read, and the noise is added in passing
+        slots = clipping.slots_of("auto", loss(params), adapter, batch)
+        traffic += 2 * _size(slots)
     sent = 2 * (CHIPS - 1) / CHIPS * trained
-    return flops.count(step, params, adapter, batch), exact, 2 * base + 3 * trained + 2 * residuals, sent
+    return flops.count(step, params, adapter, batch), exact, traffic, sent
 
 
 def shapes(case):
@@ -81,6 +88,8 @@ def shapes(case):
     )
     config = lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
     adapter = jax.eval_shape(lambda params: lora.init(jax.random.key(0), model, params, config), params)
+    if case.freeze_a:
+        params, adapter = lora.freeze_a(params, adapter)
     ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
     batch = {"input_ids": ids, "attention_mask": ids}
     if case.task == "classification":

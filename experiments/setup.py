@@ -53,7 +53,7 @@ def prepare(config, stored=None, memo=None):
     tokenizer = models.load_tokenizer(config.model)
     tasks.check_length(config.max_length, model, tokenizer)
     adapter, params, lora_config = program.adapter(config, model, params)
-    wave, everyone = program.wave(config, grid, adapter), range(config.clients)
+    wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
     train = tasks.classification(tokenizer, table, config.max_length)
     sizes = _sizes(shares, config.clients)
@@ -63,7 +63,9 @@ def prepare(config, stored=None, memo=None):
     digest_of = {
         k: causes.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
     }
-    digests = causes.digests(config, (), model, params, mechanisms, grid)
+    streamed = processes.agree(lambda: streaming.wanted(config, grid, train, sizes))
+    settled = dataclasses.replace(config, wave=wave, stream=streamed)  # another layout rounds otherwise
+    digests = causes.digests(settled, (), model, params, mechanisms, grid)
     local, params = params, mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
     model, train, test = _run_frozen_layers(
@@ -73,7 +75,6 @@ def prepare(config, stored=None, memo=None):
     none = np.zeros(0, int)
     shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
     own = trust_modes.own(config, sizes, mechanisms)
-    streamed = streaming.wanted(config, grid, train, sizes)
     placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes, streamed)
     federation = program.federation(
         config, model, losses.classification, mechanisms, adapter, placement, wave, streamed

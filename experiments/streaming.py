@@ -1,12 +1,14 @@
 """Records that stay on the host: each round's rows go to the devices while the round before runs.
 
-A dispatch then runs round by round. The host draws which records join, by the very function and keys of the compiled round, so
-that the batches are those that the device would have picked; a device holds one round's rows and the next one's.
+A dispatch then runs round by round; its first rows are waited for, since its keys do not exist before it is paid for. The
+host draws which records join, by the very function and keys of the compiled round, so that the batches are those that the
+device would have picked; a device holds one round's rows and the next one's.
 
 Letters: K clients, S local steps, C rows of the capacity.
 """
 
 import concurrent.futures
+import math
 import time
 
 import jax
@@ -22,7 +24,7 @@ def wanted(config, grid, table, sizes):
     if config.stream is not None:
         return config.stream
     limit = (grid.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    row = sum(array.itemsize * array[0].size for array in table.values() if len(array))
+    row = sum(array.itemsize * math.prod(array.shape[1:]) for array in table.values())
     return limit is not None and row * sum(sizes) / len(grid.devices) > SHARE * limit
 
 
@@ -39,7 +41,10 @@ class Stream:
                 clients, keys
             )
 
-        self.host = jax.local_devices(backend="cpu")[0]
+        try:
+            self.host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # JAX_PLATFORMS leaves it out
+            self.host = jax.local_devices()[0]
         self.draw = jax.jit(draw)
         self.clients = clients
 
@@ -50,10 +55,9 @@ class Stream:
         own = np.pad(keys["sampling"][0], [(0, padded), *[(0, 0)] * (keys["sampling"].ndim - 2)])
         with jax.default_device(self.host):
             rows, weights = jax.device_get(self.draw(self.clients, {"sampling": own}))
-        first = next(shard for shard in self.shards if len(next(iter(shard.values()))))
         batch = {
             name: np.zeros((self.count, *rows.shape[1:], *array.shape[1:]), array.dtype)
-            for name, array in first.items()
+            for name, array in self.shards[0].items()
         }
         for k, shard in enumerate(self.shards):
             for name, array in shard.items():

@@ -4,6 +4,7 @@ Letters: K clients, L layers, I inputs, O outputs, R rank.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,6 +55,12 @@ class Federation:
     robust: Callable | None = None
     partial: bool = False
     streamed: bool = False
+
+    def __post_init__(self):
+        if self.local.pool is not None and (
+            self.method.keeps_b or self.partial or not math.isfinite(self.local.clip_norm)
+        ):
+            raise ValueError("rows are pooled where every client starts from one adapter, takes part, and clips.")
 
     def init(self, adapter, clients=0):
         """The state before round 1; `clients` is K where each keeps something of its own (a clip norm, its B)."""

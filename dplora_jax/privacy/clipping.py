@@ -71,6 +71,12 @@ def clipped_grad_sum(
     return jax.tree.map(add, _spread(factors, parts), found), norms, losses
 
 
+def slots_of(form, loss_fn, adapter, batch):
+    """What one backward pass leaves of all rows for `clipped_grad_sum`, as jax.ShapeDtypeStruct; None where it is no one pass."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    return jax.eval_shape(lambda: _chosen(form, loss_fn, adapter, batch, rows, False)[1])
+
+
 def _chosen(form, loss_fn, adapter, batch, rows, by_row):
     """The form that `form` stands for, and the slots that its one backward pass fills (None where it has none)."""
     if form in ("vmap", "ghost") or not isinstance(loss_fn, ModelLoss):

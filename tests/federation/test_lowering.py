@@ -9,6 +9,7 @@ from jax import export
 SETUPS = {
     "local": small.Setup(rows=4, columns=2, wave=2, transcript=False, diagnostics=False),
     "distributed": small.Setup(4, 2, local_steps=1, transcript=False, diagnostics=False, trust="distributed"),
+    "pooled": small.Setup(4, 2, wave=2, local_steps=1, transcript=False, diagnostics=False, pool=9, microbatch=4),
     "client": small.Setup(4, 2, transcript=False, diagnostics=False, trust="client"),
     "banded": small.Setup(4, 2, local_steps=4, transcript=False, diagnostics=False, bands=2),
     "halves": small.Setup(4, 2, transcript=False, diagnostics=False, method="rolora", robust="median", partial=True),

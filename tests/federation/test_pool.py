@@ -16,6 +16,7 @@ from dplora_jax.privacy import accounting
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 ALONE = small.Setup(local_steps=1)
 WHOLE = pool.rows(small.MECHANISMS)
+POOLED = ALONE._replace(wave=5, pool=WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,41 @@ def test_a_pool_is_never_larger_than_its_clients_capacities():
 def test_turns_are_of_one_size():
     assert pool.at_a_time(100, 30) == 25
     assert pool.at_a_time(20, 30) == 20
+
+
+@pytest.mark.parametrize("fields", [{"method": "fedsa"}, {"partial": True}, {"trust": "client"}])
+def test_what_cannot_be_pooled_among_clients_is_refused(fields):
+    with pytest.raises(ValueError, match="every client starts from one adapter, takes part, and clips"):
+        small.federation(ALONE._replace(wave=5, pool=WHOLE, **fields))
+
+
+@pytest.mark.parametrize("client", [0, 3])
+def test_a_record_moves_its_clients_pooled_sum_by_at_most_the_clipping_norm_and_no_others(client):
+    """Each record in turn, loud enough to be clipped, becomes the null record."""
+    loud = [dict(r, scale=np.full_like(r["scale"], 1e4)) for r in small.records()]
+    reference = small.run(POOLED, data=loud, noise_std=0)
+    moved = 0
+    for record in range(small.SIZES[client]):
+        data = [{name: array.copy() for name, array in shard.items()} for shard in loud]
+        data[client]["scale"][record] = 0
+        released = small.run(POOLED, data=data, noise_std=0)[1]["released"]
+        change = jax.tree.map(lambda x, y: (x - y)[0], released, reference[1]["released"])
+        norms = np.sqrt(sum((leaf.reshape(5, -1) ** 2).sum(1) for leaf in jax.tree.leaves(change)))
+        bound = small.CLIP / small.DIVISORS[client]
+        assert norms[client] == pytest.approx(bound, rel=1e-4) or norms[client] < 1e-6
+        assert np.delete(norms, client).max() < 1e-6
+        moved += norms[client] > 1e-6
+    assert moved == reference[2]["sampled"][0, client, 0] > 0
+
+
+def test_a_pooled_record_without_a_finite_gradient_counts_as_the_null_record():
+    """Client 1 takes all its records in every step: the one that is not finite is always there."""
+    data = {value: small.records() for value in (np.inf, 0)}
+    for value, rows in data.items():
+        rows[1]["scale"][2] = value
+    poisoned, null = (small.run(POOLED, data=rows) for rows in data.values())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(poisoned[:2]))
+    jax.tree.map(close, poisoned[:2], null[:2])
 
 
 @pytest.mark.parametrize("fields", [{"local_steps": 2}, {"clipping": "adaptive"}, {"ranks": True}, {"bits": 16}])
