@@ -13,7 +13,7 @@ from flax import struct
 EXACT = jax.lax.Precision.HIGHEST
 ROUNDOFF = 2.0**-24  # of float32
 SLACK = 1 + 2.0**-8  # for the rounding of what bounds the rounding
-PIECE = 128
+PIECE = 512
 
 
 @struct.dataclass
@@ -119,10 +119,10 @@ def squared_norm(g, x):
 def _gram(y):
     """y y^T of each row, y [B, T, I] -> ([B, T, T], how many terms are ever added one to another): PIECE inputs at a time, so
     that rounding grows with these and with how many pieces there are, not with the inputs."""
-    rows, tokens, inputs = y.shape
-    pieces = -(-inputs // PIECE)
-    y = jnp.pad(y, [(0, 0), (0, 0), (0, pieces * PIECE - inputs)]).reshape(rows, tokens, pieces, PIECE)
-    return jnp.einsum("btpi,bspi->pbts", y, y, precision=EXACT).sum(0), min(inputs, PIECE) + pieces
+    inputs = y.shape[-1]
+    pieces = [y[..., first : first + PIECE] for first in range(0, inputs, PIECE)]
+    products = [jnp.einsum("bti,bsi->bts", piece, piece, precision=EXACT) for piece in pieces]
+    return sum(products[1:], products[0]), min(inputs, PIECE) + len(pieces)
 
 
 def kept_sum(factors, kept):
