@@ -1,7 +1,5 @@
 """Gaussian noise for a pytree, from keys that no two draws share; independent over steps, or correlated."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +30,6 @@ def add(tree, noise):
     return jax.tree.map(lambda x, n: x.astype(jnp.float32) + n, tree, noise)
 
 
-@functools.cache
 def banded(steps, bands):
     """Noise C^-1 z over `steps` local steps, z independent, for a lower triangular C of `bands` bands whose columns have norm 1
     (banded matrix factorisation, Choquette-Choo et al. 2023, algorithm 9) -> jax_privacy's StreamingMatrix: its
