@@ -38,6 +38,7 @@ def test_another_layout_is_another_cause_and_draws_new_keys(tiny_bert, finance_t
     argv = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
         "--max_length=8", "--clients=3", "--expected_batch_size=8", "--noise_multiplier=1", "--delta=1e-3", "--eval_every=0",
+        "--mesh=1x1",
     ]  # fmt: skip
     found = []
     for wanted in (False, True):
