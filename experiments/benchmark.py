@@ -164,6 +164,8 @@ def sweep(config):
 def case(config):
     """The Case that the flags describe."""
     place = config.model if config.model in plan_models.KNOWN else pretrained.locate(config.model)
+    if config.model not in plan_models.KNOWN and (config.layers or config.remat):
+        raise InputError(f"--layers and --remat are for models of random weights: {', '.join(plan_models.KNOWN)}.")
     task = config.task or plan_models.default_task(place)
     fields = {name: config[name].value for name in benchmark_steps.Case._fields if name in config and name != "task"}
     return benchmark_steps.Case(**fields | {"targets": tuple(config.targets), "task": task})

@@ -76,12 +76,11 @@ def _model(case):
         return peft.get_peft_model(model, options).train()
 
 
+@contextlib.contextmanager
 def _quiet():
-    stack = contextlib.ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
-    stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-    return stack
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _row_losses(logits, ids):
@@ -92,15 +91,14 @@ def _row_losses(logits, ids):
     return flat.view(ids.shape[0], -1).mean(1)
 
 
-def _trained(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _plain(case, ids):
+def _sgd(model):
     import torch
 
-    model = _model(case)
-    optimizer = torch.optim.SGD(_trained(model), lr=benchmark_steps.RATE)
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=benchmark_steps.RATE)
+
+
+def _step(model, optimizer, ids):
+    """A function that runs one step."""
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -110,28 +108,25 @@ def _plain(case, ids):
     return step
 
 
+def _plain(case, ids):
+    model = _model(case)
+    return _step(model, _sgd(model), ids)
+
+
 def _opacus_hooks(case, ids):
-    import torch
     from opacus import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
     with _quiet():
         model = GradSampleModule(_model(case), loss_reduction="sum", strict=False)
-    inner = torch.optim.SGD(_trained(model), lr=benchmark_steps.RATE)
-    optimizer = DPOptimizer(
-        inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.batch, loss_reduction="sum"
-    )
+    return _step(model, DPOptimizer(_sgd(model), **_private(case)), ids)
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        _row_losses(model(input_ids=ids).logits, ids).sum().backward()
-        optimizer.step()
 
-    return step
+def _private(case):
+    return {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": case.batch, "loss_reduction": "sum"}
 
 
 def _opacus_ghost(case, ids):
-    import torch
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
@@ -146,13 +141,10 @@ def _opacus_ghost(case, ids):
         model = GradSampleModuleFastGradientClipping(
             _model(case), loss_reduction="sum", strict=False, max_grad_norm=1.0, use_ghost_clipping=True
         )
-    inner = torch.optim.SGD(_trained(model), lr=benchmark_steps.RATE)
-    optimizer = DPOptimizerFastGradientClipping(
-        inner, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.batch, loss_reduction="sum"
-    )
+    optimizer = DPOptimizerFastGradientClipping(_sgd(model), **_private(case))
     loss = DPLossFastGradientClipping(model, optimizer, Losses(), loss_reduction="sum")
 
-    def step():
+    def step():  # Opacus' own stand-in for a loss, which has no sum
         optimizer.zero_grad(set_to_none=True)
         loss(model(input_ids=ids).logits, ids).backward()
         optimizer.step()

@@ -32,7 +32,7 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     if case.task == "classification":
         rows["labels"] = rng.integers(0, benchmark_steps.CLASSES, shape[0], np.int32)
     shards = [{key: value[k * records : (k + 1) * records] for key, value in rows.items()} for k in range(clients)]
-    mechanisms = accounting.with_noise([records] * clients, expected, 1, 1.0, 1e-5)
+    mechanisms = _mechanisms(clients, records, expected)
     placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
     local = LocalConfig(
         1, 1.0, placed.records, placed.capacity, microbatch=microbatch, pool=pool.rows(mechanisms) if pooled else None
@@ -45,14 +45,18 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     return made, grid, (state, params, placed.clients, placed.data, keys)
 
 
+def _mechanisms(clients, records, expected):
+    return accounting.with_noise([records] * clients, expected, 1, 1.0, 1e-5)
+
+
 def table(case, counts, repeats):
     """Lines: for each K, a round of K clients that expect `case.batch` rows each, their rows pooled and apart, over one client
     that expects K times the rows; and what the pooled round takes over its local steps (`waves.run`) alone. All take as many rows
     at a time, a client's capacity at most, and are interleaved. Ratios are medians, with quartiles."""
     heads = ("/ one client", "apart / one", "/ local steps")
     yield f"{'K':>5} {'rows pooled, apart, of one':>27} {'round s':>9} " + " ".join(f"{head:>24}" for head in heads)
+    most = _mechanisms(1, RECORDS * case.batch, case.batch)[0].capacity
     for count in counts:
-        most = federation(case, 1, RECORDS * case.batch, case.batch)[0].local.capacity
         pooled = federation(case, count, RECORDS * case.batch, case.batch, count, count > 1, most)
         apart = federation(case, count, RECORDS * case.batch, case.batch, 1, False, most)
         one = federation(case, 1, RECORDS * count * case.batch, count * case.batch, 1, False, most)

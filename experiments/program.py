@@ -89,7 +89,7 @@ def federation(config, model, loss, mechanisms, adapter, placement, wave=1, stre
         bits=bits(config, mechanisms, adapter),
         ranks=config.ranks is not None,
         upload_bits=config.upload_bits,
-        pool=_pool(config, mechanisms, adapter, wave),
+        pool=_pool(config, mechanisms, model, adapter, wave),
     )
     method = methods.BY_NAME[config.aggregation]
     if config.ranks is not None and config.aggregation == "fedavg":
@@ -120,24 +120,21 @@ def wave(config, grid, model, adapter):
     of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
     if config.wave is not None:
         return min(config.wave, config.clients)
-    if not _poolable(config) or _keeps(config, model, adapter):
+    if not _poolable(config, model, adapter):
         return 1
     each = -(-config.clients // grid.shape[aggregation.CLIENTS])
     most = max(1, min(MOST_POOLED, POOLED_BYTES // (4 * lora.count(adapter))))
     return -(-each // -(-each // most))
 
 
-def _keeps(config, model, adapter):
-    """Whether some matrix's sums are better made without rows' gradients, which pooled rows have."""
-    return any(
+def _poolable(config, model, adapter):
+    """Whether all clients' rows of a round go through one adapter, and are clipped to one norm (else the round refuses a pool),
+    and rows' gradients, which pooled rows have, are the better way to every matrix's sum."""
+    kept = (
         per_row.keeps_less(config.max_length, *leaf.shape[1:], model.dtype)
         for leaf in jax.tree.leaves(adapter.get("layers", {}))
     )
-
-
-def _poolable(config):
-    """Whether all clients' rows of a round go through one adapter, and are clipped to one norm; else the round refuses a pool."""
-    return (
+    return not any(kept) and (
         config.local_steps == 1
         and config.trust != "client"
         and math.isfinite(config.clip_norm)
@@ -149,9 +146,9 @@ def _poolable(config):
     )
 
 
-def _pool(config, mechanisms, adapter, wave):
+def _pool(config, mechanisms, model, adapter, wave):
     """The rows that a wave's clients fill together, the fullest wave's; None where they do not pool them."""
-    if wave == 1 or not _poolable(config):
+    if wave == 1 or not _poolable(config, model, adapter):
         return None
     waves = (mechanisms[first : first + wave] for first in range(0, len(mechanisms), wave))
     rows = max(map(pool.rows, waves))

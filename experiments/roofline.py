@@ -2,22 +2,20 @@
 
     python -m experiments.benchmark --model=llama2-7b --batch=8 --length=512 --rank=8 --measure=roofline
 
-Nothing runs and no weights are made: operations are counted in the traced step (flops.py), bytes are those of its arrays.
-Assumed: the base in bfloat16, products at the bfloat16 peak, but norms and clipped sums in exact float32 (on a TPU six
-bfloat16 passes, on an H100 outside its tensor cores); every weight is read twice (forward, backward) and the adapter three
-times, every array that the backward pass needs is written once and read once, all else stays on the chip; compute, memory and
-interconnect overlap. The interconnect carries what a federation of CHIPS chips sums in a round of one local step, the adapter
-in float32, in a ring. So times are least times.
+Nothing runs, and of models known by name no weights are made: operations are counted in the traced step (flops.py), bytes are
+those of its arrays. Assumed: the base in bfloat16, products at the bfloat16 peak, but norms and clipped sums in exact float32
+(on a TPU six bfloat16 passes, on an H100 outside its tensor cores); every weight is read twice (forward, backward) and the
+adapter three times, every array that the backward pass needs is written once and read once, all else stays on the chip;
+compute, memory and interconnect overlap. The interconnect carries what a federation of CHIPS chips sums in a round of one
+local step, the adapter in float32, in a ring. So times are least times.
 """
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from dplora_jax import lora
 from dplora_jax.privacy import clipping
-from experiments import benchmark_steps, flops, plan_models
+from experiments import benchmark_steps, flops
 
 CHIPS = 8
 BASE = "bfloat16"
@@ -81,20 +79,16 @@ def estimate(case, form):
 
 
 def shapes(case):
-    """(model, params, adapter, batch) of jax.ShapeDtypeStruct, the base in bfloat16."""
-    case = case._replace(dtype=BASE)
-    model, params = plan_models.build(
-        case, benchmark_steps.CLASSES if case.task == "classification" else None, case.layers
-    )
-    config = lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
-    adapter = jax.eval_shape(lambda params: lora.init(jax.random.key(0), model, params, config), params)
-    if case.freeze_a:
-        params, adapter = lora.freeze_a(params, adapter)
-    ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
-    batch = {"input_ids": ids, "attention_mask": ids}
-    if case.task == "classification":
-        batch["labels"] = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    return model, params, adapter, batch
+    """`benchmark_steps.arguments` of the case with its base in bfloat16, arrays as jax.ShapeDtypeStruct."""
+    models = []
+
+    def make():
+        model, *arrays = benchmark_steps.arguments(case._replace(dtype=BASE))
+        models.append(model)
+        return arrays
+
+    arrays = jax.eval_shape(make)
+    return models[0], *arrays
 
 
 def _size(tree):
