@@ -79,6 +79,7 @@ def join(config):
         state.client, state.process_id, state.num_processes, config.stall_timeout, state.coordinator_address
     )
     watch.start(_group)
+    signal.signal(signal.SIGTERM, _stop)  # before the others can be past the first meeting
     flags = {name: repr(value) for name, value in dataclasses.asdict(config).items() if name not in OWN}
     told = gather({"host": socket.gethostname(), "flags": flags})
     _group.hosts = [f"process {index} ({one['host']})" for index, one in enumerate(told)]
@@ -87,8 +88,11 @@ def join(config):
         raise InputError(
             f"the processes were started with different {', '.join(differ)}: start all with the same flags."
         )
-    stopped = f"{_group.hosts[_group.number]} was stopped by SIGTERM before a round began: start all processes again."
-    signal.signal(signal.SIGTERM, lambda *_: watch.end(_group, watch.STOPPED, stopped))
+
+
+def _stop(*_):
+    named = _group.hosts[_group.number]
+    watch.end(_group, watch.STOPPED, f"{named} was stopped by SIGTERM before a round began: start all processes again.")
 
 
 def gather(value):

@@ -155,7 +155,7 @@ def _abort_with_words(group):
     def handler(_):
         if group.leaving.is_set():
             os._exit(group.code)
-        if group.number and not _reachable(group):
+        if group.number and _lost(group):
             os.write(2, f"error: {gone(group, [0], round(time.monotonic() - group.answered))}\n".encode())
             os._exit(LOST)
         libc.signal(signal.SIGABRT, None)
@@ -163,6 +163,16 @@ def _abort_with_words(group):
 
     _abort_with_words.kept = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     libc.signal(signal.SIGABRT, ctypes.cast(_abort_with_words.kept, ctypes.c_void_p))
+
+
+def _lost(group):
+    """Whether process 0 is gone; a dying process may listen for a while after its connections have closed."""
+    until = time.monotonic() + SILENT
+    while _reachable(group):
+        if time.monotonic() > until:
+            return False
+        time.sleep(POLL / 4)
+    return True
 
 
 def _reachable(group):

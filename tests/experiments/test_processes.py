@@ -26,7 +26,7 @@ class Starts:
     """Starts runs through `forked.py`, each of one or several processes."""
 
     def __init__(self, flags, folder):
-        self.flags, self.folder, self.ids = flags, folder, []
+        self.flags, self.folder, self.logs = flags, folder, {}
         self.server = subprocess.Popen(
             [sys.executable, str(HERE / "forked.py"), str(folder / "cache")],
             stdin=subprocess.PIPE,
@@ -39,6 +39,11 @@ class Starts:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
+    def start(self, flags, devices, folder, log):
+        pid = self.ask(start=flags, devices=devices, folder=str(folder), log=str(log))
+        self.logs[pid] = log
+        return pid
+
     def begin(self, name, count, devices, *more, folders=None):
         """`count` processes of `devices` each on workdir `name` -> their ids; what they say is in `name.I.log`."""
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -47,13 +52,16 @@ class Starts:
         for index in range(count):
             several = [where, f"--processes={count}", f"--process={index}"] if count > 1 else []
             flags = [*self.flags, f"--workdir={self.folder / name}", *several, *more]
-            log, folder = str(self.log(name, index)), str((folders or [self.folder] * count)[index])
-            ids.append(self.ask(start=flags, devices=devices, folder=folder, log=log))
-        self.ids += ids
+            folder = str((folders or [self.folder] * count)[index])
+            ids.append(self.start(flags, devices, folder, self.log(name, index)))
         return ids
 
     def codes(self, ids):
-        return [self.ask(wait=pid, seconds=BOUND) for pid in ids]
+        """Their exit codes; what they said is printed for whoever reads a failed test."""
+        codes = [self.ask(wait=pid, seconds=BOUND) for pid in ids]
+        for pid, code in zip(ids, codes, strict=True):
+            print(f"--- {self.logs[pid]} ended with {code}\n{self.logs[pid].read_text()[-3000:]}")
+        return codes
 
     def log(self, name, index):
         return self.folder / f"{name}.{index}.log"
@@ -67,7 +75,7 @@ class Starts:
 
     def close(self):
         self.server.stdin.close()
-        for pid in self.ids:
+        for pid in self.logs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.server.wait(30)
@@ -247,11 +255,8 @@ def test_processes_with_different_flags_do_not_start(starts):
     with socket.create_server(("127.0.0.1", 0)) as free:
         where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
     flags = [*starts.flags, f"--workdir={starts.folder / 'unlike'}", where, "--processes=2"]
-    logs = [str(starts.log("unlike", index)) for index in range(2)]
     ids = [
-        starts.ask(
-            start=[*flags, f"--process={i}", f"--rank={2 + i}"], devices=1, folder=str(starts.folder), log=logs[i]
-        )
+        starts.start([*flags, f"--process={i}", f"--rank={2 + i}"], 1, starts.folder, starts.log("unlike", i))
         for i in range(2)
     ]
     assert starts.codes(ids) == [2, 2]
