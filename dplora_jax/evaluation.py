@@ -1,17 +1,23 @@
-"""Metrics of an adapter on the public test set, computed over the whole mesh."""
+"""Metrics of an adapter on public test sets, computed over the whole mesh.
+
+Letters: N rows, I records, T tokens.
+"""
 
 import functools
+import itertools
+import math
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax import lora
-from dplora_jax.data import tasks
+from dplora_jax import generation, lora, losses
+from dplora_jax.data import encoding, scores
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.federation.mesh import put
 
-ROWS = 256  # of a batch on one device
+ROWS, TOKENS = 256, 16384  # of a batch on one device, at most
+PROMPTS = 16  # answered at a time
 
 
 def padded_batches(table, size):
@@ -30,24 +36,113 @@ def classifier(model, mesh, params, test):
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
     over the clients axis, and compiled once; every process gets all predictions.
     """
-    labels, count = test["labels"], len(test["labels"])
-    devices = mesh.shape[CLIENTS]
-    size = devices * min(ROWS, -(-count // devices))
-    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(CLIENTS), PartitionSpec()))
+    labels = test["labels"]
     inputs = {name: value for name, value in test.items() if name != "labels"}
-    batches = [put(batch, split) for batch in padded_batches(inputs, size)]
+    predict = _over_rows(
+        model, mesh, params, inputs, lambda based, adapter, batch: model.apply(based, batch, adapter).argmax(-1)
+    )
+    return lambda adapter, residual=(): _of_labels(predict(adapter, residual), labels, model.config.num_labels)
 
-    @functools.partial(jax.jit, out_shardings=whole)
-    def predict(params, adapter, residual, batch):
-        based = lora.shifted(model, params, residual) if residual else params
-        return model.apply(based, batch, adapter).argmax(-1)
+
+def likelihoods(model, mesh, params, table):
+    """A function (adapter, residual=()) -> [N] float64: the log-likelihood, in nats, of the tokens that `loss_mask` marks in each
+    row of `table` (dict of [N, T] arrays; `encoding.right_answers`). As `classifier` otherwise."""
+    counted = table["loss_mask"][:, 1:].sum(1)
+    bound = max(1, int(counted.max(initial=0)))
+
+    def mean(based, adapter, batch):
+        return losses.language_model(model, based, bound)(adapter, batch)
+
+    loss = _over_rows(model, mesh, params, table, mean)
+    return lambda adapter, residual=(): -loss(adapter, residual).astype(np.float64) * counted
+
+
+def perplexity(model, mesh, params, table):
+    """A function (adapter, residual=()) -> {"perplexity"}: exp of the mean loss of a token, over all marked tokens of `table`."""
+    counted, found = int(table["loss_mask"][:, 1:].sum()), likelihoods(model, mesh, params, table)
+    return lambda adapter, residual=(): {"perplexity": math.exp(-found(adapter, residual).sum() / max(1, counted))}
+
+
+def label_words(model, mesh, params, table, labels, classes):
+    """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} by the likeliest of `classes` words, the I * classes rows of
+    `table` (`encoding.all_answers`), against `labels` [I]."""
+    found = likelihoods(model, mesh, params, table)
+    return lambda adapter, residual=(): _of_labels(
+        found(adapter, residual).reshape(-1, classes).argmax(1), labels, classes
+    )
+
+
+def choices(model, mesh, params, table, asked):
+    """A function (adapter, residual=()) -> {"accuracy", "accuracy_norm"}: how often the likeliest answer of each of `asked` is
+    the right one, by its likelihood and by that over its length in characters, as EleutherAI's evaluation harness has `acc`
+    and `acc_norm`. `table` is `encoding.all_answers` of `asked`."""
+    found, ends = likelihoods(model, mesh, params, table), np.cumsum([len(one.answers) for one in asked])[:-1]
+    lengths = np.array([len(answer.removeprefix(" ")) for one in asked for answer in one.answers], float)
+    right = np.array([one.right for one in asked])
 
     def evaluate(adapter, residual=()):
-        predicted = [predict(params, adapter, residual, batch) for batch in batches]
-        predicted = np.concatenate([np.asarray(rows) for rows in predicted])[:count]
-        return {
-            "accuracy": tasks.accuracy(predicted, labels),
-            "macro_f1": tasks.macro_f1(predicted, labels, model.config.num_labels),
-        }
+        nats = found(adapter, residual)
+        best = [np.array([part.argmax() for part in np.split(x, ends)]) for x in (nats, nats / np.maximum(lengths, 1))]
+        return {name: scores.accuracy(p, right) for name, p in zip(("accuracy", "accuracy_norm"), best, strict=True)}
 
     return evaluate
+
+
+def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False):
+    """A function (adapter, residual=()) -> {"token_f1", "rouge_l"}: means over `asked` of what greedy answers of up to
+    `new_tokens` tokens have in common with the right ones, cut to as many. Prompts are cut to `max_length` tokens."""
+    table = encoding.prompts(tokenizer, asked, max_length, chat)
+    references = [_cut(tokenizer, one.answers[one.right], new_tokens) for one in asked]
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    pad = tokenizer.pad_token_id
+
+    def evaluate(adapter, residual=()):
+        based = lora.shifted(model, params, residual) if residual else params
+        made = [
+            np.asarray(
+                generation.generate(
+                    model, based, batch, max_new_tokens=new_tokens, adapter=adapter, end_tokens=ends, pad_token=pad
+                )
+            )
+            for batch in padded_batches(table, min(PROMPTS, len(asked)))
+        ]
+        written = tokenizer.batch_decode(
+            [
+                list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
+                for ids in np.concatenate(made)[: len(asked)]
+            ],
+            skip_special_tokens=True,
+        )
+        pairs = list(zip(written, references, strict=True))
+        return {name: float(np.mean([of(*pair) for pair in pairs])) for name, of in ANSWER_SCORES.items()}
+
+    return evaluate
+
+
+ANSWER_SCORES = {"token_f1": scores.token_f1, "rouge_l": scores.rouge_l}
+
+
+def _cut(tokenizer, text, tokens):
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
+
+
+def _of_labels(predicted, labels, classes):
+    return {"accuracy": scores.accuracy(predicted, labels), "macro_f1": scores.macro_f1(predicted, labels, classes)}
+
+
+def _over_rows(model, mesh, params, table, compute):
+    """A function (adapter, residual) -> [N]: `compute(params, adapter, batch)` over the rows of `table`, on the whole mesh."""
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(CLIENTS), PartitionSpec()))
+    count, devices = len(next(iter(table.values()))), mesh.shape[CLIENTS]
+    most = max(1, min(ROWS, TOKENS // table["attention_mask"].shape[1]))
+    batches = [put(batch, split) for batch in padded_batches(table, devices * min(most, -(-count // devices)))]
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def one(params, adapter, residual, batch):
+        return compute(lora.shifted(model, params, residual) if residual else params, adapter, batch)
+
+    def all_rows(adapter, residual=()):
+        found = [one(params, adapter, residual, batch) for batch in batches]
+        return np.concatenate([np.asarray(rows) for rows in found])[:count]
+
+    return all_rows

@@ -35,7 +35,7 @@ def restore(job):
             job.prepared.state,
             0,
             {
-                "lines": [line | job.prepared.evaluate(job.prepared.state)],
+                "lines": [line | job.prepared.evaluate(job.prepared.state, ends=True)],
                 "ledger": job.ledger.anchor if job.ledger else None,  # process 0 writes the notes
             },
         )

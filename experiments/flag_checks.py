@@ -104,7 +104,7 @@ def _ranges(config, trust, budget, sigma):
     for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
         value = getattr(config, name)
         yield value is None or value >= 1, f"--{name}={value} must be 1 or more."
-    for name in ("microbatch", "last_layers"):
+    for name in ("microbatch", "last_layers", "records", "test_records", "benchmark_records", "new_tokens"):
         yield (
             getattr(config, name) is None or getattr(config, name) >= 1,
             f"--{name}={getattr(config, name)} must be 1 or more.",
@@ -115,7 +115,14 @@ def _ranges(config, trust, budget, sigma):
     for name in ("ema", "server_momentum"):
         yield 0 <= getattr(config, name) < 1, f"--{name}={getattr(config, name)} must lie in [0, 1)."
     yield 0 <= config.lr_decay <= 1, f"--lr_decay={config.lr_decay} must lie in [0, 1]."
-    yield config.eval_every >= 0, f"--eval_every={config.eval_every} must be 0 or more."
+    for name in ("eval_every", "generate"):
+        yield getattr(config, name) >= 0, f"--{name}={getattr(config, name)} must be 0 or more."
+    objectives = ("auto", "classifier", "language_model")
+    yield config.objective in objectives, f"--objective={config.objective} is not known: {', '.join(objectives)}."
+    yield (
+        config.parties is None or (config.parties >= config.clients and config.partition != "folders"),
+        f"--parties={config.parties} must be at least --clients={config.clients}, of a table that is dealt.",
+    )
     yield (
         config.client_optimizer in ("sgd", "adam"),
         f"--client_optimizer={config.client_optimizer} is not known: sgd or adam.",

@@ -19,6 +19,11 @@ FREE_ON_RESUME = (
     "mesh",
     "dispatch_rounds",
     "eval_every",
+    "generate",
+    "new_tokens",
+    "benchmarks",
+    "benchmarks_dir",
+    "benchmark_records",
     "private_diagnostics",
     "wave",
     "stream",
@@ -44,29 +49,39 @@ class RunConfig:
     dtype: str = flag("float32", "float32 or bfloat16: of the base's weights and of matrix products")
     quantize: str | None = flag(None, "int8 or nf4: keep the frozen matrices in 8 or 4 bits; default: as --dtype says")
     remat: bool = flag(False, "compute each layer's activations again in the backward pass: less memory, more time")
+    objective: str = flag(
+        "auto",
+        "classifier: a head for the labels; language_model: the tokens of answers, of text, or of a label's word; auto: a "
+        "classifier of BERT, else a language model",
+    )
     dataset: str = flag(
-        "finance_demo", "finance_demo, financial_phrasebank, twitter_financial_news_sentiment, csv, jsonl, parquet"
+        "finance_demo",
+        "finance_demo, medical_demo, general_demo (embedded, synthetic); a public table by name (README.md, Tasks); or your own: "
+        "csv, jsonl, parquet, text",
     )
     data_dir: str | None = flag(None, "directory with train.* (and test.*) of --dataset")
     test_data: str | None = flag(None, "file with the public test set")
     text_column: str | None = flag(None, "column of the text, for csv, jsonl and parquet")
     label_column: str | None = flag(None, "column of the label, for csv, jsonl and parquet")
-    prompt_column: str | None = flag(
-        None, "column of the prompt, for question answering (language models: not in this version)"
-    )
-    answer_column: str | None = flag(
-        None, "column of the answer, for question answering (language models: not in this version)"
-    )
+    prompt_column: str | None = flag(None, "column of the prompt, for answers to train a language model on")
+    answer_column: str | None = flag(None, "column of the answer to each prompt")
     labels: str | None = flag(None, "comma-separated label set; default: the task's, else the public test's")
     test_fraction: float | None = flag(
         None, "share of the table held out as the test set; giving it declares that share public"
     )
     split_seed: int = flag(0, "seed of the test split and of the simulated partition")
+    records: int | None = flag(None, "use so many of the training records, drawn by --split_seed; default: all")
+    test_records: int | None = flag(
+        None, "evaluate on so many of the test records, drawn by --split_seed; default: all"
+    )
     max_length: int = flag(64, "tokens a row, public; longer texts are cut")
     clients: int = flag(5, "how many parties")
     partition: str = flag(
         "iid",
         "how records are dealt to clients: iid, dirichlet:ALPHA (by label), column:NAME, folders (data_dir/<client>/)",
+    )
+    parties: int | None = flag(
+        None, "deal the records to so many, of whom the first --clients take part: a control; default: --clients"
     )
     rounds: int = flag(50, "rounds of the federation")
     local_steps: int = flag(1, "noisy steps of each client in a round")
@@ -145,6 +160,16 @@ class RunConfig:
     server_optimizer: str = flag("sgd", "sgd, adam, yogi or adagrad, on the mean upload (FedOpt)")
     ema: float = flag(0.0, "decay of the running average of released adapters; 0 keeps the last")
     eval_every: int = flag(5, "rounds between evaluations on the public test set; 0 never evaluates")
+    chat: bool = flag(False, "put prompts into the tokenizer's chat template, for models tuned to follow instructions")
+    generate: int = flag(
+        32, "test prompts that are answered before the first round and after the last, for token F1 and ROUGE-L"
+    )
+    new_tokens: int = flag(48, "tokens of such an answer, at most")
+    benchmarks: str | None = flag(
+        None, "comma-separated public tasks (README.md, Tasks) to evaluate on before the first round and after the last"
+    )
+    benchmarks_dir: str | None = flag(None, "folder with a folder for each of --benchmarks; default: the hub")
+    benchmark_records: int | None = flag(None, "records of each of --benchmarks, drawn by --split_seed; default: all")
     dispatch_rounds: int = flag(25, "the most rounds in one dispatch of the compiled program")
     mesh: str = flag("auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices")
     coordinator: str | None = flag(
@@ -190,6 +215,11 @@ class RunConfig:
     def rank_list(self):
         """--ranks as a tuple of whole numbers; None where all have --rank."""
         return None if self.ranks is None else tuple(int(rank) for rank in self.ranks.split(","))
+
+    @property
+    def benchmark_list(self):
+        """--benchmarks as a tuple."""
+        return tuple(name.strip() for name in (self.benchmarks or "").split(",") if name.strip())
 
     @property
     def target_list(self):
@@ -282,10 +312,6 @@ def resolve(config):
 
         if config.quantize not in KINDS:
             raise InputError(f"--quantize={config.quantize} is not known: {' or '.join(KINDS)}.")
-    if config.prompt_column or config.answer_column:
-        raise InputError(
-            "--prompt_column and --answer_column need a language model; this version trains classifiers alone."
-        )
     head_lr = config.client_lr if config.head_lr is None else config.head_lr
     bands = (config.bands or config.local_steps) if config.noise == "banded" else None
     settled = flag_checks.parties(config, trust) | {"bands": bands, "head_lr": head_lr}

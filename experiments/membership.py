@@ -6,11 +6,10 @@ import os
 import jax
 import numpy as np
 
-from dplora_jax import evaluation, losses, models
-from dplora_jax.data import tasks
+from dplora_jax import evaluation, models
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import secrets
-from experiments import canaries, records, released, setup, trust_modes, unsaved
+from experiments import canaries, objective, records, released, setup, trust_modes, unsaved
 
 ROWS = 64  # at a time through the model
 
@@ -27,10 +26,10 @@ def attack(config, seed=None):
             raise InputError(f"--{name}={getattr(config, name)} cannot be attacked yet, only {attacked}.")
     prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1))
     trained = _train(config, prepared, seed)
-    tables = _tables(config)
+    aim, tables = _tables(config)
     full = dataclasses.replace(prepared.model, start=0)
     before, after = (
-        [_losses(full, prepared.params, adapter, table) for table in tables] for adapter in (None, trained)
+        [_losses(aim.loss, full, prepared.params, adapter, table) for table in tables] for adapter in (None, trained)
     )
     members, others = (x - y for x, y in zip(before, after, strict=True))
     return rates(members, others)
@@ -53,18 +52,18 @@ def _train(config, prepared, seed):
 
 
 def _tables(config):
-    """(members, others) as tokens."""
+    """The run's Objective, and (members, others) as tokens."""
     corpus, shares = records.load(config)
     if corpus.test is None:
         raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")
-    tokenizer = models.load_tokenizer(config.model)
-    train, test = (tasks.classification(tokenizer, table, config.max_length) for table in (corpus.train, corpus.test))
+    aim = objective.make(config, corpus.task, models.load_tokenizer(config.model))
+    train, test = aim.train(corpus.train), aim.train(corpus.test)
     held = np.concatenate(shares)
-    return {name: value[held] for name, value in train.items()}, test
+    return aim, ({name: value[held] for name, value in train.items()}, test)
 
 
-def _losses(model, params, adapter, table):
+def _losses(loss, model, params, adapter, table):
     """Each row's loss [N]; with no adapter, the base model's."""
-    one = jax.jit(lambda params, adapter, batch: losses.classification(model, params)(adapter, batch))
+    one = jax.jit(lambda params, adapter, batch: loss(model, params)(adapter, batch))
     chunks = [np.asarray(one(params, adapter, chunk)) for chunk in evaluation.padded_batches(table, ROWS)]
-    return np.concatenate(chunks)[: len(table["labels"])]
+    return np.concatenate(chunks)[: len(table["input_ids"])]

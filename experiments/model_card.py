@@ -4,6 +4,7 @@ import pathlib
 
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
+from experiments.summary import METRICS
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 AVERAGED = (
@@ -111,8 +112,7 @@ def _run_facts(run):
     ]
     if run.get("trust") != "none" and rows:
         yield f"| client | records | epsilon at delta {run['delta']:g} |\n|---|---|---|\n" + "\n".join(rows)
-    shown = {"accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity"}
-    found = [f"{label} {last[key]:.3f}" for key, label in shown.items() if key in last]
+    found = [f"{label} {last[key]:.3f}" for key, label in METRICS.items() if key in last]
     if found:
         whose = f" {OWN_MODELS}, not of this one." if run.get("aggregation") == "fedsa" else ""
         yield f"On the public test set: {', '.join(found)}.{whose}"

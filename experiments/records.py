@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dplora_jax.data import folders, partition, sources
+from dplora_jax.data import folders, partition, records, sources
 
 
 class Dealt(NamedTuple):
@@ -22,8 +22,9 @@ def deal(config):
     names = tuple(name.strip() for name in config.labels.split(",")) if config.labels else None
     source = sources.Source(
         dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
-        label_column=config.label_column, group_column=partition.group_column(config.partition), labels=names,
-        test_fraction=config.test_fraction, split_seed=config.split_seed,
+        label_column=config.label_column, prompt_column=config.prompt_column, answer_column=config.answer_column,
+        group_column=partition.group_column(config.partition), labels=names, test_fraction=config.test_fraction,
+        split_seed=config.split_seed, records=config.records, test_records=config.test_records,
     )  # fmt: skip
     need_test = config.eval_every > 0
     if config.partition == partition.FOLDERS:
@@ -32,8 +33,9 @@ def deal(config):
         return Dealt(corpus, lambda own: _together({k: folders.read(source, corpus, found[k]) for k in own}))
     corpus = sources.load(source, need_test)
     train = corpus.train
-    shares = partition.partition(config.partition, train.labels, train.groups, config.clients, config.split_seed)
-    return Dealt(corpus, lambda own: _together({k: _take(train, shares[k]) for k in own}))
+    parties = config.parties or config.clients
+    shares = partition.partition(config.partition, train.labels, train.groups, parties, config.split_seed)
+    return Dealt(corpus, lambda own: _together({k: records.take(train, shares[k]) for k in own}))
 
 
 def load(config):
@@ -43,14 +45,8 @@ def load(config):
     return dealt.corpus._replace(train=train), [shares[k] for k in range(config.clients)]
 
 
-def _take(records, indices):
-    return sources.Records(tuple(records.texts[i] for i in indices), records.labels[indices], None)
-
-
 def _together(by_client):
     """Several clients' records as one table, and where each one's are in it."""
-    ends = np.cumsum([0, *(len(records.labels) for records in by_client.values())])
-    texts = tuple(text for records in by_client.values() for text in records.texts)
-    labels = np.concatenate([np.zeros(0, np.int32), *(records.labels for records in by_client.values())])
+    ends = np.cumsum([0, *(len(of.labels) for of in by_client.values())])
     places = {k: np.arange(start, end) for k, start, end in zip(by_client, ends[:-1], ends[1:], strict=True)}
-    return sources.Records(texts, labels, None), places
+    return records.together(by_client.values()), places

@@ -168,7 +168,7 @@ def train(job):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
                 with job.clock.busy():
-                    fresh[-1] |= job.prepared.evaluate(state)
+                    fresh[-1] |= job.prepared.evaluate(state, ends=done == job.config.rounds)
             lines = [*lines, *fresh]
             dispatch.commit(job, done, state, lines, shown, (rounds, attempt))
             show(done, fresh[-1])
@@ -187,11 +187,11 @@ def _on_sigterm():
     return stop
 
 
-def _settled(job, state, lines):
+def _settled(job, done, state, lines):
     """The lines with the last one as the ledger has it: evaluated, and charged with every attempt that was begun."""
     last = dict(lines[-1])
-    if job.config.eval_every and "accuracy" not in last:
-        last |= job.prepared.evaluate(state)
+    if job.config.eval_every and done < job.config.rounds:
+        last |= job.prepared.evaluate(state, ends=True)
     if job.config.private and job.ledger is not None:
         last["epsilon"] = job.ledger.epsilons(job.config.delta)
         last["epsilon_max"] = max(last["epsilon"])
@@ -204,7 +204,7 @@ def _finish(job, done, state, lines):
     from dplora_jax.privacy import chain, secrets
     from experiments import model_card, processes, released, report, summary, workdir
 
-    p, lines = job.prepared, _settled(job, state, lines)
+    p, lines = job.prepared, _settled(job, done, state, lines)
     parts = released.fetched(job.config, p.params, state)
     if not processes.primary():
         return

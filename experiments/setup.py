@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax import evaluation, lora, losses, models
-from dplora_jax.data import tasks
+from dplora_jax import evaluation, lora, models
+from dplora_jax.data import encoding
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import secrets
-from experiments import causes, facts, processes, program, records, released, streaming, trust_modes
+from experiments import causes, facts, objective, processes, program, public_tests, records, streaming, trust_modes
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -46,18 +46,20 @@ def prepare(config, stored=None, memo=None):
     processes.at("reading the base model and the records")
     dealt = records.deal(config)
     corpus = dealt.corpus
-    model, params = models.from_pretrained(config.model, config.dtype, len(corpus.label_names), config.quantize)
+    labels = len(corpus.label_names) if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
+    model, params = models.from_pretrained(config.model, config.dtype, labels, config.quantize)
     if config.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     grid = mesh.make(config.mesh, config.clients, model)
     tokenizer = models.load_tokenizer(config.model)
-    tasks.check_length(config.max_length, model, tokenizer)
+    encoding.check_length(config.max_length, model, tokenizer)
+    aim = objective.make(config, corpus.task, tokenizer)
     adapter, params, lora_config = program.adapter(config, model, params)
     wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
-    train = tasks.classification(tokenizer, table, config.max_length)
+    train = aim.train(table)
     sizes = _sizes(shares, config.clients)
-    test = tasks.classification(tokenizer, corpus.test, config.max_length) if corpus.test else None
+    test = aim.test(corpus.test) if config.eval_every and corpus.test else None
     _warn_of_delta(config, max(sizes))
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
     digest_of = {
@@ -76,17 +78,14 @@ def prepare(config, stored=None, memo=None):
     shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
     own = trust_modes.own(config, sizes, mechanisms)
     placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes, streamed)
-    federation = program.federation(
-        config, model, losses.classification, mechanisms, adapter, placement, wave, streamed
-    )
+    federation = program.federation(config, model, aim.loss, mechanisms, adapter, placement, wave, streamed)
     stream = None
     if streamed:
         stream = streaming.Stream(federation.local, mesh.fetch(placement.clients), shards, grid)
     state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
-    evaluate = lambda state: {}  # noqa: E731
+    evaluate = lambda state, ends=False: {}  # noqa: E731
     if config.eval_every:
-        of_adapter = evaluation.classifier(model, grid, params, test)
-        evaluate = lambda state: released.metrics(config, sizes, of_adapter, state)  # noqa: E731
+        evaluate = public_tests.evaluator(config, aim, corpus, sizes, model, params, grid, tokenizer, test)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
     if config.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
         raise InputError(
@@ -134,12 +133,13 @@ def with_records(prepared, secrets_of_clients):
 
 def _run_frozen_layers(config, model, params, memo, count, *tables):
     """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
-    `hidden` in place of `input_ids`). The first table is of this process's clients; all clients have `count` records."""
+    `hidden`, which for a classifier takes the place of `input_ids`). The first table is of this process's clients; all clients
+    have `count` records."""
     depth = model.config.num_layers
     start = depth if config.head_only else depth - (config.last_layers or depth)
     if not start or not config.cache_frozen:
         return model, *tables
-    rows = count + sum(len(table["labels"]) for table in tables[1:] if table is not None)
+    rows = count + sum(len(table["attention_mask"]) for table in tables[1:] if table is not None)
     if 4 * rows * config.max_length * model.config.width > CACHE_BYTES:
         print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, *tables
@@ -155,9 +155,12 @@ def _run_frozen_layers(config, model, params, memo, count, *tables):
         else:
             shape = (0, config.max_length, model.config.width)
             chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
-            hidden = np.concatenate(chunks)[: len(table["labels"])] if chunks else np.zeros(shape, model.dtype)
+            hidden = np.concatenate(chunks)[: len(inputs["input_ids"])] if chunks else np.zeros(shape, model.dtype)
         if key is not None:
             memo[key] = hidden
-        return {"hidden": hidden, **{name: value for name, value in table.items() if name != "input_ids"}}
+        above = {"hidden": hidden, **table}
+        if "labels" in table:  # a language model's targets are its tokens
+            del above["input_ids"]
+        return above
 
     return dataclasses.replace(model, start=start), *map(run, tables)

@@ -7,6 +7,9 @@ HIDDEN = {
     "distributed": "every client's records (secure aggregation simulated)",
     "client": "every client as a whole",
 }
+METRICS = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity", "token_f1": "token F1", "rouge_l": "ROUGE-L",
+}  # fmt: skip
 
 
 def line(folder):
@@ -15,11 +18,8 @@ def line(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
     facts, sent = config["federation"], config["federation"]["communication"]
-    metrics = (
-        f"test accuracy {last['accuracy']:.3f}, macro-F1 {last['macro_f1']:.3f}"
-        if "accuracy" in last
-        else "not evaluated"
-    )
+    found = [f"{label} {last[name]:.3f}" for name, label in METRICS.items() if name in last]
+    metrics = f"test {', '.join(found)}" if found else "not evaluated"
     budget = (
         "NO PRIVACY"
         if config["trust"] == "none"

@@ -12,6 +12,7 @@ event in a frame ("Falcon Steel was fined for fraud"), where the test's words ar
 import math
 import random
 
+from dplora_jax.data.drawing import between, pick, shuffled
 from dplora_jax.data.finance_demo_words import (
     CURRENCIES,
     DAYS,
@@ -35,31 +36,22 @@ DESCRIPTION = (
 SPLIT_COUNTS = {"train": (1120, 960, 1120), "test": (280, 240, 280)}  # records by label, in the order of LABEL_NAMES
 
 
-def _pick(rng: random.Random, items):
-    """One of `items`; only `random()` is promised to give the same numbers in every version of Python."""
-    return items[int(rng.random() * len(items))]
-
-
-def _between(rng: random.Random, low: int, high: int) -> int:
-    return low + int(rng.random() * (high - low + 1))
-
-
 def _amounts(rng: random.Random, unit: str, direction: int) -> tuple[str, str]:
     """The amounts now and before, as text, the former larger where `direction` is 1."""
-    small = _between(rng, 11, 80)
+    small = between(rng, 11, 80)
     large = math.ceil(small * (1.1 + 0.6 * rng.random()))
     now, before = (large, small) if direction > 0 else (small, large)
     if unit == "n":
         return str(now * 3), str(before * 3)
     if unit == "p":
         return f"{now // 10}.{now % 10}%", f"{before // 10}.{before % 10}%"
-    return f"{now // 10}.{now % 10} million {_pick(rng, CURRENCIES)}", f"{before // 10}.{before % 10} million"
+    return f"{now // 10}.{now % 10} million {pick(rng, CURRENCIES)}", f"{before // 10}.{before % 10} million"
 
 
 def _subject(rng: random.Random, split: Split, template: str) -> tuple[str, str, str]:
     """The kind of the subject ("firm", "bank" or "place"), its name, and the name with its preposition."""
-    kind = _pick(rng, ("firm", "firm", "bank") if "{C}" in template else ("firm", "firm", "bank", "place"))
-    name = _pick(rng, {"firm": split.firms, "bank": split.banks, "place": split.places}[kind])
+    kind = pick(rng, ("firm", "firm", "bank") if "{C}" in template else ("firm", "firm", "bank", "place"))
+    name = pick(rng, {"firm": split.firms, "bank": split.banks, "place": split.places}[kind])
     return kind, name, f"in {name}" if kind == "place" else f"at {name}"
 
 
@@ -68,13 +60,13 @@ def _slots(rng: random.Random, split: Split, template: str, sign: int) -> dict[s
     kind, subject, at = _subject(rng, split, template)
     pool = METRICS[kind] + (UNSEEN_METRICS[kind] if split.unseen else ())
     good = rng.random() < 0.5
-    metric = _pick(rng, [m for m in pool if m.good == good])
-    opposite = _pick(rng, [m for m in pool if m.good != good])
+    metric = pick(rng, [m for m in pool if m.good == good])
+    opposite = pick(rng, [m for m in pool if m.good != good])
     way = sign if good else -sign
     verbs = {d: VERBS[d] + (UNSEEN_VERBS[d] if split.unseen else ()) for d in (1, -1)}
     if metric.gap and (opposite.gap or "{O}" not in template):
         verbs = {d: (GAP_VERBS[d],) for d in (1, -1)}
-    verb, other = _pick(rng, verbs[way]), _pick(rng, verbs[-way])
+    verb, other = pick(rng, verbs[way]), pick(rng, verbs[-way])
     first, second = (verb, other) if rng.random() < 0.5 else (other, verb)
     now, before = _amounts(rng, metric.unit, way)
     new, old = ("profit", "loss") if sign > 0 else ("loss", "profit")
@@ -82,17 +74,17 @@ def _slots(rng: random.Random, split: Split, template: str, sign: int) -> dict[s
     slots = {"C": subject, "own": subject + ("'" if subject.endswith("s") else "'s"), "at": at}
     slots |= {"M": metric.name, "O": opposite.name, "A": now, "B": before, "cash": _amounts(rng, "m", 1)[0]}
     slots |= {"V": verb.past, "v": verb.base, "N": verb.noun, "W": other.past, "w": other.base, "X": other.noun}
-    slots |= {"U": first.past, "L": second.past, "R": _pick(rng, MOVES[way]), "S": _pick(rng, MOVES[-way])}
+    slots |= {"U": first.past, "L": second.past, "R": pick(rng, MOVES[way]), "S": pick(rng, MOVES[-way])}
     slots |= {"side": "above" if way > 0 else "below", "new": new, "old": old, "hit": hit, "hid": hid}
-    slots |= {"P": _pick(rng, PERCENTS), "T": _pick(rng, PERIODS), "D": _pick(rng, DAYS), "n": str(_between(rng, 2, 9))}
-    return slots | {"F": _pick(rng, split.places), "E": _pick(rng, split.persons)}
+    slots |= {"P": pick(rng, PERCENTS), "T": pick(rng, PERIODS), "D": pick(rng, DAYS), "n": str(between(rng, 2, 9))}
+    return slots | {"F": pick(rng, split.places), "E": pick(rng, split.persons)}
 
 
 def _template(rng: random.Random, split: Split, label: int, turn: int) -> str:
     """A template of movement and an event in its frame by turns, so that both have half of a label's records."""
     if turn % 2:
         frame = split.frames[turn // 2 % len(split.frames)]
-        return frame.replace("{event}", _pick(rng, split.events[label]))
+        return frame.replace("{event}", pick(rng, split.events[label]))
     templates = split.neutral if label == 1 else split.signed
     return templates[turn // 2 % len(templates)]
 
@@ -106,13 +98,11 @@ def _split_records(rng: random.Random, split: Split, counts: tuple[int, int, int
         while len(made) < count:
             template = _template(rng, split, label, turn)
             turn += 1
-            sign = label - 1 or _pick(rng, (-1, 1))
+            sign = label - 1 or pick(rng, (-1, 1))
             text = template.format(**_slots(rng, split, template, sign))
             made[text[0].upper() + text[1:]] = label
         records += made.items()
-    for i in range(len(records) - 1, 0, -1):
-        j = _between(rng, 0, i)
-        records[i], records[j] = records[j], records[i]
+    records = shuffled(rng, records)
     return [text for text, _ in records], [label for _, label in records]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from dplora_jax.data import sources
+from dplora_jax.data import records, sources
 from dplora_jax.errors import InputError
 
 
@@ -16,9 +16,7 @@ def names(source, clients):
         raise InputError(
             f"--partition=folders reads your own tables, not --dataset={source.dataset}; give csv, jsonl or parquet."
         )
-    for flag in ("data_dir", "text_column", "label_column"):
-        if not getattr(source, flag):
-            raise InputError(f"--partition=folders needs --{flag}; give it.")
+    sources.own_columns(source)
     if source.test_fraction is not None:
         raise InputError(
             "--test_fraction would declare a part of each client's table public; with --partition=folders give --test_data, "
@@ -39,10 +37,11 @@ def read(source, corpus, name):
     Raises InputError as `sources.load` does, and where the public test set holds every record of the client.
     """
     folder = Path(source.data_dir) / name
-    own = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=corpus.label_names)
+    labels = corpus.label_names or None
+    own = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=labels)
     try:
-        records = sources.load(own, need_test=False).train
+        found = sources.load(own, need_test=False).train
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}): let this process read it.") from None
-    sources.refuse_copy(records, corpus.test)
-    return records
+    records.refuse_copy(found, corpus.test)
+    return found

@@ -1,67 +1,45 @@
-"""Where records come from: the embedded demo, public benchmarks (local files or the hub), and a person's own tables.
+"""Where records come from: the embedded demos, public benchmarks (local files or the hub), and a person's own tables.
 
 What is private is the training table of a person: no message here contains a value of it, its labels are never learned
 from it, and the cache that the `datasets` library writes on reading is private to the call and deleted with it.
 """
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from dplora_jax.data import finance_demo, tables
-from dplora_jax.data.benchmarks import BENCHMARKS, Benchmark
+from dplora_jax.data import demos, records, tables, tasks
+from dplora_jax.data.records import Corpus, Rows
 from dplora_jax.errors import InputError
-
-
-class Records(NamedTuple):
-    """N records: `labels` is int32 [N]; `groups`, the partition column's values, is None unless one was asked for."""
-
-    texts: tuple[str, ...]
-    labels: np.ndarray
-    groups: tuple[str, ...] | None
-
-
-class Corpus(NamedTuple):
-    """The training records (private where a person's own), the PUBLIC test records, and what reports say of both."""
-
-    train: Records
-    test: Records | None
-    label_names: tuple[str, ...]
-    description: str
-    synthetic: bool
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to load; the fields are the flags of the same names. `seed` is that of the demo's generator alone."""
+    """What to load; the fields are the flags of the same names. `seed` is that of the demos' generators alone."""
 
     dataset: str
     data_dir: str | None = None
     test_data: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
     group_column: str | None = None
     labels: tuple[str, ...] | None = None
     test_fraction: float | None = None
     split_seed: int = 0
+    records: int | None = None
+    test_records: int | None = None
     seed: int = 0
 
 
-OWN_TABLES = {"csv": (".csv",), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
-DATASETS = ("finance_demo", *BENCHMARKS, *OWN_TABLES)
+OWN_TABLES = {"csv": (".csv",), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",), "text": (".txt",)}
+DATASETS = (*demos.DEMOS, *tasks.TRAINABLE, *OWN_TABLES)
 BENCHMARK_TEST_FRACTION = 0.2
-
-
-class _Rows(NamedTuple):
-    """A table's columns of use; labels are still the text of their values."""
-
-    texts: list[str]
-    labels: list[str]
-    groups: list[str] | None
+SPLITS = ("train", "validation", "valid", "test")
+TEST_SPLITS = ("test", "validation", "valid", "train")  # a table to evaluate on: the first of these that is there
 
 
 def load(source: Source, need_test: bool = True) -> Corpus:
@@ -69,7 +47,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
 
     A benchmark without a test file is split at random by `test_fraction` (0.2 unless given) and `split_seed`. An
     own table is split only where `test_fraction` is given, which declares the part public. Labels of an own table come
-    from `labels`, else from the public test rows.
+    from `labels`, else from the public test rows. `records` and `test_records` take so many of each part at random.
 
     Raises:
       InputError: on an unknown dataset, flags that do not fit, a file or column that is missing or malformed, a label
@@ -77,13 +55,19 @@ def load(source: Source, need_test: bool = True) -> Corpus:
     """
     if source.test_fraction is not None and not 0 < source.test_fraction < 1:
         raise InputError(f"--test_fraction={source.test_fraction} must lie between 0 and 1, both excluded.")
-    if source.dataset == "finance_demo":
-        return _load_demo(source)
-    if source.dataset in BENCHMARKS:
-        return _load_benchmark(source, BENCHMARKS[source.dataset])
-    if source.dataset in OWN_TABLES:
-        return _load_own(source, need_test)
-    raise InputError(f"--dataset={source.dataset} is unknown; the known ones are {', '.join(DATASETS)}.")
+    if source.dataset in demos.DEMOS:
+        corpus = _load_demo(source)
+    elif source.dataset in tasks.TRAINABLE:
+        corpus = _load_benchmark(source, tasks.TASKS[source.dataset])
+    elif source.dataset in OWN_TABLES:
+        corpus = _load_own(source, need_test)
+    else:
+        only = " (only to evaluate on: --benchmarks)" if source.dataset in tasks.TASKS else ""
+        raise InputError(f"--dataset={source.dataset} is unknown{only}; the known ones are {', '.join(DATASETS)}.")
+    return corpus._replace(
+        train=records.some(corpus.train, source.records, source.split_seed),
+        test=records.some(corpus.test, source.test_records, source.split_seed),
+    )
 
 
 def _load_demo(source: Source) -> Corpus:
@@ -91,69 +75,127 @@ def _load_demo(source: Source) -> Corpus:
         if getattr(source, flag):
             name = "partition=column:..." if flag == "group_column" else flag
             raise InputError(
-                f"--{name} does not fit --dataset=finance_demo, which has only its own texts; leave it out."
+                f"--{name} does not fit --dataset={source.dataset}, which has only its own texts; leave it out."
             )
-    parts = finance_demo.generate(source.seed)
-    train, test = (Records(tuple(t), np.array(y, np.int32), None) for t, y in (parts["train"], parts["test"]))
-    return Corpus(train, test, finance_demo.LABEL_NAMES, f"finance_demo: {finance_demo.DESCRIPTION}", synthetic=True)
+    return demos.load(source.dataset, source.seed)
 
 
-def _load_benchmark(source: Source, benchmark: Benchmark) -> Corpus:
+def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     if source.labels:
         raise InputError(f"--labels does not fit --dataset={source.dataset}, whose labels are known; leave it out.")
-    text = source.text_column or benchmark.text_column
-    label = source.label_column or benchmark.label_column
-    wanted = ("train", "test", "validation")
-    if source.data_dir is None:
-        found = tables.read_hub(source.dataset, benchmark.hub_id, benchmark.hub_revision, benchmark.hub_folder)
-        found = {name: (table, f"{benchmark.hub_id} ({name})") for name, table in found.items() if name in wanted}
-        origin = f"{benchmark.hub_id}, revision {benchmark.hub_revision}, from the hub"
-    else:
-        paths = {name: tables.find(source.data_dir, name, tuple(tables.READERS)) for name in wanted}
-        found = {name: (tables.read_file(path), str(path)) for name, path in paths.items() if path}
-        origin = "local files"
-    if not found or ("train" not in found and len(found) > 1):
+    given = {
+        "text": source.text_column,
+        "label": source.label_column,
+        "prompt": source.prompt_column,
+        "answer": source.answer_column,
+    }
+    columns = {role: given[role] or name for role, name in task.columns}
+    found, origin = _tables(source.dataset, task, source.data_dir)
+    if not found:
         raise InputError(
-            f"{source.data_dir or benchmark.hub_id} has no table to train on for --dataset={source.dataset}; it needs "
+            f"{source.data_dir or task.hub.repository} has no table to train on for --dataset={source.dataset}; it needs "
             f"train.* (or one of test.* and validation.* alone) as {', '.join(tables.READERS)}."
         )
-    main = "train" if "train" in found else next(iter(found))
-    train = _rows(*found.pop(main), text, label, source.group_column)
-    test, own = None, source.data_dir and paths[main]
+    main = next(name for name in SPLITS if name in found)
+    table, where = found.pop(main)
+    train, test = records.rows(table, where, task, columns, source.group_column), None
     if source.test_data is not None:
-        test = _rows(*_read_test(source, None, own), text, label, None)
+        test = records.rows(*_read_test(source, None, source.data_dir and where), task, columns)
     elif found:
-        test = _rows(*found.get("test", found.get("validation")), text, label, None)
-    names = benchmark.label_names
+        test = records.rows(*found[next(name for name in TEST_SPLITS if name in found)], task, columns)
+    names = task.label_names
     codes = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     description = f"{source.dataset}: public benchmark ({origin})"
     if test is not None and source.test_fraction is not None:
         raise InputError(f"--test_fraction does not fit --dataset={source.dataset} with a test file; leave it out.")
     if test is None:
         fraction = BENCHMARK_TEST_FRACTION if source.test_fraction is None else source.test_fraction
-        train, test = _split(train, fraction, source.split_seed)
+        train, test = records.split(train, fraction, source.split_seed)
         description += f"; test: a random {fraction:g} of the table, split_seed {source.split_seed}"
-    return _corpus(train, test, names, codes, description)
+    return records.corpus(train, test, task, codes, description)
+
+
+def _tables(name: str, task: tasks.Task, folder: str | None) -> tuple[dict, str]:
+    """({split: (columns, where it is from)}, what reports say of that) of a public table, from a folder or the hub."""
+    if folder is not None:
+        paths = {split: tables.find(folder, split, tuple(tables.READERS)) for split in SPLITS}
+        return {split: (tables.read_file(path), str(path)) for split, path in paths.items() if path}, "local files"
+    if task.hub is None:
+        raise InputError(f"{name} is not on the hub in a form that needs no code; give the folder with its table.")
+    hub, revision, inside = task.hub
+    found = tables.read_hub(name, hub, revision, inside)
+    found = {split: (table, f"{hub} ({split})") for split, table in found.items() if split in SPLITS}
+    return found, f"{hub}, revision {revision}, from the hub"
+
+
+def benchmark(name: str, folder: str | None, count: int | None = None, seed: int = 0) -> list[tasks.Asked]:
+    """The records of a public benchmark to evaluate on, as a language model is asked them: `count` at random, or all.
+
+    `folder` has test.*, validation.* or train.*, of which the first is taken; None reads the hub. Raises InputError.
+    """
+    if name not in tasks.TASKS:
+        raise InputError(f"benchmark {name!r} is unknown; the known ones are {', '.join(tasks.TASKS)}.")
+    task = tasks.TASKS[name]
+    found, _ = _tables(name, task, folder)
+    split = next((split for split in TEST_SPLITS if split in found), None)
+    if split is None:
+        raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
+    table, where = found[split]
+    if task.kind != tasks.CHOICES:
+        codes = {str(i): i for i in range(len(task.label_names))} | {n: i for i, n in enumerate(task.label_names)}
+        of = records.rows(table, where, task, task.column)
+        of = records.some(records.corpus(None, of, task, codes, name).test, count, seed)
+        return tasks.asked(task, of)
+    for column in task.column:
+        if column not in table:
+            raise InputError(f"{where} has no column '{column}'; its columns are {', '.join(sorted(table))}.")
+    total = len(next(iter(table.values())))
+    chosen = range(total) if count is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    return [task.ask({column: cells[i] for column, cells in table.items()}) for i in chosen]
+
+
+def own_columns(source: Source) -> tuple[str, dict[str, str]]:
+    """(the kind of an own table's task, {role: column}), from which column flags are given."""
+    answers = source.prompt_column is not None or source.answer_column is not None
+    labels = source.label_column is not None
+    if answers and (labels or source.text_column):
+        raise InputError(
+            "--prompt_column and --answer_column go together, and --text_column and --label_column do: give one pair."
+        )
+    if answers:
+        kind, roles = tasks.ANSWERS, {"prompt": "prompt_column", "answer": "answer_column"}
+    elif labels or source.labels:
+        kind, roles = tasks.LABELS, {"text": "text_column", "label": "label_column"}
+    else:
+        kind, roles = tasks.TEXT, {"text": "text_column"}
+    columns = {role: getattr(source, flag) for role, flag in roles.items()}
+    if source.dataset == "text":
+        if kind != tasks.TEXT:
+            raise InputError("--dataset=text has a record a line and no columns; leave out the flags that name some.")
+        columns["text"] = columns["text"] or "text"
+    for flag in ("data_dir", *roles.values()):
+        given = getattr(source, flag) if flag == "data_dir" else columns[next(r for r in roles if roles[r] == flag)]
+        if not given:
+            raise InputError(f"--dataset={source.dataset} reads your own table and needs --{flag}; give it.")
+    return kind, columns
 
 
 def _load_own(source: Source, need_test: bool) -> Corpus:
-    for flag in ("data_dir", "text_column", "label_column"):
-        if not getattr(source, flag):
-            raise InputError(f"--dataset={source.dataset} reads your own table and needs --{flag}; give it.")
+    kind, columns = own_columns(source)
     suffixes = OWN_TABLES[source.dataset]
     path = tables.find(source.data_dir, "train", suffixes)
     if path is None:
         raise InputError(f"{source.data_dir} has no train{' or train'.join(suffixes)}; put the training table there.")
-    test_path = _public_test(source, need_test)
-    columns = source.text_column, source.label_column, source.group_column
-    train = _rows(tables.read_file(path), str(path), *columns, private=True)
-    test = test_path and _rows(*_read_test(source, test_path, path), source.text_column, source.label_column, None)
+    test_path, task = _public_test(source, need_test), tasks.own(kind)
+    train = records.rows(tables.read_file(path), str(path), task, columns, source.group_column, private=True)
+    test = test_path and records.rows(*_read_test(source, test_path, path), task, columns)
     description = f"{source.dataset}: one's own table"
     if source.test_fraction is not None:
-        train, test = _split(train, source.test_fraction, source.split_seed)
+        train, test = records.split(train, source.test_fraction, source.split_seed)
         description += f"; test: a part declared public, {source.test_fraction:g} of it, split_seed {source.split_seed}"
-    names = _label_names(source, test)
-    return _corpus(train, test, names, {name: i for i, name in enumerate(names)}, description)
+    names = _label_names(source, test) if kind == tasks.LABELS else ()
+    codes = {name: i for i, name in enumerate(names)}
+    return records.corpus(train, test, tasks.own(kind, names), codes, description)
 
 
 def _public_test(source: Source, need_test: bool) -> Path | None:
@@ -175,14 +217,17 @@ def _public_test(source: Source, need_test: bool) -> Path | None:
 
 def load_public(source: Source, need_test: bool) -> Corpus:
     """What is public where each client's own table lies in a folder of its own (`folders`): a Corpus whose `train` is None."""
+    kind, columns = own_columns(source)
     path = _public_test(source, need_test)
-    test = path and _rows(*_read_test(source, path), source.text_column, source.label_column, None)
-    names = _label_names(source, test)
+    test = path and records.rows(*_read_test(source, path), tasks.own(kind), columns)
+    names = _label_names(source, test) if kind == tasks.LABELS else ()
     about = f"{source.dataset}: each client's own table"
-    return _corpus(None, test, names, {name: i for i, name in enumerate(names)}, about)
+    codes = {name: i for i, name in enumerate(names)}
+    corpus = records.corpus(None, test, tasks.own(kind, names), codes, about)
+    return corpus._replace(test=records.some(corpus.test, source.test_records, source.split_seed))
 
 
-def _read_test(source: Source, beside: Path | None, private: Path | None = None) -> tuple[dict[str, list], str]:
+def _read_test(source: Source, beside: Path | None, private: Path | str | None = None) -> tuple[dict[str, list], str]:
     path = beside if source.test_data is None else Path(source.test_data)
     named = (
         source.data_dir is not None
@@ -194,42 +239,12 @@ def _read_test(source: Source, beside: Path | None, private: Path | None = None)
     return tables.read_file(path), str(path)
 
 
-def _rows(table: dict[str, list], where: str, text: str, label: str, group: str | None, private: bool = False) -> _Rows:
-    """The columns of use, checked: each is there, and no cell is missing or empty. A private table's columns are counted and
-    not named: without a header line they would be its first record."""
-    columns = {"text": text, "label": label} | ({"group": group} if group else {})
-    for name in columns.values():
-        if name not in table:
-            known = (
-                f"it has {len(table)} (is the header line there?)"
-                if private
-                else f"its columns are {', '.join(sorted(table))}"
-            )
-            raise InputError(f"{where} has no column '{name}'; {known}."[:1000])
-    if any(not isinstance(value, str) for value in table[text] if value is not None):
-        raise InputError(f"{where} has values in column '{text}' that are not text; name a text column.")
-    texts = [value or "" for value in table[text]]
-    values = {name: [_normal(value) for value in table[columns[name]]] for name in columns if name != "text"}
-    for role, cells in (("text", texts), *values.items()):
-        missing = sum(not cell.strip() for cell in cells)
-        if missing:
-            raise InputError(f"{where} has {missing} rows with nothing in column '{columns[role]}'; fill or drop them.")
-    return _Rows(texts, values["label"], values.get("group"))
-
-
-def _normal(value: object) -> str:
-    """A label or group as text: 1, 1.0 and "1.0" are all "1"; a missing value is ""."""
-    if value is None or value != value:
-        return ""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
-
-
-def _label_names(source: Source, test: _Rows | None) -> tuple[str, ...]:
+def _label_names(source: Source, test: Rows | None) -> tuple[str, ...]:
     """The labels of a person's own table, from the flag or from public rows; never from private ones."""
     if source.labels is None and test is None:
         raise InputError("the labels are not known, and private rows must not tell them; give --labels.")
     if source.labels is not None:
-        names = tuple(_normal(label) for label in source.labels)
+        names = tuple(tasks.text_of(label) for label in source.labels)
     else:
         numbers = all(re.fullmatch(r"-?\d+", label) for label in test.labels)
         names = tuple(sorted(set(test.labels), key=int if numbers else None))
@@ -237,54 +252,3 @@ def _label_names(source: Source, test: _Rows | None) -> tuple[str, ...]:
         origin = "--labels" if source.labels is not None else "the public test set's labels"
         raise InputError(f"{origin} must be two or more different ones, not {', '.join(names)}; give --labels.")
     return names
-
-
-def _split(rows: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
-    """A random part of size `fraction` held out as the public test; both parts keep the order of the table."""
-    total = len(rows.texts)
-    held = round(total * fraction)
-    if not 0 < held < total:
-        raise InputError(f"--test_fraction={fraction} of {total} rows leaves one part empty; give another.")
-    order = np.random.default_rng(seed).permutation(total)
-
-    def take(indices):
-        return _Rows(*(None if column is None else [column[i] for i in np.sort(indices)] for column in rows))
-
-    return take(order[held:]), take(order[:held])
-
-
-def _corpus(
-    train: _Rows | None, test: _Rows | None, names: tuple[str, ...], codes: dict[str, int], about: str
-) -> Corpus:
-    """Turns each label's text into its code; InputError counts the labels without one, and quotes none.
-
-    A test table that holds every training record is a copy of the training table: metrics on it would release exact
-    statistics of private records. (One that holds some of them may be a public one with duplicates.)
-    """
-    encoded = []
-    for part, rows in (("training", train), ("test", test)):
-        if rows is None:
-            encoded.append(None)
-            continue
-        strange = sum(label not in codes for label in rows.labels)
-        if strange:
-            raise InputError(
-                f"{strange} rows of the {part} table have a label outside the known ones ({', '.join(names)}); "
-                "mend these rows, or name all labels by --labels."
-            )
-        labels = np.array([codes[label] for label in rows.labels], np.int32)
-        groups = None if rows.groups is None or part == "test" else tuple(rows.groups)
-        encoded.append(Records(tuple(rows.texts), labels, groups))
-    train, test = encoded
-    refuse_copy(train, test)
-    return Corpus(train, test, names, about, synthetic=False)
-
-
-def refuse_copy(train: Records | None, test: Records | None):
-    """InputError where every record of `train` is in `test` too."""
-    if train is not None and test is not None and not _counted(train) - _counted(test):
-        raise InputError("the test table holds every training record, and these are private; give a public test set.")
-
-
-def _counted(records: Records) -> Counter:
-    return Counter(zip(records.texts, records.labels.tolist(), strict=True))

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from dplora_jax.errors import InputError
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 HUB_TIMEOUT_SECONDS = 5.0
 CACHE = "dplora-"  # how the name of a call's own cache begins; its process's number follows
 
@@ -51,7 +51,9 @@ def read_file(path: Path) -> dict[str, list]:
             table = None
     # Raised outside the handler, so that not even the error's context holds what the parser quoted of a record.
     if table is None:
-        kind = {"json": "JSON", "csv": "CSV in UTF-8", "parquet": "Parquet"}[READERS[path.suffix]]
+        kind = {"json": "JSON", "csv": "CSV in UTF-8", "parquet": "Parquet", "text": "text in UTF-8"}[
+            READERS[path.suffix]
+        ]
         raise InputError(f"{path} cannot be read as {kind}: it has no rows, is malformed or not readable; mend it.")
     if not any(table.values()):
         raise InputError(f"{path} has no rows; give a table with records.")

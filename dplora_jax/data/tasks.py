@@ -1,45 +1,202 @@
-"""From records to arrays, and from logits to metrics. Letters: N records, T tokens, V labels."""
+"""What is asked of a record: where a public table lies, its columns, and how a row becomes prompts, answers and a metric.
 
-import numpy as np
+A task is one `Task`; a new one is a function from a row to `Asked`, and a line in TASKS.
+"""
 
-from dplora_jax.errors import InputError
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
-def classification(tokenizer, records, max_length):
-    """Tokenise `records` for a classifier -> dict of int32 `input_ids`, `attention_mask` [N, T = max_length], `labels` [N].
+class Asked(NamedTuple):
+    """A record as a language model meets it: `answers[i]` may follow `prompts[i]`, and `right` is the one that should."""
 
-    Every row is padded to the public `max_length`, never to the longest: shapes tell nothing of the texts. Longer texts
-    are cut, special tokens kept.
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    right: int = 0
+
+
+class Hub(NamedTuple):
+    """A public table on the Hugging Face hub, at a branch or tag and in a folder of its repository."""
+
+    repository: str
+    revision: str = "main"
+    folder: str | None = None
+
+
+SCRIPT = "refs/convert/parquet"  # `datasets` refuses repositories that are scripts; this branch holds the hub's own conversion
+LABELS, ANSWERS, TEXT, CHOICES = "labels", "answers", "text", "choices"
+METRICS = {
+    LABELS: "accuracy and macro-F1, of a classifier or by the likelihood of the labels' words",
+    ANSWERS: "perplexity of the reference answer; token F1 and ROUGE-L of a greedy answer",
+    TEXT: "perplexity",
+    CHOICES: "accuracy by likelihood, plain and by the answers' lengths",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of text with what is asked of it.
+
+    Attributes:
+      kind: "labels" (a text and its label), "answers" (a prompt and its answer), "text" (text alone) or "choices" (several
+        answers of which one is right; to evaluate on, not to train on).
+      ask: the row as `Asked`. Of a "choices" task the row is the table's own; of the others it has the keys "text" and "label"
+        (a number), "prompt" and "answer", or "text".
+      hub: where the table is, if the hub has it in a form that needs no code.
+      columns: the table's column for each key; a row without one of them is of another table.
+      label_names: the labels' names, in the order of their numbers.
+      read: a cell of the label or answer column as text.
+      keep: which of a text's lines are records; all that are not blank, if None.
     """
-    names = ("input_ids", "attention_mask")
-    if not len(records.texts):
-        return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
-    encoded = tokenizer(
-        list(records.texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
+
+    kind: str
+    ask: Callable[[dict], Asked]
+    hub: Hub | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    label_names: tuple[str, ...] = ()
+    read: Callable[[object], str] | None = None
+    keep: Callable[[str], bool] | None = None
+
+    @property
+    def column(self):
+        """The column of each key, as a dict."""
+        return dict(self.columns)
+
+
+def text_of(value):
+    """A cell as text: 1, 1.0 and "1.0" are all "1"; a missing value is ""."""
+    if value is None or value != value:
+        return ""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
+
+
+def label_words(names, question="Label", title=""):
+    """`ask` of a text and its label: one of the labels' words follows the text and `question`.
+
+    >>> label_words(("bad", "good"), "Sentiment")({"text": "Profit rose.", "label": 1}).prompts[0]
+    'Profit rose.\\nSentiment:'
+    """
+
+    def ask(row):
+        return Asked((f"{title}{row['text']}\n{question}:",) * len(names), tuple(f" {n}" for n in names), row["label"])
+
+    return ask
+
+
+def question_answer(row):
+    """A question and its answer, as EleutherAI's evaluation harness writes most of its tasks."""
+    return Asked((f"Question: {row['prompt']}\nAnswer:",), (f" {row['answer']}",))
+
+
+def plain_text(row):
+    """Text that follows nothing."""
+    return Asked(("",), (row["text"],))
+
+
+def _sentiment(hub, text, label, names, **more):
+    return Task(LABELS, label_words(names, "Sentiment"), hub, (("text", text), ("label", label)), names, **more)
+
+
+def _questions(hub, prompt, answer, **more):
+    return Task(ANSWERS, question_answer, hub, (("prompt", prompt), ("answer", answer)), **more)
+
+
+def _text(hub, **more):
+    return Task(TEXT, plain_text, hub, (("text", "text"),), **more)
+
+
+def _choices(ask, hub, *columns):
+    return Task(CHOICES, ask, hub, tuple((name, name) for name in columns))
+
+
+def _fiqa_label(score):
+    """FinGPT's three classes of FiQA's score in [-1, 1] (Yang et al. 2023, arXiv 2306.06031): cut at -0.1 and 0.1."""
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        return text_of(score)
+    return "" if math.isnan(number) else "negative" if number < -0.1 else "neutral" if number < 0.1 else "positive"
+
+
+def _nwgi_label(name):
+    """FinGPT's three classes of NWGI's seven: what is mild is neutral."""
+    strength, _, side = text_of(name).lower().rpartition(" ")
+    return "neutral" if strength == "mildly" else side
+
+
+def _first_answer(value):
+    """The first of several reference answers, which TREC's LiveQA keeps in a list of records."""
+    while isinstance(value, list | tuple):
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        value = next((text for name, text in value.items() if name.lower() == "answer"), None)
+    return text_of(value)
+
+
+def boolq(row):
+    """Clark et al. 2019, in the harness's words; a table without passages asks the question alone."""
+    passage = f"{row['passage']}\n" if row.get("passage") else ""
+    right = text_of(row["answer"]).lower() in ("true", "1", "yes")
+    return Asked((f"{passage}Question: {row['question'].rstrip('?')}?\nAnswer:",) * 2, (" no", " yes"), int(right))
+
+
+def piqa(row):
+    """Bisk et al. 2020, in the harness's words."""
+    return Asked(
+        (f"Question: {row['goal']}\nAnswer:",) * 2, (f" {row['sol1']}", f" {row['sol2']}"), int(text_of(row["label"]))
     )
-    return {name: encoded[name].astype(np.int32) for name in names} | {"labels": np.asarray(records.labels, np.int32)}
 
 
-def check_length(max_length, model, tokenizer):
-    """Raise InputError unless rows of `max_length` tokens fit the model and leave room for a token of text."""
-    least, most = tokenizer.num_special_tokens_to_add() + 1, model.config.max_positions
-    if not least <= max_length <= most:
-        raise InputError(f"--max_length={max_length} must lie in {least}..{most} for this model.")
+def winogrande(row):
+    """Sakaguchi et al. 2020, scored in part (Trinh and Le 2018, arXiv 1806.02847): the same end after either beginning."""
+    before, _, after = row["sentence"].partition("_")
+    prompts = tuple(before + row[name] for name in ("option1", "option2"))
+    return Asked(prompts, (f" {after.strip()}",) * 2, int(text_of(row["answer"])) - 1)
 
 
-def accuracy(predicted, labels):
-    """The share of `predicted` [N] that equals `labels` [N]."""
-    return float(np.mean(predicted == labels))
+SENTIMENTS = ("negative", "neutral", "positive")
+TASKS = {
+    "financial_phrasebank": _sentiment(
+        Hub("takala/financial_phrasebank", SCRIPT, "sentences_50agree"), "sentence", "label", SENTIMENTS
+    ),
+    "twitter_financial_news_sentiment": _sentiment(
+        Hub("zeroshot/twitter-financial-news-sentiment"), "text", "label", ("bearish", "bullish", "neutral")
+    ),
+    "fiqa_sa": _sentiment(Hub("pauri32/fiqa-2018"), "sentence", "sentiment_score", SENTIMENTS, read=_fiqa_label),
+    "nwgi": _sentiment(Hub("oliverwang15/news_with_gpt_instructions"), "news", "label", SENTIMENTS, read=_nwgi_label),
+    "meddialog": _questions(Hub("lighteval/med_dialog", SCRIPT, "healthcaremagic"), "src", "tgt"),
+    "medquad": _questions(Hub("lavita/MedQuAD"), "question", "answer"),
+    "liveqa": _questions(
+        Hub("hyesunyun/liveqa_medical_trec2017"), "NIST_PARAPHRASE", "REFERENCE_ANSWERS", read=_first_answer
+    ),
+    "mediqa_ans": _questions(None, "question", "answer"),
+    "wikitext2": _text(
+        Hub("Salesforce/wikitext", "main", "wikitext-2-raw-v1"), keep=lambda line: not line.strip().startswith("= ")
+    ),
+    "slimpajama": _text(Hub("DKYoon/SlimPajama-6B")),
+    "boolq": _choices(boolq, Hub("google/boolq"), "question", "answer"),
+    "piqa": _choices(piqa, Hub("ybisk/piqa", SCRIPT, "plain_text"), "goal", "sol1", "sol2", "label"),
+    "winogrande": _choices(
+        winogrande, Hub("allenai/winogrande", SCRIPT, "winogrande_xl"), "sentence", "option1", "option2", "answer"
+    ),
+}
+TRAINABLE = tuple(name for name, task in TASKS.items() if task.kind != CHOICES)
 
 
-def macro_f1(predicted, labels, classes):
-    """The mean over `classes` labels of F1; a class that is neither there nor predicted counts 0, as in scikit-learn.
+def own(kind, label_names=()):
+    """The Task of a person's own table of `kind`."""
+    ask = {LABELS: label_words(label_names), ANSWERS: question_answer, TEXT: plain_text}[kind]
+    return Task(kind, ask, label_names=tuple(label_names))
 
-    >>> round(macro_f1(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), 3), 4)
-    0.7778
-    """
-    scores = []
-    for label in range(classes):
-        hits = np.sum((predicted == label) & (labels == label))
-        scores.append(2 * hits / max(1, np.sum(predicted == label) + np.sum(labels == label)))
-    return float(np.mean(scores))
+
+def asked(task, records, chat=False):
+    """Every one of `records` (`records.Records`) as `Asked`; for a `chat`, a prompt to be answered is sent as it is."""
+    if task.kind == LABELS:
+        return [task.ask({"text": t, "label": int(y)}) for t, y in zip(records.texts, records.labels, strict=True)]
+    if task.kind == ANSWERS:
+        pairs = zip(records.texts, records.answers, strict=True)
+        return [Asked((t,), (a,)) if chat else task.ask({"prompt": t, "answer": a}) for t, a in pairs]
+    return [task.ask({"text": text}) for text in records.texts]

@@ -90,6 +90,13 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
     return model, params
 
 
+def model_type(name_or_path):
+    """The family that a model's config names (one of FAMILIES, or another's); as `from_pretrained` looks for it."""
+    place = locate(name_or_path)
+    in_gguf = place.suffix == ".gguf" and place.is_file()
+    return (gguf_file.config(place) if in_gguf else read_json(place / "config.json")).get("model_type")
+
+
 def build(hf, checkpoint, num_labels, dtype):
     """The model that config.json `hf` describes; InputError where it is not supported."""
     kind = hf.get("model_type")

@@ -101,6 +101,26 @@ def continuation(tokenizer, prompt, answer=None, chat=False):
     return [*ids, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(ids)
 
 
+def split(tokenizer, prompt, answer, chat=False):
+    """The token ids of a prompt with what follows it, no EOS behind -> (ids, where in them the answer starts).
+
+    The two are tokenised as one text and cut after as many tokens as the prompt alone has, as EleutherAI's evaluation harness
+    does it. With no prompt the answer follows BOS, else EOS, so that its first token is predicted from something. With `chat` the
+    prompt is a message as in `continuation`, and the answer the reply.
+    """
+    if chat:
+        ids = _chat_prompt(tokenizer, prompt)
+        return [*ids, *tokenizer(answer.removeprefix(" "), add_special_tokens=False).input_ids], len(ids)
+    if not prompt:
+        ids = _plain_prompt(tokenizer, answer)
+        if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:
+            return ids, 1
+        before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+        return [*before, *ids] if before[0] is not None else ids, 1
+    ids = _plain_prompt(tokenizer, prompt + answer)
+    return ids, min(len(_plain_prompt(tokenizer, prompt)), len(ids) - 1)
+
+
 def _plain_prompt(tokenizer, prompt):
     encoded = tokenizer(prompt, return_special_tokens_mask=True)
     ids, added = encoded.input_ids, encoded.special_tokens_mask

@@ -1,5 +1,6 @@
 """Loading benchmarks from a stand-in of the hub on this machine, and from a hub that does not answer."""
 
+import json
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -9,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from hub_stand_in import UNREACHABLE, run_python
 
-from dplora_jax.data.sources import BENCHMARKS
+from dplora_jax.data.tasks import CHOICES, TASKS
 
 
 def stand_in(dataset: str, files: dict[str, bytes]):
-    bench = BENCHMARKS[dataset]
-    return hub_stand_in.stand_in("datasets", bench.hub_id, files, bench.hub_revision)
+    hub = TASKS[dataset].hub
+    return hub_stand_in.stand_in("datasets", hub.repository, files, hub.revision)
 
 
 def load_in_process(dataset: str, home: Path, endpoint: str) -> CompletedProcess:
@@ -61,3 +62,53 @@ def test_unreachable_hub_is_one_sentence_that_names_the_ways_out(tmp_path):
     assert len(done.stdout.splitlines()) == 1
     assert "--data_dir" in done.stdout
     assert "--dataset=finance_demo" in done.stdout
+
+
+# A row of each public task as the hub's table has it, and what its first prompt and right answer must be.
+ROWS = {
+    "financial_phrasebank": ({"sentence": "Profit rose.", "label": 2}, "Profit rose.\nSentiment:", " positive"),
+    "twitter_financial_news_sentiment": ({"text": "$XY falls", "label": 0}, "$XY falls\nSentiment:", " bearish"),
+    "fiqa_sa": ({"sentence": "Flat.", "sentiment_score": 0.05}, "Flat.\nSentiment:", " neutral"),
+    "nwgi": ({"news": "Up.", "label": "strong positive"}, "Up.\nSentiment:", " positive"),
+    "meddialog": ({"src": "It hurts.", "tgt": "Rest."}, "Question: It hurts.\nAnswer:", " Rest."),
+    "medquad": ({"question": "Why?", "answer": "So."}, "Question: Why?\nAnswer:", " So."),
+    "liveqa": (
+        {"NIST_PARAPHRASE": "Why?", "REFERENCE_ANSWERS": [{"ANSWERID": "1", "ANSWER": "So."}, {"ANSWER": "No."}]},
+        "Question: Why?\nAnswer:", " So.",
+    ),
+    "wikitext2": ({"text": " A line . \n"}, "", " A line . \n"),
+    "slimpajama": ({"text": "A document."}, "", "A document."),
+    "boolq": (
+        {"passage": "Ice floats.", "question": "does ice float", "answer": True},
+        "Ice floats.\nQuestion: does ice float?\nAnswer:", " yes",
+    ),
+    "piqa": ({"goal": "Sit", "sol1": "stand", "sol2": "chair", "label": 1}, "Question: Sit\nAnswer:", " chair"),
+    "winogrande": (
+        {"sentence": "The cup fell on the mat, so _ broke.", "option1": "the cup", "option2": "the mat", "answer": "1"},
+        "The cup fell on the mat, so the cup", " broke.",
+    ),
+}  # fmt: skip
+
+
+def test_every_public_task_with_a_place_on_the_hub_is_tried():
+    assert set(ROWS) == {name for name, task in TASKS.items() if task.hub}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_hub_serves_every_public_task_in_its_own_columns(name, tmp_path):
+    """From a stand-in of the hub: the repository, the branch and the folder that the task names, its columns and its words."""
+    row, prompt, answer = ROWS[name]
+    pq.write_table(pa.Table.from_pylist([row] * 5), tmp_path / "x.parquet")
+    folder = TASKS[name].hub.folder
+    file = f"{folder}/test/0000.parquet" if folder else "data/test-00000-of-00001.parquet"
+    code = f"""
+    import json
+    from dplora_jax.data.sources import benchmark
+    asked = benchmark({name!r}, None)
+    print(json.dumps([len(asked), asked[0].prompts[asked[0].right], asked[0].answers[asked[0].right]]))
+    """
+    with stand_in(name, {file: (tmp_path / "x.parquet").read_bytes()}) as endpoint:
+        done = run_python(code, HF_HOME=tmp_path / "home", HF_ENDPOINT=endpoint)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [5, prompt, answer]
+    assert TASKS[name].kind == CHOICES or len(TASKS[name].columns) in (1, 2)

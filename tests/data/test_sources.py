@@ -184,14 +184,14 @@ def test_malformed_table_is_one_sentence_without_private_text(tmp_path, case, ca
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dataset": "imdb"}, "finance_demo, financial_phrasebank, .*parquet"),
+        ({"dataset": "imdb"}, "finance_demo, .*financial_phrasebank, .*parquet"),
         ({"test_fraction": 0.0}, "between 0 and 1"),
         ({"test_fraction": 1.0}, "between 0 and 1"),
         ({"test_fraction": 0.01}, "one part empty"),
         ({"data_dir": None}, "--data_dir"),
         ({"data_dir": "nowhere"}, "not a folder"),
         ({"text_column": None}, "--text_column"),
-        ({"label_column": None}, "--label_column"),
+        ({"label_column": None, "labels": ("up", "down")}, "--label_column"),
         ({"dataset": "parquet"}, "no train.parquet"),
         ({}, "--test_data .* --test_fraction .* --eval_every=0"),
         ({"test_data": "nowhere.csv"}, "not there"),

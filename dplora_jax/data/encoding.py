@@ -1,0 +1,96 @@
+"""From records to arrays of tokens. Letters: N records, T tokens of a row."""
+
+import numpy as np
+
+from dplora_jax.errors import InputError
+from dplora_jax.models import tokenizer as tokenizers
+
+
+def classification(tokenizer, records, max_length):
+    """Tokenise `records` for a classifier -> dict of int32 `input_ids`, `attention_mask` [N, T = max_length], `labels` [N].
+
+    Every row is padded to the public `max_length`, never to the longest: shapes tell nothing of the texts. Longer texts
+    are cut, special tokens kept.
+    """
+    names = ("input_ids", "attention_mask")
+    if not len(records.texts):
+        return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
+    encoded = tokenizer(
+        list(records.texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
+    )
+    return {name: encoded[name].astype(np.int32) for name in names} | {"labels": np.asarray(records.labels, np.int32)}
+
+
+def right_answers(tokenizer, asked, max_length, ends=False, chat=False):
+    """Each of `asked` (`tasks.Asked`) as its prompt with the right answer -> dict of int32 `input_ids`, `attention_mask`,
+    `loss_mask` [N, T = max_length], the last 1 where a token of the answer stands.
+
+    `ends` puts EOS behind an answer that has room for it; `chat` puts prompts into the tokenizer's chat template. A record that
+    is too long loses the beginning of its prompt, but no more than leaves half a row of it, and then the end of its answer.
+    """
+    return _table([_row(tokenizer, one, one.right, max_length, ends, chat) for one in asked], max_length)
+
+
+def all_answers(tokenizer, asked, max_length, chat=False):
+    """Every answer of every one of `asked` behind its prompt, as `right_answers` has one: N is the count of all answers.
+
+    Raises InputError where an answer alone fills a row: its likelihood would be another's.
+    """
+    rows = [_row(tokenizer, one, index, max_length, False, chat) for one in asked for index in range(len(one.answers))]
+    if any(cut for _, _, cut in rows):
+        raise InputError(f"an answer that is scored whole does not fit in --max_length={max_length} tokens; raise it.")
+    return _table(rows, max_length)
+
+
+def prompts(tokenizer, asked, max_length, chat=False):
+    """The prompts of `asked` alone, padded on the right -> dict of int32 `input_ids`, `attention_mask` [N, T = max_length]."""
+    rows = []
+    for one in asked:
+        ids, _ = tokenizers.continuation(tokenizer, one.prompts[one.right], chat=chat)
+        rows.append((_shortened(tokenizer, ids, max_length), 0, False))
+    table = _table(rows, max_length)
+    return {name: table[name] for name in ("input_ids", "attention_mask")}
+
+
+def most_tokens(tokenizer, asked, chat=False):
+    """The most tokens that any answer of `asked` has, and of any prompt with its answer."""
+    pairs = [
+        tokenizers.split(tokenizer, p, a, chat) for one in asked for p, a in zip(one.prompts, one.answers, strict=True)
+    ]
+    return max(len(ids) - start for ids, start in pairs), max(len(ids) for ids, _ in pairs)
+
+
+def check_length(max_length, model, tokenizer):
+    """Raise InputError unless rows of `max_length` tokens fit the model and leave room for a token of text."""
+    least, most = tokenizer.num_special_tokens_to_add() + 1, model.config.max_positions
+    if not least <= max_length <= most:
+        raise InputError(f"--max_length={max_length} must lie in {least}..{most} for this model.")
+
+
+def _row(tokenizer, one, index, max_length, ends, chat):
+    """(ids, where the answer starts, whether its end was cut) of one answer behind its prompt."""
+    ids, start = tokenizers.split(tokenizer, one.prompts[index], one.answers[index], chat)
+    answer = ids[start:]
+    if ends and tokenizer.eos_token_id is not None:
+        answer = [*answer, tokenizer.eos_token_id]
+    prompt = _shortened(tokenizer, ids[:start], max(max_length - len(answer), max_length // 2))
+    room = max_length - len(prompt)
+    return [*prompt, *answer[:room]], len(prompt), len(ids) - start > room
+
+
+def _shortened(tokenizer, ids, room):
+    """The last `room` of a prompt's tokens, the first of which stays where it is BOS."""
+    if len(ids) <= room:
+        return ids
+    first = [ids[0]] if ids[0] == tokenizer.bos_token_id and room > 1 else []
+    return [*first, *ids[len(ids) - room + len(first) :]]
+
+
+def _table(rows, max_length):
+    names = ("input_ids", "attention_mask", "loss_mask")
+    table = {name: np.zeros((len(rows), max_length), np.int32) for name in names}
+    for index, (ids, start, _) in enumerate(rows):
+        table["input_ids"][index, : len(ids)] = ids
+        table["attention_mask"][index, : len(ids)] = 1
+        table["loss_mask"][index, start : len(ids)] = 1
+    return table

@@ -1,0 +1,159 @@
+"""Records as a run knows them, made from a table's columns: checked, split, and with numbers for labels.
+
+What is private is the training table of a person: no message here contains a value of it.
+"""
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from dplora_jax.data import tasks
+from dplora_jax.errors import InputError
+
+
+class Records(NamedTuple):
+    """N records: `texts` are texts or prompts; `labels` is int32 [N], 0 where a task has none; `groups`, the partition column's
+    values, is None unless one was asked for, and `answers` unless the task has some."""
+
+    texts: tuple[str, ...]
+    labels: np.ndarray
+    groups: tuple[str, ...] | None = None
+    answers: tuple[str, ...] | None = None
+
+
+class Corpus(NamedTuple):
+    """The training records (private where a person's own), the PUBLIC test records, what is asked of both, and what reports say
+    of them."""
+
+    train: Records | None
+    test: Records | None
+    task: tasks.Task
+    description: str
+    synthetic: bool
+
+    @property
+    def label_names(self):
+        """The labels' names in the order of their numbers; none where the task has no labels."""
+        return self.task.label_names
+
+
+class Rows(NamedTuple):
+    """A table's columns of use; labels are still the text of their values, and None where there are none."""
+
+    texts: list[str]
+    labels: list[str] | None
+    answers: list[str] | None
+    groups: list[str] | None
+
+
+def rows(table, where, task, columns, group=None, private=False):
+    """The `columns` ({"text" or "prompt", "label", "answer": name}) of `table` -> Rows; `group` names one more.
+
+    No cell may be missing or empty, but lines of plain text may: they are left out. Raises InputError; a private table's
+    columns are counted and not named: without a header line they would be its first record.
+    """
+    columns = columns | ({"group": group} if group else {})
+    for name in columns.values():
+        if name not in table:
+            known = (
+                f"it has {len(table)} (is the header line there?)"
+                if private
+                else f"its columns are {', '.join(sorted(table))}"
+            )
+            raise InputError(f"{where} has no column '{name}'; {known}."[:1000])
+    main = "prompt" if "prompt" in columns else "text"
+    if any(not isinstance(value, str) for value in table[columns[main]] if value is not None):
+        raise InputError(f"{where} has values in column '{columns[main]}' that are not text; name a text column.")
+    read = task.read or tasks.text_of
+    cells = {"group": tasks.text_of, "label": read, "answer": read}
+    values = {role: [cells[role](value) for value in table[columns[role]]] for role in columns if role != main}
+    values[main] = [value or "" for value in table[columns[main]]]
+    if task.kind == tasks.TEXT:
+        values = _without_blanks(values, task)
+    for role, column in values.items():
+        missing = sum(not cell.strip() for cell in column)
+        if missing:
+            raise InputError(f"{where} has {missing} rows with nothing in column '{columns[role]}'; fill or drop them.")
+    if not values[main]:
+        raise InputError(f"{where} has no text in it; give a table with records.")
+    return Rows(values[main], values.get("label"), values.get("answer"), values.get("group"))
+
+
+def _without_blanks(values, task):
+    keep = [i for i, text in enumerate(values["text"]) if text.strip() and (task.keep is None or task.keep(text))]
+    return {role: [column[i] for i in keep] for role, column in values.items()}
+
+
+def split(of, fraction, seed):
+    """A random part of size `fraction` of the Rows `of` held out as the public test -> (rest, part), in the table's order."""
+    total = len(of.texts)
+    held = round(total * fraction)
+    if not 0 < held < total:
+        raise InputError(f"--test_fraction={fraction} of {total} rows leaves one part empty; give another.")
+    order = np.random.default_rng(seed).permutation(total)
+    return _taken(of, order[held:]), _taken(of, order[:held])
+
+
+def some(of: Records | None, count, seed):
+    """`count` of the Records `of` at random, in the table's order; all where there are no more, or `count` is None."""
+    if of is None or count is None or count >= len(of.texts):
+        return of
+    chosen = np.sort(np.random.default_rng((seed, 1)).permutation(len(of.texts))[:count])
+    return take(of, chosen)._replace(groups=of.groups and tuple(of.groups[i] for i in chosen))
+
+
+def _taken(of, indices):
+    return Rows(*(None if column is None else [column[i] for i in np.sort(indices)] for column in of))
+
+
+def corpus(train, test, task, codes, about):
+    """The Corpus of Rows, with a number (`codes`) for each label's text; InputError counts the labels without one.
+
+    A test table that holds every training record is a copy of the training table: metrics on it would release exact
+    statistics of private records. (One that holds some of them may be a public one with duplicates.)
+    """
+    encoded = []
+    for part, of in (("training", train), ("test", test)):
+        if of is None:
+            encoded.append(None)
+            continue
+        labels = np.zeros(len(of.texts), np.int32)
+        if of.labels is not None:
+            strange = sum(label not in codes for label in of.labels)
+            if strange:
+                raise InputError(
+                    f"{strange} rows of the {part} table have a label outside the known ones "
+                    f"({', '.join(task.label_names)}); mend these rows, or name all labels by --labels."
+                )
+            labels = np.array([codes[label] for label in of.labels], np.int32)
+        groups = None if of.groups is None or part == "test" else tuple(of.groups)
+        answers = None if of.answers is None else tuple(of.answers)
+        encoded.append(Records(tuple(of.texts), labels, groups, answers))
+    refuse_copy(*encoded)
+    return Corpus(*encoded, task, about, synthetic=False)
+
+
+def refuse_copy(train: Records | None, test: Records | None):
+    """InputError where every record of `train` is in `test` too."""
+    if train is not None and test is not None and not _counted(train) - _counted(test):
+        raise InputError("the test table holds every training record, and these are private; give a public test set.")
+
+
+def _counted(of: Records) -> Counter:
+    return Counter(zip(of.texts, of.answers or of.texts, of.labels.tolist(), strict=True))
+
+
+def take(of: Records, indices) -> Records:
+    """The records at `indices`, without their groups."""
+    answers = None if of.answers is None else tuple(of.answers[i] for i in indices)
+    return Records(tuple(of.texts[i] for i in indices), of.labels[indices], None, answers)
+
+
+def together(parts) -> Records:
+    """Several clients' records (an iterable of Records) as one table."""
+    parts = list(parts)
+    texts = tuple(text for part in parts for text in part.texts)
+    labels = np.concatenate([np.zeros(0, np.int32), *(part.labels for part in parts)])
+    answers = None if any(p.answers is None for p in parts) else tuple(a for part in parts for a in part.answers)
+    return Records(texts, labels, None, answers)
