@@ -105,8 +105,9 @@ def split(tokenizer, prompt, answer, chat=False):
     """The token ids of a prompt with what follows it, no EOS behind -> (ids, where in them the answer starts).
 
     The two are tokenised as one text and cut after as many tokens as the prompt alone has, as EleutherAI's evaluation harness
-    does it. With no prompt the answer follows BOS, else EOS, so that its first token is predicted from something. With `chat` the
-    prompt is a message as in `continuation`, and the answer the reply.
+    does it; apart, where the tokenizer closes a prompt with tokens that open the reply. With no prompt the answer follows BOS,
+    else EOS, so that its first token is predicted from something. With `chat` the prompt is a message as in `continuation`, and
+    the answer the reply.
     """
     if chat:
         ids = _chat_prompt(tokenizer, prompt)
@@ -117,8 +118,11 @@ def split(tokenizer, prompt, answer, chat=False):
             return ids, 1
         before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
         return [*before, *ids] if before[0] is not None else ids, 1
+    before, bare = _plain_prompt(tokenizer, prompt), tokenizer(prompt, add_special_tokens=False).input_ids
+    if bare and before[-1] != bare[-1]:
+        return [*before, *tokenizer(answer, add_special_tokens=False).input_ids], len(before)
     ids = _plain_prompt(tokenizer, prompt + answer)
-    return ids, min(len(_plain_prompt(tokenizer, prompt)), len(ids) - 1)
+    return ids, min(len(before), len(ids) - 1)
 
 
 def _plain_prompt(tokenizer, prompt):

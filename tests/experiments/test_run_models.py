@@ -22,7 +22,8 @@ def job(base, table, tmp_path, *extra):
     return [
         f"--model={place}", "--dataset=csv", f"--data_dir={table}", "--text_column=text", "--label_column=label",
         "--max_length=8", "--clients=2", "--rounds=2", "--expected_batch_size=8", "--rank=2", "--epsilon=8", "--delta=1e-3",
-        "--client_lr=0.1", "--head_lr=1", "--eval_every=2", "--targets=q,v", f"--workdir={tmp_path / 'run'}", *extra,
+        "--client_lr=0.1", "--head_lr=1", "--eval_every=2", "--targets=q,v", "--objective=classifier",
+        f"--workdir={tmp_path / 'run'}", *extra,
     ]  # fmt: skip
 
 

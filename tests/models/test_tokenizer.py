@@ -9,7 +9,7 @@ from gguf_writing import BYTE_LEVEL, BYTES, SENTENCEPIECE, write
 from hub_stand_in import run_python
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.tokenizer import continuation, load_tokenizer
+from dplora_jax.models.tokenizer import continuation, load_tokenizer, split
 
 TEMPLATE = "{% for m in messages %}<|pad|>{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
 END = BYTE_LEVEL["eos_token_id"]
@@ -80,7 +80,7 @@ def test_no_torch_is_imported(tmp_path):
     path = write(tmp_path / "t.gguf", {}, **keys)
     code = f"""
     import sys
-    from dplora_jax.models.tokenizer import continuation, load_tokenizer
+    from dplora_jax.models.tokenizer import continuation, load_tokenizer, split
     for place in ({str(path)!r}, {str(tmp_path)!r}):
         print(continuation(load_tokenizer(place), "profit")[1])
     print("torch" in sys.modules)
@@ -197,3 +197,15 @@ def test_what_a_tokenizer_lacks_is_named(tmp_path):
     endless = from_gguf(tmp_path, eos_token_id=None)
     assert continuation(endless, "a") == (spelled("a"), 1)
     assert "no EOS token" in refusal(continuation, endless, "a", "b")
+
+
+def test_an_answer_is_split_from_its_prompt_as_one_text_or_apart_where_the_prompt_is_closed(tiny_bert):
+    tokenizer = load_tokenizer(tiny_bert)  # [CLS] and [SEP] around every text
+    ids, start = split(tokenizer, "profit", " rose again")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "profit", "[SEP]", "rose", "again"]
+    assert start == 3
+
+
+def test_an_answer_without_a_prompt_follows_a_token(tmp_path, tiny_bert):
+    ids, start = split(load_tokenizer(tiny_bert), "", "profit rose")
+    assert (len(ids), start) == (4, 1)
