@@ -4,7 +4,7 @@ import pathlib
 
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
-from experiments.summary import METRICS
+from experiments.report_text import METRICS
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 AVERAGED = (

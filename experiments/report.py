@@ -17,8 +17,8 @@ from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
 from experiments import ledger
-from experiments.report_figures import by_metric, figures, show_metric
-from experiments.report_text import STYLE, as_epsilon, show, show_bytes
+from experiments.report_figures import by_metric, figures
+from experiments.report_text import STYLE, as_epsilon, show, show_bytes, show_metric
 from experiments.summary import sent_uploads
 
 CLIENT_COLUMNS = {

@@ -3,7 +3,7 @@
 import html
 import math
 
-from experiments.report_text import as_epsilon, show
+from experiments.report_text import as_epsilon, show, show_metric
 
 # Figures are drawn in these colours, then each is replaced by a CSS variable, so that one SVG serves light and dark.
 INK, GRID, SERIES = "#010101", "#020202", ("#030303", "#040404", "#050505", "#060606")
@@ -27,17 +27,13 @@ def by_metric(rows: list[dict]) -> dict[str, tuple[list, list, list]]:
     return series
 
 
-def show_metric(metric: str) -> str:
-    return "macro-F1" if metric == "macro_f1" else metric
-
-
 def _svg(identity: str, label: str, draw, xlabel: str) -> str:
     """What `draw(axes)` draws, as inline SVG in the page's colours and fonts, the same bytes each time."""
     import io
 
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
     settings = {"svg.hashsalt": identity, "svg.fonttype": "none", "font.size": 11, "axes.labelcolor": INK}
     with matplotlib.rc_context(settings):
@@ -45,7 +41,8 @@ def _svg(identity: str, label: str, draw, xlabel: str) -> str:
         axes = figure.add_subplot()
         draw(axes)
         axes.set_xlabel(xlabel)
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=xlabel == "round"))
+        if axes.get_xscale() == "linear" and not isinstance(axes.xaxis.get_major_locator(), FixedLocator):
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=xlabel == "round"))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.tick_params(colors=INK, length=0)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
@@ -67,7 +64,7 @@ def _svg(identity: str, label: str, draw, xlabel: str) -> str:
     return f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}'
 
 
-def _figure(identity: str, title: str, series: dict, caption: str, draw, xlabel: str = "round") -> str:
+def figure(identity: str, title: str, series: dict, caption: str, draw, xlabel: str = "round") -> str:
     """One card: a title, a key of the `series` by colour, the drawing and its caption; caption is HTML."""
     keys = "".join(
         f'<span><i style="--c: var(--series-{i % len(SERIES)})"></i>{html.escape(show_metric(name))}</span>'
@@ -120,19 +117,19 @@ def figures(config: dict, rows: list[dict], private: bool) -> str:
     for i, series in enumerate(filter(None, groups)):
         caption = f"Round 0 is the base model.{average}"
         draw = _plot_metrics(series, against_epsilon=False)
-        cards.append(_figure(f"utility{i}", "Utility per round", series, caption, draw))
+        cards.append(figure(f"utility{i}", "Utility per round", series, caption, draw))
     if private and all(math.isfinite(as_epsilon(row.get("epsilon_max"))) for row in rows):
         budget = as_epsilon(config.get("epsilon"))
         keys = dict.fromkeys(["epsilon_max"] + ["budget (epsilon)"] * math.isfinite(budget))
         caption = (
             f"What the uploads so far have cost, at delta {show(config.get('delta'))}; the band spans all clients."
         )
-        cards.append(_figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget)))
+        cards.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget)))
         for i, series in enumerate(filter(None, groups)):
             caption = (
                 "One point per evaluated round of this run; a run calibrated for a smaller epsilon draws another curve."
             )
             draw = _plot_metrics(series, against_epsilon=True)
-            cards.append(_figure(f"trade{i}", "Utility against epsilon", series, caption, draw, "epsilon_max"))
+            cards.append(figure(f"trade{i}", "Utility against epsilon", series, caption, draw, "epsilon_max"))
     words = "" if metrics else '<p class="soft">No round was evaluated on test data (eval_every).</p>'
     return f'{words}<div class="figures">{"".join(cards)}</div>'

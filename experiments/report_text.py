@@ -107,6 +107,16 @@ def show(value, name: str = "") -> str:
     return html.escape(value if isinstance(value, str) else json.dumps(value))
 
 
+METRICS = {
+    "accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity", "token_f1": "token F1", "rouge_l": "ROUGE-L",
+}  # fmt: skip
+
+
+def show_metric(metric: str) -> str:
+    """A metric's name as it is written."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
 def show_bytes(count) -> str:
     """A count of bytes in decimal units, as networks are sold."""
     if not isinstance(count, (int, float)):

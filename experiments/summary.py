@@ -2,14 +2,13 @@
 
 import json
 
+from experiments.report_text import METRICS
+
 HIDDEN = {
     "local": "every client's records",
     "distributed": "every client's records (secure aggregation simulated)",
     "client": "every client as a whole",
 }
-METRICS = {
-    "accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity", "token_f1": "token F1", "rouge_l": "ROUGE-L",
-}  # fmt: skip
 
 
 def line(folder):

@@ -1,70 +1,136 @@
 """Many runs, one table: every case, every varied flag, every seed; what is finished is never run again.
 
-    python -m experiments.sweep --flagfile=phrasebank.flags --data_dir=DIR --out=sweep.jsonl --seeds=1,2,3 \
+    python -m experiments.sweep --flagfile=phrasebank.flags --data_dir=DIR --out=sweep.jsonl --seeds=1,2,3 --controls \
         --case='FedAvg:' --case='FedEx-LoRA: --aggregation=fedex' --vary='epsilon=8|inf' --vary='partition=iid|dirichlet:0.1'
 
 Every flag of a run is taken. A cell is one case, one value of each varied flag and one seed, which is `--seed` and
-`--split_seed`; its line in --out is written when it is finished. Nothing else is saved, and nothing here is for release.
-Prints a Markdown table of means and standard deviations over seeds. Exit codes: 0 done, 2 bad input.
+`--split_seed`; its line in --out is written when it is finished. Nothing else of a run is saved, and nothing here is for release.
+--controls adds what every table should be read beside (CONTROLS). --parallel=N runs N cells at a time: each of N processes has
+an accelerator of its own, or its share of the processor's cores. Prints a Markdown table of means and standard deviations over
+seeds, and writes it with plots beside --out, as .md and .html. Exit codes: 0 done, 2 bad input.
 """
 
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import shlex
-import statistics
+import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import allocator, flags
+from experiments import allocator, flags, sweep_report
+from experiments.sweep_report import ANY, OUTCOME
 
-METRICS = ("accuracy", "macro_f1")
+BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
+NO_PRIVACY = "--trust=none --epsilon=none --noise_multiplier=none"
+BASE = "base model"
+DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
+
+
+class Cell(NamedTuple):
+    """One run: what names it in the file of finished cells, and its RunConfig; `rounds` 0 measures the base model."""
+
+    name: dict
+    config: flags.RunConfig
+    rounds: int
+
+
+def controls(config):
+    """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
+    pooled = f"--clients=1 --expected_batch_size={config.clients * config.expected_batch_size:g}"
+    found = {
+        BASE: (NO_PRIVACY, True),
+        "no privacy": (f"{NO_PRIVACY} --clip_norm=inf", True),
+        "clipped, no noise": (NO_PRIVACY, True),
+        "all data in one client": (pooled, False),
+        "one client alone": (f"--clients=1 --parties={config.clients}", False),
+    }
+    if _has_head(config):
+        found["head alone"] = ("--head_only", False)
+    return found
+
+
+def _has_head(config):
+    from dplora_jax.models import pretrained
+
+    if config.objective == "auto":
+        return pretrained.model_type(config.model) == "bert"
+    return config.objective == "classifier"
 
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        cells, out = parse(sys.argv[1:] if argv is None else argv)
-        done = read(out)
-        missing = [cell for cell in cells if _key(cell[0]) not in {_key(line) for line in done}]
-        memo, programs = {}, {}
-        for number, (name, config) in enumerate(missing, 1):
-            line = name | outcome(config, memo, programs)
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            done.append(line)
-            print(f"{number} of {len(missing)}: {json.dumps(line)}", file=sys.stderr, flush=True)
+        cells, own = parse(argv)
+        missing = _missing(cells, own.out)
+        if own.parallel > 1 and own.worker is None:
+            _spread(argv, min(own.parallel, len(missing)))
+        else:
+            mine = (
+                cells if own.worker is None else cells[own.worker :: own.parallel]
+            )  # the same share, however many are done
+            _run([cell for cell in mine if cell in missing], own.out)
+        if own.worker is not None:
+            return 0
+        wanted = {key(cell.name) for cell in cells}
+        lines = [line for line in read(own.out) if key(line) in wanted]
+        if _missing(cells, own.out):
+            raise InputError("some cells did not finish: see what was printed above, and run the same command again.")
+        for suffix, text in (
+            (".md", sweep_report.markdown(lines)),
+            (".html", sweep_report.page(lines, cells[0].config, argv)),
+        ):
+            own.out.with_suffix(suffix).write_text(text, encoding="utf-8")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    wanted = {_key(name) for name, _ in cells}
-    print(table([line for line in done if _key(line) in wanted]))
+    print(sweep_report.table(lines))
     return 0
 
 
+class Own(NamedTuple):
+    """The sweep's own flags."""
+
+    out: pathlib.Path
+    parallel: int
+    worker: int | None
+
+
 def parse(argv):
-    """The command line (without the program's name) -> ([(the cell's name as a dict, RunConfig)], the file of finished cells)."""
+    """The command line (without the program's name) -> (list of Cell, Own)."""
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_multi_string("case", ["as given:"], "a name, a colon and flags of a run", flag_values=values)
     absl_flags.DEFINE_multi_string("vary", [], "FLAG=VALUE|VALUE|...", flag_values=values)
     absl_flags.DEFINE_list("seeds", ["1"], "seeds of noise, split and partition", flag_values=values)
+    absl_flags.DEFINE_boolean("controls", False, "add the controls that a table is read beside", flag_values=values)
+    absl_flags.DEFINE_integer("parallel", 1, "cells at a time", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_integer("worker", None, "which of --parallel this process is (set by itself)", flag_values=values)
     absl_flags.DEFINE_string("out", "sweep.jsonl", "file of finished cells, a line each", flag_values=values)
+    own = tuple(values)
     values, _ = flags.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
-    own = ("case", "vary", "seeds", "out")
-    kept = [part for part in _spaced(argv) if part.lstrip("-").partition("=")[0] not in own]
-    cells = []
-    for case, *chosen, seed in itertools.product(values.case, *map(_values, values.vary), values.seeds):
-        name, colon, more = case.partition(":")
+    kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
+    varied = [_values(spec) for spec in values.vary]
+    cases = [(case.partition(":"), False) for case in values.case]
+    if values.controls:
+        plain = flags.parse([*kept, *(f"--{flag}={value}" for flag, value in (choice[0] for choice in varied))])
+        cases += [((name, ":", more), bare) for name, (more, bare) in controls(plain).items()]
+    cells = {}
+    for ((name, colon, more), bare), *chosen, seed in itertools.product(cases, *varied, values.seeds):
         if not colon or not seed.isdigit():
-            raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
-        varied = [f"--{flag}={value}" for flag, value in chosen]
-        argv = [*kept, *varied, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"]
-        cells.append(({"case": name.strip(), **dict(chosen), "seed": int(seed)}, flags.parse(argv)))
-    return cells, pathlib.Path(values.out)
+            raise InputError(f"--case={name} needs NAME: and flags, and --seeds={seed} whole numbers.")
+        asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in chosen]
+        words = [f"--{flag}={value}" for flag, value in asked if value != ANY]
+        config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"])
+        named = {"case": name.strip(), **dict(asked), "seed": int(seed)}
+        cells[key(named)] = Cell(named, config, 0 if bare and name == BASE else config.rounds)
+    return list(cells.values()), Own(pathlib.Path(values.out), values.parallel, values.worker)
 
 
 def _spaced(argv):
@@ -87,9 +153,14 @@ def _values(spec):
     return [(flag, value) for value in values.split("|")]
 
 
-def _key(line):
+def key(line):
     """What tells a cell from others: all that names it."""
-    return json.dumps({k: v for k, v in sorted(line.items()) if k not in (*METRICS, "epsilon_max", "seconds")})
+    return json.dumps({k: v for k, v in sorted(line.items()) if k not in OUTCOME})
+
+
+def _missing(cells, path):
+    done = {key(line) for line in read(path)}
+    return [cell for cell in cells if key(cell.name) not in done]
 
 
 def read(path):
@@ -103,52 +174,65 @@ def read(path):
     return lines
 
 
-def outcome(config, memo, programs):
-    """The public metrics after the last round of `config`. `memo` keeps what frozen layers made of a table, and `programs`
+def _run(cells, out):
+    memo, programs = {}, {}
+    for number, cell in enumerate(cells, 1):
+        line = cell.name | outcome(cell, memo, programs)
+        with open(
+            out, "a", encoding="utf-8"
+        ) as file:  # a line is written at once, so that processes may share the file
+            torn = out.stat().st_size and not out.read_bytes().endswith(b"\n")
+            file.write("\n" * torn + json.dumps(line) + "\n")
+        print(f"{number} of {len(cells)}: {json.dumps(line)}", file=sys.stderr, flush=True)
+
+
+def _spread(argv, count):
+    """Run `count` workers, each on its own devices: one of the visible accelerators each, else its share of the cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    command = [sys.executable, "-m", "experiments.sweep", *argv, f"--parallel={count}"]
+    workers = []
+    for index in range(count):
+        visible = {name: _nth(os.environ.get(name), index) for name in DEVICES}
+        worker = subprocess.Popen([*command, f"--worker={index}"], env=os.environ | visible)
+        if len(cores) >= count and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+            os.sched_setaffinity(worker.pid, cores[index::count])
+        workers.append(worker)
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise InputError("a worker failed: see what it printed above; what is finished is kept.")
+
+
+def _nth(listed, index):
+    """The `index`-th of a comma-separated list of devices, or `index` itself where none is given."""
+    names = (listed or "").split(",")
+    return names[index % len(names)] if listed else str(index)
+
+
+def outcome(cell, memo, programs):
+    """The public metrics after the last round of `cell`. `memo` keeps what frozen layers made of a table, and `programs`
     compiled rounds, from cell to cell."""
     from dplora_jax.federation.round import make
     from dplora_jax.privacy import secrets
     from experiments import setup, trust_modes, unsaved
 
-    start = time.perf_counter()
+    start, config = time.perf_counter(), cell.config
     prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1), memo=memo)
-    like = (dataclasses.replace(config, seed=0, split_seed=0), prepared.federation.local, prepared.federation.rule)
-    if like not in programs:
-        programs.clear()  # one case at a time
-        programs[like] = make(prepared.federation, prepared.mesh)
-    held = secrets.from_seed(config.seed, trust_modes.parties(config))
-    state = unsaved.train(config, prepared, held, programs[like])
-    found = prepared.evaluate(state)
+    state = prepared.state
+    if cell.rounds:
+        like = (dataclasses.replace(config, seed=0, split_seed=0), prepared.federation.local, prepared.federation.rule)
+        if like not in programs:
+            programs.clear()  # one case at a time
+            programs[like] = make(prepared.federation, prepared.mesh)
+        held = secrets.from_seed(config.seed, trust_modes.parties(config))
+        state = unsaved.train(config, prepared, held, programs[like])
+    found = prepared.evaluate(state, ends=True)
     spent = max(client["epsilon"] for client in prepared.facts["clients"])
-    return {name: found[name] for name in METRICS} | {
+    return {
+        "metrics": {name: value for name, value in found.items() if isinstance(value, int | float)},
         "epsilon_max": spent if config.private else "inf",
+        "bytes_up_per_client": cell.rounds * prepared.facts["communication"]["bytes_up_per_client_per_round"],
         "seconds": round(time.perf_counter() - start, 1),
     }
-
-
-def table(lines):
-    """A Markdown table: a row a case, two columns for each choice of varied flags, mean ± standard deviation over seeds."""
-    names = (
-        [name for name in lines[0] if name not in ("case", "seed", *METRICS, "epsilon_max", "seconds")] if lines else []
-    )
-    columns = list(dict.fromkeys(tuple(line[name] for name in names) for line in lines))
-    cases = list(dict.fromkeys(line["case"] for line in lines))
-    titles = [", ".join(f"{n} {v}" for n, v in zip(names, column, strict=True)) for column in columns]
-    header = [f"{title} {metric}".strip().replace("_", " ") for title in titles for metric in METRICS]
-    rows = [["case", *header], ["---"] * (1 + len(header))]
-    for case in cases:
-        own = [
-            [ln for ln in lines if ln["case"] == case and tuple(ln[n] for n in names) == column] for column in columns
-        ]
-        rows.append([case, *(_spread([ln[metric] for ln in found]) for found in own for metric in METRICS)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _spread(values):
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A sweep runs each cell once, goes on where it was, and says means and deviations over seeds."""
 
+import collections
 import json
+import math
 
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import flags, run, sweep
+from experiments import flags, run, sweep, sweep_report
 
 
 @pytest.fixture
@@ -21,45 +23,96 @@ def command(tiny_bert, finance_table, tmp_path):
 def test_cells_are_the_product_of_cases_values_and_seeds(command):
     cells, _ = sweep.parse(command)
     assert len(cells) == 8
-    assert {(c.aggregation, c.trust, c.seed, c.split_seed) for _, c in cells} == {
+    assert {(c.aggregation, c.trust, c.seed, c.split_seed) for _, c, _ in cells} == {
         (a, t, s, s) for a in ("fedavg", "fedex") for t in ("local", "none") for s in (1, 2)
     }
 
 
+def test_controls_without_privacy_are_run_once_for_all_budgets(command):
+    cells, _ = sweep.parse([*command, "--controls", "--vary=rank=2|4"])
+    plain = [cell for cell in cells if cell.name["case"] not in ("FedAvg", "exact")]
+    counts = collections.Counter(cell.name["case"] for cell in plain)
+    assert counts == {
+        "base model": 4, "no privacy": 4, "clipped, no noise": 4, "all data in one client": 8, "one client alone": 8,
+        "head alone": 8,
+    }  # fmt: skip
+    by_case = {cell.name["case"]: cell for cell in plain if cell.name["rank"] == "4"}
+    assert by_case["base model"].rounds == 0
+    assert by_case["no privacy"].config.clip_norm == math.inf
+    assert (by_case["clipped, no noise"].config.clip_norm, by_case["clipped, no noise"].config.trust) == (1, "none")
+    pooled, alone = by_case["all data in one client"].config, by_case["one client alone"].config
+    assert (pooled.clients, pooled.expected_batch_size) == (1, 16)
+    assert (alone.clients, alone.parties, alone.expected_batch_size) == (1, 2, 8)
+    assert by_case["head alone"].config.head_only
+
+
 def test_finished_cells_are_not_run_again_and_a_torn_line_is(command, tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(sweep, "outcome", lambda config, memo, programs: ran.append(config) or told(config))
+    monkeypatch.setattr(sweep, "outcome", lambda cell, memo, programs: ran.append(cell) or told(cell))
     assert sweep.main(command) == 0
     out = tmp_path / "cells.jsonl"
     lines = out.read_text().splitlines()
     assert (len(ran), len(lines)) == (8, 8)
-    out.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20] + "\n")
+    out.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
     assert sweep.main(command) == 0
     assert len(ran) == 9
     table = capsys.readouterr().out.strip().splitlines()[-4:]
     assert (
-        table[0] == "| case | epsilon 8 accuracy | epsilon 8 macro f1 | epsilon inf accuracy | epsilon inf macro f1 |"
+        table[0] == "| case | epsilon 8 accuracy | epsilon 8 macro-F1 | epsilon inf accuracy | epsilon inf macro-F1 |"
     )
     assert table[2] == "| FedAvg | 0.150 ± 0.071 | 0.500 ± 0.000 | 0.150 ± 0.071 | 0.500 ± 0.000 |"
+    assert (tmp_path / "cells.md").read_text().splitlines()[:4] == table
+    html = (tmp_path / "cells.html").read_text()
+    assert html.count("<svg") == 2
+    assert "NOT for release".lower() in html.lower()
+    assert "0.150 ± 0.071" in html
 
 
-def told(config):
-    return {"accuracy": config.seed / 10, "macro_f1": 0.5, "epsilon_max": 1.0, "seconds": 0.1}
+def test_a_case_without_a_budget_stands_at_every_budget(tmp_path):
+    lines = [
+        {"case": case, "epsilon": epsilon, "seed": seed, "metrics": {"accuracy": value}, "seconds": 1.0}
+        for case, epsilon, seed, value in (
+            ("FedAvg", "2", 1, 0.5), ("FedAvg", "2", 2, 0.7), ("FedAvg", "8", 1, 0.8), ("no privacy", "any", 1, 0.9),
+        )
+    ]  # fmt: skip
+    header, rows = sweep_report.cells(lines)
+    assert header == ["case", "epsilon 2 accuracy", "epsilon 8 accuracy"]
+    assert rows == [["FedAvg", "0.600 ± 0.141", "0.800"], ["no privacy", "0.900", "0.900"]]
+
+
+def told(cell):
+    found = {"accuracy": cell.config.seed / 10, "macro_f1": 0.5}
+    return {"metrics": found, "epsilon_max": 1.0, "bytes_up_per_client": 10, "seconds": 0.1}
 
 
 def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
     memo, programs = {}, {}
     cells, _ = sweep.parse(command)
-    for name, config in (cells[0], cells[6]):
-        found = sweep.outcome(config, memo, programs)
+    for cell in (cells[0], cells[6]):
+        name = cell.name
+        found = sweep.outcome(cell, memo, programs)
         more = ["--aggregation=fedex"] if name["case"] == "exact" else []
         plain = [word for word in command if not word.startswith(("--out", "--seeds", "--case", "--vary"))]
         folder = tmp_path / name["case"]
         seeds = [f"--epsilon={name['epsilon']}", f"--seed={name['seed']}", f"--split_seed={name['seed']}"]
         assert run.main([*plain, *more, *seeds, f"--workdir={folder}"]) == 0
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        assert (found["accuracy"], found["macro_f1"]) == (last["accuracy"], last["macro_f1"])
-        assert found["epsilon_max"] == last["epsilon_max"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
+        assert found["epsilon_max"] == lines[-1]["epsilon_max"]
+        if name["case"] == "FedAvg":
+            base = sweep.outcome(cell._replace(rounds=0), memo, programs)
+            assert base["metrics"] == {name: lines[0][name] for name in ("accuracy", "macro_f1")}
+
+
+def test_workers_share_the_cells_and_the_file(command, tmp_path):
+    """Two real processes; each writes its own cells into the one file, and a third start finds nothing to do."""
+    short = [word for word in command if not word.startswith("--case")] + ["--case=one:"]
+    assert sweep.main([*short, "--parallel=2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert len({sweep.key(line) for line in lines}) == len(lines) == 4
+    before = (tmp_path / "cells.jsonl").read_bytes()
+    assert sweep.main(short) == 0
+    assert (tmp_path / "cells.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -73,5 +126,5 @@ def test_what_makes_no_cells_is_refused(command, more, words):
 
 def test_options_of_two_words_are_understood(command):
     spaced = [part for word in command for part in word.split("=", 1)]
-    assert [config for _, config in sweep.parse(spaced)[0]] == [config for _, config in sweep.parse(command)[0]]
-    assert isinstance(sweep.parse(spaced)[0][0][1], flags.RunConfig)
+    assert [cell.config for cell in sweep.parse(spaced)[0]] == [cell.config for cell in sweep.parse(command)[0]]
+    assert isinstance(sweep.parse(spaced)[0][0].config, flags.RunConfig)

@@ -1,0 +1,180 @@
+"""What a sweep found, as tables and plots: means and standard deviations over seeds, cases against each varied flag."""
+
+import math
+import statistics
+
+from experiments.report_figures import SERIES, figure
+from experiments.report_text import STYLE, show, show_bytes, show_metric
+
+OUTCOME = (
+    "metrics",
+    "epsilon_max",
+    "bytes_up_per_client",
+    "seconds",
+)  # of a line: what it found; the rest names its cell
+ANY = "any"  # the value of a flag that a case does not depend on
+MOST_LINES = 8  # of a plot
+SHOWN = ("accuracy", "macro_f1", "perplexity", "token_f1", "rouge_l")  # first, where a line has them
+
+
+def metrics(lines):
+    """The names of all metrics of `lines`, the usual ones first."""
+    names = list(dict.fromkeys(name for line in lines for name in line["metrics"]))
+    return [name for name in SHOWN if name in names] + [name for name in names if name not in SHOWN]
+
+
+def varied(lines):
+    """The flags that name `lines` beside case and seed."""
+    return [name for name in lines[0] if name not in ("case", "seed", *OUTCOME)] if lines else []
+
+
+def columns(lines):
+    """The choices of varied flags that `lines` have, as tuples in the order of `varied`."""
+    names = varied(lines)
+    found = dict.fromkeys(tuple(line[name] for name in names) for line in lines)
+    settled = [column for column in found if ANY not in column]
+    return settled or list(found)
+
+
+def of(lines, case, column, metric):
+    """The values over seeds of `case` at `column`; a case that does not depend on a flag has its value everywhere."""
+    names = varied(lines)
+    return [
+        line["metrics"][metric]
+        for line in lines
+        if line["case"] == case
+        and metric in line["metrics"]
+        and all(line[name] in (value, ANY) for name, value in zip(names, column, strict=True))
+    ]
+
+
+def cells(lines):
+    """(the header, the rows) of the table, as text: a row a case, a column for each metric of each choice of varied flags."""
+    names, found = varied(lines), columns(lines)
+    titles = [", ".join(f"{n} {v}" for n, v in zip(names, column, strict=True)) for column in found]
+    header = ["case", *(f"{title} {show_metric(m)}".strip() for title in titles for m in metrics(lines))]
+    rows = [
+        [case, *(spread(of(lines, case, column, metric), metric) for column in found for metric in metrics(lines))]
+        for case in dict.fromkeys(line["case"] for line in lines)
+    ]
+    return header, rows
+
+
+def table(lines):
+    """The table of `cells` in Markdown."""
+    header, rows = cells(lines)
+    rows = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(values, metric=""):
+    """Mean ± standard deviation of `values`; nothing of none, and of one no deviation."""
+    if not values:
+        return ""
+    digits = 2 if "perplexity" in metric else 3
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def markdown(lines):
+    """The table, and what the cells cost."""
+    seeds = sorted({line["seed"] for line in lines})
+    return f"{table(lines)}\n\nMeans ± standard deviations over seeds {', '.join(map(str, seeds))}.\n"
+
+
+def _axis(name, values):
+    """(numbers, labels or None) of a flag's values on an axis; inf stands one step beyond the largest."""
+    numbers = [_number(value) for value in values]
+    if any(number is None for number in numbers):
+        return list(range(len(values))), values
+    finite = sorted(n for n in numbers if math.isfinite(n))
+    if len(finite) == len(numbers):
+        return numbers, None
+    step = finite[-1] - finite[-2] if len(finite) > 1 else 1.0
+    return [n if math.isfinite(n) else finite[-1] + step for n in numbers], [f"{v}".replace("inf", "∞") for v in values]
+
+
+def _number(value):
+    text = str(value).rpartition(":")[2] if ":" in str(value) else value
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def plots(lines):
+    """A figure of each usual metric against each varied flag, the others held at their first value; error bars over seeds."""
+    names, found, made = varied(lines), columns(lines), []
+    cases = list(dict.fromkeys(line["case"] for line in lines))[:MOST_LINES]
+    for index, name in enumerate(names):
+        line_of = [c for c in found if all(c[i] == found[0][i] for i in range(len(names)) if i != index)]
+        if len(line_of) < 2:
+            continue
+        for metric in (m for m in SHOWN if any(m in line["metrics"] for line in lines)):
+            held = ", ".join(f"{n} {v}" for i, (n, v) in enumerate(zip(names, found[0], strict=True)) if i != index)
+            caption = f"Mean and standard deviation over seeds{f', at {held}' if held else ''}."
+            draw = _errors(lines, cases, line_of, index, metric)
+            title = f"{show_metric(metric)} against {name}"
+            made.append(figure(f"sweep-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name))
+    return made
+
+
+def _errors(lines, cases, line_of, index, metric):
+    values = [column[index] for column in line_of]
+
+    def draw(axes):
+        places, labels = _axis("", values)
+        if labels is None and min(places) > 0 and max(places) / min(places) >= 100:
+            axes.set_xscale("log")
+        for number, case in enumerate(cases):
+            held = [of(lines, case, column, metric) for column in line_of]
+            at = [(x, v) for x, v in zip(places, held, strict=True) if v]
+            if not at:
+                continue
+            x, kept = zip(*at, strict=True)
+            means = [statistics.mean(v) for v in kept]
+            bars = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in kept]
+            style = "o-" if number < len(SERIES) else "s:"
+            colour = SERIES[number % len(SERIES)]
+            axes.errorbar(x, means, bars, fmt=style, color=colour, linewidth=2, markersize=4.2, capsize=3)
+        if labels is not None:
+            axes.set_xticks(places, labels)
+
+    return draw
+
+
+def body(lines):
+    """Plots and table as HTML."""
+    header, rows = cells(lines)
+    top = "".join(f'<th scope="col">{show(cell)}</th>' for cell in header)
+    inner = "".join(
+        f'<tr><th scope="row">{show(row[0])}</th>{"".join(f"<td>{show(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    drawn = f'<div class="figures">{"".join(plots(lines))}</div>'
+    return (
+        f'{drawn}<div class="box" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{inner}</tbody></table></div>'
+    )
+
+
+def page(lines, config, argv):
+    """A whole page: what was varied, the plots, the table, and how to repeat it."""
+    title = f"{show(config.model)} on {show(config.dataset)}: a sweep"
+    command = show("python -m experiments.sweep " + " ".join(_quoted(word) for word in argv))
+    sent = sorted({line["bytes_up_per_client"] for line in lines if line.get("bytes_up_per_client")})
+    facts = [f"{len(lines)} cells", f"seeds {', '.join(map(str, sorted({line['seed'] for line in lines})))}"]
+    facts += [f"{show_bytes(sent[0])} to {show_bytes(sent[-1])} sent by a client"] if sent else []
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title><style>{STYLE}</style></head><body><main>
+<header><p class="kicker">Federated private LoRA</p><h1>{title}</h1><p class="soft">{show(" · ".join(facts))}</p></header>
+<div class="band care" role="note"><b>Not for release.</b> Every cell is seeded, so that its noise can be made again.</div>
+<section><h2>What was found</h2>{body(lines)}</section>
+<section><h2>How to repeat it</h2><pre class="box" tabindex="0"><code>{command}</code></pre></section>
+</main></body></html>
+"""
+
+
+def _quoted(word):
+    return f"'{word}'" if any(c in word for c in " |:") else word
