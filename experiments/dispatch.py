@@ -15,7 +15,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import causes, draws, participants, processes, streaming, workdir
+from experiments import causes, draws, participants, processes, streaming, tensorboard, workdir
 
 
 def restore(job):
@@ -216,9 +216,16 @@ def commit(job, done, state, lines, shown, begun):
     if not processes.primary():
         return
     job.ledger.commit(*begun)
-    workdir.write_metrics(job.folder, lines)
+    show_metrics(job, lines)
     if shown[0] is not None:
         _write_diagnostics(job, begun[0], shown[0])
+
+
+def show_metrics(job, lines):
+    """Release the metrics `lines`, also to TensorBoard where that is asked for."""
+    workdir.write_metrics(job.folder, lines)
+    if job.config.tensorboard:
+        tensorboard.write(job.folder)
 
 
 def _write_diagnostics(job, rounds, shown):

@@ -104,7 +104,7 @@ def _ranges(config, trust, budget, sigma):
     for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
         value = getattr(config, name)
         yield value is None or value >= 1, f"--{name}={value} must be 1 or more."
-    for name in ("microbatch", "last_layers", "records", "test_records", "benchmark_records", "new_tokens"):
+    for name in ("microbatch", "last_layers", "train_records", "test_records", "benchmark_records", "new_tokens"):
         yield (
             getattr(config, name) is None or getattr(config, name) >= 1,
             f"--{name}={getattr(config, name)} must be 1 or more.",

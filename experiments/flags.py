@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     "benchmarks_dir",
     "benchmark_records",
     "private_diagnostics",
+    "tensorboard",
     "wave",
     "stream",
     "microbatch",
@@ -70,7 +71,7 @@ class RunConfig:
         None, "share of the table held out as the test set; giving it declares that share public"
     )
     split_seed: int = flag(0, "seed of the test split and of the simulated partition")
-    records: int | None = flag(None, "use so many of the training records, drawn by --split_seed; default: all")
+    train_records: int | None = flag(None, "use so many of the training records, drawn by --split_seed; default: all")
     test_records: int | None = flag(
         None, "evaluate on so many of the test records, drawn by --split_seed; default: all"
     )
@@ -193,6 +194,9 @@ class RunConfig:
     cache_frozen: bool = flag(True, "run the layers below the adapted ones once for each record, not at each step")
     seed: int | None = flag(None, "makes the run reproducible, noise included: its outputs are NOT for release")
     private_diagnostics: bool = flag(False, "write exact losses, clip fractions and sampled counts into private/")
+    tensorboard: bool = flag(
+        False, "write the public metrics for TensorBoard too, into the workdir (extra: tensorboard)"
+    )
     workdir: str | None = flag(None, "where everything goes; default: runs/<flagfile's name>")
 
     @property
@@ -273,9 +277,11 @@ def _find_flagfiles(argv):
         if option.lstrip("-") == "flagfile" and option.startswith("-"):
             value = value if equals else next(spaced, "")
             path = pathlib.Path(value)
-            path = path if path.is_file() else SHIPPED / value
+            path = next((p for p in (path, SHIPPED / value, SHIPPED / "flagfiles" / value) if p.is_file()), path)
             if not value or not path.is_file():
-                shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*.flags")))
+                shipped = ", ".join(
+                    sorted(p.name for p in (*SHIPPED.glob("*.flags"), *SHIPPED.glob("flagfiles/*.flags")))
+                )
                 raise InputError(f"flagfile {value!r} is neither here nor among the shipped ones ({shipped}).")
             arg, name = f"--flagfile={path}", path.stem
         out.append(arg)

@@ -45,13 +45,14 @@ KNOWN = {
 
 
 class NoWeights(NamedTuple):
-    """Stands for a checkpoint of which only config.json is known: it is taken to hold all that its model could have."""
+    """Stands for a checkpoint of which only config.json is known: it is taken to hold all that its model could have, but no
+    matrix that the published code shares with another (ChatGLM-6B's output)."""
 
     directory: pathlib.Path
 
     def has(self, name):
-        """Whether there is such a tensor: so an output matrix, or a pooler, of its own counts."""
-        return True
+        """Whether there is such a tensor: a pooler counts."""
+        return name != "lm_head.weight"
 
 
 DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers

@@ -24,7 +24,7 @@ def deal(config):
         dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
         label_column=config.label_column, prompt_column=config.prompt_column, answer_column=config.answer_column,
         group_column=partition.group_column(config.partition), labels=names, test_fraction=config.test_fraction,
-        split_seed=config.split_seed, records=config.records, test_records=config.test_records,
+        split_seed=config.split_seed, train_records=config.train_records, test_records=config.test_records,
     )  # fmt: skip
     need_test = config.eval_every > 0
     if config.partition == partition.FOLDERS:

@@ -1,39 +1,25 @@
 """The page that tells a run: its utility, what privacy it cost, what was sent, and how to repeat it.
 
-    python -m experiments.report runs/finance
+    python -m experiments.report runs/finance [--sweep=sweep.jsonl]
 
-reads the workdir's public files, `config.json`, `metrics.jsonl` and the ledger, and writes `report.html` beside them: one file
-that needs no network, no script and no font. The same files give the same bytes.
+reads the workdir's public files, `config.json`, `metrics.jsonl` and the ledger, the audit in `runs/finance-audit` if there is
+one, and the finished cells of a sweep if one is named, and writes `report.html` beside them: one file that needs no network, no
+script and no font; and `report.md`. The same files give the same bytes.
 """
 
 import html
 import json
 import math
 import pathlib
-import statistics
 import sys
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger
+from experiments import ledger, report_markdown
 from experiments.report_figures import by_metric, figures
+from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, as_epsilon, show, show_bytes, show_metric
-from experiments.summary import sent_uploads
-
-CLIENT_COLUMNS = {
-    "client": "client",
-    "records": "records (n)",
-    "sampling_rate": "sampling_rate (q)",
-    "capacity": "capacity",
-    "noise_multiplier": "noise_multiplier (σ)",
-    "epsilon": "epsilon",
-    "weight": "weight",
-    "rounds": "rounds taken part in",
-    "bytes_up": "bytes up a round",
-}
-VARIED = ("rounds", "bytes_up")  # shown where clients differ
-MOST_CLIENTS, FIRST_CLIENTS = 50, 20
 
 
 def _read(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
@@ -124,69 +110,6 @@ def _bands(config: dict, rows: list[dict], private: bool, broken: str) -> str:
     return "".join(f'<div class="band {kind}" role="note">{text}</div>' for kind, text in bands)
 
 
-def _table(head: list[str], body: list[list[str]], foot: list[list[str]] = ()) -> str:
-    """A table in its own scrolling box; every cell is HTML already."""
-
-    def line(cells):
-        return f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>'
-
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    top = f"<thead><tr>{top}</tr></thead>" if head else ""
-    end = f"<tfoot>{''.join(map(line, foot))}</tfoot>" if foot else ""
-    kind = "" if head else ' class="words"'
-    return (
-        f'<div class="box" tabindex="0"><table{kind}>{top}<tbody>{"".join(map(line, body))}</tbody>{end}</table></div>'
-    )
-
-
-def _charged(clients: list[dict], rows: list[dict]) -> list[dict]:
-    """The clients with the epsilon that they have spent by the last round, in place of the one that was planned."""
-    spent = (rows[-1].get("epsilon") or []) if rows and rows[-1].get("round") else []
-    return (
-        [client | {"epsilon": value} for client, value in zip(clients, spent, strict=True)]
-        if len(spent) == len(clients)
-        else clients
-    )
-
-
-def _clients(clients: list[dict]) -> str:
-    """A row per client, or the first ones and the spread of all."""
-    names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
-    shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
-    body = [[show(client.get(name), name) for name in names] for client in shown]
-    foot, words = [], ""
-    if len(shown) < len(clients):
-        words = (
-            f"<p class='soft'>The first {len(shown)} of {len(clients):,} clients; min, median and max are over all.</p>"
-        )
-        for title, of in (("min", min), ("median", statistics.median), ("max", max)):
-            foot.append([title])
-            for name in names[1:]:
-                values = [as_epsilon(v) if name == "epsilon" else v for v in (client.get(name) for client in clients)]
-                values = [v for v in values if isinstance(v, (int, float))]
-                foot[-1].append(show(of(values) if values else None, name))
-    return _table([CLIENT_COLUMNS[name] for name in names], body, foot) + words
-
-
-def _communication(config: dict, rows: list[dict], sent: dict) -> str:
-    """What travels, beside what full fine-tuning would send."""
-    up, full = sent.get("bytes_up_per_client_per_round"), sent.get("full_bytes_per_client_per_round")
-    down, times = sent.get("bytes_down_per_client_per_round"), (rows[-1]["round"] if rows else 0)
-    clients = config.get("clients") or 0
-    uploads = sent_uploads(rows, clients)
-
-    def total(count):
-        return show_bytes(count * uploads) if count is not None else "unknown"
-
-    body = [
-        ["parameters trained and sent", show(sent.get("adapter_parameters")), show(sent.get("full_parameters"))],
-        ["bytes up, per client and round", show_bytes(up), show_bytes(full)],
-        ["bytes down, per client and round", show_bytes(down), show_bytes(full)],
-        [f"bytes up, {uploads:,} uploads in {times} rounds", total(up), total(full)],
-    ]
-    return _table(["what travels", "adapter (this run)", "full fine-tuning"], body)
-
-
 def _ledger(workdir: pathlib.Path) -> tuple[str, bool]:
     """What the ledger says, and whether it holds; nothing where there is none yet."""
     if not (workdir / FILE).exists():
@@ -231,14 +154,20 @@ def _repeat(rows: list[dict], told: dict) -> str:
             ]
         )
     command = f'<pre class="box" tabindex="0"><code>{show(told["command"])}</code></pre>' if told.get("command") else ""
-    return command + (_table([], words) if words else "")
+    return command + (table([], words) if words else "")
 
 
-def _page(config: dict, rows: list[dict], said: str, holds: bool) -> str:
+def _private(config: dict, rows: list[dict]) -> bool:
+    """Whether the run has any guarantee."""
+    private = config.get("trust") != "none" and (config.get("federation") or {}).get("release") is not None
+    return private and (not rows or math.isfinite(as_epsilon(rows[-1].get("epsilon_max"))))
+
+
+def _page(config: dict, rows: list[dict], said: str, holds: bool, audit: str, sweep: str) -> str:
     """The whole page as HTML; `said` is what the ledger says, and `holds` whether it does."""
-    told = config.get("federation") or {}
-    private = config.get("trust") != "none" and told.get("release") is not None
-    private = private and (not rows or math.isfinite(as_epsilon(rows[-1].get("epsilon_max"))))
+    told, private = config.get("federation") or {}, _private(config, rows)
+    sent = communication(config, rows, told.get("communication") or {})
+    sent += against_rank(config.get("rounds") or 1, config.get("rank") or 0, _targets(config))
     model, dataset = show(config.get("model")), show(config.get("dataset"))
     title, heading = f"{model} on {dataset}", f"<span>{model}</span> on <span>{dataset}</span>"
     data = told.get("data") or {}
@@ -252,11 +181,13 @@ def _page(config: dict, rows: list[dict], said: str, holds: bool) -> str:
     sections = [
         ("Utility and what it cost", figures(config, rows, private)),
         ("What the guarantee says", _guarantee(config, rows, told, private, said)),
-        ("Clients", _clients(_charged(told.get("clients") or [], rows))),
-        ("Communication", _communication(config, rows, told.get("communication") or {})),
+        ("What an attack found", audit if private else ""),
+        ("Many runs", sweep),
+        ("Clients", clients_table(charged(told.get("clients") or [], rows))),
+        ("Communication", sent),
         ("Method", _list(told.get("method") or [])),
         ("How to repeat it", _repeat(rows, told)),
-        ("Configuration", f"<details><summary>Every flag ({len(flags)})</summary>{_table([], flags)}</details>"),
+        ("Configuration", f"<details><summary>Every flag ({len(flags)})</summary>{table([], flags)}</details>"),
     ]
     body = "".join(f"<section><h2>{name}</h2>{text}</section>\n" for name, text in sections if text)
     return f"""<!DOCTYPE html>
@@ -271,21 +202,41 @@ def _page(config: dict, rows: list[dict], said: str, holds: bool) -> str:
 """
 
 
-def write(workdir: pathlib.Path) -> pathlib.Path:
-    """Write `workdir/report.html` whole or not at all, and return its path. Raises InputError for a broken workdir."""
+def _targets(config: dict) -> tuple:
+    return tuple(name.strip() for name in str(config.get("targets") or "").split(",") if name.strip())
+
+
+def write(workdir: pathlib.Path, sweep: pathlib.Path | None = None) -> pathlib.Path:
+    """Write `workdir/report.html` and `report.md`, each whole or not at all, and return the page's path. Raises InputError for a
+    broken workdir, or a `sweep` (finished cells of `experiments.sweep`) that is not there."""
     workdir = pathlib.Path(workdir)
-    page = _page(*_read(workdir), *_ledger(workdir))
+    (config, rows), (said, holds), (found, words) = _read(workdir), _ledger(workdir), audits(workdir)
+    page = _page(config, rows, said, holds, found, _sweep(sweep))
     path = workdir / "report.html"
     replace_durably(path, page)
+    replace_durably(workdir / "report.md", report_markdown.text(config, rows, _private(config, rows), said, words))
     return path
+
+
+def _sweep(path: pathlib.Path | None) -> str:
+    if path is None:
+        return ""
+    from experiments import sweep, sweep_report
+
+    lines = sweep.read(pathlib.Path(path))
+    if not lines:
+        raise InputError(f"--sweep={path} holds no finished cell: give the file that experiments.sweep wrote (--out).")
+    return sweep_report.body(lines)
 
 
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
     try:
-        if len(arguments) != 1:
-            raise InputError("Give one workdir: python -m experiments.report WORKDIR.")
-        print(write(pathlib.Path(arguments[0])))
+        sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
+        folders = [word for word in arguments if not word.startswith("--sweep=")]
+        if len(folders) != 1 or len(sweeps) > 1:
+            raise InputError("Give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
+        print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -202,13 +202,13 @@ def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import model_card, processes, released, report, summary, workdir
+    from experiments import dispatch, model_card, processes, released, report, summary
 
     p, lines = job.prepared, _settled(job, done, state, lines)
     parts = released.fetched(job.config, p.params, state)
     if not processes.primary():
         return
-    workdir.write_metrics(job.folder, lines)
+    dispatch.show_metrics(job, lines)
     model, base = p.model, pretrained.hub_id(job.config.model)
     released.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
     for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder)):

@@ -16,7 +16,18 @@ from dplora_jax.data import encoding
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import secrets
-from experiments import causes, facts, objective, processes, program, public_tests, records, streaming, trust_modes
+from experiments import (
+    causes,
+    facts,
+    objective,
+    processes,
+    program,
+    public_tests,
+    records,
+    streaming,
+    tensorboard,
+    trust_modes,
+)
 
 CHUNK = 128  # rows at a time through the frozen layers
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -44,6 +55,8 @@ def prepare(config, stored=None, memo=None):
     """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
     mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call. Raises InputError."""
     processes.at("reading the base model and the records")
+    if config.tensorboard:
+        tensorboard.check()
     dealt = records.deal(config)
     corpus = dealt.corpus
     labels = len(corpus.label_names) if objective.kind(config, corpus.task) == objective.CLASSIFIER else None

@@ -30,7 +30,7 @@ class Source:
     labels: tuple[str, ...] | None = None
     test_fraction: float | None = None
     split_seed: int = 0
-    records: int | None = None
+    train_records: int | None = None
     test_records: int | None = None
     seed: int = 0
 
@@ -47,7 +47,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
 
     A benchmark without a test file is split at random by `test_fraction` (0.2 unless given) and `split_seed`. An
     own table is split only where `test_fraction` is given, which declares the part public. Labels of an own table come
-    from `labels`, else from the public test rows. `records` and `test_records` take so many of each part at random.
+    from `labels`, else from the public test rows. `train_records` and `test_records` take so many of each part at random.
 
     Raises:
       InputError: on an unknown dataset, flags that do not fit, a file or column that is missing or malformed, a label
@@ -65,7 +65,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
         only = " (only to evaluate on: --benchmarks)" if source.dataset in tasks.TASKS else ""
         raise InputError(f"--dataset={source.dataset} is unknown{only}; the known ones are {', '.join(DATASETS)}.")
     return corpus._replace(
-        train=records.some(corpus.train, source.records, source.split_seed),
+        train=records.some(corpus.train, source.train_records, source.split_seed),
         test=records.some(corpus.test, source.test_records, source.split_seed),
     )
 

@@ -58,11 +58,11 @@ def test_a_part_of_the_records_keeps_texts_answers_and_groups_together(tmp_path)
     lines(tmp_path, "train.jsonl", [{"q": f"q{i}", "a": f"a{i}", "ward": f"w{i}"} for i in range(20)])
     lines(tmp_path, "test.jsonl", [{"q": f"t{i}", "a": f"u{i}"} for i in range(9)])
     options = {"prompt_column": "q", "answer_column": "a", "group_column": "ward"}
-    corpus = load(Source("jsonl", str(tmp_path), records=7, test_records=4, **options))
+    corpus = load(Source("jsonl", str(tmp_path), train_records=7, test_records=4, **options))
     assert (len(corpus.train.texts), len(corpus.test.texts), len(corpus.train.labels)) == (7, 4, 7)
     for text, answer, group in zip(corpus.train.texts, corpus.train.answers, corpus.train.groups, strict=True):
         assert text[1:] == answer[1:] == group[1:]
-    other = load(Source("jsonl", str(tmp_path), records=7, split_seed=1, **options))
+    other = load(Source("jsonl", str(tmp_path), train_records=7, split_seed=1, **options))
     assert set(other.train.texts) != set(corpus.train.texts)
 
 

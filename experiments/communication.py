@@ -1,0 +1,73 @@
+"""What a client sends for each rank, exactly, from the shapes of published models: `python -m experiments.communication`.
+
+Prints a Markdown table of bytes a round and for a whole run, and how many times less that is than full fine-tuning, for the
+DP-LoRA paper's models (Liu et al., arXiv 2312.17493). No weights are needed.
+"""
+
+import functools
+import sys
+
+from absl import flags as absl_flags
+
+from dplora_jax.errors import InputError
+
+MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
+RANKS = (1, 4, 8, 16, 64, 256, 512)
+TARGETS = ("q", "v")
+BYTES = 4  # of a number that travels
+
+
+@functools.cache
+def parameters(model, targets=TARGETS):
+    """(trained for each unit of rank, in the whole model) of a known model, as exact counts."""
+    import jax
+
+    from dplora_jax import lora
+    from experiments import flags, plan_models
+
+    built, shapes = plan_models.build(flags.RunConfig(model=model), None)
+    config = lora.LoraConfig(1, 1.0, targets)
+    adapter = jax.eval_shape(lambda key, params: lora.init(key, built, params, config), jax.random.key(0), shapes)
+    return lora.count(adapter), lora.count(shapes)
+
+
+def rows(rounds, targets=TARGETS, models=MODELS, ranks=RANKS):
+    """A dict a model and rank: `bytes_round` and `bytes_run` that a client sends, the same of full fine-tuning, and the ratio."""
+    for model in models:
+        each, full = parameters(model, tuple(targets))
+        for rank in ranks:
+            sent = BYTES * rank * each
+            yield {
+                "model": model, "rank": rank, "bytes_round": sent, "bytes_run": rounds * sent, "full_round": BYTES * full,
+                "full_run": rounds * BYTES * full, "ratio": full / (rank * each),
+            }  # fmt: skip
+
+
+def main(argv=None):
+    """Run the command line `argv` (default: this process's) -> exit code."""
+    from experiments.report_text import show_bytes
+
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_integer("rounds", 50, "rounds of the run", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_list("targets", list(TARGETS), "matrices that are adapted", flag_values=values)
+    absl_flags.DEFINE_list("models", list(MODELS), "models by name", flag_values=values)
+    try:
+        rest = values(["communication", *(sys.argv[1:] if argv is None else argv)])[1:]
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+        found = list(rows(values.rounds, values.targets, values.models))
+    except (absl_flags.Error, InputError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(
+        f"| model | rank | up a round | up in {values.rounds} rounds | full fine-tuning, {values.rounds} rounds | times less |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in found:
+        sizes = " | ".join(show_bytes(row[name]) for name in ("bytes_round", "bytes_run", "full_run"))
+        print(f"| {row['model']} | {row['rank']} | {sizes} | {row['ratio']:,.4g} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The report of a run as Markdown, for a merge request or a wiki: the same facts as the page, without its plots."""
+
+import math
+
+from experiments.report_figures import by_metric
+from experiments.report_text import as_epsilon, show, show_bytes, show_metric
+from experiments.summary import sent_uploads
+
+MOST_ROUNDS = 12  # evaluated rounds that are listed
+MOST_CLIENTS = 20
+
+
+def _table(head, body):
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def text(config, rows, private, said, audit):
+    """The report, from what `report.py` reads: flags, rounds, whether there is any privacy, and the words of the ledger and of
+    the audit (each may be empty)."""
+    told = config.get("federation") or {}
+    data, sent = told.get("data") or {}, told.get("communication") or {}
+    parts = [f"# {config.get('model')} on {config.get('dataset')}", data.get("description") or ""]
+    if not private:
+        parts.append("**There is no privacy in this run.** Its uploads and its adapter may reveal any record.")
+    elif told["release"] != "for release":
+        parts.append(f"**{told['release']}**")
+    if data.get("synthetic"):
+        parts.append("**Synthetic data.** The metrics show that the program works, not how well a model does.")
+    parts += ["## Utility by round", _rounds(rows)]
+    parts += ["## What the guarantee says", *(f"- {line}" for line in told.get("trust") or [])]
+    parts += [told.get("accounting") or "", said, audit]
+    parts += ["## Clients", _clients(told.get("clients") or [], rows)]
+    uploads = sent_uploads(rows, config.get("clients") or 0)
+    up, full = (sent.get(f"{name}_per_client_per_round") for name in ("bytes_up", "full_bytes"))
+    if up and full:
+        parts += [
+            "## Communication",
+            f"Each client sends {show_bytes(up)} a round instead of {show_bytes(full)} for full fine-tuning; all uploads "
+            f"of the run together {show_bytes(uploads * up)} instead of {show_bytes(uploads * full)}.",
+        ]
+    parts += ["## Method", *(f"- {line}" for line in told.get("method") or [])]
+    parts += ["## How to repeat it", f"```sh\n{told.get('command') or ''}\n```"]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in (told.get("environment") or {}).items()))
+    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _rounds(rows):
+    found = by_metric(rows)
+    rounds = sorted({number for numbers, _, _ in found.values() for number in numbers})
+    step = max(1, math.ceil((len(rounds) - 1) / (MOST_ROUNDS - 1)))
+    rounds = sorted({*rounds[::step], *rounds[-1:]})
+    if not rounds:
+        return "No round was evaluated on test data."
+    spent = {row["round"]: show(row.get("epsilon_max"), "epsilon") for row in rows}
+    body = []
+    for number in rounds:
+        values = [dict(zip(numbers, of, strict=True)).get(number) for numbers, of, _ in found.values()]
+        body.append([str(number), spent[number], *("" if v is None else show(v, "metric") for v in values)])
+    return _table(["round", "epsilon", *map(show_metric, found)], body)
+
+
+def _clients(clients, rows):
+    spent = (rows[-1].get("epsilon") or []) if rows else []
+    body = []
+    for index, client in enumerate(clients[:MOST_CLIENTS]):
+        epsilon = spent[index] if len(spent) == len(clients) and rows[-1]["round"] else client.get("epsilon")
+        names = ("records", "sampling_rate", "noise_multiplier")
+        cells = [show(client.get(name)) for name in names]
+        body.append([str(client.get("client", index)), *cells, show(as_epsilon(epsilon), "epsilon")])
+    more = f"\n\nand {len(clients) - MOST_CLIENTS:,} more." if len(clients) > MOST_CLIENTS else ""
+    return _table(["client", "records", "sampling rate", "noise multiplier", "epsilon"], body) + more if body else ""
