@@ -51,13 +51,14 @@ class Prepared(NamedTuple):
     records: dict  # {client: digest of its records}, of this process's own clients
 
 
-def prepare(config, stored=None, memo=None):
+def prepare(config, stored=None, memo=None, dealt=None):
     """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
-    mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call. Raises InputError."""
+    mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call; `dealt` stands in for
+    the records that the flags name. Raises InputError."""
     processes.at("reading the base model and the records")
     if config.tensorboard:
         tensorboard.check()
-    dealt = records.deal(config)
+    dealt = dealt or records.deal(config)
     corpus = dealt.corpus
     labels = len(corpus.label_names) if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
     model, params = models.from_pretrained(config.model, config.dtype, labels, config.quantize)

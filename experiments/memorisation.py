@@ -1,0 +1,216 @@
+"""Secrets in one client's text: does the released adapter give them away? `python -m experiments.memorisation --flagfile=...`
+
+Canary sentences, each with a random number as its secret, are added to client 0's records; the federation is trained without
+privacy and as the flags say. Exposure is log2(candidates) - log2(the secret's rank among them by likelihood) (Carlini et al.
+2019, arXiv 1802.08232, section 4): its mean is about 1.4 bits for secrets that were never seen. Extraction writes on from the
+canary's beginning, greedily. Nothing of a run is saved but `memorisation.json` in a directory of its own. Exit codes: 0 done,
+2 bad input.
+
+Every copy of a canary is a record: a guarantee is for one of them, and c copies are protected by the rules of groups alone.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags as absl_flags
+
+from dplora_jax.errors import InputError
+from experiments import allocator, flags
+
+THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
+NAMES = (
+    "Ada Quist",
+    "Bram Oduya",
+    "Cleo Varga",
+    "Dario Lind",
+    "Esme Tarrant",
+    "Felix Okafor",
+    "Greta Moss",
+    "Hugo Brandt",
+)
+DIGITS = 6
+
+
+class Own(NamedTuple):
+    """The command's own flags."""
+
+    canaries: int
+    copies: int
+    candidates: int
+    seed: int
+    folder: str
+
+
+class Canary(NamedTuple):
+    """A sentence up to its secret, and the secret."""
+
+    beginning: str
+    secret: str
+
+
+def main(argv=None):
+    """Run the command line `argv` (default: this process's) -> exit code."""
+    from dplora_jax.privacy import chain
+    from experiments import workdir
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        config, own = parse(sys.argv[1:] if argv is None else argv)
+        with workdir.locked(own.folder) as folder:
+            if (folder / "config.json").exists():
+                raise InputError(f"--workdir={folder} holds a run: canaries need a directory of their own.")
+            lines = []
+            print(
+                f"{own.canaries} canaries, {own.copies} copies each; exposure at most {np.log2(own.candidates + 1):.1f} bits"
+            )
+            print(f"{'run':>14}{'exposure, mean':>16}{'largest':>9}{'extracted':>11}{'epsilon':>9}")
+            for name, line in results(config, own):
+                mean, most = np.mean(line["exposure"]), max(line["exposure"])
+                extracted = f"{sum(line['extracted'])} of {own.canaries}"
+                print(f"{name:>14}{mean:16.2f}{most:9.2f}{extracted:>11}{line['epsilon']:>9}", flush=True)
+                lines.append({"run": name, **line})
+            document = {"canaries": own.canaries, "copies": own.copies, "candidates": own.candidates, "runs": lines}
+            chain.replace_durably(folder / "memorisation.json", json.dumps(document, indent=1))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv):
+    """The command line (without the program's name) -> (RunConfig, Own). Raises InputError."""
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_integer(
+        "canaries", 8, "secrets in client 0's records", 1, len(NAMES) * len(THINGS), flag_values=values
+    )
+    absl_flags.DEFINE_integer("copies", 1, "records with each", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_integer(
+        "candidates", 999, "other secrets that each is ranked among", lower_bound=1, flag_values=values
+    )
+    absl_flags.DEFINE_integer("canary_seed", 1, "of the secrets and of the noise", lower_bound=0, flag_values=values)
+    values, name = flags.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
+    given = flags.raw(values)
+    config = flags.resolve(
+        dataclasses.replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries")
+    )
+    if not config.private:
+        raise InputError("a run with privacy is compared with one without: give --epsilon or --noise_multiplier.")
+    if config.partition == "folders":
+        raise InputError("canaries are added to a table that is dealt: give another --partition than folders.")
+    return config, Own(values.canaries, values.copies, values.candidates, values.canary_seed, config.workdir)
+
+
+def canaries(own):
+    """`own.canaries` canaries, their secrets drawn by `own.seed`."""
+    rng = np.random.default_rng(own.seed)
+    subjects = [(thing, name) for thing in THINGS for name in NAMES]
+    chosen = rng.permutation(len(subjects))[: own.canaries]
+    return [Canary("The {} of {} is".format(*subjects[index]), _secret(rng)) for index in chosen]
+
+
+def _secret(rng):
+    return " " + "".join(map(str, rng.integers(0, 10, DIGITS)))
+
+
+def with_canaries(dealt, found, copies):
+    """The Dealt in which client 0 has `copies` more records for each of `found`."""
+    from dplora_jax.data import records, tasks
+    from dplora_jax.data.records import Records
+
+    answers = dealt.corpus.task.kind == tasks.ANSWERS
+    texts = [c.beginning if answers else c.beginning + c.secret for c in found for _ in range(copies)]
+    extra = Records(
+        tuple(texts), np.zeros(len(texts), np.int32), None,
+        tuple(c.secret.strip() for c in found for _ in range(copies)) if answers else None,
+    )  # fmt: skip
+
+    def read(own):
+        table, places = dealt.read(own)
+        if 0 in places:
+            places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(texts))])}
+            table = records.together([table, extra])
+        return table, places
+
+    return dealt._replace(read=read)
+
+
+def results(config, own):
+    """(name, what was found) of the base model, of training without privacy, and of training as configured."""
+    from dplora_jax import models
+    from dplora_jax.data import tasks
+    from dplora_jax.privacy import secrets
+    from experiments import objective, records, released, setup, trust_modes, unsaved
+
+    bare = dataclasses.replace(
+        config, trust="none", epsilon=None, noise_multiplier=None, clip_norm=float("inf"), noise="independent"
+    )
+    found, tokenizer = canaries(own), models.load_tokenizer(config.model)
+    task = records.deal(config).corpus.task
+    if task.kind == tasks.LABELS or objective.kind(config, task) != objective.LANGUAGE_MODEL:
+        raise InputError(
+            f"--dataset={config.dataset} trains no language model on text or answers: there is nothing to memorise."
+        )
+    measure = None
+    for name, one in (("base model", None), ("no privacy", bare), ("as configured", config)):
+        settings = dataclasses.replace(one or bare, eval_every=0)
+        prepared = setup.prepare(settings, dealt=with_canaries(records.deal(settings), found, own.copies))
+        measure = measure or _measure(config, own, task, prepared, tokenizer, found)
+        adapter = released.adapter(settings, prepared.state)
+        if one is not None:
+            held = secrets.from_seed(own.seed, trust_modes.parties(settings))
+            adapter = released.adapter(settings, unsaved.train(settings, prepared, held))
+        spent = (
+            f"{max(c['epsilon'] for c in prepared.facts['clients']):.3f}"
+            if one is config
+            else "-"
+            if one is None
+            else "inf"
+        )
+        yield name, measure(adapter) | {"epsilon": spent}
+
+
+def _measure(config, own, task, prepared, tokenizer, found):
+    """A function of an adapter -> {"exposure": [C] bits, "extracted": [C] bool}."""
+    from dplora_jax import evaluation, generation
+    from dplora_jax.data import encoding, tasks
+
+    whole = dataclasses.replace(prepared.model, start=0)
+    rng = np.random.default_rng((own.seed, 1))
+    asked, answers = [], task.kind == tasks.ANSWERS
+    for canary in found:
+        others = [_secret(rng) for _ in range(own.candidates)]
+        prompt = task.ask({"prompt": canary.beginning, "answer": ""}).prompts[0] if answers else canary.beginning
+        asked.append(tasks.Asked((prompt,) * (own.candidates + 1), (canary.secret, *others)))
+    _, longest = encoding.most_tokens(
+        tokenizer, [one._replace(prompts=one.prompts[:1], answers=one.answers[:1]) for one in asked]
+    )
+    length = longest + DIGITS  # other secrets may take more tokens
+    table = encoding.all_answers(tokenizer, asked, length)
+    likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)
+    prompts = encoding.prompts(tokenizer, asked, length)
+
+    def measure(adapter):
+        nats = likelihoods(adapter).reshape(len(found), -1)
+        ranks = 1 + (nats[:, 1:] >= nats[:, :1]).sum(1)
+        written = generation.generate(
+            whole,
+            prepared.params,
+            prompts,
+            max_new_tokens=2 * DIGITS,
+            adapter=adapter,
+            pad_token=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(np.asarray(written), skip_special_tokens=True)
+        hits = [text.strip().startswith(c.secret.strip()) for text, c in zip(texts, found, strict=True)]
+        return {"exposure": (np.log2(own.candidates + 1) - np.log2(ranks)).tolist(), "extracted": hits}
+
+    return measure
+
+
+if __name__ == "__main__":
+    allocator.keep_freed_memory()
+    sys.exit(main())
