@@ -55,6 +55,10 @@ class RunConfig:
         "classifier: a head for the labels; language_model: the tokens of answers, of text, or of a label's word; auto: a "
         "classifier of BERT, else a language model",
     )
+    auto: bool = flag(
+        False,
+        "fill the flags that matter for utility, where not given, from public sizes and epsilon, and say what was chosen",
+    )
     dataset: str = flag(
         "finance_demo",
         "finance_demo, medical_demo, general_demo (embedded, synthetic); a public table by name (README.md, Tasks); or your own: "
@@ -235,6 +239,12 @@ def parse(argv):
     """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong."""
     values, flagfile = read(argv, flags.FlagValues(), "python -m experiments.run --flagfile=finance.flags [flags]")
     given = raw(values)
+    if given.auto:
+        from experiments import recipe  # here, since it reads the data
+
+        choices = recipe.for_run(given, {name for name in values if values[name].present})
+        print("--auto chose " + " ".join(f"--{name}={value}" for name, value in choices.items()))
+        given = dataclasses.replace(given, **choices)
     return resolve(dataclasses.replace(given, workdir=given.workdir or f"runs/{flagfile or given.dataset}"))
 
 

@@ -152,6 +152,13 @@ def test_what_clients_keep_and_who_takes_part_are_the_same_over_processes(starts
     assert max(finished[0][1:]) <= 3
 
 
+def test_streamed_records_are_the_same_over_processes(starts, alone):
+    """Each process sends its own clients' rows to its own devices."""
+    streamed = starts.run("streamed", 2, 2, "--seed=1", "--stream")
+    assert differences(alone, streamed) < 1e-6
+    assert ledger.main(["verify", str(streamed)]) == 0
+
+
 def test_diagnostics_of_all_clients_come_from_all_processes(two):
     lines = lines_of(two / "private" / "diagnostics.jsonl")
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))

@@ -1,0 +1,66 @@
+"""Settings that do well, from what is public: how many records each client has, how many clients, epsilon, and the objective.
+
+`--auto` fills with them whatever flags are not given, and says what it chose. Why, in short (BUILD_NOTES.md, The recipe):
+
+- Expected batches of a fifth of a client's records: less noise on the mean than smaller batches at the same epsilon; larger
+  ones cost time and gain little.
+- Thirty rounds, one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the noise in where training
+  ends depends on learning rate times rounds (the way gone) and hardly on either alone.
+- That way is as long as the noise allows: full where n_k epsilon sqrt(K) is ENOUGH or more, and shorter by its root below.
+- Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
+- The clip norm is near the gradients' own norms: a head's on pooled features are near 1; a language model's, of a mean over
+  tokens, near a tenth.
+- Momentum 0.9 at the server and an average of the released adapters, both free.
+"""
+
+import math
+import statistics
+
+from dplora_jax.errors import InputError
+
+SHARE = 0.2  # of a client's records, in an expected batch
+BATCHES = 8, 256  # the least and the most of that
+ENOUGH = 775 * 8 * math.sqrt(5)  # n_k epsilon sqrt(K), where the way need not be shortened
+COMMON = {
+    "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
+}  # fmt: skip
+BY_OBJECTIVE = {
+    "classifier": {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3},
+    "language_model": {"clip_norm": 0.1, "client_lr": 16.0, "head_lr": None, "last_layers": 6, "rounds": 20},
+}
+RATES = ("client_lr", "head_lr")
+
+
+def chosen(sizes, clients, epsilon, objective):
+    """{flag: value} for `clients` clients of `sizes` records each, at `epsilon` (None or inf: without privacy).
+
+    >>> chosen([775] * 5, 5, 8.0, "classifier")["expected_batch_size"]
+    155.0
+    """
+    records = statistics.median(sizes)
+    least, most = BATCHES
+    found = COMMON | BY_OBJECTIVE[objective]
+    found["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
+    if epsilon is not None and math.isfinite(epsilon):
+        way = min(1.0, math.sqrt(records * epsilon * math.sqrt(clients) / ENOUGH))
+        found |= {name: float(f"{found[name] * way:.3g}") for name in RATES if found[name] is not None}
+    return found
+
+
+def for_run(config, given):
+    """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
+    from experiments import flags, objective, records
+
+    if config.partition == "folders":
+        raise InputError(
+            "--auto reads how many records each client has, which with --partition=folders no process knows of all: give "
+            "--expected_batch_size and the learning rates."
+        )
+    if config.trust in ("distributed", "client"):
+        raise InputError(f"--auto knows what to set for --trust=local and none, not for --trust={config.trust}.")
+    dealt = records.deal(config)
+    _, places = dealt.read(range(config.clients))
+    sizes = [len(places[k]) for k in range(config.clients)]
+    epsilon = flags.number(config.epsilon, "epsilon")
+    found = chosen(sizes, config.clients, epsilon, objective.kind(config, dealt.corpus.task))
+    return {name: value for name, value in found.items() if name not in given}

@@ -1,0 +1,85 @@
+"""What --auto chooses: from public sizes alone, never over a flag that is given, and said."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import flags, recipe, run
+
+
+@pytest.fixture
+def command(tiny_bert, finance_table, tmp_path):
+    return [
+        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
+        "--max_length=8", "--clients=2", "--delta=1e-3", "--auto", "--last_layers=1", f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def test_less_to_hide_in_means_smaller_rates_and_enough_means_full_ones():
+    full = recipe.chosen([775] * 5, 5, 8.0, "classifier")
+    assert (full["client_lr"], full["head_lr"]) == (1.0, 8.0)
+    assert recipe.chosen([5000] * 5, 5, 8.0, "classifier")["client_lr"] == 1.0
+    quarter = recipe.chosen([775] * 5, 5, 2.0, "classifier")
+    assert quarter["client_lr"] == pytest.approx(0.5)
+    assert quarter["head_lr"] == pytest.approx(4.0)
+    assert recipe.chosen([775] * 5, 5, None, "classifier")["client_lr"] == 1.0
+    rates = [
+        recipe.chosen([n] * k, k, e, "classifier")["client_lr"]
+        for n, k, e in ((100, 5, 1.0), (200, 5, 1.0), (200, 5, 2.0))
+    ]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1]
+
+
+def test_batches_are_a_fifth_of_a_clients_records_and_no_more_than_the_smallest_has():
+    assert recipe.chosen([400, 500, 600], 3, 8.0, "classifier")["expected_batch_size"] == 100
+    assert recipe.chosen([5, 500, 600], 3, 8.0, "classifier")["expected_batch_size"] == 5
+    assert recipe.chosen([10_000], 1, 8.0, "classifier")["expected_batch_size"] == 256
+    assert recipe.chosen([20], 1, 8.0, "classifier")["expected_batch_size"] == 8
+
+
+def test_a_language_model_is_clipped_near_its_gradients_norms():
+    assert (
+        recipe.chosen([300] * 5, 5, 8.0, "language_model")["clip_norm"]
+        < recipe.chosen([300] * 5, 5, 8.0, "classifier")["clip_norm"]
+    )
+
+
+def test_what_is_given_stays_and_what_is_chosen_is_said(command, capsys):
+    config = flags.parse([*command, "--epsilon=2", "--rank=2", "--rounds=3"])
+    said = capsys.readouterr().out
+    assert said.startswith("--auto chose ")
+    assert (config.rank, config.rounds, config.last_layers) == (2, 3, 1)
+    assert "--rank" not in said
+    expected = recipe.chosen([30, 30], 2, 2.0, "classifier")
+    assert f"--client_lr={expected['client_lr']}" in said
+    for name in ("expected_batch_size", "client_lr", "head_lr", "clip_norm", "freeze_a", "ema"):
+        assert getattr(config, name) == expected[name]
+
+
+def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = (finance_table / "train.csv").read_text().splitlines()
+    (other / "train.csv").write_text("\n".join([rows[0], *rows[:0:-1][:30], *rows[1:31]]) + "\n")
+    (other / "test.csv").write_text((finance_table / "test.csv").read_text())
+    plain, changed = (flags.parse([*command, "--epsilon=8", f"--data_dir={d}"]) for d in (finance_table, other))
+    assert dataclasses.replace(changed, data_dir=plain.data_dir) == plain
+
+
+def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsys):
+    args = [*command, "--epsilon=8", "--rounds=2"]
+    assert run.main(args) == 0
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["ema"] == 0.8
+    assert run.main(args) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"), [("--partition=folders", "no process knows"), ("--trust=distributed", "--trust=distributed")]
+)
+def test_where_it_knows_nothing_it_says_so(command, more, words, capsys):
+    assert run.main([*command, "--epsilon=8", more]) == 2
+    assert words in capsys.readouterr().err
