@@ -8,7 +8,7 @@ import random
 from dplora_jax.data.drawing import between, pick, shuffled
 
 DESCRIPTION = "synthetic entries of a gazetteer made by a program: no place is real"
-COUNTS = {"train": 1600, "test": 120}
+COUNTS = {"train": 1000, "test": 120}
 _STARTS = (
     "Al", "Bran", "Cal", "Dun", "El", "Fair", "Glen", "Har", "Il", "Kil", "Lang", "Mar", "Nor", "Oak", "Port",
     "Rav", "Stan", "Thorn", "Ul", "West",

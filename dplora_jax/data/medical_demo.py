@@ -10,7 +10,7 @@ import random
 from dplora_jax.data.drawing import pick, shuffled
 
 DESCRIPTION = "synthetic medical questions and answers made by a program: no record is real, and none is advice"
-CONDITIONS = {"train": 400, "test": 30}  # with four questions each
+CONDITIONS = {"train": 250, "test": 30}  # with four questions each
 _STARTS = (
     "Bel", "Cor", "Dav", "Fen", "Gar", "Hol", "Jor", "Kel", "Lan", "Mor", "Nev", "Ost", "Pel", "Quil", "Ren",
     "Sav", "Tor", "Ulm", "Ves", "Wex", "Yar", "Zel",
