@@ -35,10 +35,10 @@ def _entry(rng):
     name = f"{pick(rng, _STARTS)}{pick(rng, _ENDS)}"
     year = between(rng, 1180, 1890)
     people = f"{between(rng, 1, 48)},{between(rng, 0, 999):03d}"
+    fact = pick(rng, (f"It has a population of {people}.", f"In {year}, {pick(rng, _EVENTS)}."))
     return name, (
         f"{name} is a {pick(rng, _KINDS)} in {pick(rng, _SIDES)} {pick(rng, _LANDS)}, on the river {pick(rng, _RIVERS)}. "
-        f"It has a population of {people}. In {year}, {pick(rng, _EVENTS)}. "
-        f"The town is known for {pick(rng, _TRADES)} and for {pick(rng, _SIGHTS)}."
+        f"{fact} It is known for {pick(rng, _TRADES)} and for {pick(rng, _SIGHTS)}."
     )
 
 
