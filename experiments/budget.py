@@ -85,7 +85,7 @@ def parse(argv):
     if plot and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
         raise InputError(f"--plot={plot} must name a .png, .svg or .pdf file in a directory that exists.")
     given = {name for name in (*UNKNOWNS, "clients") if values[name].present}
-    config = flags.raw(values)
+    config = flags.without_auto(flags.raw(values))
     numbers = {name: flags.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier")}
     given -= {name for name, value in numbers.items() if value is None}
     unknown = _unknown(values.solve, given)

@@ -60,10 +60,20 @@ class Subject(NamedTuple):
         return min(m.sampling_rate for m in self.mechanisms)
 
 
-def scaled(model, params):
-    """Cross-entropy times the record's own `scale`: 0 makes it the null record, a large one a record that is surely clipped."""
-    of_logits = lambda logits, batch: batch["scale"] * losses.classification_of_logits(logits, batch)  # noqa: E731
-    return losses.ModelLoss(model, params, of_logits)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(losses.ModelLoss):
+    """A loss times the record's own `scale`: 0 makes it the null record, a large one a record that is surely clipped."""
+
+    inner: Any = None
+
+    def __call__(self, adapter, batch):
+        return batch["scale"] * self.inner(adapter, batch)
+
+
+@functools.cache
+def scaled(loss):
+    """The run's own `loss` ((model, params) -> ModelLoss) with records' scales."""
+    return lambda model, params: Scaled(model, params, None, loss(model, params))
 
 
 def small(epsilon, delta=1e-5, clients=1200, records=2, rate=1.0, rounds=4):
@@ -82,7 +92,7 @@ def _small_program(clients, records, capacity):
     adapter = lora.init(jax.random.key(1), model, params, lora.LoraConfig(1, 2.0))
     optimizer = aggregation.groups({part: optax.sgd(SMALL_RATE) for part in ("layers", "head")})
     local = LocalConfig(1, 1.0, records, capacity)
-    federation = round.Federation(model, scaled, local, optimizer, optax.sgd(1.0), wave=clients)
+    federation = round.Federation(model, scaled(losses.classification), local, optimizer, optax.sgd(1.0), wave=clients)
     return federation, mesh.make("1x1", clients, model), params, adapter
 
 
@@ -99,7 +109,7 @@ def of_config(config):
         raise InputError("--client_optimizer=adam cannot be audited: its uploads do not tell the noisy sums.")
     prepared = setup.prepare(dataclasses.replace(config, cache_frozen=False, stream=False, eval_every=0))
     return Subject(
-        dataclasses.replace(prepared.federation, loss=scaled),
+        dataclasses.replace(prepared.federation, loss=scaled(prepared.federation.loss)),
         prepared.mesh,
         prepared.params,
         prepared.state.adapter,
@@ -113,15 +123,18 @@ def of_config(config):
 
 
 def canary_records(subject, count, rng):
-    """`count` records of random tokens and labels whose gradients are loud and point as far apart as greed finds
-    -> {name: [C, ...]}."""
-    pool = count * CANDIDATES
+    """`count` records of random tokens (and labels, for a classifier) whose gradients are loud and point as far apart as greed
+    finds -> {name: [C, ...]}."""
+    pool, classes = count * CANDIDATES, subject.federation.model.config.num_labels
     records = {
         "input_ids": rng.integers(0, subject.vocabulary, (pool, subject.length)).astype(np.int32),
         "attention_mask": np.ones((pool, subject.length), np.int32),
-        "labels": rng.integers(0, subject.federation.model.config.num_labels, pool).astype(np.int32),
         "scale": np.ones(pool, np.float32),
     }
+    if classes is None:
+        records["loss_mask"] = np.ones((pool, subject.length), np.int32)
+    else:
+        records["labels"] = rng.integers(0, classes, pool).astype(np.int32)
     leaves = jax.tree.leaves(gradients(subject, subject.adapter, records))
     flat = np.concatenate([leaf.reshape(pool, -1) for leaf in leaves], 1)
     norms = np.linalg.norm(flat, axis=1)
@@ -147,7 +160,7 @@ def gradients(subject, adapter, records):
     """Each record's own gradient, [C, ...] leaves; by plain autodiff, so that it does not depend on the code under audit."""
     program, chunks = _gradient_program(subject.federation), evaluation.padded_batches(records, CHUNK)
     parts = [jax.device_get(program(subject.params, adapter, chunk)) for chunk in chunks]
-    return jax.tree.map(lambda *x: np.concatenate(x)[: len(records["labels"])], *parts)
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(records["scale"])], *parts)
 
 
 def shards(subject, canaries, coins):

@@ -117,6 +117,10 @@ def _ranges(config, trust, budget, sigma):
     yield 0 <= config.lr_decay <= 1, f"--lr_decay={config.lr_decay} must lie in [0, 1]."
     for name in ("eval_every", "generate"):
         yield getattr(config, name) >= 0, f"--{name}={getattr(config, name)} must be 0 or more."
+    yield (
+        config.party == 0 or (config.clients == 1 and 0 < config.party < (config.parties or 1)),
+        f"--party={config.party} is one of --parties, with --clients=1.",
+    )
     objectives = ("auto", "classifier", "language_model")
     yield config.objective in objectives, f"--objective={config.objective} is not known: {', '.join(objectives)}."
     yield (

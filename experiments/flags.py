@@ -88,6 +88,7 @@ class RunConfig:
     parties: int | None = flag(
         None, "deal the records to so many, of whom the first --clients take part: a control; default: --clients"
     )
+    party: int = flag(0, "with --parties and --clients=1: which of them, from 0")
     rounds: int = flag(50, "rounds of the federation")
     local_steps: int = flag(1, "noisy steps of each client in a round")
     expected_batch_size: float = flag(64.0, "mean of the Poisson sample of each client's step")
@@ -238,14 +239,29 @@ class RunConfig:
 def parse(argv):
     """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong."""
     values, flagfile = read(argv, flags.FlagValues(), "python -m experiments.run --flagfile=finance.flags [flags]")
-    given = raw(values)
-    if given.auto:
-        from experiments import recipe  # here, since it reads the data
-
-        choices = recipe.for_run(given, {name for name in values if values[name].present})
-        print("--auto chose " + " ".join(f"--{name}={value}" for name, value in choices.items()))
-        given = dataclasses.replace(given, **choices)
+    given = chosen(values)
     return resolve(dataclasses.replace(given, workdir=given.workdir or f"runs/{flagfile or given.dataset}"))
+
+
+def chosen(values):
+    """The run's flags among absl's `values`, unchecked, with what --auto chooses for those that are not given -> RunConfig."""
+    given = raw(values)
+    if not given.auto:
+        return given
+    from experiments import recipe  # here, since it reads the data
+
+    choices = recipe.for_run(given, {name for name in values if values[name].present})
+    print("--auto chose " + " ".join(f"--{name}={value}" for name, value in choices.items()))
+    return dataclasses.replace(given, **choices)
+
+
+def without_auto(config):
+    """`config`; InputError where it asks for --auto, which reads a run's records."""
+    if config.auto:
+        raise InputError(
+            "--auto chooses when a run has read its records: give the flags that it chose, which the run says."
+        )
+    return config
 
 
 def raw(values):

@@ -73,7 +73,14 @@ def main(argv=None):
                 extracted = f"{sum(line['extracted'])} of {own.canaries}"
                 print(f"{name:>14}{mean:16.2f}{most:9.2f}{extracted:>11}{line['epsilon']:>9}", flush=True)
                 lines.append({"run": name, **line})
-            document = {"canaries": own.canaries, "copies": own.copies, "candidates": own.candidates, "runs": lines}
+            release = "NOT FOR RELEASE: seeded, and one of the runs has no privacy"
+            document = {
+                "release": release,
+                "canaries": own.canaries,
+                "copies": own.copies,
+                "candidates": own.candidates,
+                "runs": lines,
+            }
             chain.replace_durably(folder / "memorisation.json", json.dumps(document, indent=1))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,22 +123,28 @@ def _secret(rng):
     return " " + "".join(map(str, rng.integers(0, 10, DIGITS)))
 
 
-def with_canaries(dealt, found, copies):
-    """The Dealt in which client 0 has `copies` more records for each of `found`."""
-    from dplora_jax.data import records, tasks
+def as_records(found, task):
+    """Each canary as a record of `task`: its beginning is the prompt where there are prompts."""
+    from dplora_jax.data import tasks
     from dplora_jax.data.records import Records
 
-    answers = dealt.corpus.task.kind == tasks.ANSWERS
-    texts = [c.beginning if answers else c.beginning + c.secret for c in found for _ in range(copies)]
-    extra = Records(
-        tuple(texts), np.zeros(len(texts), np.int32), None,
-        tuple(c.secret.strip() for c in found for _ in range(copies)) if answers else None,
-    )  # fmt: skip
+    answers = task.kind == tasks.ANSWERS
+    texts = tuple(c.beginning if answers else c.beginning + c.secret for c in found)
+    return Records(
+        texts, np.zeros(len(texts), np.int32), None, tuple(c.secret.strip() for c in found) if answers else None
+    )
+
+
+def with_canaries(dealt, found, copies):
+    """The Dealt in which client 0 has `copies` more records for each of `found`."""
+    from dplora_jax.data import records
+
+    extra = records.together([as_records(found, dealt.corpus.task)] * copies)
 
     def read(own):
         table, places = dealt.read(own)
         if 0 in places:
-            places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(texts))])}
+            places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(extra.texts))])}
             table = records.together([table, extra])
         return table, places
 
@@ -143,11 +156,15 @@ def results(config, own):
     from dplora_jax import models
     from dplora_jax.data import tasks
     from dplora_jax.privacy import secrets
+    from experiments import canaries as canary_program
     from experiments import objective, records, released, setup, trust_modes, unsaved
 
     bare = dataclasses.replace(
         config, trust="none", epsilon=None, noise_multiplier=None, clip_norm=float("inf"), noise="independent"
     )
+    for name, known in canary_program.PLAIN:
+        if (getattr(config, name) or None) != (known or None):
+            raise InputError(f"--{name}={getattr(config, name)} cannot be measured yet, only {known}.")
     found, tokenizer = canaries(own), models.load_tokenizer(config.model)
     task = records.deal(config).corpus.task
     if task.kind == tasks.LABELS or objective.kind(config, task) != objective.LANGUAGE_MODEL:
@@ -174,24 +191,23 @@ def results(config, own):
 
 
 def _measure(config, own, task, prepared, tokenizer, found):
-    """A function of an adapter -> {"exposure": [C] bits, "extracted": [C] bool}."""
+    """A function of an adapter -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were trained on."""
     from dplora_jax import evaluation, generation
     from dplora_jax.data import encoding, tasks
 
     whole = dataclasses.replace(prepared.model, start=0)
     rng = np.random.default_rng((own.seed, 1))
-    asked, answers = [], task.kind == tasks.ANSWERS
+    asked, begun = [], []
     for canary in found:
-        others = [_secret(rng) for _ in range(own.candidates)]
-        prompt = task.ask({"prompt": canary.beginning, "answer": ""}).prompts[0] if answers else canary.beginning
-        asked.append(tasks.Asked((prompt,) * (own.candidates + 1), (canary.secret, *others)))
-    _, longest = encoding.most_tokens(
-        tokenizer, [one._replace(prompts=one.prompts[:1], answers=one.answers[:1]) for one in asked]
-    )
-    length = longest + DIGITS  # other secrets may take more tokens
-    table = encoding.all_answers(tokenizer, asked, length)
+        all_of_it = [canary, *(canary._replace(secret=_secret(rng)) for _ in range(own.candidates))]
+        one = tasks.asked(task, as_records(all_of_it, task), config.chat)
+        asked.append(tasks.Asked(tuple(a.prompts[0] for a in one), tuple(a.answers[0] for a in one)))
+        alone = tasks.asked(task, as_records([canary._replace(secret="")], task), config.chat)[0]
+        begun.append(alone)
+    longest = encoding.most_tokens(tokenizer, asked, config.chat)[1]
+    table = encoding.all_answers(tokenizer, asked, longest, config.chat)
     likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)
-    prompts = encoding.prompts(tokenizer, asked, length)
+    prompts = encoding.prompts(tokenizer, begun, longest, config.chat)
 
     def measure(adapter):
         nats = likelihoods(adapter).reshape(len(found), -1)

@@ -75,7 +75,7 @@ def parse(argv):
         raise InputError(f"--topology is missing: a TPU slice, as in v5e:2x4, of {', '.join(CHIPS)}.")
     if values.task not in (None, *TASKS):
         raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
-    config = flags.raw(values)
+    config = flags.without_auto(flags.raw(values))
     if config.trust != "none" and all(
         flags.number(getattr(config, name), name) is None for name in ("epsilon", "noise_multiplier")
     ):

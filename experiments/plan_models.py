@@ -55,9 +55,6 @@ class NoWeights(NamedTuple):
         return name != "lm_head.weight"
 
 
-DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers
-
-
 def build(config, classes, layers=None):
     """The model of `config.model`, a name in KNOWN or a directory with config.json, and the shapes of its parameters as
     `config` has them (dtype, quantisation, remat) -> (model, params of jax.ShapeDtypeStruct). `classes` None: a language model.
@@ -75,7 +72,7 @@ def build(config, classes, layers=None):
             )
         hf = read_json(place / "config.json")
     if layers is not None:
-        hf = hf | {name: layers for name in DEPTH if name in hf}
+        hf = hf | {name: layers for name in pretrained.DEPTH if name in hf}
     there = any(place.glob("model*.safetensors"))  # then it is looked up which tensors there are
     with SafetensorsCheckpoint(place) if there else contextlib.nullcontext(NoWeights(place)) as checkpoint:
         model = pretrained.build(hf, checkpoint, classes, jnp.dtype(config.dtype))

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from dplora_jax import evaluation
-from dplora_jax.data import encoding, sources, tasks
+from dplora_jax.data import encoding, records, sources, tasks
 from dplora_jax.errors import InputError
 from experiments import objective, released
 
@@ -49,22 +49,42 @@ def _closing(config, aim, corpus, model, params, grid, tokenizer):
             raise InputError("--benchmarks asks a language model, and this is a classifier: leave it out.")
         return found
     if corpus.task.kind == tasks.ANSWERS and config.generate:
-        asked = tasks.asked(corpus.task, corpus.test, config.chat)[: config.generate]
+        some = records.some(corpus.test, config.generate, config.split_seed)
+        asked = tasks.asked(corpus.task, some, config.chat)
         _check_room(config, model)
         found[""] = evaluation.answers(
             model, params, tokenizer, asked, config.max_length, config.new_tokens, config.chat
         )
     for name in config.benchmark_list:
-        folder = config.benchmarks_dir and str(pathlib.Path(config.benchmarks_dir) / name)
-        asked = sources.benchmark(name, folder, config.benchmark_records, config.split_seed)
+        asked = _asked(config, corpus, name)
         found |= {f"{name}_{part}": of for part, of in _benchmark(config, name, asked, model, params, grid, tokenizer)}
     return found
+
+
+def _asked(config, corpus, name):
+    """The records of a public task as they are asked; of the run's own task, the run's own test set."""
+    chat = config.chat and sources.known(name).kind == tasks.ANSWERS
+    if name == config.dataset:
+        some = records.some(corpus.test, config.benchmark_records, config.split_seed)
+        return tasks.asked(corpus.task, some, chat)
+    folder = config.benchmarks_dir and pathlib.Path(config.benchmarks_dir) / name
+    private = config.data_dir and pathlib.Path(config.data_dir).resolve()
+    if folder and private in (
+        (folder.resolve(), *folder.resolve().parents) if config.partition == "folders" else (folder.resolve(),)
+    ):
+        raise InputError(
+            f"--benchmarks={name} would be read from --data_dir, where the private table lies: give another folder."
+        )
+    own = None if corpus.train is None or corpus.task.kind != sources.known(name).kind else corpus.train
+    at = str(folder) if folder and folder.is_dir() else None
+    return sources.benchmark(name, at, config.benchmark_records, config.split_seed, own, chat)
 
 
 def _benchmark(config, name, asked, model, params, grid, tokenizer):
     """(what the metrics' names go on with, evaluation) of one public task; its rows are as long as its longest needs."""
     kind = tasks.TASKS[name].kind
-    _, longest = encoding.most_tokens(tokenizer, asked)
+    chat = config.chat and kind == tasks.ANSWERS
+    _, longest = encoding.most_tokens(tokenizer, asked, chat)
     length = min(-(-longest // STEP) * STEP, model.config.max_positions)
     if kind in (tasks.CHOICES, tasks.LABELS):
         table = encoding.all_answers(tokenizer, asked, length)
@@ -74,15 +94,20 @@ def _benchmark(config, name, asked, model, params, grid, tokenizer):
     yield (
         "",
         evaluation.perplexity(
-            model, grid, params, encoding.right_answers(tokenizer, asked, length, kind == tasks.ANSWERS)
+            model, grid, params, encoding.right_answers(tokenizer, asked, length, kind == tasks.ANSWERS, chat)
         ),
     )
     if kind == tasks.ANSWERS and config.generate:
         _check_room(config, model)
         yield (
             "written_",
-            evaluation.answers(model, params, tokenizer, asked[: config.generate], length, config.new_tokens),
+            evaluation.answers(model, params, tokenizer, _some(config, asked), length, config.new_tokens, chat),
         )
+
+
+def _some(config, asked):
+    chosen = np.random.default_rng(config.split_seed).permutation(len(asked))[: config.generate]
+    return [asked[i] for i in np.sort(chosen)]
 
 
 def _check_room(config, model):

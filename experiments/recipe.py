@@ -49,6 +49,7 @@ def chosen(sizes, clients, epsilon, objective):
 
 def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
+    from dplora_jax.models import pretrained
     from experiments import flags, objective, records
 
     if config.partition == "folders":
@@ -58,9 +59,15 @@ def for_run(config, given):
         )
     if config.trust in ("distributed", "client"):
         raise InputError(f"--auto knows what to set for --trust=local and none, not for --trust={config.trust}.")
+    epsilon, sigma = (flags.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier"))
+    if sigma is not None and config.trust != "none":
+        raise InputError("--auto goes by --epsilon: give that in place of --noise_multiplier.")
     dealt = records.deal(config)
     _, places = dealt.read(range(config.clients))
     sizes = [len(places[k]) for k in range(config.clients)]
-    epsilon = flags.number(config.epsilon, "epsilon")
-    found = chosen(sizes, config.clients, epsilon, objective.kind(config, dealt.corpus.task))
+    private = epsilon if config.trust != "none" else None
+    found = chosen(sizes, config.clients, private, objective.kind(config, dealt.corpus.task))
+    found["last_layers"] = min(found["last_layers"], pretrained.depth(config.model))
+    if config.aggregation != "fedavg":  # the others want A trained, or have their own way with it
+        del found["freeze_a"]
     return {name: value for name, value in found.items() if name not in given}

@@ -34,7 +34,9 @@ def deal(config):
     corpus = sources.load(source, need_test)
     train = corpus.train
     parties = config.parties or config.clients
-    shares = partition.partition(config.partition, train.labels, train.groups, parties, config.split_seed)
+    shares = partition.partition(config.partition, train.labels, train.groups, parties, config.split_seed)[
+        config.party :
+    ]
     return Dealt(corpus, lambda own: _together({k: records.take(train, shares[k]) for k in own}))
 
 

@@ -214,7 +214,9 @@ def write(workdir: pathlib.Path, sweep: pathlib.Path | None = None) -> pathlib.P
     page = _page(config, rows, said, holds, found, _sweep(sweep))
     path = workdir / "report.html"
     replace_durably(path, page)
-    replace_durably(workdir / "report.md", report_markdown.text(config, rows, _private(config, rows), said, words))
+    replace_durably(
+        workdir / "report.md", report_markdown.text(config, rows, _private(config, rows), said, holds, words)
+    )
     return path
 
 

@@ -83,7 +83,7 @@ def _plot_metrics(series: dict, against_epsilon: bool):
     def draw(axes):
         for i, (rounds, values, epsilons) in enumerate(series.values()):
             x = epsilons if against_epsilon else rounds
-            style = "o-" if i == 0 else "s--"
+            style = "o-" if i == 0 else "s--" if i < len(SERIES) else "^:"
             axes.plot(x, values, style, color=SERIES[i % len(SERIES)], linewidth=2, markersize=4.2)
 
     return draw

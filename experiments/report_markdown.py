@@ -15,9 +15,9 @@ def _table(head, body):
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def text(config, rows, private, said, audit):
-    """The report, from what `report.py` reads: flags, rounds, whether there is any privacy, and the words of the ledger and of
-    the audit (each may be empty)."""
+def text(config, rows, private, said, holds, audit):
+    """The report, from what `report.py` reads: flags, rounds, whether there is any privacy, the words of the ledger and whether
+    it holds, and the words of the audit (words may be empty)."""
     told = config.get("federation") or {}
     data, sent = told.get("data") or {}, told.get("communication") or {}
     parts = [f"# {config.get('model')} on {config.get('dataset')}", data.get("description") or ""]
@@ -25,8 +25,13 @@ def text(config, rows, private, said, audit):
         parts.append("**There is no privacy in this run.** Its uploads and its adapter may reveal any record.")
     elif told["release"] != "for release":
         parts.append(f"**{told['release']}**")
+    done, planned = rows[-1]["round"] if rows else 0, config.get("rounds")
+    if isinstance(planned, int) and done < planned:
+        parts.append(f"**{done} of {planned} rounds.** The run has not reached its last round.")
     if data.get("synthetic"):
         parts.append("**Synthetic data.** The metrics show that the program works, not how well a model does.")
+    if not holds:
+        parts.append(f"**Do not rely on these figures.** {said}")
     parts += ["## Utility by round", _rounds(rows)]
     parts += ["## What the guarantee says", *(f"- {line}" for line in told.get("trust") or [])]
     parts += [told.get("accounting") or "", said, audit]

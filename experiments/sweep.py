@@ -5,12 +5,13 @@
 
 Every flag of a run is taken. A cell is one case, one value of each varied flag and one seed, which is `--seed` and
 `--split_seed`; its line in --out is written when it is finished. Nothing else of a run is saved, and nothing here is for release.
---controls adds what every table should be read beside (CONTROLS). --parallel=N runs N cells at a time: each of N processes has
+--controls adds what every table should be read beside (`controls`). --parallel=N runs N cells at a time: each of N processes has
 an accelerator of its own, or its share of the processor's cores. Prints a Markdown table of means and standard deviations over
 seeds, and writes it with plots beside --out, as .md and .html. Exit codes: 0 done, 2 bad input.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -29,27 +30,37 @@ from experiments.sweep_report import ANY, OUTCOME
 
 BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
 NO_PRIVACY = "--trust=none --epsilon=none --noise_multiplier=none"
-BASE = "base model"
+ONE = "--clients=1 --trust=local --participation=all --aggregation=fedavg --robust=none"
+RUN, BASE, BEST = "run", "base model", "best client alone, no privacy"
+MEASURED = (
+    "generate",
+    "new_tokens",
+    "benchmarks",
+    "benchmarks_dir",
+    "benchmark_records",
+)  # what is measured, of a run's free flags
 DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 
 
 class Cell(NamedTuple):
-    """One run: what names it in the file of finished cells, and its RunConfig; `rounds` 0 measures the base model."""
+    """One run: what names it in the file of finished cells, and its RunConfig. `kind` is RUN, BASE (the base model is measured)
+    or BEST (the best of --parties clients, each alone)."""
 
     name: dict
     config: flags.RunConfig
-    rounds: int
+    kind: str
 
 
 def controls(config):
     """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
-    pooled = f"--clients=1 --expected_batch_size={config.clients * config.expected_batch_size:g}"
+    pooled = f"{ONE} --partition=iid --expected_batch_size={config.clients * config.expected_batch_size:g}"
     found = {
         BASE: (NO_PRIVACY, True),
         "no privacy": (f"{NO_PRIVACY} --clip_norm=inf", True),
         "clipped, no noise": (NO_PRIVACY, True),
         "all data in one client": (pooled, False),
-        "one client alone": (f"--clients=1 --parties={config.clients}", False),
+        "first client alone": (f"{ONE} --parties={config.clients}", False),
+        BEST: (f"{ONE} {NO_PRIVACY} --clip_norm=inf --parties={config.clients}", True),
     }
     if _has_head(config):
         found["head alone"] = ("--head_only", False)
@@ -80,7 +91,7 @@ def main(argv=None):
         if own.worker is not None:
             return 0
         wanted = {key(cell.name) for cell in cells}
-        lines = [line for line in read(own.out) if key(line) in wanted]
+        lines = list({key(line): line for line in read(own.out) if key(line) in wanted}.values())
         if _missing(cells, own.out):
             raise InputError("some cells did not finish: see what was printed above, and run the same command again.")
         for suffix, text in (
@@ -91,7 +102,7 @@ def main(argv=None):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(sweep_report.table(lines))
+    print(sweep_report.markdown(lines))
     return 0
 
 
@@ -117,20 +128,35 @@ def parse(argv):
     values, _ = flags.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
     kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
     varied = [_values(spec) for spec in values.vary]
-    cases = [(case.partition(":"), False) for case in values.case]
-    if values.controls:
-        plain = flags.parse([*kept, *(f"--{flag}={value}" for flag, value in (choice[0] for choice in varied))])
-        cases += [((name, ":", more), bare) for name, (more, bare) in controls(plain).items()]
     cells = {}
-    for ((name, colon, more), bare), *chosen, seed in itertools.product(cases, *varied, values.seeds):
+    for case, *settings, seed in itertools.product(values.case, *varied, values.seeds):
+        name, colon, more = case.partition(":")
         if not colon or not seed.isdigit():
-            raise InputError(f"--case={name} needs NAME: and flags, and --seeds={seed} whole numbers.")
-        asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in chosen]
-        words = [f"--{flag}={value}" for flag, value in asked if value != ANY]
-        config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"])
-        named = {"case": name.strip(), **dict(asked), "seed": int(seed)}
-        cells[key(named)] = Cell(named, config, 0 if bare and name == BASE else config.rounds)
+            raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
+        _add(cells, kept, name.strip(), settings, more, seed)
+    for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
+        words = [f"--{flag}={value}" for flag, value in settings]
+        for name, (more, bare) in controls(flags.parse([*kept, *words])).items():
+            asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
+            try:
+                _add(cells, kept, name, asked, more, seed, name if name in (BASE, BEST) else RUN)
+            except InputError as error:
+                print(f"warning: the control {name!r} does not go with these flags ({error})", file=sys.stderr)
     return list(cells.values()), Own(pathlib.Path(values.out), values.parallel, values.worker)
+
+
+def _add(cells, kept, case, settings, more, seed, kind=RUN):
+    """Put one cell into `cells`, by what tells it from others."""
+    words = [f"--{flag}={value}" for flag, value in settings if value != ANY]
+    config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"])
+    name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config)}
+    cells[key(name)] = Cell(name, config, kind)
+
+
+def _digest(config):
+    """Of all that decides a cell's outcome: a cell is another one when any of its flags is."""
+    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in flags.FREE_ON_RESUME or k in MEASURED}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _spaced(argv):
@@ -209,30 +235,47 @@ def _nth(listed, index):
 
 
 def outcome(cell, memo, programs):
-    """The public metrics after the last round of `cell`. `memo` keeps what frozen layers made of a table, and `programs`
-    compiled rounds, from cell to cell."""
+    """The public metrics of `cell`. `memo` keeps what frozen layers made of a table, and `programs` compiled rounds, from cell to
+    cell."""
+    start, config = time.perf_counter(), cell.config
+    parties = range(config.parties) if cell.kind == BEST else (config.party,)
+    each = [_trained(dataclasses.replace(config, party=party), cell.kind, memo, programs) for party in parties]
+    metrics, facts = max(each, key=lambda one: _better(one[0]))
+    spent = max(client["epsilon"] for client in facts["clients"])
+    rounds = 0 if cell.kind == BASE else config.rounds
+    return {
+        "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
+        "epsilon_max": spent if config.private else "inf",
+        "bytes_up_per_client": rounds * facts["communication"]["bytes_up_per_client_per_round"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _better(metrics):
+    """A number that is larger for the better model."""
+    return metrics["accuracy"] if "accuracy" in metrics else -metrics["perplexity"]
+
+
+def _trained(config, kind, memo, programs):
+    """(metrics, facts) of one run of `config`, or of its base model."""
     from dplora_jax.federation.round import make
     from dplora_jax.privacy import secrets
     from experiments import setup, trust_modes, unsaved
 
-    start, config = time.perf_counter(), cell.config
     prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1), memo=memo)
     state = prepared.state
-    if cell.rounds:
-        like = (dataclasses.replace(config, seed=0, split_seed=0), prepared.federation.local, prepared.federation.rule)
+    if kind != BASE:
+        like = (
+            dataclasses.replace(config, seed=0, split_seed=0, party=0),
+            prepared.federation.local,
+            prepared.federation.rule,
+        )
         if like not in programs:
             programs.clear()  # one case at a time
             programs[like] = make(prepared.federation, prepared.mesh)
         held = secrets.from_seed(config.seed, trust_modes.parties(config))
         state = unsaved.train(config, prepared, held, programs[like])
-    found = prepared.evaluate(state, ends=True)
-    spent = max(client["epsilon"] for client in prepared.facts["clients"])
-    return {
-        "metrics": {name: value for name, value in found.items() if isinstance(value, int | float)},
-        "epsilon_max": spent if config.private else "inf",
-        "bytes_up_per_client": cell.rounds * prepared.facts["communication"]["bytes_up_per_client_per_round"],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    return prepared.evaluate(state, ends=True), prepared.facts
 
 
 if __name__ == "__main__":

@@ -25,7 +25,15 @@ def metrics(lines):
 
 def varied(lines):
     """The flags that name `lines` beside case and seed."""
-    return [name for name in lines[0] if name not in ("case", "seed", *OUTCOME)] if lines else []
+    return [name for name in lines[0] if name not in ("case", "seed", "config", *OUTCOME)] if lines else []
+
+
+def groups(lines):
+    """`lines` by what was varied in them: a file may hold several sweeps."""
+    found = {}
+    for line in lines:
+        found.setdefault(tuple(varied([line])), []).append(line)
+    return list(found.values())
 
 
 def columns(lines):
@@ -77,9 +85,10 @@ def spread(values, metric=""):
 
 
 def markdown(lines):
-    """The table, and what the cells cost."""
-    seeds = sorted({line["seed"] for line in lines})
-    return f"{table(lines)}\n\nMeans ± standard deviations over seeds {', '.join(map(str, seeds))}.\n"
+    """A table for each group of `lines`, and that none of it is for release."""
+    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
+    tables = "\n\n".join(table(group) for group in groups(lines))
+    return f"{tables}\n\nMeans ± standard deviations over seeds {seeds}. Seeded, and so NOT FOR RELEASE.\n"
 
 
 def _axis(name, values):
@@ -115,7 +124,9 @@ def plots(lines):
             caption = f"Mean and standard deviation over seeds{f', at {held}' if held else ''}."
             draw = _errors(lines, cases, line_of, index, metric)
             title = f"{show_metric(metric)} against {name}"
-            made.append(figure(f"sweep-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name))
+            made.append(
+                figure(f"sweep-{'-'.join(names)}-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name)
+            )
     return made
 
 
@@ -144,7 +155,11 @@ def _errors(lines, cases, line_of, index, metric):
 
 
 def body(lines):
-    """Plots and table as HTML."""
+    """Plots and a table for each group of `lines`, as HTML."""
+    return "".join(map(_group, groups(lines)))
+
+
+def _group(lines):
     header, rows = cells(lines)
     top = "".join(f'<th scope="col">{show(cell)}</th>' for cell in header)
     inner = "".join(

@@ -24,6 +24,8 @@ def write(workdir):
     shutil.rmtree(workdir / FOLDER, ignore_errors=True)
     with tensorboardX.SummaryWriter(str(workdir / FOLDER)) as writer:
         for line in lines:
+            if "release" in line:
+                writer.add_text("release", line["release"], line["round"])
             for name, value in line.items():
                 if name in HIDDEN:
                     continue

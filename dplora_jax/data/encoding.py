@@ -43,10 +43,14 @@ def all_answers(tokenizer, asked, max_length, chat=False):
 
 
 def prompts(tokenizer, asked, max_length, chat=False):
-    """The prompts of `asked` alone, padded on the right -> dict of int32 `input_ids`, `attention_mask` [N, T = max_length]."""
+    """The prompts of `asked` alone, padded on the right -> dict of int32 `input_ids`, `attention_mask` [N, T = max_length]; where
+    there is no prompt, the text is what is to be continued."""
     rows = []
     for one in asked:
-        ids, _ = tokenizers.continuation(tokenizer, one.prompts[one.right], chat=chat)
+        prompt, text = one.prompts[one.right], one.answers[one.right]
+        ids, _ = (
+            tokenizers.continuation(tokenizer, prompt, chat=chat) if prompt else tokenizers.split(tokenizer, "", text)
+        )
         rows.append((_shortened(tokenizer, ids, max_length), 0, False))
     table = _table(rows, max_length)
     return {name: table[name] for name in ("input_ids", "attention_mask")}

@@ -47,11 +47,12 @@ class Rows(NamedTuple):
     groups: list[str] | None
 
 
-def rows(table, where, task, columns, group=None, private=False):
+def rows(table, where, task, columns, group=None, private=False, public=False):
     """The `columns` ({"text" or "prompt", "label", "answer": name}) of `table` -> Rows; `group` names one more.
 
-    No cell may be missing or empty, but lines of plain text may: they are left out. Raises InputError; a private table's
-    columns are counted and not named: without a header line they would be its first record.
+    No cell may be missing or empty, but lines of plain text may, and answers of a `public` table (which nobody here can mend):
+    these rows are left out. Raises InputError; a private table's columns are counted and not named: without a header line they
+    would be its first record.
     """
     columns = columns | ({"group": group} if group else {})
     for name in columns.values():
@@ -70,7 +71,11 @@ def rows(table, where, task, columns, group=None, private=False):
     values = {role: [cells[role](value) for value in table[columns[role]]] for role in columns if role != main}
     values[main] = [value or "" for value in table[columns[main]]]
     if task.kind == tasks.TEXT:
-        values = _without_blanks(values, task)
+        values = _kept(
+            values, lambda i: values["text"][i].strip() and (task.keep is None or task.keep(values["text"][i]))
+        )
+    elif public and "answer" in values:
+        values = _kept(values, lambda i: values["answer"][i].strip())
     for role, column in values.items():
         missing = sum(not cell.strip() for cell in column)
         if missing:
@@ -80,18 +85,28 @@ def rows(table, where, task, columns, group=None, private=False):
     return Rows(values[main], values.get("label"), values.get("answer"), values.get("group"))
 
 
-def _without_blanks(values, task):
-    keep = [i for i, text in enumerate(values["text"]) if text.strip() and (task.keep is None or task.keep(text))]
+def _kept(values, wanted):
+    keep = [i for i in range(len(next(iter(values.values())))) if wanted(i)]
     return {role: [column[i] for i in keep] for role, column in values.items()}
 
 
 def split(of, fraction, seed):
-    """A random part of size `fraction` of the Rows `of` held out as the public test -> (rest, part), in the table's order."""
+    """A random part of size `fraction` of the Rows `of` held out as the public test -> (rest, part), in the table's order.
+
+    Of questions and answers whole questions are held out: one that has several answers is in one part with all of them.
+    """
     total = len(of.texts)
     held = round(total * fraction)
     if not 0 < held < total:
         raise InputError(f"--test_fraction={fraction} of {total} rows leaves one part empty; give another.")
     order = np.random.default_rng(seed).permutation(total)
+    if of.answers is not None:
+        first = {}
+        for rank, index in enumerate(order):
+            first.setdefault(of.texts[index], rank)
+        order = order[np.argsort([first[of.texts[index]] for index in order], kind="stable")]
+        while held < total and of.texts[order[held]] == of.texts[order[held - 1]]:
+            held += 1
     return _taken(of, order[held:]), _taken(of, order[:held])
 
 
@@ -134,10 +149,10 @@ def corpus(train, test, task, codes, about):
     return Corpus(*encoded, task, about, synthetic=False)
 
 
-def refuse_copy(train: Records | None, test: Records | None):
-    """InputError where every record of `train` is in `test` too."""
+def refuse_copy(train: Records | None, test: Records | None, what: str = "the test table"):
+    """InputError where every record of `train` is in `test` too, of which messages speak as `what`."""
     if train is not None and test is not None and not _counted(train) - _counted(test):
-        raise InputError("the test table holds every training record, and these are private; give a public test set.")
+        raise InputError(f"{what} holds every training record, and these are private; give a public test set.")
 
 
 def _counted(of: Records) -> Counter:

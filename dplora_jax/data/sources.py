@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dplora_jax.data import demos, records, tables, tasks
-from dplora_jax.data.records import Corpus, Rows
+from dplora_jax.data.records import Corpus, Records, Rows
 from dplora_jax.errors import InputError
 
 
@@ -40,6 +40,7 @@ DATASETS = (*demos.DEMOS, *tasks.TRAINABLE, *OWN_TABLES)
 BENCHMARK_TEST_FRACTION = 0.2
 SPLITS = ("train", "validation", "valid", "test")
 TEST_SPLITS = ("test", "validation", "valid", "train")  # a table to evaluate on: the first of these that is there
+CHOICE_SPLITS = ("validation", "valid", "test", "train")  # likewise, of tasks whose test labels are kept back
 
 
 def load(source: Source, need_test: bool = True) -> Corpus:
@@ -98,11 +99,11 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         )
     main = next(name for name in SPLITS if name in found)
     table, where = found.pop(main)
-    train, test = records.rows(table, where, task, columns, source.group_column), None
+    train, test = records.rows(table, where, task, columns, source.group_column, public=True), None
     if source.test_data is not None:
-        test = records.rows(*_read_test(source, None, source.data_dir and where), task, columns)
+        test = records.rows(*_read_test(source, None, source.data_dir and where), task, columns, public=True)
     elif found:
-        test = records.rows(*found[next(name for name in TEST_SPLITS if name in found)], task, columns)
+        test = records.rows(*found[next(name for name in TEST_SPLITS if name in found)], task, columns, public=True)
     names = task.label_names
     codes = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     description = f"{source.dataset}: public benchmark ({origin})"
@@ -128,30 +129,49 @@ def _tables(name: str, task: tasks.Task, folder: str | None) -> tuple[dict, str]
     return found, f"{hub}, revision {revision}, from the hub"
 
 
-def benchmark(name: str, folder: str | None, count: int | None = None, seed: int = 0) -> list[tasks.Asked]:
+def benchmark(
+    name: str,
+    folder: str | None,
+    count: int | None = None,
+    seed: int = 0,
+    private: Records | None = None,
+    chat: bool = False,
+) -> list[tasks.Asked]:
     """The records of a public benchmark to evaluate on, as a language model is asked them: `count` at random, or all.
 
-    `folder` has test.*, validation.* or train.*, of which the first is taken; None reads the hub. Raises InputError.
+    `folder` has its table, as test.*, validation.* or train.* (in this order; of choices validation.* first, since the hub keeps
+    their test's labels back); None reads the hub. Raises InputError, also where the table holds every one of the `private`
+    records: it is the training table then, and metrics on it would be exact statistics of private records.
     """
-    if name not in tasks.TASKS:
-        raise InputError(f"benchmark {name!r} is unknown; the known ones are {', '.join(tasks.TASKS)}.")
-    task = tasks.TASKS[name]
+    task = known(name)
     found, _ = _tables(name, task, folder)
-    split = next((split for split in TEST_SPLITS if split in found), None)
+    split = next((s for s in (CHOICE_SPLITS if task.kind == tasks.CHOICES else TEST_SPLITS) if s in found), None)
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
     table, where = found[split]
     if task.kind != tasks.CHOICES:
         codes = {str(i): i for i in range(len(task.label_names))} | {n: i for i, n in enumerate(task.label_names)}
-        of = records.rows(table, where, task, task.column)
-        of = records.some(records.corpus(None, of, task, codes, name).test, count, seed)
-        return tasks.asked(task, of)
+        of = records.rows(table, where, task, task.column, public=True)
+        of = records.corpus(None, of, task, codes, name).test
+        records.refuse_copy(private, of, f"--benchmarks={name}")
+        return tasks.asked(task, records.some(of, count, seed), chat)
     for column in task.column:
         if column not in table:
             raise InputError(f"{where} has no column '{column}'; its columns are {', '.join(sorted(table))}.")
     total = len(next(iter(table.values())))
     chosen = range(total) if count is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    return [task.ask({column: cells[i] for column, cells in table.items()}) for i in chosen]
+    asked = [task.ask({column: cells[i] for column, cells in table.items()}) for i in chosen]
+    lost = sum(not 0 <= one.right < len(one.answers) for one in asked)
+    if lost:
+        raise InputError(f"{where} does not tell the right answer of {lost} rows: give the validation table.")
+    return asked
+
+
+def known(name: str) -> tasks.Task:
+    """The public task of that name; InputError where there is none."""
+    if name not in tasks.TASKS:
+        raise InputError(f"benchmark {name!r} is unknown; the known ones are {', '.join(tasks.TASKS)}.")
+    return tasks.TASKS[name]
 
 
 def own_columns(source: Source) -> tuple[str, dict[str, str]]:

@@ -136,6 +136,12 @@ def _first_answer(value):
     return text_of(value)
 
 
+def _number(value):
+    """A cell as a whole number; -1 where it is none, as in tables whose labels are kept back."""
+    text = text_of(value)
+    return int(text) if text.isdigit() else -1
+
+
 def boolq(row):
     """Clark et al. 2019, in the harness's words; a table without passages asks the question alone."""
     passage = f"{row['passage']}\n" if row.get("passage") else ""
@@ -146,7 +152,7 @@ def boolq(row):
 def piqa(row):
     """Bisk et al. 2020, in the harness's words."""
     return Asked(
-        (f"Question: {row['goal']}\nAnswer:",) * 2, (f" {row['sol1']}", f" {row['sol2']}"), int(text_of(row["label"]))
+        (f"Question: {row['goal']}\nAnswer:",) * 2, (f" {row['sol1']}", f" {row['sol2']}"), _number(row["label"])
     )
 
 
@@ -154,7 +160,7 @@ def winogrande(row):
     """Sakaguchi et al. 2020, scored in part (Trinh and Le 2018, arXiv 1806.02847): the same end after either beginning."""
     before, _, after = row["sentence"].partition("_")
     prompts = tuple(before + row[name] for name in ("option1", "option2"))
-    return Asked(prompts, (f" {after.strip()}",) * 2, int(text_of(row["answer"])) - 1)
+    return Asked(prompts, (f" {after.strip()}",) * 2, _number(row["answer"]) - 1)
 
 
 SENTIMENTS = ("negative", "neutral", "positive")

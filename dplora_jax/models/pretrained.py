@@ -21,6 +21,7 @@ HUB_IDS = {
     "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
     "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
+DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers
 CHUNK_BYTES = 64 << 20  # of a tensor, read at a time
 
 
@@ -79,8 +80,7 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
     unknown name, an unsupported config, and a missing, truncated or misshapen file.
     """
     place = locate(name_or_path)
-    in_gguf = place.suffix == ".gguf" and place.is_file()
-    hf = gguf_file.config(place) if in_gguf else read_json(place / "config.json")
+    hf, in_gguf = _config(place), place.suffix == ".gguf" and place.is_file()
     if num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
         num_labels = len(hf.get("id2label") or (0, 1))
     with (gguf_file.GgufCheckpoint if in_gguf else SafetensorsCheckpoint)(place) as checkpoint:
@@ -92,9 +92,17 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
 
 def model_type(name_or_path):
     """The family that a model's config names (one of FAMILIES, or another's); as `from_pretrained` looks for it."""
-    place = locate(name_or_path)
-    in_gguf = place.suffix == ".gguf" and place.is_file()
-    return (gguf_file.config(place) if in_gguf else read_json(place / "config.json")).get("model_type")
+    return _config(locate(name_or_path)).get("model_type")
+
+
+def depth(name_or_path):
+    """How many layers the model has, by its config."""
+    hf = _config(locate(name_or_path))
+    return next(hf[name] for name in DEPTH if name in hf)
+
+
+def _config(place):
+    return gguf_file.config(place) if place.suffix == ".gguf" and place.is_file() else read_json(place / "config.json")
 
 
 def build(hf, checkpoint, num_labels, dtype):

@@ -113,11 +113,11 @@ def split(tokenizer, prompt, answer, chat=False):
         ids = _chat_prompt(tokenizer, prompt)
         return [*ids, *tokenizer(answer.removeprefix(" "), add_special_tokens=False).input_ids], len(ids)
     if not prompt:
-        ids = _plain_prompt(tokenizer, answer)
-        if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:
-            return ids, 1
-        before = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-        return [*before, *ids] if before[0] is not None else ids, 1
+        before = _plain_prompt(tokenizer, "")  # BOS, and what else opens a reply
+        if not before:
+            first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            before = [] if first is None else [first]
+        return [*before, *tokenizer(answer, add_special_tokens=False).input_ids], max(1, len(before))
     before, bare = _plain_prompt(tokenizer, prompt), tokenizer(prompt, add_special_tokens=False).input_ids
     if bare and before[-1] != bare[-1]:
         return [*before, *tokenizer(answer, add_special_tokens=False).input_ids], len(before)

@@ -104,6 +104,29 @@ def test_choices_are_to_evaluate_on_and_not_to_train_on(tmp_path):
         benchmark("winogrande", str(tmp_path))
 
 
+def test_right_answers_that_are_kept_back_are_refused_and_validation_comes_first(tmp_path):
+    hidden = [{"goal": "g", "sol1": "x", "sol2": "y", "label": -1}]
+    lines(tmp_path, "test.jsonl", hidden)
+    with pytest.raises(InputError, match="does not tell the right answer of 1 rows"):
+        benchmark("piqa", str(tmp_path))
+    lines(tmp_path, "validation.jsonl", [hidden[0] | {"label": 1}])
+    assert benchmark("piqa", str(tmp_path))[0].right == 1
+    rows = [{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": ""}]
+    (tmp_path / "w").mkdir()
+    lines(tmp_path / "w", "validation.jsonl", rows)
+    with pytest.raises(InputError, match="does not tell"):
+        benchmark("winogrande", str(tmp_path / "w"))
+
+
+def test_public_questions_without_an_answer_are_left_out_and_whole_questions_are_held_out(tmp_path):
+    rows = [{"question": f"q{i // 3}", "answer": f"a{i}"} for i in range(60)] + [{"question": "q", "answer": None}]
+    lines(tmp_path, "train.jsonl", rows)
+    corpus = load(Source("medquad", str(tmp_path), test_fraction=0.2))
+    assert len(corpus.train.texts) + len(corpus.test.texts) == 60
+    assert not set(corpus.train.texts) & set(corpus.test.texts)
+    assert 12 <= len(corpus.test.texts) <= 15
+
+
 def test_a_task_that_the_hub_lacks_asks_for_a_folder():
     with pytest.raises(InputError, match="mediqa_ans is not on the hub"):
         benchmark("mediqa_ans", None)

@@ -19,12 +19,17 @@ def base(tmp_path_factory):
     """A golden Llama whose tokens are single characters."""
     place = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(GOLDEN / "llama_tiny", place)
-    words = ["<pad>", "<unk>", *string.ascii_letters, *string.digits, " ", "."]
+    words = ["<pad>", "<unk>", "<s>", *string.ascii_letters, *string.digits, " ", "."]
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     made.decoder = tokenizers.decoders.Fuse()
     made.save(str(place / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+    }
     (place / "tokenizer_config.json").write_text(json.dumps(settings))
     return place
 
@@ -78,6 +83,7 @@ def test_canaries_are_client_0s_records_and_nobody_elses(command):
         (["--epsilon=inf"], "compared with one without"),
         (["--label_column=x", "--labels=a,b", "--dataset=csv", "--text_column=t"], "no train.csv"),
         (["--partition=folders"], "another --partition"),
+        (["--aggregation=flora"], "only fedavg"),
     ],
 )
 def test_what_cannot_be_compared_is_one_sentence(command, more, sentence, capsys):

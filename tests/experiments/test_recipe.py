@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import flags, recipe, run
+from experiments import budget, flags, recipe, run
 
 
 @pytest.fixture
@@ -77,9 +77,28 @@ def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsy
     assert "finished" in capsys.readouterr().out
 
 
+def test_it_goes_by_what_the_run_will_be(command):
+    """No privacy is no reason for small rates, whatever budget stands in the flagfile; nor has every aggregation a frozen A."""
+    bare = flags.parse([*command, "--epsilon=2", "--trust=none"])
+    assert bare.client_lr == 1.0
+    assert not flags.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).freeze_a
+    deep = [word for word in command if not word.startswith("--last_layers")]
+    assert flags.parse([*deep, "--epsilon=8"]).last_layers == 2  # as many as the model has
+
+
+def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):
+    assert budget.main([*command, "--epsilon=8"]) == 2
+    assert "give the flags that it chose" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    ("more", "words"), [("--partition=folders", "no process knows"), ("--trust=distributed", "--trust=distributed")]
+    ("more", "words"),
+    [
+        ("--epsilon=none --noise_multiplier=1", "goes by --epsilon"),
+        ("--partition=folders", "no process knows"),
+        ("--trust=distributed", "--trust=distributed"),
+    ],
 )
 def test_where_it_knows_nothing_it_says_so(command, more, words, capsys):
-    assert run.main([*command, "--epsilon=8", more]) == 2
+    assert run.main([*command, "--epsilon=8", *more.split()]) == 2
     assert words in capsys.readouterr().err

@@ -109,11 +109,11 @@ def log_likelihood(base, workdir, prompt, answer):
     model, params = models.from_pretrained(base)
     adapter, _ = peft.load(workdir / "adapter", model, params)
     tokenizer = models.load_tokenizer(base)
-    before = (
-        tokenizer(prompt).input_ids if prompt else []
-    )  # the tiny tokenizer closes a prompt, so the answer is tokenised apart
-    ids = [*before, *tokenizer(answer, add_special_tokens=not prompt).input_ids]
-    start = len(before) or 1
+    before = tokenizer(
+        prompt
+    ).input_ids  # the tiny tokenizer closes a prompt, even none, so the answer is tokenised apart
+    ids = [*before, *tokenizer(answer, add_special_tokens=False).input_ids]
+    start = len(before)
     logits = model.apply(params, {"input_ids": jnp.array([ids])}, adapter)[0]
     nats = jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), jnp.array(ids[1:])]
     return float(nats[start - 1 :].sum()), len(ids) - start
@@ -199,6 +199,29 @@ def test_what_does_not_fit_is_one_sentence(kind, more, sentence, base, tables, t
     said = capsys.readouterr().err
     assert sentence in said
     assert said.count("\n") == 1
+
+
+def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_its_test_set(
+    base, tables, tmp_path, capsys
+):
+    """Metrics on the training records would be exact statistics of what is private."""
+    rows = [{"question": f"{noun} {verb}", "answer": f"{verb} again"} for noun in NOUNS for verb in VERBS]
+    lines(tmp_path / "public" / "medquad" / "train.jsonl", rows)
+    flags = ["--dataset=medquad", "--test_fraction=0.25", "--rounds=1", "--generate=0"]
+    more = [*flags, "--benchmarks=medquad", f"--benchmarks_dir={tmp_path / 'public'}"]
+    assert run.main(job(base, tmp_path / "public" / "medquad", tmp_path / "own", *more)) == 0
+    last = metrics(tmp_path / "own")[-1]
+    assert last["medquad_perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)
+    lines(tmp_path / "mine" / "train.jsonl", rows)
+    lines(tmp_path / "held.jsonl", rows[:2])
+    own = ["--prompt_column=question", "--answer_column=answer", f"--test_data={tmp_path / 'held.jsonl'}"]
+    more = [*own, "--benchmarks=medquad", f"--benchmarks_dir={tmp_path / 'public'}"]
+    assert run.main(job(base, tmp_path / "mine", tmp_path / "copy", *more)) == 2
+    assert "--benchmarks=medquad holds every training record" in capsys.readouterr().err
+    (tmp_path / "mine").rename(tmp_path / "medquad")
+    more = [*own, "--benchmarks=medquad", f"--benchmarks_dir={tmp_path}"]
+    assert run.main(job(base, tmp_path / "medquad", tmp_path / "same", *more)) == 2
+    assert "where the private table lies" in capsys.readouterr().err
 
 
 def test_bert_predicts_no_next_token(tiny_bert, tables, tmp_path, capsys):

@@ -23,7 +23,7 @@ def command(tiny_bert, finance_table, tmp_path):
 def test_cells_are_the_product_of_cases_values_and_seeds(command):
     cells, _ = sweep.parse(command)
     assert len(cells) == 8
-    assert {(c.aggregation, c.trust, c.seed, c.split_seed) for _, c, _ in cells} == {
+    assert {(c.aggregation, c.trust, c.seed, c.split_seed) for c in (cell.config for cell in cells)} == {
         (a, t, s, s) for a in ("fedavg", "fedex") for t in ("local", "none") for s in (1, 2)
     }
 
@@ -33,17 +33,56 @@ def test_controls_without_privacy_are_run_once_for_all_budgets(command):
     plain = [cell for cell in cells if cell.name["case"] not in ("FedAvg", "exact")]
     counts = collections.Counter(cell.name["case"] for cell in plain)
     assert counts == {
-        "base model": 4, "no privacy": 4, "clipped, no noise": 4, "all data in one client": 8, "one client alone": 8,
-        "head alone": 8,
+        "base model": 4, "no privacy": 4, "clipped, no noise": 4, "best client alone, no privacy": 4,
+        "all data in one client": 8, "first client alone": 8, "head alone": 8,
     }  # fmt: skip
     by_case = {cell.name["case"]: cell for cell in plain if cell.name["rank"] == "4"}
-    assert by_case["base model"].rounds == 0
+    assert by_case["base model"].kind == sweep.BASE
     assert by_case["no privacy"].config.clip_norm == math.inf
     assert (by_case["clipped, no noise"].config.clip_norm, by_case["clipped, no noise"].config.trust) == (1, "none")
-    pooled, alone = by_case["all data in one client"].config, by_case["one client alone"].config
+    pooled, alone = by_case["all data in one client"].config, by_case["first client alone"].config
     assert (pooled.clients, pooled.expected_batch_size) == (1, 16)
     assert (alone.clients, alone.parties, alone.expected_batch_size) == (1, 2, 8)
     assert by_case["head alone"].config.head_only
+
+
+def test_controls_follow_what_is_varied_and_those_that_do_not_fit_are_left_out(command, capsys):
+    plain = [word for word in command if not word.startswith("--case")]
+    cells, _ = sweep.parse([*plain, "--controls", "--vary=clients=2|5"])
+    found = {
+        (cell.name["case"], cell.name["clients"]): (cell.config.parties, cell.config.expected_batch_size)
+        for cell in cells
+    }
+    assert found["first client alone", "2"] == (2, 8)
+    assert found["first client alone", "5"] == (5, 8)
+    assert found["all data in one client", "5"] == (None, 40)
+    capsys.readouterr()
+    cells, _ = sweep.parse([*plain, "--controls", "--trust=distributed", "--survivors=2"])
+    assert any(cell.name["case"] == "head alone" for cell in cells)
+    assert not any(cell.name["case"] == "no privacy" for cell in cells)
+    assert "warning: the control 'no privacy' does not go with these flags" in capsys.readouterr().err
+
+
+def test_the_best_client_alone_is_the_best_of_all_of_them(command, monkeypatch):
+    """Every client is trained alone, and the largest accuracy stands for them."""
+    cells, _ = sweep.parse([*command, "--controls"])
+    cell = next(cell for cell in cells if cell.kind == sweep.BEST)
+    facts = {"clients": [{"epsilon": 0.0}], "communication": {"bytes_up_per_client_per_round": 1}}
+    asked = []
+    told = lambda config, *_: asked.append(config.party) or ({"accuracy": [0.3, 0.8][config.party]}, facts)  # noqa: E731
+    monkeypatch.setattr(sweep, "_trained", told)
+    assert sweep.outcome(cell, {}, {})["metrics"] == {"accuracy": 0.8}
+    assert asked == [0, 1]
+
+
+def test_a_cell_of_other_flags_is_another_cell(command, monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(sweep, "outcome", lambda cell, memo, programs: ran.append(cell) or told(cell))
+    assert sweep.main(command) == 0
+    assert sweep.main([*command, "--rounds=3"]) == 0
+    assert len(ran) == 16
+    assert sweep.main([*command, f"--workdir={tmp_path}"]) == 0  # where a run would write does not matter
+    assert len(ran) == 16
 
 
 def test_finished_cells_are_not_run_again_and_a_torn_line_is(command, tmp_path, capsys, monkeypatch):
@@ -56,7 +95,7 @@ def test_finished_cells_are_not_run_again_and_a_torn_line_is(command, tmp_path, 
     out.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
     assert sweep.main(command) == 0
     assert len(ran) == 9
-    table = capsys.readouterr().out.strip().splitlines()[-4:]
+    table = capsys.readouterr().out.strip().splitlines()[:4]
     assert (
         table[0] == "| case | epsilon 8 accuracy | epsilon 8 macro-F1 | epsilon inf accuracy | epsilon inf macro-F1 |"
     )
@@ -78,6 +117,12 @@ def test_a_case_without_a_budget_stands_at_every_budget(tmp_path):
     header, rows = sweep_report.cells(lines)
     assert header == ["case", "epsilon 2 accuracy", "epsilon 8 accuracy"]
     assert rows == [["FedAvg", "0.600 ± 0.141", "0.800"], ["no privacy", "0.900", "0.900"]]
+    deltas = [{"case": "FedAvg", "delta": "1e-3", "seed": 1, "metrics": {"accuracy": 0.4}, "seconds": 1.0}]
+    both = sweep_report.markdown(lines + deltas)
+    assert "epsilon 2 accuracy" in both
+    assert "delta 1e-3 accuracy" in both
+    assert "NOT FOR RELEASE" in both
+    assert sweep_report.body(lines + deltas).count("<table>") == 2
 
 
 def told(cell):
@@ -100,7 +145,7 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
         assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
         assert found["epsilon_max"] == lines[-1]["epsilon_max"]
         if name["case"] == "FedAvg":
-            base = sweep.outcome(cell._replace(rounds=0), memo, programs)
+            base = sweep.outcome(cell._replace(kind=sweep.BASE), memo, programs)
             assert base["metrics"] == {name: lines[0][name] for name in ("accuracy", "macro_f1")}
 
 

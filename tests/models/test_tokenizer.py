@@ -206,6 +206,18 @@ def test_an_answer_is_split_from_its_prompt_as_one_text_or_apart_where_the_promp
     assert start == 3
 
 
-def test_an_answer_without_a_prompt_follows_a_token(tmp_path, tiny_bert):
+def test_an_answer_without_a_prompt_follows_what_opens_a_reply(tmp_path, tiny_bert):
     ids, start = split(load_tokenizer(tiny_bert), "", "profit rose")
-    assert (len(ids), start) == (4, 1)
+    assert (len(ids), start) == (4, 2)
+    assert split(from_gguf(tmp_path), "", "ab") == ([END, *spelled("ab")], 1)  # EOS, where there is no BOS
+    assert split(from_gguf(tmp_path, add_bos_token=True, bos_token_id=PAD), "", "ab") == ([PAD, *spelled("ab")], 1)
+
+
+def test_text_of_a_chatglm_follows_its_opening_tokens_and_counts_itself_alone(tmp_path):
+    directory = digits(tmp_path, {"pad_token": "<pad>", "eos_token": "12"})
+    made = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    pad = made.token_to_id("<pad>")
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A <pad> b", None, [("<pad>", pad), ("b", 98)])
+    made.save(str(directory / "tokenizer.json"))
+    assert split(load_tokenizer(directory), "", "cd") == ([pad, 98, 99, 100], 2)
+    assert split(load_tokenizer(directory), "a", "c") == ([97, pad, 98, 99], 3)
