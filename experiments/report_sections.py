@@ -103,7 +103,8 @@ def against_rank(rounds: int, rank: int, targets: tuple) -> str:
         for index, rows in enumerate(series.values()):
             x, y = [row["rank"] for row in rows], [row["ratio"] for row in rows]
             axes.plot(x, y, "o-", color=SERIES[index % len(SERIES)], linewidth=2, markersize=4.2)
-        axes.set_xticks(shapes.RANKS, map(str, shapes.RANKS))
+        axes.set_xticks(shapes.RANKS, [str(rank) for rank in shapes.RANKS])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}×")
         axes.minorticks_off()
 
     caption = f"Adapters on {show(', '.join(targets))}, float32, as many times less than all parameters of the model."

@@ -62,6 +62,7 @@ tbody th { font-weight: 400 }
 tr > :first-child { text-align: left }
 tfoot { background: var(--paper); font-weight: 600 }
 .box + p { margin-top: .7rem }
+.box + .figures, .figures + .box, .figures + details { margin-top: 1rem }
 .words td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 .words th { vertical-align: top }
 pre.box { margin-bottom: 1rem }
