@@ -12,7 +12,7 @@ from conftest import GOLDEN, WORDS, write_tokenizer
 
 from dplora_jax import models, peft
 from experiments import flags as run_flags
-from experiments import ledger, membership, run
+from experiments import audit, ledger, membership, run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NOUNS, VERBS = WORDS[5:9], WORDS[9:13]
@@ -170,6 +170,13 @@ def test_labels_words_learn_what_their_texts_say(base, tables, tmp_path):
     more += ["--expected_batch_size=10", "--server_momentum=0.5"]
     assert run.main(job(base, tmp_path / "own", tmp_path / "run", *KINDS["labels"], *more)) == 0
     assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.9
+
+
+def test_the_claim_of_a_language_model_is_audited_on_its_own_loss(base, tables, tmp_path):
+    more = ["--runs=4", "--canaries=4", "--audit_seed=1", f"--workdir={tmp_path / 'audit'}"]
+    assert audit.main([*job(base, tables / "text", tmp_path, *KINDS["text"])[:-1], *KINDS["text"], *more]) == 0
+    (found,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["audits"]
+    assert 0 < found["guesses"] <= found["claim"]
 
 
 def test_membership_is_inferred_of_answers_too(base, tables, tmp_path):
