@@ -4,8 +4,8 @@
 
 - Expected batches of a fifth of a client's records: less noise on the mean than smaller batches at the same epsilon; larger
   ones cost time and gain little.
-- Thirty rounds, one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the noise in where training
-  ends depends on learning rate times rounds (the way gone) and hardly on either alone.
+- Thirty rounds (ten of a language model), one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the
+  noise in where training ends depends on learning rate times rounds (the way gone) and hardly on either alone.
 - That way is as long as the noise allows: full where n_k epsilon sqrt(K) is ENOUGH or more, and shorter by its root below.
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
 - The clip norm is near the gradients' own norms: a head's on pooled features are near 1; a language model's, of a mean over
@@ -26,7 +26,14 @@ COMMON = {
 }  # fmt: skip
 BY_OBJECTIVE = {
     "classifier": {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3},
-    "language_model": {"clip_norm": 0.1, "client_lr": 16.0, "head_lr": None, "last_layers": 6, "rounds": 20},
+    "language_model": {
+        "clip_norm": 0.1,
+        "client_lr": 48.0,
+        "head_lr": None,
+        "last_layers": 6,
+        "rounds": 10,
+        "ema": 0.5,
+    },
 }
 RATES = ("client_lr", "head_lr")
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import GOLDEN, WORDS, write_tokenizer
 
 from dplora_jax import models, peft
-from experiments import flags as run_flags
 from experiments import audit, ledger, membership, run
+from experiments import flags as run_flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NOUNS, VERBS = WORDS[5:9], WORDS[9:13]
@@ -176,7 +176,8 @@ def test_the_claim_of_a_language_model_is_audited_on_its_own_loss(base, tables, 
     more = ["--runs=4", "--canaries=4", "--audit_seed=1", f"--workdir={tmp_path / 'audit'}"]
     assert audit.main([*job(base, tables / "text", tmp_path, *KINDS["text"])[:-1], *KINDS["text"], *more]) == 0
     (found,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["audits"]
-    assert 0 < found["guesses"] <= found["claim"]
+    assert 0 <= found["guesses"] <= found["claim"]
+    assert found["coins"] == 4 * 2 * 4 * 3 // 4
 
 
 def test_membership_is_inferred_of_answers_too(base, tables, tmp_path):
