@@ -6,7 +6,7 @@ import math
 from experiments.report_text import as_epsilon, show, show_metric
 
 # Figures are drawn in these colours, then each is replaced by a CSS variable, so that one SVG serves light and dark.
-INK, GRID, SERIES = "#010101", "#020202", ("#030303", "#040404", "#050505", "#060606")
+INK, GRID, SERIES = "#010101", "#020202", tuple(f"#{i:02x}{i:02x}{i:02x}" for i in range(3, 11))
 VARIABLES = {INK: "--soft", GRID: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
 BOOKKEEPING = {"round", "epsilon", "epsilon_max", "bytes_up_per_client", "bytes_down_per_client", "seconds"}
 BOOKKEEPING |= {"examples_per_second", "finished", "survivors"}
@@ -84,7 +84,7 @@ def _plot_metrics(series: dict, against_epsilon: bool):
     def draw(axes):
         for i, (rounds, values, epsilons) in enumerate(series.values()):
             x = epsilons if against_epsilon else rounds
-            style = "o-" if i == 0 else "s--" if i < len(SERIES) else "^:"
+            style = "o-" if i == 0 else "s--"
             axes.plot(x, values, style, color=SERIES[i % len(SERIES)], linewidth=2, markersize=4.2)
 
     return draw

@@ -6,11 +6,13 @@ import math
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1c2024; --soft: #5b636c; --line: #dfddd6;
-  --accent: #0b6b62; --series-0: #0b6b62; --series-1: #c2571a; --series-2: #5b4bb5; --series-3: #8a6d00; --bad:
-  #a3161c; --bad-paper: #fdecea; --care: #7a4b00; --care-paper: #fff3d6; --note: #24507f; --note-paper: #e8f0fa }
+  --accent: #0b6b62; --series-0: #0b6b62; --series-1: #c2571a; --series-2: #5b4bb5; --series-3: #8a6d00;
+  --series-4: #9c2f6b; --series-5: #2f6fb0; --series-6: #5f7d1f; --series-7: #6b6b6b; --bad: #a3161c;
+  --bad-paper: #fdecea; --care: #7a4b00; --care-paper: #fff3d6; --note: #24507f; --note-paper: #e8f0fa }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1c2024; --ink: #e9e7e2; --soft: #a2a9b0;
-  --line: #343a40; --accent: #5cc9ba; --series-0: #5cc9ba; --series-1: #f2995c; --series-2: #aa9df5; --series-3:
-  #dcbf52; --bad: #ffb4ae; --bad-paper: #4a1718; --care: #ffd58a; --care-paper: #40300f; --note: #a9cdf5;
+  --line: #343a40; --accent: #5cc9ba; --series-0: #5cc9ba; --series-1: #f2995c; --series-2: #aa9df5;
+  --series-3: #dcbf52; --series-4: #e58fc0; --series-5: #8fc1f5; --series-6: #b5d06c; --series-7: #b9b9b9;
+  --bad: #ffb4ae; --bad-paper: #4a1718; --care: #ffd58a; --care-paper: #40300f; --note: #a9cdf5;
   --note-paper: #1a2f47 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,

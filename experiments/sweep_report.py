@@ -145,7 +145,7 @@ def _errors(lines, cases, line_of, index, metric):
             x, kept = zip(*at, strict=True)
             means = [statistics.mean(v) for v in kept]
             bars = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in kept]
-            style = "o-" if number < len(SERIES) else "s:"
+            style = "o-" if number < len(SERIES) // 2 else "s:"
             colour = SERIES[number % len(SERIES)]
             axes.errorbar(x, means, bars, fmt=style, color=colour, linewidth=2, markersize=4.2, capsize=3)
         if labels is not None:
@@ -178,7 +178,8 @@ def page(lines, config, argv):
     command = show("python -m experiments.sweep " + " ".join(_quoted(word) for word in argv))
     sent = sorted({line["bytes_up_per_client"] for line in lines if line.get("bytes_up_per_client")})
     facts = [f"{len(lines)} cells", f"seeds {', '.join(map(str, sorted({line['seed'] for line in lines})))}"]
-    facts += [f"{show_bytes(sent[0])} to {show_bytes(sent[-1])} sent by a client"] if sent else []
+    spans = list(dict.fromkeys(show_bytes(count) for count in (sent[0], sent[-1]))) if sent else []
+    facts += [f"{' to '.join(spans)} sent by a client"] if sent else []
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
