@@ -51,7 +51,14 @@ def rehearse(tmp_path):
         env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "CUDA_VISIBLE_DEVICES")}
         env |= stubs | {"STUB_HOSTS": str(hosts), "SLURM_JOB_ID": "7"} | variables
         command = ["bash", str(LAUNCH / script), *arguments]
-        done = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+        )
         try:
             if act:
                 act(done, log)
