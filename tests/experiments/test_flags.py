@@ -2,6 +2,7 @@
 
 import pytest
 
+from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from experiments import flags
 
@@ -87,3 +88,24 @@ def test_mistake_is_one_sentence_that_names_the_flag(argv, words):
 
 def test_processes_need_no_number_where_the_cluster_gives_it():
     assert flags.parse(["--epsilon=8", "--coordinator=auto"]).process is None
+
+
+PAPER = sorted(path.name for path in (flags.SHIPPED / "flagfiles").glob("paper_*.flags"))
+
+
+def test_there_is_a_federation_of_the_papers_for_each_model_and_domain_that_it_can_have():
+    models = {name.removeprefix("paper_").rsplit("_", 1)[0] for name in PAPER}
+    assert models == {"gpt2", "bert", "chatglm6b", "llama2_7b"}
+    assert len(PAPER) == 10  # BERT writes no answer and predicts no next token: finance alone
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_federations_have_its_values(name):
+    config = flags.parse([f"--flagfile={name}"])
+    paper = {
+        "clients": 5, "rounds": 50, "expected_batch_size": 8, "noise_multiplier": 2, "client_lr": 5e-4, "clip_norm": 10, "rank": 512,
+    }  # fmt: skip
+    assert {flag: getattr(config, flag) for flag in paper} == paper
+    assert config.dataset in tasks.TRAINABLE
+    assert all(benchmark in tasks.TASKS for benchmark in config.benchmark_list)
+    assert config.workdir == f"runs/{name.removesuffix('.flags')}"
