@@ -103,7 +103,8 @@ def test_there_is_a_federation_of_the_papers_for_each_model_and_domain_that_it_c
 def test_the_papers_federations_have_its_values(name):
     config = flags.parse([f"--flagfile={name}"])
     paper = {
-        "clients": 5, "rounds": 50, "expected_batch_size": 8, "noise_multiplier": 2, "client_lr": 5e-4, "clip_norm": 10, "rank": 512,
+        "clients": 5, "rounds": 50, "expected_batch_size": 8, "noise_multiplier": 2, "client_lr": 5e-4, "clip_norm": 10,
+        "rank": 512,
     }  # fmt: skip
     assert {flag: getattr(config, flag) for flag in paper} == paper
     assert config.dataset in tasks.TRAINABLE
