@@ -84,9 +84,8 @@ def main(argv=None):
         if own.parallel > 1 and own.worker is None:
             _spread(argv, min(own.parallel, len(missing)))
         else:
-            mine = (
-                cells if own.worker is None else cells[own.worker :: own.parallel]
-            )  # the same share, however many are done
+            # A worker's share is of all cells, and so the same however many are done when it starts.
+            mine = cells if own.worker is None else cells[own.worker :: own.parallel]
             _run([cell for cell in mine if cell in missing], own.out)
         if own.worker is not None:
             return 0
