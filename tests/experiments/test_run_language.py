@@ -173,8 +173,8 @@ def test_labels_words_learn_what_their_texts_say(base, tables, tmp_path):
 
 
 def test_the_claim_of_a_language_model_is_audited_on_its_own_loss(base, tables, tmp_path):
-    more = ["--runs=4", "--canaries=4", "--audit_seed=1", f"--workdir={tmp_path / 'audit'}"]
-    assert audit.main([*job(base, tables / "text", tmp_path, *KINDS["text"])[:-1], *KINDS["text"], *more]) == 0
+    more = ["--runs=4", "--canaries=4", "--audit_seed=1"]
+    assert audit.main(job(base, tables / "text", tmp_path / "audit", *KINDS["text"], *more)) == 0
     (found,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["audits"]
     assert 0 <= found["guesses"] <= found["claim"]
     assert found["coins"] == 4 * 2 * 4 * 3 // 4
