@@ -8,20 +8,8 @@ from absl import flags
 
 from dplora_jax.errors import InputError
 from experiments import flag_checks
-from experiments.run_config import FREE_ON_RESUME, RunConfig
+from experiments.run_config import RunConfig
 
-__all__ = [
-    "FREE_ON_RESUME",
-    "SHIPPED",
-    "RunConfig",
-    "chosen",
-    "number",
-    "parse",
-    "raw",
-    "read",
-    "resolve",
-    "without_auto",
-]
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 
 

@@ -100,7 +100,7 @@ def parse(argv):
     )
     absl_flags.DEFINE_integer("canary_seed", 1, "of the secrets and of the noise", lower_bound=0, flag_values=values)
     values, name = flags.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
-    given = flags.raw(values)
+    given = flags.chosen(values)
     config = flags.resolve(
         dataclasses.replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries")
     )
@@ -171,23 +171,18 @@ def results(config, own):
         raise InputError(
             f"--dataset={config.dataset} trains no language model on text or answers: there is nothing to memorise."
         )
+    dealt = with_canaries(records.deal(config), found, own.copies)
     measure = None
-    for name, one in (("base model", None), ("no privacy", bare), ("as configured", config)):
-        settings = dataclasses.replace(one or bare, eval_every=0)
-        prepared = setup.prepare(settings, dealt=with_canaries(records.deal(settings), found, own.copies))
-        measure = measure or _measure(config, own, task, prepared, tokenizer, found)
-        adapter = released.adapter(settings, prepared.state)
-        if one is not None:
-            held = secrets.from_seed(own.seed, trust_modes.parties(settings))
-            adapter = released.adapter(settings, unsaved.train(settings, prepared, held))
-        spent = (
-            f"{max(c['epsilon'] for c in prepared.facts['clients']):.3f}"
-            if one is config
-            else "-"
-            if one is None
-            else "inf"
-        )
-        yield name, measure(adapter) | {"epsilon": spent}
+    for name, one in (("no privacy", bare), ("as configured", config)):
+        settings = dataclasses.replace(one, eval_every=0)
+        prepared = setup.prepare(settings, dealt=dealt)
+        if measure is None:
+            measure = _measure(config, own, task, prepared, tokenizer, found)
+            yield "base model", measure(released.adapter(settings, prepared.state)) | {"epsilon": "-"}
+        held = secrets.from_seed(own.seed, trust_modes.parties(settings))
+        trained = released.adapter(settings, unsaved.train(settings, prepared, held))
+        spent = max(client["epsilon"] for client in prepared.facts["clients"])
+        yield name, measure(trained) | {"epsilon": f"{spent:.3f}" if one.private else "inf"}
 
 
 def _measure(config, own, task, prepared, tokenizer, found):

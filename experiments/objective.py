@@ -10,7 +10,6 @@ from dplora_jax.errors import InputError
 from dplora_jax.models import pretrained
 
 AUTO, CLASSIFIER, LANGUAGE_MODEL = "auto", "classifier", "language_model"
-KNOWN = (AUTO, CLASSIFIER, LANGUAGE_MODEL)
 
 
 class Objective(NamedTuple):

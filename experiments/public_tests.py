@@ -49,8 +49,7 @@ def _closing(config, aim, corpus, model, params, grid, tokenizer):
             raise InputError("--benchmarks asks a language model, and this is a classifier: leave it out.")
         return found
     if corpus.task.kind == tasks.ANSWERS and config.generate:
-        some = records.some(corpus.test, config.generate, config.split_seed)
-        asked = tasks.asked(corpus.task, some, config.chat)
+        asked = _some(config, tasks.asked(corpus.task, corpus.test, config.chat))
         _check_room(config, model)
         found[""] = evaluation.answers(
             model, params, tokenizer, asked, config.max_length, config.new_tokens, config.chat
@@ -106,6 +105,7 @@ def _benchmark(config, name, asked, model, params, grid, tokenizer):
 
 
 def _some(config, asked):
+    """--generate of `asked`, drawn by --split_seed: a table may be sorted by where its rows are from."""
     chosen = np.random.default_rng(config.split_seed).permutation(len(asked))[: config.generate]
     return [asked[i] for i in np.sort(chosen)]
 

@@ -189,8 +189,11 @@ def _on_sigterm():
 
 def _settled(job, done, state, lines):
     """The lines with the last one as the ledger has it: evaluated, and charged with every attempt that was begun."""
+    from experiments import report_text
+
     last = dict(lines[-1])
-    if job.config.eval_every and done < job.config.rounds:
+    evaluated = any(name in last for name in report_text.METRICS)  # not where --eval_every was 0 until this start
+    if job.config.eval_every and not (evaluated and done == job.config.rounds):
         last |= job.prepared.evaluate(state, ends=True)
     if job.config.private and job.ledger is not None:
         last["epsilon"] = job.ledger.epsilons(job.config.delta)

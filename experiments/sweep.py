@@ -25,7 +25,7 @@ from typing import NamedTuple
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import allocator, flags, sweep_report
+from experiments import allocator, flags, run_config, sweep_report
 from experiments.sweep_report import ANY, OUTCOME
 
 BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
@@ -154,7 +154,7 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN):
 
 def _digest(config):
     """Of all that decides a cell's outcome: a cell is another one when any of its flags is."""
-    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in flags.FREE_ON_RESUME or k in MEASURED}
+    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in run_config.FREE_ON_RESUME or k in MEASURED}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -4,17 +4,13 @@ import math
 import statistics
 
 from experiments.report_figures import SERIES, figure
-from experiments.report_text import STYLE, show, show_bytes, show_metric
+from experiments.report_text import METRICS, STYLE, show, show_bytes, show_metric
 
-OUTCOME = (
-    "metrics",
-    "epsilon_max",
-    "bytes_up_per_client",
-    "seconds",
-)  # of a line: what it found; the rest names its cell
+# Of a line: what was found; the rest names its cell.
+OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds")
 ANY = "any"  # the value of a flag that a case does not depend on
 MOST_LINES = 8  # of a plot
-SHOWN = ("accuracy", "macro_f1", "perplexity", "token_f1", "rouge_l")  # first, where a line has them
+SHOWN = tuple(METRICS)  # first, where a line has them
 
 
 def metrics(lines):
@@ -91,7 +87,7 @@ def markdown(lines):
     return f"{tables}\n\nMeans ± standard deviations over seeds {seeds}. Seeded, and so NOT FOR RELEASE.\n"
 
 
-def _axis(name, values):
+def _axis(values):
     """(numbers, labels or None) of a flag's values on an axis; inf stands one step beyond the largest."""
     numbers = [_number(value) for value in values]
     if any(number is None for number in numbers):
@@ -134,7 +130,7 @@ def _errors(lines, cases, line_of, index, metric):
     values = [column[index] for column in line_of]
 
     def draw(axes):
-        places, labels = _axis("", values)
+        places, labels = _axis(values)
         if labels is None and min(places) > 0 and max(places) / min(places) >= 100:
             axes.set_xscale("log")
         for number, case in enumerate(cases):

@@ -9,7 +9,7 @@ import pathlib
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
-from experiments.flags import FREE_ON_RESUME
+from experiments.run_config import FREE_ON_RESUME
 
 
 @contextlib.contextmanager

@@ -104,8 +104,6 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         test = records.rows(*_read_test(source, None, source.data_dir and where), task, columns, public=True)
     elif found:
         test = records.rows(*found[next(name for name in TEST_SPLITS if name in found)], task, columns, public=True)
-    names = task.label_names
-    codes = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     description = f"{source.dataset}: public benchmark ({origin})"
     if test is not None and source.test_fraction is not None:
         raise InputError(f"--test_fraction does not fit --dataset={source.dataset} with a test file; leave it out.")
@@ -113,7 +111,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         fraction = BENCHMARK_TEST_FRACTION if source.test_fraction is None else source.test_fraction
         train, test = records.split(train, fraction, source.split_seed)
         description += f"; test: a random {fraction:g} of the table, split_seed {source.split_seed}"
-    return records.corpus(train, test, task, codes, description)
+    return records.corpus(train, test, task, task.codes, description)
 
 
 def _tables(name: str, task: tasks.Task, folder: str | None) -> tuple[dict, str]:
@@ -150,9 +148,8 @@ def benchmark(
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
     table, where = found[split]
     if task.kind != tasks.CHOICES:
-        codes = {str(i): i for i in range(len(task.label_names))} | {n: i for i, n in enumerate(task.label_names)}
         of = records.rows(table, where, task, task.column, public=True)
-        of = records.corpus(None, of, task, codes, name).test
+        of = records.corpus(None, of, task, task.codes, name).test
         records.refuse_copy(private, of, f"--benchmarks={name}")
         return tasks.asked(task, records.some(of, count, seed), chat)
     for column in task.column:
@@ -193,8 +190,8 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
         if kind != tasks.TEXT:
             raise InputError("--dataset=text has a record a line and no columns; leave out the flags that name some.")
         columns["text"] = columns["text"] or "text"
-    for flag in ("data_dir", *roles.values()):
-        given = getattr(source, flag) if flag == "data_dir" else columns[next(r for r in roles if roles[r] == flag)]
+    needed = {"data_dir": source.data_dir} | {flag: columns[role] for role, flag in roles.items()}
+    for flag, given in needed.items():
         if not given:
             raise InputError(f"--dataset={source.dataset} reads your own table and needs --{flag}; give it.")
     return kind, columns

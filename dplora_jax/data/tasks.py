@@ -28,12 +28,6 @@ class Hub(NamedTuple):
 
 SCRIPT = "refs/convert/parquet"  # `datasets` refuses repositories that are scripts; this branch holds the hub's own conversion
 LABELS, ANSWERS, TEXT, CHOICES = "labels", "answers", "text", "choices"
-METRICS = {
-    LABELS: "accuracy and macro-F1, of a classifier or by the likelihood of the labels' words",
-    ANSWERS: "perplexity of the reference answer; token F1 and ROUGE-L of a greedy answer",
-    TEXT: "perplexity",
-    CHOICES: "accuracy by likelihood, plain and by the answers' lengths",
-}
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,9 @@ class Task:
     """A kind of text with what is asked of it.
 
     Attributes:
-      kind: "labels" (a text and its label), "answers" (a prompt and its answer), "text" (text alone) or "choices" (several
-        answers of which one is right; to evaluate on, not to train on).
+      kind: "labels" (a text and its label: accuracy, macro-F1), "answers" (a prompt and its answer: perplexity of the reference,
+        token F1 and ROUGE-L of a greedy one), "text" (text alone: perplexity) or "choices" (several answers of which one is
+        right, to evaluate on and not to train on: accuracy by likelihood, plain and by length).
       ask: the row as `Asked`. Of a "choices" task the row is the table's own; of the others it has the keys "text" and "label"
         (a number), "prompt" and "answer", or "text".
       hub: where the table is, if the hub has it in a form that needs no code.
@@ -65,6 +60,12 @@ class Task:
         """The column of each key, as a dict."""
         return dict(self.columns)
 
+    @property
+    def codes(self):
+        """The number of each label's text in a public table: its name, or the number itself."""
+        names = self.label_names
+        return {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+
 
 def text_of(value):
     """A cell as text: 1, 1.0 and "1.0" are all "1"; a missing value is ""."""
@@ -73,7 +74,7 @@ def text_of(value):
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
 
 
-def label_words(names, question="Label", title=""):
+def label_words(names, question="Label"):
     """`ask` of a text and its label: one of the labels' words follows the text and `question`.
 
     >>> label_words(("bad", "good"), "Sentiment")({"text": "Profit rose.", "label": 1}).prompts[0]
@@ -81,7 +82,7 @@ def label_words(names, question="Label", title=""):
     """
 
     def ask(row):
-        return Asked((f"{title}{row['text']}\n{question}:",) * len(names), tuple(f" {n}" for n in names), row["label"])
+        return Asked((f"{row['text']}\n{question}:",) * len(names), tuple(f" {n}" for n in names), row["label"])
 
     return ask
 

@@ -80,10 +80,10 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
     unknown name, an unsupported config, and a missing, truncated or misshapen file.
     """
     place = locate(name_or_path)
-    hf, in_gguf = _config(place), place.suffix == ".gguf" and place.is_file()
+    hf = _config(place)
     if num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
         num_labels = len(hf.get("id2label") or (0, 1))
-    with (gguf_file.GgufCheckpoint if in_gguf else SafetensorsCheckpoint)(place) as checkpoint:
+    with (gguf_file.GgufCheckpoint if _in_gguf(place) else SafetensorsCheckpoint)(place) as checkpoint:
         model = build(hf, checkpoint, num_labels, jnp.dtype(dtype))
         params = read_params(model, checkpoint, quantize)
         checkpoint.refuse_unread()
@@ -101,8 +101,12 @@ def depth(name_or_path):
     return next(hf[name] for name in DEPTH if name in hf)
 
 
+def _in_gguf(place):
+    return place.suffix == ".gguf" and place.is_file()
+
+
 def _config(place):
-    return gguf_file.config(place) if place.suffix == ".gguf" and place.is_file() else read_json(place / "config.json")
+    return gguf_file.config(place) if _in_gguf(place) else read_json(place / "config.json")
 
 
 def build(hf, checkpoint, num_labels, dtype):

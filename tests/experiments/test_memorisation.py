@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from conftest import GOLDEN
 
-from experiments import memorisation, records
+from experiments import memorisation, recipe, records
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -75,6 +75,14 @@ def test_canaries_are_client_0s_records_and_nobody_elses(command):
     other, _ = more.read([1])
     assert not any(c.secret in text for text in other.texts for c in found)
     assert len({c.secret for c in found}) == 2
+
+
+def test_auto_chooses_here_too(command, capsys):
+    plain = [word for word in command if not word.startswith(("--rounds", "--clip_norm"))]
+    config, _ = memorisation.parse([*plain, "--auto"])
+    expected = recipe.chosen([12, 12], 2, 1.0, "language_model")
+    assert (config.rounds, config.clip_norm) == (expected["rounds"], expected["clip_norm"])
+    assert "--auto chose" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,78 +1,16 @@
 """The report is one file, says what its two public files say and no more, and never softens a missing guarantee."""
 
-import json
 import math
 import re
 import subprocess
 import sys
 
 import pytest
+from report_pages import SCORES, config, metrics, page
 
-from experiments import communication, report
+from experiments import report
 
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=y>'
-
-
-def config(clients=5, **flags):
-    """A run's config.json as `experiments.run` writes it; `flags` replace top-level keys."""
-    rows = [
-        {
-            "client": k,
-            "records": 600 + k,
-            "sampling_rate": 64 / (600 + k),
-            "capacity": 105,
-            "noise_multiplier": 0.7,
-            "weight": 0.2,
-        }
-        | {"epsilon": 7.0 + k / clients}
-        for k in range(clients)
-    ]
-    sent = {"adapter_parameters": 19587, "full_parameters": 22713216, "ratio": 1159.6}
-    sent |= {"bytes_up_per_client_per_round": 78348, "bytes_down_per_client_per_round": 78348}
-    federation = {
-        "clients": rows,
-        "data": {"description": "headlines", "synthetic": False, "train_records": 3200, "test_records": 800},
-        "trust": ["The server sees every upload.", "One record is one headline."],
-        "release": "for release",
-        "communication": sent | {"full_bytes_per_client_per_round": 90852864},
-        "method": ["A frozen (FFA-LoRA)"],
-        "environment": {"jax": "0.10.2"},
-        "command": "python -m experiments.run --flagfile=finance.flags",
-        "accounting": "Privacy loss distributions.",
-    }
-    basics = {
-        "model": "MiniLM",
-        "dataset": "finance_demo",
-        "clients": clients,
-        "rounds": 10,
-        "trust": "local",
-        "epsilon": 8.0,
-    }
-    return basics | {"delta": 1e-5, "clip_norm": 1.25, "ema": 0.9, "federation": federation} | flags
-
-
-def metrics(**evaluated):
-    """Rounds 0 to 10; the metrics come at 0, 5 and 10, from the three values of each."""
-    rows = []
-    for t in range(11):
-        row = {"round": t, "epsilon": [0.5 * t, 0.7999 * t], "epsilon_max": 0.7999 * t, "seconds": 1.5}
-        if t % 5 == 0:
-            row |= {name: values[t // 5] for name, values in evaluated.items()}
-        rows.append(row)
-    return rows
-
-
-SCORES = {"accuracy": (0.311, 0.652, 0.783), "macro_f1": (0.201, 0.544, 0.729)}
-
-
-def page(workdir, told, rows=None):
-    """The report of these two files, as text."""
-    (workdir / "config.json").write_text(json.dumps(told))
-    if rows is not None:
-        (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = report.write(workdir)
-    assert path == workdir / "report.html"
-    return path.read_text(encoding="utf-8")
 
 
 def tile(text, label):
@@ -275,55 +213,3 @@ def test_bytes_in_all_are_of_the_uploads_that_were_sent(tmp_path):
     assert "bytes up, 8 uploads in 2 rounds" in text
     assert "rounds taken part in" in text
     assert "rounds taken part in" not in page(tmp_path, config(), metrics())
-
-
-def test_the_audit_beside_a_run_and_its_absence_are_told(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    assert "none lies beside this run" in page(folder, config(), metrics(**SCORES))
-    (tmp_path / "run-audit").mkdir()
-    found = {"claim": 8.0, "broken": False, "guesses": 2.999, "curve": 6.547}
-    (tmp_path / "run-audit" / "audit.json").write_text(json.dumps({"runs": 8, "confidence": 0.999, "audits": [found]}))
-    told = page(folder, config(), metrics(**SCORES))
-    assert "<td>2.99</td><td>6.54</td><td>holds</td>" in told  # rounded down, never up
-    assert "lower bounds are 6.54 (claim 8.00: holds)" in (folder / "report.md").read_text()
-    (tmp_path / "run-audit" / "audit.json").write_text(json.dumps({"runs": 8}))
-    assert "cannot be read" in page(folder, config(), metrics(**SCORES))
-    assert "What an attack found" not in page(folder, config(trust="none"), metrics(**SCORES))
-
-
-def test_bytes_saved_against_rank_are_exact_for_the_papers_models():
-    found = {(row["model"], row["rank"]): row for row in communication.rows(50)}
-    assert found["llama2-7b", 512]["bytes_round"] == 4 * 512 * 32 * 2 * (4096 + 4096)
-    assert found["bert-base", 8]["bytes_run"] == 50 * 4 * 8 * 12 * 2 * (768 + 768)
-    assert found["gpt2", 8]["bytes_round"] == 4 * 8 * 12 * (768 + 3 * 768)  # q, k and v are one matrix
-    assert found["chatglm-6b", 1]["bytes_round"] == 4 * 28 * (4096 + 3 * 4096)
-    assert found["gpt2", 512]["ratio"] == pytest.approx(124_439_808 / (512 * 12 * 4 * 768))
-
-
-def test_a_sweep_may_stand_in_the_report(tmp_path):
-    folder, cells = tmp_path / "run", tmp_path / "cells.jsonl"
-    folder.mkdir()
-    page(folder, config(), metrics(**SCORES))
-    lines = [
-        {"case": "FedAvg", "epsilon": e, "seed": s, "metrics": {"accuracy": 0.1 * e + 0.01 * s}, "seconds": 1.0}
-        for e in (2, 8) for s in (1, 2)
-    ]  # fmt: skip
-    cells.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.main([str(folder), f"--sweep={cells}"]) == 0
-    text = (folder / "report.html").read_text()
-    assert "Many runs" in text
-    assert "0.215 ± 0.007" in text
-    assert report.main([str(folder), f"--sweep={tmp_path / 'none.jsonl'}"]) == 2
-
-
-def test_markdown_says_what_the_page_says(tmp_path):
-    page(tmp_path, config(trust="none"), metrics(**SCORES))
-    text = (tmp_path / "report.md").read_text()
-    assert "There is no privacy in this run" in text
-    page(tmp_path, config(), metrics(**SCORES))
-    text = (tmp_path / "report.md").read_text()
-    assert "| round | epsilon | accuracy | macro-F1 |" in text
-    assert "| 10 | 8.00 | 0.783 | 0.729 |" in text
-    assert "python -m experiments.run --flagfile=finance.flags" in text
-    assert "| 0 | 600 |" in text

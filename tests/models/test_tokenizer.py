@@ -39,6 +39,16 @@ def digits(directory, settings, **config):
     return directory
 
 
+def closing(directory):
+    """A tokenizer that closes a text as ChatGLM-6B's does, with [gMASK] and its BOS: here <pad> and b."""
+    digits(directory, {"pad_token": "<pad>", "eos_token": "12"})
+    made = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    pad = made.token_to_id("<pad>")
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A <pad> b", None, [("<pad>", pad), ("b", 98)])
+    made.save(str(directory / "tokenizer.json"))
+    return load_tokenizer(directory)
+
+
 def refusal(call, *args, **options):
     """The one sentence with which `call` is refused."""
     with pytest.raises(InputError) as caught:
@@ -172,14 +182,9 @@ def test_a_sentencepiece_prompt_has_bos(tmp_path):
 
 
 def test_what_a_tokenizer_puts_behind_the_prompt_opens_the_answer(tmp_path):
-    directory = digits(tmp_path, {"pad_token": "<pad>", "eos_token": "12"})
-    made = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    pad = made.token_to_id("<pad>")
-    # As ChatGLM-6B: [gMASK] and its BOS stand behind the text.
-    made.post_processor = tokenizers.processors.TemplateProcessing("$A <pad> b", None, [("<pad>", pad), ("b", 98)])
-    made.save(str(directory / "tokenizer.json"))
-    ids, start = continuation(load_tokenizer(directory), "a", "c")
-    assert (ids, start) == ([97, pad, 98, 99, made.token_to_id("12")], 3)
+    tokenizer = closing(tmp_path)
+    ids, start = continuation(tokenizer, "a", "c")
+    assert (ids, start) == ([97, tokenizer.pad_token_id, 98, 99, tokenizer.eos_token_id], 3)
 
 
 def test_a_chat_prompt_is_the_template_with_the_opening_of_a_reply(tmp_path):
@@ -214,10 +219,6 @@ def test_an_answer_without_a_prompt_follows_what_opens_a_reply(tmp_path, tiny_be
 
 
 def test_text_of_a_chatglm_follows_its_opening_tokens_and_counts_itself_alone(tmp_path):
-    directory = digits(tmp_path, {"pad_token": "<pad>", "eos_token": "12"})
-    made = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    pad = made.token_to_id("<pad>")
-    made.post_processor = tokenizers.processors.TemplateProcessing("$A <pad> b", None, [("<pad>", pad), ("b", 98)])
-    made.save(str(directory / "tokenizer.json"))
-    assert split(load_tokenizer(directory), "", "cd") == ([pad, 98, 99, 100], 2)
-    assert split(load_tokenizer(directory), "a", "c") == ([97, pad, 98, 99], 3)
+    tokenizer = closing(tmp_path)
+    assert split(tokenizer, "", "cd") == ([tokenizer.pad_token_id, 98, 99, 100], 2)
+    assert split(tokenizer, "a", "c") == ([97, tokenizer.pad_token_id, 98, 99], 3)

@@ -1,0 +1,60 @@
+"""What stands in a report beside the run's own files: an audit, a sweep, bytes against rank; and the report as Markdown."""
+
+import json
+
+import pytest
+from report_pages import SCORES, config, metrics, page
+
+from experiments import communication, report
+
+
+def test_the_audit_beside_a_run_and_its_absence_are_told(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert "none lies beside this run" in page(folder, config(), metrics(**SCORES))
+    (tmp_path / "run-audit").mkdir()
+    found = {"claim": 8.0, "broken": False, "guesses": 2.999, "curve": 6.547}
+    (tmp_path / "run-audit" / "audit.json").write_text(json.dumps({"runs": 8, "confidence": 0.999, "audits": [found]}))
+    told = page(folder, config(), metrics(**SCORES))
+    assert "<td>2.99</td><td>6.54</td><td>holds</td>" in told  # rounded down, never up
+    assert "lower bounds are 6.54 (claim 8.00: holds)" in (folder / "report.md").read_text()
+    (tmp_path / "run-audit" / "audit.json").write_text(json.dumps({"runs": 8}))
+    assert "cannot be read" in page(folder, config(), metrics(**SCORES))
+    assert "What an attack found" not in page(folder, config(trust="none"), metrics(**SCORES))
+
+
+def test_bytes_saved_against_rank_are_exact_for_the_papers_models():
+    found = {(row["model"], row["rank"]): row for row in communication.rows(50)}
+    assert found["llama2-7b", 512]["bytes_round"] == 4 * 512 * 32 * 2 * (4096 + 4096)
+    assert found["bert-base", 8]["bytes_run"] == 50 * 4 * 8 * 12 * 2 * (768 + 768)
+    assert found["gpt2", 8]["bytes_round"] == 4 * 8 * 12 * (768 + 3 * 768)  # q, k and v are one matrix
+    assert found["chatglm-6b", 1]["bytes_round"] == 4 * 28 * (4096 + 3 * 4096)
+    assert found["gpt2", 512]["ratio"] == pytest.approx(124_439_808 / (512 * 12 * 4 * 768))
+
+
+def test_a_sweep_may_stand_in_the_report(tmp_path):
+    folder, cells = tmp_path / "run", tmp_path / "cells.jsonl"
+    folder.mkdir()
+    page(folder, config(), metrics(**SCORES))
+    lines = [
+        {"case": "FedAvg", "epsilon": e, "seed": s, "metrics": {"accuracy": 0.1 * e + 0.01 * s}, "seconds": 1.0}
+        for e in (2, 8) for s in (1, 2)
+    ]  # fmt: skip
+    cells.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.main([str(folder), f"--sweep={cells}"]) == 0
+    text = (folder / "report.html").read_text()
+    assert "Many runs" in text
+    assert "0.215 ± 0.007" in text
+    assert report.main([str(folder), f"--sweep={tmp_path / 'none.jsonl'}"]) == 2
+
+
+def test_markdown_says_what_the_page_says(tmp_path):
+    page(tmp_path, config(trust="none"), metrics(**SCORES))
+    text = (tmp_path / "report.md").read_text()
+    assert "There is no privacy in this run" in text
+    page(tmp_path, config(), metrics(**SCORES))
+    text = (tmp_path / "report.md").read_text()
+    assert "| round | epsilon | accuracy | macro-F1 |" in text
+    assert "| 10 | 8.00 | 0.783 | 0.729 |" in text
+    assert "python -m experiments.run --flagfile=finance.flags" in text
+    assert "| 0 | 600 |" in text
