@@ -13,14 +13,15 @@ from experiments.run_config import RunConfig
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 
 
-def parse(argv):
-    """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong."""
+def parse(argv, say=print):
+    """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong. `say` is
+    told what --auto chose."""
     values, flagfile = read(argv, flags.FlagValues(), "python -m experiments.run --flagfile=finance.flags [flags]")
-    given = chosen(values)
+    given = chosen(values, say)
     return resolve(dataclasses.replace(given, workdir=given.workdir or f"runs/{flagfile or given.dataset}"))
 
 
-def chosen(values):
+def chosen(values, say=print):
     """The run's flags among absl's `values`, unchecked, with what --auto chooses for those that are not given -> RunConfig."""
     given = raw(values)
     if not given.auto:
@@ -28,7 +29,7 @@ def chosen(values):
     from experiments import recipe  # here, since it reads the data
 
     choices = recipe.for_run(given, {name for name in values if values[name].present})
-    print("--auto chose " + " ".join(f"--{name}={value}" for name, value in choices.items()))
+    say("--auto chose " + " ".join(f"--{name}={value}" for name, value in choices.items()))
     return dataclasses.replace(given, **choices)
 
 

@@ -6,7 +6,8 @@
   ones cost time and gain little.
 - Thirty rounds (ten of a language model), one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the
   noise in where training ends depends on learning rate times rounds (the way gone) and hardly on either alone.
-- That way is as long as the noise allows: full where n_k epsilon sqrt(K) is ENOUGH or more, and shorter by its root below.
+- That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): of a step's signal S and
+  noise N / x, a quadratic loss wants S^2 / (S^2 + (N / x)^2).
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
 - The clip norm is near the gradients' own norms: a head's on pooled features are near 1; a language model's, of a mean over
   tokens, near a tenth.
@@ -20,7 +21,7 @@ from dplora_jax.errors import InputError
 
 SHARE = 0.2  # of a client's records, in an expected batch
 BATCHES = 8, 256  # the least and the most of that
-ENOUGH = 775 * 8 * math.sqrt(5)  # n_k epsilon sqrt(K), where the way need not be shortened
+HALF = 2300  # n_k epsilon sqrt(K), where half the way is best
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
@@ -49,7 +50,7 @@ def chosen(sizes, clients, epsilon, objective):
     found = COMMON | BY_OBJECTIVE[objective]
     found["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
     if epsilon is not None and math.isfinite(epsilon):
-        way = min(1.0, math.sqrt(records * epsilon * math.sqrt(clients) / ENOUGH))
+        way = 1 / (1 + (HALF / (records * epsilon)) ** 2 / clients)
         found |= {name: float(f"{found[name] * way:.3g}") for name in RATES if found[name] is not None}
     return found
 

@@ -127,27 +127,30 @@ def parse(argv):
     values, _ = flags.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
     kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
     varied = [_values(spec) for spec in values.vary]
-    cells = {}
+    cells, told = {}, {}  # each choice of --auto's is told once, however many cells have it
     for case, *settings, seed in itertools.product(values.case, *varied, values.seeds):
         name, colon, more = case.partition(":")
         if not colon or not seed.isdigit():
             raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
-        _add(cells, kept, name.strip(), settings, more, seed)
+        _add(cells, kept, name.strip(), settings, more, seed, say=told.setdefault)
     for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
         words = [f"--{flag}={value}" for flag, value in settings]
-        for name, (more, bare) in controls(flags.parse([*kept, *words])).items():
+        for name, (more, bare) in controls(flags.parse([*kept, *words], told.setdefault)).items():
             asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
             try:
-                _add(cells, kept, name, asked, more, seed, name if name in (BASE, BEST) else RUN)
+                kind = name if name in (BASE, BEST) else RUN
+                _add(cells, kept, name, asked, more, seed, kind, told.setdefault)
             except InputError as error:
                 print(f"warning: the control {name!r} does not go with these flags ({error})", file=sys.stderr)
+    if values.worker is None:
+        print("".join(f"{line}\n" for line in told), end="", file=sys.stderr)
     return list(cells.values()), Own(pathlib.Path(values.out), values.parallel, values.worker)
 
 
-def _add(cells, kept, case, settings, more, seed, kind=RUN):
+def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
     """Put one cell into `cells`, by what tells it from others."""
     words = [f"--{flag}={value}" for flag, value in settings if value != ANY]
-    config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"])
+    config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"], say)
     name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config)}
     cells[key(name)] = Cell(name, config, kind)
 

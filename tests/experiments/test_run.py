@@ -290,6 +290,15 @@ def test_a_ledger_that_does_not_hold_stops_a_resume_and_one_that_is_gone_means_n
     assert lines_of(path)[0]["causes"] != json.loads(lines[0])["causes"], "old secrets were used again"
 
 
+def test_evaluation_asked_for_after_the_last_round_is_done(command, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crash_before(patch, run, "_finish")
+        with pytest.raises(KeyboardInterrupt):
+            run.main([*command, "--eval_every=0", "--dispatch_rounds=6"])
+    assert run.main([*command, "--dispatch_rounds=6"]) == 0
+    assert 0 <= lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["accuracy"] <= 1
+
+
 def test_records_that_changed_since_the_start_are_refused(command, finance_table, tmp_path, capsys, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()

@@ -28,6 +28,16 @@ def test_cells_are_the_product_of_cases_values_and_seeds(command):
     }
 
 
+def test_what_auto_chose_is_said_once_for_all_cells_that_have_it(command, capsys):
+    plain = [word for word in command if not word.startswith(("--case", "--client_lr"))]
+    cells, _ = sweep.parse([*plain, "--auto"])
+    said = capsys.readouterr().err.splitlines()
+    assert len(cells) == 4
+    assert len(said) == 2, "one choice with privacy, one without"
+    assert all(line.startswith("--auto chose ") for line in said)
+    assert f"--client_lr={cells[0].config.client_lr}" in said[0]
+
+
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
     cells, _ = sweep.parse([*command, "--controls", "--vary=rank=2|4"])
     plain = [cell for cell in cells if cell.name["case"] not in ("FedAvg", "exact")]
