@@ -6,8 +6,8 @@
   ones cost time and gain little.
 - Thirty rounds (ten of a language model), one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the
   noise in where training ends depends on learning rate times rounds (the way gone) and hardly on either alone.
-- That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): of a step's signal S and
-  noise N / x, a quadratic loss wants S^2 / (S^2 + (N / x)^2).
+- That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): noise falls as 1 / x,
+  and with signal S and noise N / x a quadratic loss is least at S^2 / (S^2 + (N / x)^2) of the way to its optimum.
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
 - The clip norm is near the gradients' own norms: a head's on pooled features are near 1; a language model's, of a mean over
   tokens, near a tenth.
