@@ -111,6 +111,10 @@ def _ranges(config, trust, budget, sigma):
         )
     for name in ("client_lr", "server_lr", "expected_batch_size", "alpha"):
         yield 0 < getattr(config, name) < math.inf, f"--{name}={getattr(config, name)} must be a number above 0."
+    yield (
+        config.feature_norm is None or 0 < config.feature_norm < math.inf,
+        f"--feature_norm={config.feature_norm} must be a number above 0.",
+    )
     yield config.head_lr is None or 0 <= config.head_lr < math.inf, f"--head_lr={config.head_lr} must be 0 or more."
     for name in ("ema", "server_momentum"):
         yield 0 <= getattr(config, name) < 1, f"--{name}={getattr(config, name)} must lie in [0, 1)."

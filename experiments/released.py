@@ -7,6 +7,7 @@ import numpy as np
 
 from dplora_jax import lora, peft
 from dplora_jax.federation import exact, mesh, methods
+from dplora_jax.models import features
 
 
 def adapter(config, state):
@@ -37,8 +38,13 @@ class Released(NamedTuple):
 
 
 def fetched(config, params, state):
-    """The Released of `state`; where there are several processes, all must call it."""
-    return Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
+    """The Released of `state`, its head on features as the base model makes them; where there are several processes, all must
+    call it."""
+    found = Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
+    if features.KEY not in params:
+        return found
+    head = features.outward(found.adapter["head"], mesh.fetch(params[features.KEY]))
+    return found._replace(adapter=found.adapter | {"head": head})
 
 
 def save(folder, config, model, lora_config, parts, base):

@@ -15,6 +15,7 @@ from dplora_jax import evaluation, lora, models
 from dplora_jax.data import encoding
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
+from dplora_jax.models import features
 from dplora_jax.privacy import secrets
 from experiments import (
     causes,
@@ -30,6 +31,7 @@ from experiments import (
 )
 
 CHUNK = 128  # rows at a time through the frozen layers
+PUBLIC_ROWS = 512  # whose features are looked at, evenly spaced
 CACHE_BYTES = 4 << 30  # of their outputs, at most
 
 
@@ -68,12 +70,14 @@ def prepare(config, stored=None, memo=None, dealt=None):
     tokenizer = models.load_tokenizer(config.model)
     encoding.check_length(config.max_length, model, tokenizer)
     aim = objective.make(config, corpus.task, tokenizer)
+    test = aim.test(corpus.test) if (config.eval_every or config.feature_norm) and corpus.test else None
+    params = _with_features(config, model, params, test, memo)
     adapter, params, lora_config = program.adapter(config, model, params)
     wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
     train = aim.train(table)
     sizes = _sizes(shares, config.clients)
-    test = aim.test(corpus.test) if config.eval_every and corpus.test else None
+    test = test if config.eval_every else None
     _warn_of_delta(config, max(sizes))
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
     digest_of = {
@@ -107,6 +111,30 @@ def prepare(config, stored=None, memo=None, dealt=None):
         )
     made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
     return Prepared(*made, evaluate, told, digests, digest_of)
+
+
+def _with_features(config, model, params, test, memo):
+    """`params` with the features of public text measured, and the head on them, where --feature_norm asks for it."""
+    if config.feature_norm is None:
+        return params
+    if "bias" not in params.get("head", {}):
+        raise InputError("--feature_norm is for a classifier whose head has a bias, as BERT's: leave it out.")
+    if test is None:
+        raise InputError("--feature_norm is measured on a public test set, and there is none: see --test_data.")
+    count = len(test["attention_mask"])
+    rows = np.unique(np.linspace(0, count - 1, min(count, PUBLIC_ROWS)).astype(int))
+    inputs = {name: test[name][rows] for name in ("input_ids", "attention_mask")}
+    key = (features.KEY, config.model, config.dtype, config.quantize, causes.of_arrays(inputs))
+    memo = {} if memo is None else memo
+    if key not in memo:
+        run = jax.jit(model.features)
+        chunks = [np.asarray(run(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
+        memo[key] = np.concatenate(chunks)[: len(rows)]
+    try:
+        found = features.measure(memo[key], config.feature_norm)
+    except ValueError as error:
+        raise InputError(f"--feature_norm={config.feature_norm:g}: {error}") from None
+    return params | {features.KEY: found, "head": features.inward(params["head"], found)}
 
 
 def _warn_of_delta(config, largest):

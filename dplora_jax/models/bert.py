@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
+from dplora_jax.models import features
 from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attended, attention, run_layers, split_heads
 
@@ -120,7 +121,11 @@ class Bert:
             vocabulary = params["embed"]["word"].astype(x.dtype)
             logits = jnp.einsum("btd,vd->btv", x, vocabulary, preferred_element_type=jnp.float32)
             return logits + params["mlm"]["bias"].astype(jnp.float32)
-        return lora.head(self._pool(params, x, mask), adapter.get("head", params["head"]))
+        return lora.head(features.prepared(self._pool(params, x, mask), params), adapter.get("head", params["head"]))
+
+    def features(self, params, batch):
+        """What a classifier's head reads of each row, before any centring: float32 [B, D]."""
+        return self._pool(params, self.prefix(params, batch, self.config.num_layers), attended(batch))
 
     def prefix(self, params, batch, layers):
         """What the first `layers` layers make of `batch` -> [B, T, D]: `hidden` for a model of that `start`."""
