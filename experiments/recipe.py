@@ -9,8 +9,9 @@
 - That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): noise falls as 1 / x,
   and with signal S and noise N / x a quadratic loss is least at S^2 / (S^2 + (N / x)^2) of the way to its optimum.
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
-- The clip norm is near the gradients' own norms: a head's on pooled features are near 1; a language model's, of a mean over
-  tokens, near a tenth.
+- A head's features are centred and scaled by public text, where there is some: of what noise leaves, more then tells texts apart.
+- The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled); a
+  language model's, of a mean over tokens, near a tenth.
 - Momentum 0.9 at the server and an average of the released adapters, both free.
 """
 
@@ -25,8 +26,16 @@ HALF = 2300  # n_k epsilon sqrt(K), where half the way is best
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
+CENTRED = "classifier with --feature_norm"
 BY_OBJECTIVE = {
     "classifier": {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3},
+    CENTRED: {
+        "clip_norm": 1.0,
+        "client_lr": 1.0,
+        "head_lr": 0.5,
+        "last_layers": 3,
+        "feature_norm": 8.0,
+    },
     "language_model": {
         "clip_norm": 0.1,
         "client_lr": 48.0,
@@ -74,7 +83,11 @@ def for_run(config, given):
     _, places = dealt.read(range(config.clients))
     sizes = [len(places[k]) for k in range(config.clients)]
     private = epsilon if config.trust != "none" else None
-    found = chosen(sizes, config.clients, private, objective.kind(config, dealt.corpus.task))
+    kind = objective.kind(config, dealt.corpus.task)
+    clipped = "clip_norm" not in given or math.isfinite(config.clip_norm)  # unclipped, scaled features are too steep
+    if kind == objective.CLASSIFIER and clipped and dealt.corpus.test and pretrained.model_type(config.model) == "bert":
+        kind = CENTRED
+    found = chosen(sizes, config.clients, private, kind)
     found["last_layers"] = min(found["last_layers"], pretrained.depth(config.model))
     if config.aggregation != "fedavg":  # the others want A trained, or have their own way with it
         del found["freeze_a"]

@@ -50,10 +50,17 @@ def test_what_is_given_stays_and_what_is_chosen_is_said(command, capsys):
     assert said.startswith("--auto chose ")
     assert (config.rank, config.rounds, config.last_layers) == (2, 3, 1)
     assert "--rank" not in said
-    expected = recipe.chosen([30, 30], 2, 2.0, "classifier")
+    expected = recipe.chosen([30, 30], 2, 2.0, recipe.CENTRED)
     assert f"--client_lr={expected['client_lr']}" in said
-    for name in ("expected_batch_size", "client_lr", "head_lr", "clip_norm", "freeze_a", "ema"):
+    for name in ("expected_batch_size", "client_lr", "head_lr", "clip_norm", "freeze_a", "ema", "feature_norm"):
         assert getattr(config, name) == expected[name]
+    assert config.feature_norm
+
+
+def test_without_public_text_no_features_are_centred(command, finance_table, tmp_path):
+    (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
+    bare = flags.parse([*command, "--epsilon=2", f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"])
+    assert (bare.feature_norm, bare.head_lr) == (None, recipe.chosen([30, 30], 2, 2.0, "classifier")["head_lr"])
 
 
 def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table, tmp_path, capsys):
@@ -79,6 +86,8 @@ def test_it_goes_by_what_the_run_will_be(command):
     """No privacy is no reason for small rates, whatever budget stands in the flagfile; nor has every aggregation a frozen A."""
     bare = flags.parse([*command, "--epsilon=2", "--trust=none"])
     assert bare.client_lr == 1.0
+    unclipped = flags.parse([*command, "--trust=none", "--clip_norm=inf"])
+    assert (unclipped.feature_norm, unclipped.head_lr) == (None, 8.0)
     assert not flags.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).freeze_a
     deep = [word for word in command if not word.startswith("--last_layers")]
     assert flags.parse([*deep, "--epsilon=8"]).last_layers == 2  # as many as the model has

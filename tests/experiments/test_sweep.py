@@ -38,6 +38,19 @@ def test_what_auto_chose_is_said_once_for_all_cells_that_have_it(command, capsys
     assert f"--client_lr={cells[0].config.client_lr}" in said[0]
 
 
+def test_a_cell_that_ran_under_another_name_is_not_run_again(command, monkeypatch, tmp_path):
+    plain = [word for word in command if not word.startswith(("--case", "--vary", "--delta", "--seeds"))]
+    ran = []
+    found = {"metrics": {"accuracy": 0.5}, "epsilon_max": 8.0, "bytes_up_per_client": 1, "seconds": 1.0}
+    monkeypatch.setattr(sweep, "outcome", lambda cell, *_: ran.append(cell.config) or found)
+    assert sweep.main([*plain, "--vary=epsilon=4|8", "--delta=1e-3"]) == 0
+    assert sweep.main([*plain, "--vary=delta=1e-2|1e-3", "--epsilon=8"]) == 0
+    assert [(config.epsilon, config.delta) for config in ran] == [(4, 1e-3), (8, 1e-3), (8, 1e-2)]
+    assert sweep.main([*plain, "--case=base model: --epsilon=8", "--delta=1e-3"]) == 0
+    assert len(ran) == 4, "the base model is measured without training"
+    assert len(sweep.read(tmp_path / "cells.jsonl")) == 5
+
+
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
     cells, _ = sweep.parse([*command, "--controls", "--vary=rank=2|4"])
     plain = [cell for cell in cells if cell.name["case"] not in ("FedAvg", "exact")]
