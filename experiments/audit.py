@@ -141,7 +141,9 @@ def _membership(own, config, folder):
         raise InputError("--membership needs a configuration: give --flagfile, with a test set or --test_fraction.")
     if not config.private:
         raise InputError("--membership compares a private run with one without: give --epsilon or --noise_multiplier.")
-    bare = dataclasses.replace(config, trust="none", epsilon=None, noise_multiplier=None, clip_norm=float("inf"))
+    bare = dataclasses.replace(config, trust="none", epsilon=None, noise_multiplier=None)
+    if not config.feature_norm:  # whose rates are for clipped gradients
+        bare = dataclasses.replace(bare, clip_norm=float("inf"))
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []
     for name, one in ("no privacy", bare), ("as configured", config):

@@ -26,6 +26,11 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
         if config.head_only
         else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
     ]
+    if config.feature_norm:
+        method.append(
+            f"the head's features centred, and scaled to norm {config.feature_norm:g}, by the text of the public test set that "
+            "the metrics are of (its labels unused)"
+        )
     if config.noise == "banded":
         method.append(
             f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "

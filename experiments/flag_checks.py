@@ -112,8 +112,12 @@ def _ranges(config, trust, budget, sigma):
     for name in ("client_lr", "server_lr", "expected_batch_size", "alpha"):
         yield 0 < getattr(config, name) < math.inf, f"--{name}={getattr(config, name)} must be a number above 0."
     yield (
-        config.feature_norm is None or 0 < config.feature_norm < math.inf,
-        f"--feature_norm={config.feature_norm} must be a number above 0.",
+        0 <= config.feature_norm < math.inf,
+        f"--feature_norm={config.feature_norm} must be a number above 0, or 0 for features as they are.",
+    )
+    yield (
+        not config.feature_norm or math.isfinite(config.clip_norm),
+        "--feature_norm makes gradients as long as it says, too long for --clip_norm=inf: clip them, or leave it out.",
     )
     yield config.head_lr is None or 0 <= config.head_lr < math.inf, f"--head_lr={config.head_lr} must be 0 or more."
     for name in ("ema", "server_momentum"):

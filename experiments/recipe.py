@@ -23,6 +23,7 @@ from dplora_jax.errors import InputError
 SHARE = 0.2  # of a client's records, in an expected batch
 BATCHES = 8, 256  # the least and the most of that
 HALF = 2300  # n_k epsilon sqrt(K), where half the way is best
+PUBLIC = 20  # public test records, from which on their text tells where the features' centre is
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
@@ -84,8 +85,9 @@ def for_run(config, given):
     sizes = [len(places[k]) for k in range(config.clients)]
     private = epsilon if config.trust != "none" else None
     kind = objective.kind(config, dealt.corpus.task)
-    clipped = "clip_norm" not in given or math.isfinite(config.clip_norm)  # unclipped, scaled features are too steep
-    if kind == objective.CLASSIFIER and clipped and dealt.corpus.test and pretrained.model_type(config.model) == "bert":
+    public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
+    able = kind == objective.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.model) == "bert"
+    if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
     found = chosen(sizes, config.clients, private, kind)
     found["last_layers"] = min(found["last_layers"], pretrained.depth(config.model))

@@ -86,10 +86,10 @@ class RunConfig:
     targets: str = flag("q,v", "comma-separated matrices to adapt, or all-linear")
     last_layers: int | None = flag(None, "adapt only this many layers nearest the output")
     freeze_a: bool = flag(False, "train B alone (FFA-LoRA)")
-    feature_norm: float | None = flag(
-        None,
+    feature_norm: float = flag(
+        0.0,
         "classifier (BERT): centre the head's features and scale them to this norm, both measured on the public test set's text "
-        "(not its labels); the released head has it folded in; default: as the model makes them",
+        "(not its labels); the released head has it folded in; 0 leaves them as the model makes them",
     )
     head_only: bool = flag(False, "train the classification head alone, no LoRA: a control")
     trust: str = flag(

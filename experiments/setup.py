@@ -71,7 +71,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
     encoding.check_length(config.max_length, model, tokenizer)
     aim = objective.make(config, corpus.task, tokenizer)
     test = aim.test(corpus.test) if (config.eval_every or config.feature_norm) and corpus.test else None
-    params = _with_features(config, model, params, test, memo)
+    params = _with_features(config, model, params, test, memo, stored)
     adapter, params, lora_config = program.adapter(config, model, params)
     wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
@@ -105,6 +105,10 @@ def prepare(config, stored=None, memo=None, dealt=None):
     if config.eval_every:
         evaluate = public_tests.evaluator(config, aim, corpus, sizes, model, params, grid, tokenizer, test)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
+    if features.KEY in params:
+        told["features"] = {
+            name: np.asarray(value).tolist() for name, value in mesh.fetch(params[features.KEY]).items()
+        }
     if config.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
         raise InputError(
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
@@ -113,14 +117,23 @@ def prepare(config, stored=None, memo=None, dealt=None):
     return Prepared(*made, evaluate, told, digests, digest_of)
 
 
-def _with_features(config, model, params, test, memo):
-    """`params` with the features of public text measured, and the head on them, where --feature_norm asks for it."""
-    if config.feature_norm is None:
+def _with_features(config, model, params, test, memo, stored):
+    """`params` with how features are centred, and the head on them, where --feature_norm asks for it: as an earlier start had it
+    (its checkpoints hold a head on those), else as process 0 measures it on public text."""
+    if not config.feature_norm:
         return params
     if "bias" not in params.get("head", {}):
         raise InputError("--feature_norm is for a classifier whose head has a bias, as BERT's: leave it out.")
     if test is None:
         raise InputError("--feature_norm is measured on a public test set, and there is none: see --test_data.")
+    found = stored["federation"].get("features") if stored else None
+    found = found or processes.agree(lambda: _measured(config, model, params, test, memo))
+    found = {name: np.asarray(value, np.float32) for name, value in found.items()}
+    return params | {features.KEY: found, "head": features.inward(params["head"], found)}
+
+
+def _measured(config, model, params, test, memo):
+    """`features.measure` of some public rows, as JSON."""
     count = len(test["attention_mask"])
     rows = np.unique(np.linspace(0, count - 1, min(count, PUBLIC_ROWS)).astype(int))
     inputs = {name: test[name][rows] for name in ("input_ids", "attention_mask")}
@@ -134,7 +147,7 @@ def _with_features(config, model, params, test, memo):
         found = features.measure(memo[key], config.feature_norm)
     except ValueError as error:
         raise InputError(f"--feature_norm={config.feature_norm:g}: {error}") from None
-    return params | {features.KEY: found, "head": features.inward(params["head"], found)}
+    return {name: value.tolist() for name, value in found.items()}
 
 
 def _warn_of_delta(config, largest):

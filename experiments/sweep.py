@@ -53,14 +53,16 @@ class Cell(NamedTuple):
 
 def controls(config):
     """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
+    # Rates that fit scaled features are for clipped gradients; --auto chooses others for what is not clipped.
+    unclipped = "" if config.feature_norm and not config.auto else " --clip_norm=inf"
     pooled = f"{ONE} --partition=iid --expected_batch_size={config.clients * config.expected_batch_size:g}"
     found = {
         BASE: (NO_PRIVACY, True),
-        "no privacy": (f"{NO_PRIVACY} --clip_norm=inf", True),
+        "no privacy": (NO_PRIVACY + unclipped, True),
         "clipped, no noise": (NO_PRIVACY, True),
         "all data in one client": (pooled, False),
         "first client alone": (f"{ONE} --parties={config.clients}", False),
-        BEST: (f"{ONE} {NO_PRIVACY} --clip_norm=inf --parties={config.clients}", True),
+        BEST: (f"{ONE} {NO_PRIVACY}{unclipped} --parties={config.clients}", True),
     }
     if _has_head(config):
         found["head alone"] = ("--head_only", False)
@@ -132,10 +134,12 @@ def parse(argv):
         name, colon, more = case.partition(":")
         if not colon or not seed.isdigit():
             raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
+        if name.strip() in (BASE, BEST):
+            raise InputError(f"--case={case}: {name.strip()} is one of --controls; give the case another name.")
         _add(cells, kept, name.strip(), settings, more, seed, say=told.setdefault)
     for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
         words = [f"--{flag}={value}" for flag, value in settings]
-        for name, (more, bare) in controls(flags.parse([*kept, *words], told.setdefault)).items():
+        for name, (more, bare) in controls(flags.parse([*kept, *words], lambda _: None)).items():
             asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
             try:
                 kind = name if name in (BASE, BEST) else RUN
@@ -157,7 +161,14 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
 
 def _digest(config):
     """Of all that decides a cell's outcome: a cell is another one when any of its flags is."""
-    told = {k: v for k, v in dataclasses.asdict(config).items() if k not in run_config.FREE_ON_RESUME or k in MEASURED}
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(config)
+    }  # of which a later version may have more
+    told = {
+        k: v
+        for k, v in dataclasses.asdict(config).items()
+        if v != defaults[k] and (k not in run_config.FREE_ON_RESUME or k in MEASURED)
+    }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

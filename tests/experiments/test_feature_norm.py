@@ -2,13 +2,18 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+from conftest import write_tokenizer
 
-from dplora_jax import models, peft
+from dplora_jax import lora, models, peft
+from dplora_jax.federation import mesh, methods
 from dplora_jax.models import features
 from experiments import flags, run, setup
+
+run_finish = run._finish
 
 
 @pytest.fixture
@@ -20,22 +25,51 @@ def command(tiny_bert, finance_table, tmp_path):
     ]  # fmt: skip
 
 
-def test_the_released_adapter_needs_no_centring(command, tiny_bert, finance_table, tmp_path):
-    assert run.main(command) == 0
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--aggregation=fedex", "--local_steps=2"], ["--aggregation=flora"], ["--aggregation=fedsa"], ["--head_only"]],
+    ids=lambda more: more[0] if more else "fedavg",
+)
+def test_the_released_adapter_says_the_same_of_plain_features(command, tiny_bert, tmp_path, more, quick_compile):
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_finish", lambda job, done, state, lines: made.append((job, state, lines)))
+        assert run.main([*command, *more]) == 0
+    job, state, lines = made[0]
+    run_finish(job, 2, state, lines)
     model, base = models.from_pretrained(tiny_bert, num_labels=2)
-    adapter, _ = peft.load(tmp_path / "run" / "adapter", model, base)
-    config = flags.parse([*command, f"--workdir={tmp_path / 'other'}"])
-    test = np.genfromtxt(finance_table / "test.csv", delimiter=",", dtype=str, skip_header=1)
-    rows = models.load_tokenizer(config.model)(
-        [row[0] for row in test], padding="max_length", max_length=8, truncation=True, return_tensors="np"
+    rows = {"input_ids": np.arange(40, dtype=np.int32).reshape(8, 5) % 20, "attention_mask": np.ones((8, 5), bool)}
+    within = job.prepared.model.prefix(base, rows, job.prepared.model.start)
+    params = {**base, features.KEY: mesh.fetch(job.prepared.params[features.KEY])}
+    folders = ["adapter"] if "fedsa" not in "".join(more) else ["adapter/clients/0", "adapter/clients/1"]
+    for client, folder in enumerate(folders):
+        adapter, _ = peft.load(tmp_path / "run" / folder, model, base)
+        trained, shifted = state.adapter, params
+        if "fedsa" in "".join(more):
+            trained = methods.with_own(trained, {name: b[client] for name, b in state.own.items()})
+        if state.residual:
+            shifted = lora.shifted(model, params, state.residual)
+        expected = job.prepared.model.apply(shifted, {**rows, "hidden": within}, trained)
+        np.testing.assert_allclose(model.apply(base, rows, adapter), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_resumed_run_keeps_the_centre_that_its_head_was_trained_on(command, finance_table, tmp_path):
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text((finance_table / name).read_text())
+    own = [*command, f"--data_dir={tmp_path}", "--test_data=" + str(tmp_path / "test.csv")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_finish", lambda *_: None)
+        assert run.main(own) == 0
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text().replace("profit", "sales"))
+    prepared = setup.prepare(flags.parse(own), kept)
+    np.testing.assert_array_equal(
+        prepared.params[features.KEY]["center"], np.float32(kept["federation"]["features"]["center"])
     )
-    found = np.asarray(model.apply(base, {n: rows[n] for n in ("input_ids", "attention_mask")}, adapter)).argmax(1)
-    prepared = setup.prepare(config)
-    names = sorted({row[1] for row in test})
-    right = np.mean([names[label] == row[1] for label, row in zip(found, test, strict=True)])
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["accuracy"] == pytest.approx(right)
-    assert features.KEY in prepared.params
+    fresh = setup.prepare(flags.parse(own))
+    assert (
+        np.abs(np.subtract(fresh.params[features.KEY]["center"], prepared.params[features.KEY]["center"])).max() > 1e-3
+    )
 
 
 def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
@@ -45,7 +79,7 @@ def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
         for name, change in (("train.csv", train), ("test.csv", test)):
             (folder / name).write_text(change((finance_table / name).read_text()))
         prepared = setup.prepare(flags.parse([*command, f"--data_dir={folder}"]))
-        return np.asarray(prepared.params[features.KEY]["center"])
+        return np.append(prepared.params[features.KEY]["center"], prepared.params[features.KEY]["scale"])
 
     plain = center()
     np.testing.assert_array_equal(center(train=lambda rows: rows.replace("profit", "sales")), plain)
@@ -57,11 +91,17 @@ def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
     np.testing.assert_array_equal(center(test=relabelled), plain)
 
 
-def test_without_public_text_or_a_head_it_is_refused(command, finance_table, tmp_path, capsys):
+def test_where_nothing_can_be_centred_it_is_refused(command, finance_table, golden, tmp_path, capsys):
     (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
+    write_tokenizer(shutil.copytree(golden / "variants" / "gpt2_untied", tmp_path / "gpt2"))
     bare = [*command, f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"]
     assert run.main(bare) == 2
     assert "--feature_norm is measured on a public test set" in capsys.readouterr().err
-    assert run.main([*command, "--feature_norm=0"]) == 2
-    assert "above 0" in capsys.readouterr().err
+    for more, words in (
+        (["--feature_norm=-1"], "above 0"),
+        (["--trust=none", "--clip_norm=inf"], "--clip_norm=inf"),
+        ([f"--model={tmp_path / 'gpt2'}", "--objective=classifier"], "head has a bias"),
+    ):
+        assert run.main([*command, *more]) == 2
+        assert words in capsys.readouterr().err
     assert not pathlib.Path(tmp_path / "run" / "privacy_ledger.jsonl").exists()

@@ -60,7 +60,7 @@ def test_what_is_given_stays_and_what_is_chosen_is_said(command, capsys):
 def test_without_public_text_no_features_are_centred(command, finance_table, tmp_path):
     (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
     bare = flags.parse([*command, "--epsilon=2", f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"])
-    assert (bare.feature_norm, bare.head_lr) == (None, recipe.chosen([30, 30], 2, 2.0, "classifier")["head_lr"])
+    assert (bare.feature_norm, bare.head_lr) == (0, recipe.chosen([30, 30], 2, 2.0, "classifier")["head_lr"])
 
 
 def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table, tmp_path, capsys):
@@ -87,7 +87,9 @@ def test_it_goes_by_what_the_run_will_be(command):
     bare = flags.parse([*command, "--epsilon=2", "--trust=none"])
     assert bare.client_lr == 1.0
     unclipped = flags.parse([*command, "--trust=none", "--clip_norm=inf"])
-    assert (unclipped.feature_norm, unclipped.head_lr) == (None, 8.0)
+    assert (unclipped.feature_norm, unclipped.head_lr) == (0, 8.0)
+    own = flags.parse([*command, "--epsilon=8", "--head_lr=3"])
+    assert (own.feature_norm, own.head_lr) == (0, 3.0), "features were scaled under a rate that was not chosen for it"
     assert not flags.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).freeze_a
     deep = [word for word in command if not word.startswith("--last_layers")]
     assert flags.parse([*deep, "--epsilon=8"]).last_layers == 2  # as many as the model has

@@ -1,6 +1,7 @@
 """A sweep runs each cell once, goes on where it was, and says means and deviations over seeds."""
 
 import collections
+import dataclasses
 import json
 import math
 
@@ -46,9 +47,34 @@ def test_a_cell_that_ran_under_another_name_is_not_run_again(command, monkeypatc
     assert sweep.main([*plain, "--vary=epsilon=4|8", "--delta=1e-3"]) == 0
     assert sweep.main([*plain, "--vary=delta=1e-2|1e-3", "--epsilon=8"]) == 0
     assert [(config.epsilon, config.delta) for config in ran] == [(4, 1e-3), (8, 1e-3), (8, 1e-2)]
-    assert sweep.main([*plain, "--case=base model: --epsilon=8", "--delta=1e-3"]) == 0
-    assert len(ran) == 4, "the base model is measured without training"
-    assert len(sweep.read(tmp_path / "cells.jsonl")) == 5
+    ran.clear()
+    assert sweep.main([*plain, "--vary=epsilon=8", "--delta=1e-3", "--controls"]) == 0
+    lines = {line["case"]: line for line in sweep.read(tmp_path / "cells.jsonl")}
+    assert lines["base model"]["config"] == lines["clipped, no noise"]["config"], (
+        "the base model's flags are those of a run"
+    )
+    assert len(ran) == 7, "what is measured without training was taken for a run"
+
+
+def test_the_names_of_controls_are_theirs_alone(command, capsys):
+    assert sweep.main([*command, "--case=base model: --epsilon=8"]) == 2
+    assert "one of --controls" in capsys.readouterr().err
+
+
+def test_cells_keep_their_names_when_a_flag_is_added(command):
+    cells, _ = sweep.parse(command)
+    plain = sweep._digest(cells[0].config)
+    assert plain == sweep._digest(dataclasses.replace(cells[0].config, feature_norm=0.0))
+    assert plain != sweep._digest(dataclasses.replace(cells[0].config, feature_norm=8.0))
+    assert plain == sweep._digest(dataclasses.replace(cells[0].config, workdir="elsewhere"))
+
+
+def test_scaled_features_are_clipped_without_privacy_too(command):
+    plain = [word for word in command if not word.startswith(("--case", "--vary"))]
+    cells, _ = sweep.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
+    assert {cell.config.clip_norm for cell in cells} == {1.0}
+    cells, _ = sweep.parse([*plain, "--epsilon=8", "--controls"])
+    assert {cell.config.clip_norm for cell in cells} == {1.0, math.inf}
 
 
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
