@@ -22,7 +22,7 @@ from dplora_jax.errors import InputError
 
 SHARE = 0.2  # of a client's records, in an expected batch
 BATCHES = 8, 256  # the least and the most of that
-HALF = 2300  # n_k epsilon sqrt(K), where half the way is best
+HALF = 1700  # n_k epsilon sqrt(K), where half the way is best
 PUBLIC = 20  # public test records, from which on their text tells where the features' centre is
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,

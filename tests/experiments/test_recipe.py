@@ -18,7 +18,7 @@ def command(tiny_bert, finance_table, tmp_path):
 
 def test_less_to_hide_in_means_smaller_rates_and_enough_means_full_ones():
     assert recipe.chosen([5000] * 5, 5, 8.0, "classifier")["client_lr"] == pytest.approx(1.0, abs=0.01)
-    half = recipe.chosen([575] * 4, 4, 2.0, "classifier")
+    half = recipe.chosen([425] * 4, 4, 2.0, "classifier")
     assert half["client_lr"] == pytest.approx(0.5)
     assert half["head_lr"] == pytest.approx(4.0)
     assert recipe.chosen([775] * 5, 5, None, "classifier")["client_lr"] == 1.0
