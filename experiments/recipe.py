@@ -7,7 +7,8 @@
 - Thirty rounds (ten of a language model), one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the
   noise in where training ends depends on learning rate times rounds (the way gone) and hardly on either alone.
 - That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): noise falls as 1 / x,
-  and with signal S and noise N / x a quadratic loss is least at S^2 / (S^2 + (N / x)^2) of the way to its optimum.
+  and with signal S and noise N / x a quadratic loss is least at S^2 / (S^2 + (N / x)^2) of the way to its optimum. A head on
+  centred features takes x / (x + HEAD_HALF) of a longer one, which fits what was measured.
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
 - A head's features are centred and scaled by public text, where there is some: of what noise leaves, more then tells texts apart.
 - The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled); a
@@ -23,6 +24,7 @@ from dplora_jax.errors import InputError
 SHARE = 0.2  # of a client's records, in an expected batch
 BATCHES = 8, 256  # the least and the most of that
 HALF = 1700  # n_k epsilon sqrt(K), where half the way is best
+HEAD_HALF = 19_000  # the same of a head on centred features, which can use all the way that there is
 PUBLIC = 20  # public test records, from which on their text tells where the features' centre is
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
@@ -33,7 +35,7 @@ BY_OBJECTIVE = {
     CENTRED: {
         "clip_norm": 1.0,
         "client_lr": 1.0,
-        "head_lr": 0.5,
+        "head_lr": 3.0,
         "last_layers": 3,
         "feature_norm": 8.0,
     },
@@ -46,7 +48,6 @@ BY_OBJECTIVE = {
         "ema": 0.5,
     },
 }
-RATES = ("client_lr", "head_lr")
 
 
 def chosen(sizes, clients, epsilon, objective):
@@ -60,8 +61,10 @@ def chosen(sizes, clients, epsilon, objective):
     found = COMMON | BY_OBJECTIVE[objective]
     found["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
     if epsilon is not None and math.isfinite(epsilon):
-        way = 1 / (1 + (HALF / (records * epsilon)) ** 2 / clients)
-        found |= {name: float(f"{found[name] * way:.3g}") for name in RATES if found[name] is not None}
+        x = records * epsilon * math.sqrt(clients)
+        way = 1 / (1 + (HALF / x) ** 2)
+        ways = {"client_lr": way, "head_lr": x / (x + HEAD_HALF) if objective == CENTRED else way}
+        found |= {name: float(f"{found[name] * ways[name]:.3g}") for name in ways if found[name] is not None}
     return found
 
 
