@@ -33,10 +33,14 @@ def groups(lines):
 
 
 def columns(lines):
-    """The choices of varied flags that `lines` have, as tuples in the order of `varied`."""
+    """The choices of varied flags that `lines` have, as tuples in the order of `varied`; numbers rise, whenever they were run."""
     names = varied(lines)
     found = dict.fromkeys(tuple(line[name] for name in names) for line in lines)
     settled = [column for column in found if ANY not in column]
+    numbers = {value: _number(value) for column in settled for value in column}
+    for index in reversed(range(len(names))):
+        if all(numbers[column[index]] is not None for column in settled):
+            settled.sort(key=lambda column: numbers[column[index]])
     return settled or list(found)
 
 

@@ -175,6 +175,15 @@ def test_a_case_without_a_budget_stands_at_every_budget(tmp_path):
     assert sweep_report.body(lines + deltas).count("<table>") == 2
 
 
+def test_values_stand_in_their_order_whenever_they_were_run():
+    line = {"case": "A", "seed": 1, "metrics": {"accuracy": 0.5}}
+    lines = [line | {"rank": rank, "epsilon": e} for rank in ("4", "2") for e in ("8", "inf", "2", "any", "10")]
+    each = ("2", "8", "10", "inf")
+    assert sweep_report.columns(lines) == [("2", e) for e in each] + [("4", e) for e in each]
+    lines = [line | {"partition": name} for name in ("iid", "dirichlet:0.1", "column:bank")]
+    assert sweep_report.columns(lines) == [("iid",), ("dirichlet:0.1",), ("column:bank",)]
+
+
 def told(cell):
     found = {"accuracy": cell.config.seed / 10, "macro_f1": 0.5}
     return {"metrics": found, "epsilon_max": 1.0, "bytes_up_per_client": 10, "seconds": 0.1}
