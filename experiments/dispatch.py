@@ -31,14 +31,10 @@ def restore(job):
             "bytes_up_per_client": 0,
             "bytes_down_per_client": 0,
         }
-        state, done, notes = (
-            job.prepared.state,
-            0,
-            {
-                "lines": [line | job.prepared.evaluate(job.prepared.state, ends=True)],
-                "ledger": job.ledger.anchor if job.ledger else None,  # process 0 writes the notes
-            },
-        )
+        with job.clock.busy():
+            line |= job.prepared.evaluate(job.prepared.state, ends=True)
+        anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
+        state, done, notes = job.prepared.state, 0, {"lines": [line], "ledger": anchor}
         job.checkpoints.save(0, state, notes)
         job.checkpoints.wait(processes.meet)
     else:

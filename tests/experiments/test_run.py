@@ -1,5 +1,6 @@
 """The main job as a person runs it: its files, its end, its resumption after a kill, its refusals."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import experiments.report
 from dplora_jax import checkpoint
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, rebuild
-from experiments import dispatch, ledger, run
+from experiments import dispatch, ledger, progress, run, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -288,6 +289,32 @@ def test_a_ledger_that_does_not_hold_stops_a_resume_and_one_that_is_gone_means_n
     head.unlink()  # nothing is left that tells what ran under the secrets
     assert run.main(command) == 0
     assert lines_of(path)[0]["causes"] != json.loads(lines[0])["causes"], "old secrets were used again"
+
+
+def test_all_evaluation_counts_as_work_and_not_as_waiting(command, monkeypatch):
+    busy, inside = [], []
+
+    @contextlib.contextmanager
+    def counted(clock):
+        busy.append(clock)
+        yield
+        busy.pop()
+
+    monkeypatch.setattr(progress.Clock, "busy", counted)
+    made = setup.prepare
+
+    def prepare(*args, **kwargs):
+        prepared = made(*args, **kwargs)
+
+        def evaluate(*args, **kwargs):
+            inside.append(bool(busy))
+            return prepared.evaluate(*args, **kwargs)
+
+        return prepared._replace(evaluate=evaluate)
+
+    monkeypatch.setattr(setup, "prepare", prepare)
+    assert run.main([*command, "--rounds=2", "--eval_every=1"]) == 0
+    assert inside == [True, True, True], "the base model, and each of two rounds"
 
 
 def test_evaluation_asked_for_after_the_last_round_is_done(command, tmp_path, monkeypatch):
