@@ -30,15 +30,10 @@ COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
 CENTRED = "classifier with --feature_norm"
+CLASSIFIER = {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3}
 BY_OBJECTIVE = {
-    "classifier": {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3},
-    CENTRED: {
-        "clip_norm": 1.0,
-        "client_lr": 1.0,
-        "head_lr": 3.0,
-        "last_layers": 3,
-        "feature_norm": 8.0,
-    },
+    "classifier": CLASSIFIER,
+    CENTRED: CLASSIFIER | {"head_lr": 3.0, "feature_norm": 8.0},
     "language_model": {
         "clip_norm": 0.1,
         "client_lr": 48.0,

@@ -129,25 +129,26 @@ def parse(argv):
     values, _ = flags.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
     kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
     varied = [_values(spec) for spec in values.vary]
-    cells, told = {}, {}  # each choice of --auto's is told once, however many cells have it
+    cells, told = {}, []  # what --auto chose
     for case, *settings, seed in itertools.product(values.case, *varied, values.seeds):
         name, colon, more = case.partition(":")
         if not colon or not seed.isdigit():
             raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
-        if name.strip() in (BASE, BEST):
-            raise InputError(f"--case={case}: {name.strip()} is one of --controls; give the case another name.")
-        _add(cells, kept, name.strip(), settings, more, seed, say=told.setdefault)
+        _add(cells, kept, name.strip(), settings, more, seed, say=told.append)
+    cases = {cell.name["case"] for cell in cells.values()}
     for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
         words = [f"--{flag}={value}" for flag, value in settings]
         for name, (more, bare) in controls(flags.parse([*kept, *words], lambda _: None)).items():
+            if name in cases:
+                raise InputError(f"--case={name} is one of --controls too: give the case another name.")
             asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
             try:
                 kind = name if name in (BASE, BEST) else RUN
-                _add(cells, kept, name, asked, more, seed, kind, told.setdefault)
+                _add(cells, kept, name, asked, more, seed, kind, told.append)
             except InputError as error:
                 print(f"warning: the control {name!r} does not go with these flags ({error})", file=sys.stderr)
     if values.worker is None:
-        print("".join(f"{line}\n" for line in told), end="", file=sys.stderr)
+        print("".join(f"{line}\n" for line in dict.fromkeys(told)), end="", file=sys.stderr)
     return list(cells.values()), Own(pathlib.Path(values.out), values.parallel, values.worker)
 
 
@@ -155,20 +156,20 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
     """Put one cell into `cells`, by what tells it from others."""
     words = [f"--{flag}={value}" for flag, value in settings if value != ANY]
     config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"], say)
-    name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config)}
+    name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config, kind)}
     cells[key(name)] = Cell(name, config, kind)
 
 
-def _digest(config):
-    """Of all that decides a cell's outcome: a cell is another one when any of its flags is."""
-    defaults = {
-        field.name: field.default for field in dataclasses.fields(config)
-    }  # of which a later version may have more
-    told = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if v != defaults[k] and (k not in run_config.FREE_ON_RESUME or k in MEASURED)
-    }
+def _digest(config, kind):
+    """Of all that decides a cell's outcome. Flags at their defaults are left out, of which a later version may have more."""
+    told = {"kind": kind}
+    for field in dataclasses.fields(config):
+        value, free = (
+            getattr(config, field.name),
+            field.name in run_config.FREE_ON_RESUME and field.name not in MEASURED,
+        )
+        if value != field.default and not free:
+            told[field.name] = value
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -197,12 +198,6 @@ def key(line):
     return json.dumps({k: v for k, v in sorted(line.items()) if k not in OUTCOME})
 
 
-def _same(line, name):
-    """Whether a finished cell was `name` by another name: as where the line over epsilon and that over delta cross."""
-    kinds = [case if case in (BASE, BEST) else RUN for case in (line["case"], name["case"])]
-    return line.get("config") == name["config"] and kinds[0] == kinds[1]
-
-
 def _missing(cells, path):
     done = {key(line) for line in read(path)}
     return [cell for cell in cells if key(cell.name) not in done]
@@ -222,11 +217,10 @@ def read(path):
 def _run(cells, out):
     memo, programs = {}, {}
     for number, cell in enumerate(cells, 1):
-        like = next((line for line in read(out) if _same(line, cell.name)), None)
+        # The same may be finished under another name: lines over epsilon and over delta cross.
+        like = next((line for line in read(out) if line.get("config") == cell.name["config"]), None)
         line = cell.name | ({k: like[k] for k in OUTCOME if k in like} if like else outcome(cell, memo, programs))
-        with open(
-            out, "a", encoding="utf-8"
-        ) as file:  # a line is written at once, so that processes may share the file
+        with open(out, "a", encoding="utf-8") as file:  # a line is written at once: processes may share the file
             torn = out.stat().st_size and not out.read_bytes().endswith(b"\n")
             file.write("\n" * torn + json.dumps(line) + "\n")
         print(f"{number} of {len(cells)}: {json.dumps(line)}", file=sys.stderr, flush=True)
