@@ -8,7 +8,7 @@ import math
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import flags, run, sweep, sweep_report
+from experiments import flags, run, sweep, sweep_cells, sweep_report
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def command(tiny_bert, finance_table, tmp_path):
 
 
 def test_cells_are_the_product_of_cases_values_and_seeds(command):
-    cells, _ = sweep.parse(command)
+    cells, _ = sweep_cells.parse(command)
     assert len(cells) == 8
     assert {(c.aggregation, c.trust, c.seed, c.split_seed) for c in (cell.config for cell in cells)} == {
         (a, t, s, s) for a in ("fedavg", "fedex") for t in ("local", "none") for s in (1, 2)
@@ -31,7 +31,7 @@ def test_cells_are_the_product_of_cases_values_and_seeds(command):
 
 def test_what_auto_chose_is_said_once_for_all_cells_that_have_it(command, capsys):
     plain = [word for word in command if not word.startswith(("--case", "--client_lr"))]
-    cells, _ = sweep.parse([*plain, "--auto"])
+    cells, _ = sweep_cells.parse([*plain, "--auto"])
     said = capsys.readouterr().err.splitlines()
     assert len(cells) == 4
     assert len(said) == 2, "one choice with privacy, one without"
@@ -58,28 +58,28 @@ def test_a_case_with_the_name_of_a_control_is_refused(command, capsys):
 
 
 def test_cells_keep_their_names_when_a_flag_is_added(command):
-    cells, _ = sweep.parse(command)
+    cells, _ = sweep_cells.parse(command)
     config, digest = cells[0].config, cells[0].name["config"]
     fewer = dataclasses.make_dataclass(
         "Earlier", [(f.name, f.type, f) for f in dataclasses.fields(config) if f.name != "feature_norm"]
     )
     earlier = fewer(**{f.name: getattr(config, f.name) for f in dataclasses.fields(fewer)})
-    assert sweep._digest(earlier, sweep.RUN) == digest
-    assert sweep._digest(dataclasses.replace(config, feature_norm=8.0), sweep.RUN) != digest
-    assert sweep._digest(dataclasses.replace(config, workdir="elsewhere"), sweep.RUN) == digest
-    assert sweep._digest(config, sweep.BASE) != digest
+    assert sweep_cells._digest(earlier, sweep_cells.RUN) == digest
+    assert sweep_cells._digest(dataclasses.replace(config, feature_norm=8.0), sweep_cells.RUN) != digest
+    assert sweep_cells._digest(dataclasses.replace(config, workdir="elsewhere"), sweep_cells.RUN) == digest
+    assert sweep_cells._digest(config, sweep_cells.BASE) != digest
 
 
 def test_scaled_features_are_clipped_without_privacy_too(command):
     plain = [word for word in command if not word.startswith(("--case", "--vary"))]
-    cells, _ = sweep.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
+    cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
     assert {cell.config.clip_norm for cell in cells} == {1.0}
-    cells, _ = sweep.parse([*plain, "--epsilon=8", "--controls"])
+    cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls"])
     assert {cell.config.clip_norm for cell in cells} == {1.0, math.inf}
 
 
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
-    cells, _ = sweep.parse([*command, "--controls", "--vary=rank=2|4"])
+    cells, _ = sweep_cells.parse([*command, "--controls", "--vary=rank=2|4"])
     plain = [cell for cell in cells if cell.name["case"] not in ("FedAvg", "exact")]
     counts = collections.Counter(cell.name["case"] for cell in plain)
     assert counts == {
@@ -87,7 +87,7 @@ def test_controls_without_privacy_are_run_once_for_all_budgets(command):
         "all data in one client": 8, "first client alone": 8, "head alone": 8,
     }  # fmt: skip
     by_case = {cell.name["case"]: cell for cell in plain if cell.name["rank"] == "4"}
-    assert by_case["base model"].kind == sweep.BASE
+    assert by_case["base model"].kind == sweep_cells.BASE
     assert by_case["no privacy"].config.clip_norm == math.inf
     assert (by_case["clipped, no noise"].config.clip_norm, by_case["clipped, no noise"].config.trust) == (1, "none")
     pooled, alone = by_case["all data in one client"].config, by_case["first client alone"].config
@@ -98,7 +98,7 @@ def test_controls_without_privacy_are_run_once_for_all_budgets(command):
 
 def test_controls_follow_what_is_varied_and_those_that_do_not_fit_are_left_out(command, capsys):
     plain = [word for word in command if not word.startswith("--case")]
-    cells, _ = sweep.parse([*plain, "--controls", "--vary=clients=2|5"])
+    cells, _ = sweep_cells.parse([*plain, "--controls", "--vary=clients=2|5"])
     found = {
         (cell.name["case"], cell.name["clients"]): (cell.config.parties, cell.config.expected_batch_size)
         for cell in cells
@@ -108,7 +108,7 @@ def test_controls_follow_what_is_varied_and_those_that_do_not_fit_are_left_out(c
     assert found["all data in one client", "5"] == (None, 40)
     capsys.readouterr()
     alone = [word for word in plain if not word.startswith("--vary")]
-    cells, _ = sweep.parse([*alone, "--controls", "--epsilon=8", "--trust=distributed", "--survivors=2"])
+    cells, _ = sweep_cells.parse([*alone, "--controls", "--epsilon=8", "--trust=distributed", "--survivors=2"])
     assert any(cell.name["case"] == "head alone" for cell in cells)
     assert not any(cell.name["case"] == "no privacy" for cell in cells)
     assert "warning: the control 'no privacy' does not go with these flags" in capsys.readouterr().err
@@ -116,8 +116,8 @@ def test_controls_follow_what_is_varied_and_those_that_do_not_fit_are_left_out(c
 
 def test_the_best_client_alone_is_the_best_of_all_of_them(command, monkeypatch):
     """Every client is trained alone, and the largest accuracy stands for them."""
-    cells, _ = sweep.parse([*command, "--controls"])
-    cell = next(cell for cell in cells if cell.kind == sweep.BEST)
+    cells, _ = sweep_cells.parse([*command, "--controls"])
+    cell = next(cell for cell in cells if cell.kind == sweep_cells.BEST)
     facts = {"clients": [{"epsilon": 0.0}], "communication": {"bytes_up_per_client_per_round": 1}}
     asked = []
     told = lambda config, *_: asked.append(config.party) or ({"accuracy": [0.3, 0.8][config.party]}, facts)  # noqa: E731
@@ -192,7 +192,7 @@ def told(cell):
 
 def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
     memo, programs = {}, {}
-    cells, _ = sweep.parse(command)
+    cells, _ = sweep_cells.parse(command)
     for cell in (cells[0], cells[6]):
         name = cell.name
         found = sweep.outcome(cell, memo, programs)
@@ -205,7 +205,7 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
         assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
         assert found["epsilon_max"] == lines[-1]["epsilon_max"]
         if name["case"] == "FedAvg":
-            base = sweep.outcome(cell._replace(kind=sweep.BASE), memo, programs)
+            base = sweep.outcome(cell._replace(kind=sweep_cells.BASE), memo, programs)
             assert base["metrics"] == {name: lines[0][name] for name in ("accuracy", "macro_f1")}
 
 
@@ -214,7 +214,7 @@ def test_workers_share_the_cells_and_the_file(command, tmp_path):
     short = [word for word in command if not word.startswith("--case")] + ["--case=one:"]
     assert sweep.main([*short, "--parallel=2"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
-    assert len({sweep.key(line) for line in lines}) == len(lines) == 4
+    assert len({sweep_cells.key(line) for line in lines}) == len(lines) == 4
     before = (tmp_path / "cells.jsonl").read_bytes()
     assert sweep.main(short) == 0
     assert (tmp_path / "cells.jsonl").read_bytes() == before
@@ -226,10 +226,12 @@ def test_workers_share_the_cells_and_the_file(command, tmp_path):
 )
 def test_what_makes_no_cells_is_refused(command, more, words):
     with pytest.raises(InputError, match=words):
-        sweep.parse([*command, *more])
+        sweep_cells.parse([*command, *more])
 
 
 def test_options_of_two_words_are_understood(command):
     spaced = [part for word in command for part in word.split("=", 1)]
-    assert [cell.config for cell in sweep.parse(spaced)[0]] == [cell.config for cell in sweep.parse(command)[0]]
-    assert isinstance(sweep.parse(spaced)[0][0].config, flags.RunConfig)
+    assert [cell.config for cell in sweep_cells.parse(spaced)[0]] == [
+        cell.config for cell in sweep_cells.parse(command)[0]
+    ]
+    assert isinstance(sweep_cells.parse(spaced)[0][0].config, flags.RunConfig)

@@ -1,0 +1,154 @@
+"""The cells of a sweep, from its command line: cases, values of varied flags, seeds, and the controls beside them."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import shlex
+import sys
+from typing import NamedTuple
+
+from absl import flags as absl_flags
+
+from dplora_jax.errors import InputError
+from experiments import flags, run_config
+from experiments.sweep_report import ANY, OUTCOME
+
+BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
+NO_PRIVACY = "--trust=none --epsilon=none --noise_multiplier=none"
+ONE = "--clients=1 --trust=local --participation=all --aggregation=fedavg --robust=none"
+RUN, BASE, BEST = "run", "base model", "best client alone, no privacy"
+MEASURED = (
+    "generate",
+    "new_tokens",
+    "benchmarks",
+    "benchmarks_dir",
+    "benchmark_records",
+)  # what is measured, of a run's free flags
+
+
+class Cell(NamedTuple):
+    """One run: what names it in the file of finished cells, and its RunConfig. `kind` is RUN, BASE (the base model is measured)
+    or BEST (the best of --parties clients, each alone)."""
+
+    name: dict
+    config: flags.RunConfig
+    kind: str
+
+
+def controls(config):
+    """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
+    # Rates that fit scaled features are for clipped gradients; --auto chooses others for what is not clipped.
+    unclipped = "" if config.feature_norm and not config.auto else " --clip_norm=inf"
+    pooled = f"{ONE} --partition=iid --expected_batch_size={config.clients * config.expected_batch_size:g}"
+    found = {
+        BASE: (NO_PRIVACY, True),
+        "no privacy": (NO_PRIVACY + unclipped, True),
+        "clipped, no noise": (NO_PRIVACY, True),
+        "all data in one client": (pooled, False),
+        "first client alone": (f"{ONE} --parties={config.clients}", False),
+        BEST: (f"{ONE} {NO_PRIVACY}{unclipped} --parties={config.clients}", True),
+    }
+    if _has_head(config):
+        found["head alone"] = ("--head_only", False)
+    return found
+
+
+def _has_head(config):
+    from dplora_jax.models import pretrained
+
+    if config.objective == "auto":
+        return pretrained.model_type(config.model) == "bert"
+    return config.objective == "classifier"
+
+
+class Own(NamedTuple):
+    """The sweep's own flags."""
+
+    out: pathlib.Path
+    parallel: int
+    worker: int | None
+
+
+def parse(argv):
+    """The command line (without the program's name) -> (list of Cell, Own)."""
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_multi_string("case", ["as given:"], "a name, a colon and flags of a run", flag_values=values)
+    absl_flags.DEFINE_multi_string("vary", [], "FLAG=VALUE|VALUE|...", flag_values=values)
+    absl_flags.DEFINE_list("seeds", ["1"], "seeds of noise, split and partition", flag_values=values)
+    absl_flags.DEFINE_boolean("controls", False, "add the controls that a table is read beside", flag_values=values)
+    absl_flags.DEFINE_integer("parallel", 1, "cells at a time", lower_bound=1, flag_values=values)
+    absl_flags.DEFINE_integer("worker", None, "which of --parallel this process is (set by itself)", flag_values=values)
+    absl_flags.DEFINE_string("out", "sweep.jsonl", "file of finished cells, a line each", flag_values=values)
+    own = tuple(values)
+    values, _ = flags.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
+    kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
+    varied = [_values(spec) for spec in values.vary]
+    cells, told = {}, []  # what --auto chose
+    for case, *settings, seed in itertools.product(values.case, *varied, values.seeds):
+        name, colon, more = case.partition(":")
+        if not colon or not seed.isdigit():
+            raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
+        _add(cells, kept, name.strip(), settings, more, seed, say=told.append)
+    cases = {cell.name["case"] for cell in cells.values()}
+    for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
+        words = [f"--{flag}={value}" for flag, value in settings]
+        for name, (more, bare) in controls(flags.parse([*kept, *words], lambda _: None)).items():
+            if name in cases:
+                raise InputError(f"--case={name} is one of --controls too: give the case another name.")
+            asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
+            try:
+                kind = name if name in (BASE, BEST) else RUN
+                _add(cells, kept, name, asked, more, seed, kind, told.append)
+            except InputError as error:
+                print(f"warning: the control {name!r} does not go with these flags ({error})", file=sys.stderr)
+    if values.worker is None:
+        print("".join(f"{line}\n" for line in dict.fromkeys(told)), end="", file=sys.stderr)
+    return list(cells.values()), Own(pathlib.Path(values.out), values.parallel, values.worker)
+
+
+def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
+    """Put one cell into `cells`, by what tells it from others."""
+    words = [f"--{flag}={value}" for flag, value in settings if value != ANY]
+    config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"], say)
+    name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config, kind)}
+    cells[key(name)] = Cell(name, config, kind)
+
+
+def _digest(config, kind):
+    """Of all that decides a cell's outcome. Flags at their defaults are left out, of which a later version may have more."""
+    told = {"kind": kind}
+    for field in dataclasses.fields(config):
+        value, free = (
+            getattr(config, field.name),
+            field.name in run_config.FREE_ON_RESUME and field.name not in MEASURED,
+        )
+        if value != field.default and not free:
+            told[field.name] = value
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _spaced(argv):
+    """Every option as one word, --name=value."""
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            words.append(word)
+        elif words and "=" not in words[-1]:
+            words[-1] += f"={word}"
+        else:
+            raise InputError(f"unexpected argument {word!r}: every option is a --flag.")
+    return words
+
+
+def _values(spec):
+    flag, equals, values = spec.partition("=")
+    if not equals or not values:
+        raise InputError(f"--vary={spec} is malformed: FLAG=VALUE|VALUE.")
+    return [(flag, value) for value in values.split("|")]
+
+
+def key(line):
+    """What tells a cell from others: all that names it."""
+    return json.dumps({k: v for k, v in sorted(line.items()) if k not in OUTCOME})
