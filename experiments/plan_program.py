@@ -19,7 +19,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.privacy import secrets
-from experiments import participants, plan_hlo, plan_models, program, setup, trust_modes
+from experiments import base_passes, participants, plan_hlo, plan_models, program, trust_modes
 
 
 class Program(NamedTuple):
@@ -100,7 +100,7 @@ def _rows(config, model, task, records):
     row |= {"labels": ((), integers)} if task == "classification" else {"loss_mask": (length, integers)}
     depth = model.config.num_layers
     start = depth if config.head_only else depth - (config.last_layers or depth)
-    fits = 4 * records * config.max_length * model.config.width <= setup.CACHE_BYTES
+    fits = 4 * records * config.max_length * model.config.width <= base_passes.CACHE_BYTES
     if start and config.cache_frozen and fits and task == "classification":
         hidden = ((*length, model.config.width), model.dtype)
         return dataclasses.replace(model, start=start), row | {"hidden": hidden}

@@ -2,22 +2,21 @@
 
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax import evaluation, lora, models
+from dplora_jax import lora, models
 from dplora_jax.data import encoding
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.models import features
 from dplora_jax.privacy import secrets
 from experiments import (
+    base_passes,
     causes,
     facts,
     objective,
@@ -29,10 +28,6 @@ from experiments import (
     tensorboard,
     trust_modes,
 )
-
-CHUNK = 128  # rows at a time through the frozen layers
-PUBLIC_ROWS = 512  # whose features are looked at, evenly spaced
-CACHE_BYTES = 4 << 30  # of their outputs, at most
 
 
 class Prepared(NamedTuple):
@@ -71,7 +66,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
     encoding.check_length(config.max_length, model, tokenizer)
     aim = objective.make(config, corpus.task, tokenizer)
     test = aim.test(corpus.test) if (config.eval_every or config.feature_norm) and corpus.test else None
-    params = _with_features(config, model, params, test, memo, stored)
+    params = base_passes.with_features(config, model, params, test, memo, stored)
     adapter, params, lora_config = program.adapter(config, model, params)
     wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
@@ -88,7 +83,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
     digests = causes.digests(settled, (), model, params, mechanisms, grid)
     local, params = params, mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
-    model, train, test = _run_frozen_layers(
+    model, train, test = base_passes.run_frozen_layers(
         config, model, params if processes.count() == 1 else local, memo, sum(sizes), train, test
     )
     del local
@@ -115,39 +110,6 @@ def prepare(config, stored=None, memo=None, dealt=None):
         )
     made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
     return Prepared(*made, evaluate, told, digests, digest_of)
-
-
-def _with_features(config, model, params, test, memo, stored):
-    """`params` with how features are centred, and the head on them, where --feature_norm asks for it: as an earlier start had it
-    (its checkpoints hold a head on those), else as process 0 measures it on public text."""
-    if not config.feature_norm:
-        return params
-    if "bias" not in params.get("head", {}):
-        raise InputError("--feature_norm is for a classifier whose head has a bias, as BERT's: leave it out.")
-    if test is None:
-        raise InputError("--feature_norm is measured on a public test set, and there is none: see --test_data.")
-    found = stored["federation"].get("features") if stored else None
-    found = found or processes.agree(lambda: _measured(config, model, params, test, memo))
-    found = {name: np.asarray(value, np.float32) for name, value in found.items()}
-    return params | {features.KEY: found, "head": features.inward(params["head"], found)}
-
-
-def _measured(config, model, params, test, memo):
-    """`features.measure` of some public rows, as JSON."""
-    count = len(test["attention_mask"])
-    rows = np.unique(np.linspace(0, count - 1, min(count, PUBLIC_ROWS)).astype(int))
-    inputs = {name: test[name][rows] for name in ("input_ids", "attention_mask")}
-    key = (features.KEY, config.model, config.dtype, config.quantize, causes.of_arrays(inputs))
-    memo = {} if memo is None else memo
-    if key not in memo:
-        run = jax.jit(model.features)
-        chunks = [np.asarray(run(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
-        memo[key] = np.concatenate(chunks)[: len(rows)]
-    try:
-        found = features.measure(memo[key], config.feature_norm)
-    except ValueError as error:
-        raise InputError(f"--feature_norm={config.feature_norm:g}: {error}") from None
-    return {name: value.tolist() for name, value in found.items()}
 
 
 def _warn_of_delta(config, largest):
@@ -184,38 +146,3 @@ def with_records(prepared, secrets_of_clients):
                 raise InputError(f"process {number} has another {name} than process 0: give all the same.")
     data = causes.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
     return prepared._replace(causes=together | {"data": data})
-
-
-def _run_frozen_layers(config, model, params, memo, count, *tables):
-    """Run the layers below the adapted ones once for each record, if the flags allow -> (the model above them, *tables with
-    `hidden`, which for a classifier takes the place of `input_ids`). The first table is of this process's clients; all clients
-    have `count` records."""
-    depth = model.config.num_layers
-    start = depth if config.head_only else depth - (config.last_layers or depth)
-    if not start or not config.cache_frozen:
-        return model, *tables
-    rows = count + sum(len(table["attention_mask"]) for table in tables[1:] if table is not None)
-    if 4 * rows * config.max_length * model.config.width > CACHE_BYTES:
-        print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
-        return model, *tables
-    prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
-
-    def run(table):
-        if table is None:
-            return None
-        inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
-        key = None if memo is None else (config.model, config.dtype, config.quantize, start, causes.of_arrays(inputs))
-        if key is not None and key in memo:
-            hidden = memo[key]
-        else:
-            shape = (0, config.max_length, model.config.width)
-            chunks = [np.asarray(prefix(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
-            hidden = np.concatenate(chunks)[: len(inputs["input_ids"])] if chunks else np.zeros(shape, model.dtype)
-        if key is not None:
-            memo[key] = hidden
-        above = {"hidden": hidden, **table}
-        if "labels" in table:  # a language model's targets are its tokens
-            del above["input_ids"]
-        return above
-
-    return dataclasses.replace(model, start=start), *map(run, tables)
