@@ -77,8 +77,8 @@ def run_frozen_layers(config, model, params, memo, count, *tables):
 
 
 def _once(memo, named, run, params, inputs):
-    """`run(params, batch)` of all rows of `inputs` {name: [N, ...]}, N > 0, on the host; `memo` (a dict, or None) keeps it for the
-    next call with the same rows and the same `named`, which says all else."""
+    """`run(params, batch)` of all rows of `inputs` {name: [N, ...]}, N > 0, on the host; `memo` (a dict, or None) keeps it
+    for the next call with the same rows and the same `named`, which says all else."""
     key = None if memo is None else (named, causes.of_arrays(inputs))
     if key is not None and key in memo:
         return memo[key]

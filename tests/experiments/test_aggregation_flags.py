@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_run import crash_before, lines_of
+from small_runs import crash_before, lines_of
 
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError

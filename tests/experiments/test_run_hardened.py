@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_run import adapter_of, command, crash_before, lines_of  # noqa: F401 - a fixture among them
+from small_runs import adapter_of, arguments, crash_before, lines_of
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, host_noise
@@ -13,9 +13,14 @@ from dplora_jax.privacy.ledger import Ledger
 from experiments import dispatch, flags, program, run
 
 
+@pytest.fixture
+def command(tiny_bert, finance_table, tmp_path):
+    return arguments(tiny_bert, finance_table, tmp_path)
+
+
 @pytest.mark.usefixtures("quick_compile")
 def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
-    command,  # noqa: F811
+    command,
     tmp_path,
     monkeypatch,
 ):
@@ -55,17 +60,17 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("extra", "words"), REFUSED)
-def test_combinations_that_hardened_noise_does_not_serve_are_refused(command, extra, words):  # noqa: F811
+def test_combinations_that_hardened_noise_does_not_serve_are_refused(command, extra, words):
     with pytest.raises(InputError, match=words):
         flags.parse([*command, "--noise=hardened", *extra])
 
 
-def test_an_unknown_noise_is_refused_by_the_known_ones(command):  # noqa: F811
+def test_an_unknown_noise_is_refused_by_the_known_ones(command):
     with pytest.raises(InputError, match="independent, banded, hardened"):
         flags.parse([*command, "--noise=loud"])
 
 
-def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):  # noqa: F811
+def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):
     config, adapter = flags.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
     assert program.bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
     with pytest.raises(InputError, match="hundredth of --delta"):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_run import crash_before, lines_of
+from small_runs import crash_before, lines_of
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import ledger

@@ -1,0 +1,33 @@
+"""A small run with every moving part, for the tests that start, kill and look at one."""
+
+import json
+import pathlib
+
+import safetensors.numpy
+
+
+def arguments(tiny_bert, finance_table, tmp_path):
+    """The flags of a small run with every moving part, and a workdir of its own."""
+    return [
+        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
+        "--max_length=8", "--clients=3", "--rounds=6", "--local_steps=2", "--expected_batch_size=8", "--rank=2",
+        "--epsilon=8", "--delta=1e-3", "--client_lr=0.1", "--head_lr=1", "--server_momentum=0.5", "--ema=0.5",
+        "--eval_every=2", f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def adapter_of(workdir):
+    return safetensors.numpy.load_file(pathlib.Path(workdir) / "adapter" / "adapter_model.safetensors")
+
+
+def lines_of(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def crash_before(monkeypatch, module, name):
+    """Make the first call of `module.<name>` end the run as a crash would."""
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, name, crash)
