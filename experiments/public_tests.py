@@ -13,13 +13,14 @@ from experiments import objective, released
 STEP = 32  # lengths of benchmarks are rounded up to a multiple of it
 
 
-def evaluator(config, aim, corpus, sizes, model, params, grid, tokenizer, test):
+def evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test):
     """A function (state, ends=False) -> the public metrics of a `round.State`; with `ends`, which is for the first and the last,
     those too that take longer: written answers, and --benchmarks. `test` is `aim.test(corpus.test)`, through the frozen layers
-    where these are run once."""
+    where these are run once. `private` is a list of Records, the training records that this process reads: no
+    public task may hold them."""
     whole = dataclasses.replace(model, start=0)
     regular = _regular(aim, corpus, model, params, grid, test)
-    closing = _closing(config, aim, corpus, whole, params, grid, tokenizer)
+    closing = _closing(config, aim, corpus, private, whole, params, grid, tokenizer)
 
     def evaluate(state, ends=False):
         found = released.metrics(config, sizes, regular, state)
@@ -41,7 +42,7 @@ def _regular(aim, corpus, model, params, grid, test):
     return evaluation.perplexity(model, grid, params, test)
 
 
-def _closing(config, aim, corpus, model, params, grid, tokenizer):
+def _closing(config, aim, corpus, private, model, params, grid, tokenizer):
     """{what its metrics' names begin with: evaluation} of what is measured at both ends alone."""
     found = {}
     if aim.kind != objective.LANGUAGE_MODEL:
@@ -55,28 +56,31 @@ def _closing(config, aim, corpus, model, params, grid, tokenizer):
             model, params, tokenizer, asked, config.max_length, config.new_tokens, config.chat
         )
     for name in config.benchmark_list:
-        asked = _asked(config, corpus, name)
+        asked = _asked(config, corpus, private, name)
         found |= {f"{name}_{part}": of for part, of in _benchmark(config, name, asked, model, params, grid, tokenizer)}
     return found
 
 
-def _asked(config, corpus, name):
+def _asked(config, corpus, private, name):
     """The records of a public task as they are asked; of the run's own task, the run's own test set."""
     chat = config.chat and sources.known(name).kind == tasks.ANSWERS
     if name == config.dataset:
         some = records.some(corpus.test, config.benchmark_records, config.split_seed)
         return tasks.asked(corpus.task, some, chat)
     folder = config.benchmarks_dir and pathlib.Path(config.benchmarks_dir) / name
-    private = config.data_dir and pathlib.Path(config.data_dir).resolve()
-    if folder and private in (
+    if folder and not folder.is_dir():
+        raise InputError(
+            f"--benchmarks={name} wants a folder {folder}, which is not there; without --benchmarks_dir it is read from the hub."
+        )
+    own = config.data_dir and pathlib.Path(config.data_dir).resolve()
+    if folder and own in (
         (folder.resolve(), *folder.resolve().parents) if config.partition == "folders" else (folder.resolve(),)
     ):
         raise InputError(
             f"--benchmarks={name} would be read from --data_dir, where the private table lies: give another folder."
         )
-    own = None if corpus.train is None or corpus.task.kind != sources.known(name).kind else corpus.train
-    at = str(folder) if folder and folder.is_dir() else None
-    return sources.benchmark(name, at, config.benchmark_records, config.split_seed, own, chat)
+    at = str(folder) if folder else None
+    return sources.benchmark(name, at, config.benchmark_records, config.split_seed, private, chat)
 
 
 def _benchmark(config, name, asked, model, params, grid, tokenizer):

@@ -40,6 +40,12 @@ def deal(config):
     return Dealt(corpus, lambda own: _together({k: records.take(train, shares[k]) for k in own}))
 
 
+def private(corpus, table, shares):
+    """The private records that this process has read, a list of Records: the table that was dealt, else each own client's, which
+    `Dealt.read` gave as `table` and `shares`."""
+    return [corpus.train] if corpus.train else [records.take(table, share) for share in shares.values()]
+
+
 def load(config):
     """The corpus, and each client's indices into its training records."""
     dealt = deal(config)

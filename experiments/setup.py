@@ -98,7 +98,8 @@ def prepare(config, stored=None, memo=None, dealt=None):
     state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = lambda state, ends=False: {}  # noqa: E731
     if config.eval_every:
-        evaluate = public_tests.evaluator(config, aim, corpus, sizes, model, params, grid, tokenizer, test)
+        private = records.private(corpus, table, shares)
+        evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
     if features.KEY in params:
         told["features"] = {

@@ -43,5 +43,6 @@ def read(source, corpus, name):
         found = sources.load(own, need_test=False).train
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}): let this process read it.") from None
-    records.refuse_copy(found, corpus.test)
+    if corpus.test is not None:
+        records.refuse_copy(found, [corpus.test.texts])
     return found

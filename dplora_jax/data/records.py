@@ -145,18 +145,22 @@ def corpus(train, test, task, codes, about):
         groups = None if of.groups is None or part == "test" else tuple(of.groups)
         answers = None if of.answers is None else tuple(of.answers)
         encoded.append(Records(tuple(of.texts), labels, groups, answers))
-    refuse_copy(*encoded)
+    if None not in encoded:
+        refuse_copy(encoded[0], [encoded[1].texts])
     return Corpus(*encoded, task, about, synthetic=False)
 
 
-def refuse_copy(train: Records | None, test: Records | None, what: str = "the test table"):
-    """InputError where every record of `train` is in `test` too, of which messages speak as `what`."""
-    if train is not None and test is not None and not _counted(train) - _counted(test):
-        raise InputError(f"{what} holds every training record, and these are private; give a public test set.")
-
-
-def _counted(of: Records) -> Counter:
-    return Counter(zip(of.texts, of.answers or of.texts, of.labels.tolist(), strict=True))
+def refuse_copy(private: Records, columns, what: str = "the test table"):
+    """InputError where one of `columns` (lists of cells), of which messages speak as `what`, holds every text of `private`, or of
+    one of its groups: labels may be numbered, and answers written, in another way there."""
+    owners = {}
+    for owner, text in zip(private.groups or ("",) * len(private.texts), private.texts, strict=True):
+        owners.setdefault(owner, Counter())[text] += 1
+    for column in columns:
+        held = Counter(cell for cell in column if isinstance(cell, str))
+        if any(not own - held for own in owners.values()):
+            whose = "" if private.groups is None else " of a client"
+            raise InputError(f"{what} holds every training record{whose}, and these are private; give a public test set.")
 
 
 def take(of: Records, indices) -> Records:

@@ -5,6 +5,7 @@ from it, and the cache that the `datasets` library writes on reading is private 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,14 +133,14 @@ def benchmark(
     folder: str | None,
     count: int | None = None,
     seed: int = 0,
-    private: Records | None = None,
+    private: Sequence[Records] = (),
     chat: bool = False,
 ) -> list[tasks.Asked]:
     """The records of a public benchmark to evaluate on, as a language model is asked them: `count` at random, or all.
 
     `folder` has its table, as test.*, validation.* or train.* (in this order; of choices validation.* first, since the hub keeps
-    their test's labels back); None reads the hub. Raises InputError, also where the table holds every one of the `private`
-    records: it is the training table then, and metrics on it would be exact statistics of private records.
+    their test's labels back); None reads the hub. Raises InputError, also where a column of the table holds every text of one
+    of `private`, or of one of its groups: it is a training table then, and metrics on it would be exact statistics of private records.
     """
     task = known(name)
     found, _ = _tables(name, task, folder)
@@ -147,10 +148,11 @@ def benchmark(
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
     table, where = found[split]
+    for own in private:
+        records.refuse_copy(own, table.values(), f"--benchmarks={name}")
     if task.kind != tasks.CHOICES:
         of = records.rows(table, where, task, task.column, public=True)
         of = records.corpus(None, of, task, task.codes, name).test
-        records.refuse_copy(private, of, f"--benchmarks={name}")
         return tasks.asked(task, records.some(of, count, seed), chat)
     for column in task.column:
         if column not in table:

@@ -75,8 +75,8 @@ def read_hub(dataset: str, hub_id: str, revision: str, folder: str | None) -> di
     except Exception as error:
         failure = type(error).__name__
     raise InputError(
-        f"{dataset} cannot be fetched from the hub ({hub_id}, {failure}); offline, give --data_dir with its files, or "
-        "--dataset=finance_demo, which needs no download."
+        f"{dataset} cannot be fetched from the hub ({hub_id}, {failure}); offline, give its files by --data_dir (of a "
+        "benchmark, --benchmarks_dir), or use --dataset=finance_demo, which needs no download."
     )
 
 

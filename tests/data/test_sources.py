@@ -108,7 +108,7 @@ def test_a_benchmarks_training_table_is_no_test_set_either(tmp_path):
 
 def test_test_data_may_be_of_another_kind_and_serves_benchmarks(tmp_path):
     write(tmp_path, "train.csv", rows(["up", "down"]))
-    path = write(tmp_path, "held.jsonl", rows(["down", "up", "up"]))
+    path = write(tmp_path, "held.jsonl", rows(["up", "down", "up", "up"])[1:])
     assert load(own(tmp_path, test_data=str(path))).test.labels.tolist() == [0, 1, 1]
     write(tmp_path, "validation.jsonl", [{"text": "a", "label": 1}])
     path = write(tmp_path, "mine.jsonl", [{"text": "b", "label": "neutral"}, {"text": "c", "label": 0}])

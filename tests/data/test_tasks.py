@@ -1,10 +1,13 @@
 """Tasks as rows become questions, and a person's own tables of each kind."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from dplora_jax.data import demos, sources, tasks
+from dplora_jax.data.records import Records
 from dplora_jax.data.sources import Source, benchmark, load
 from dplora_jax.errors import InputError
 
@@ -143,3 +146,39 @@ def test_demos_are_synthetic_and_test_what_the_training_does_not_tell(name):
     assert load(Source(name, seed=1)).train.texts != corpus.train.texts
     assert corpus.train.texts == demos.load(name, 0).train.texts
     assert name in sources.DATASETS
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("financial_phrasebank", [{"sentence": f"s{i}", "label": i % 3} for i in range(9)]),
+        ("medquad", [{"question": f"s{i}", "answer": "other words"} for i in range(9)]),
+        ("wikitext2", [{"text": f"s{i}"} for i in range(9)]),
+        ("piqa", [{"goal": f"s{i}", "sol1": "x", "sol2": "y", "label": 0} for i in range(9)]),
+    ],
+)
+def test_a_benchmark_that_holds_every_private_text_is_refused_whatever_else_stands_beside(name, table, tmp_path):
+    """Metrics on private records would be exact statistics of them: other numbers of labels, or another kind, change nothing."""
+    lines(tmp_path, "validation.jsonl", table)
+    texts = tuple(f"s{i}" for i in range(8))
+    whole = Records(texts, np.ones(8, np.int32))
+    with pytest.raises(InputError, match=f"--benchmarks={name} holds every training record, and"):
+        benchmark(name, str(tmp_path), private=[whole])
+    clients = Records((*texts[:4], *"abcd"), np.ones(8, np.int32), ("N",) * 4 + ("S",) * 4)
+    with pytest.raises(InputError, match="every training record of a client"):
+        benchmark(name, str(tmp_path), private=[clients])
+    folders = [Records(("a", "b"), np.ones(2, np.int32)), Records(texts[:2], np.ones(2, np.int32))]
+    with pytest.raises(InputError, match="holds every"):
+        benchmark(name, str(tmp_path), private=folders)
+    few = [Records((*texts, "another"), np.ones(9, np.int32)), Records((texts[0],) * 2, np.ones(2, np.int32))]
+    assert len(benchmark(name, str(tmp_path), private=few)) == 9
+
+
+def test_a_test_table_that_holds_all_texts_of_a_client_is_refused(tmp_path):
+    rows = [{"text": f"t{i}", "label": "yes", "bank": "NS"[i % 2]} for i in range(8)]
+    lines(tmp_path, "train.jsonl", rows)
+    lines(tmp_path, "test.jsonl", [{"text": f"t{i}", "label": "no"} for i in range(0, 8, 2)])
+    source = Source("jsonl", str(tmp_path), text_column="text", label_column="label", labels=("yes", "no"))
+    assert len(load(source).train.texts) == 8
+    with pytest.raises(InputError, match="the test table holds every training record of a client"):
+        load(dataclasses.replace(source, group_column="bank"))
