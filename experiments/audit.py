@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import auditing, chain
-from experiments import flags
+from experiments import flags, workdir
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -31,8 +31,6 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import workdir
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         own, config = _parse(sys.argv[1:] if argv is None else argv)
@@ -116,6 +114,7 @@ def _audits(own, config, folder):
         "seed": own.seed,
         "right_guesses_that_beat_a_claim_of_1": least,
         "highest_bound_by_guesses": highest,
+        "flags": workdir.plain(dataclasses.asdict(config)) if config else None,
         "audits": lines,
     }
     chain.replace_durably(folder / "audit.json", json.dumps(result, indent=1))

@@ -13,6 +13,7 @@ from dplora_jax.errors import InputError
 
 MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
 RANKS = (1, 4, 8, 16, 64, 256, 512)
+SHOWN = {4, 64, 512}  # in a report
 TARGETS = ("q", "v")
 BYTES = 4  # of a number that travels
 
@@ -41,6 +42,27 @@ def rows(rounds, targets=TARGETS, models=MODELS, ranks=RANKS):
                 "model": model, "rank": rank, "bytes_round": sent, "bytes_run": rounds * sent, "full_round": BYTES * full,
                 "full_run": rounds * BYTES * full, "ratio": full / (rank * each),
             }  # fmt: skip
+
+
+def of_targets(rounds, targets):
+    """(the targets, the rows) for all models of `targets`, or of the usual ones where these are a family's own names or none."""
+    try:
+        return targets or TARGETS, list(rows(rounds, targets or TARGETS))
+    except (ValueError, KeyError):
+        return TARGETS, list(rows(rounds))
+
+
+def shown(found, rounds, rank):
+    """(header, body) of a table as text, for the usual ranks and `rank` of the rows `found`."""
+    from experiments.report_text import show_bytes
+
+    chosen = SHOWN | ({rank} & set(RANKS))
+    body = [
+        [f"{row['model']}, rank {row['rank']}", show_bytes(row["bytes_round"]), show_bytes(row["bytes_run"]),
+         show_bytes(row["full_run"]), f"{row['ratio']:,.4g}×"]
+        for row in found if row["rank"] in chosen
+    ]  # fmt: skip
+    return ["model", "up a round", f"up in {rounds} rounds", "full fine-tuning", "less"], body
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 
 from dplora_jax import lora
 from dplora_jax.privacy import accounting, integers, paper_bound
@@ -53,6 +54,7 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "train_records": total,
             "test_records": len(corpus.test.texts) if corpus.test else 0,
             "labels": list(corpus.label_names),
+            "commonest_label": _commonest(corpus),
         },
         "trust": list(trust_modes.statements(config)),
         "release": _release(config),
@@ -73,6 +75,13 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
         "accounting": trust_modes.accounted_as(config)
         + (f" {paper_bound.sentence(mechanisms, max(steps), config.delta)}" if config.trust == "local" else ""),
     }
+
+
+def _commonest(corpus):
+    """The accuracy on the public test set of saying its commonest label each time; None where there are no labels, or no test."""
+    if not corpus.label_names or corpus.test is None:
+        return None
+    return float(np.bincount(corpus.test.labels).max() / len(corpus.test.labels))
 
 
 def _release(config):

@@ -200,6 +200,10 @@ def _measure(config, own, task, prepared, tokenizer, found):
         alone = tasks.asked(task, as_records([canary._replace(secret="")], task), config.chat)[0]
         begun.append(alone)
     longest = encoding.most_tokens(tokenizer, asked, config.chat)[1]
+    if longest > config.max_length:
+        raise InputError(
+            f"a canary has {longest} tokens, and --max_length={config.max_length} would cut off its secret; raise it."
+        )
     table = encoding.all_answers(tokenizer, asked, longest, config.chat)
     likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)
     prompts = encoding.prompts(tokenizer, begun, longest, config.chat)

@@ -18,6 +18,7 @@
 
 import math
 import statistics
+import warnings
 
 from dplora_jax.errors import InputError
 
@@ -65,6 +66,7 @@ def chosen(sizes, clients, epsilon, objective):
 
 def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
+    from dplora_jax.data import tasks
     from dplora_jax.models import pretrained
     from experiments import flags, objective, records
 
@@ -83,6 +85,12 @@ def for_run(config, given):
     sizes = [len(places[k]) for k in range(config.clients)]
     private = epsilon if config.trust != "none" else None
     kind = objective.kind(config, dealt.corpus.task)
+    if kind == objective.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
+        warnings.warn(
+            "--auto knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
+            "label is common (BUILD_NOTES.md).",
+            stacklevel=1,
+        )
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
     able = kind == objective.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.model) == "bert"
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways

@@ -16,7 +16,7 @@ import sys
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown
+from experiments import ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, as_epsilon, show, show_bytes, show_metric
@@ -59,6 +59,8 @@ def _strip(config: dict, rows: list[dict], private: bool) -> str:
         if name == "accuracy" and records and 0 <= values[-1] <= 1:
             spread = 1.96 * math.sqrt(values[-1] * (1 - values[-1]) / records)
             note += f", ± {spread:.3f} (95 %) on {show(records)} test records"
+            commonest = (told.get("data") or {}).get("commonest_label")
+            note += f"; the commonest label {show(commonest, 'metric')}" if commonest else ""
         note += f"; base model {show(values[0], 'metric')}" if rounds[0] == 0 and len(rounds) > 1 else ""
         tiles.append(_tile(f"test {html.escape(show_metric(name))}", show(values[-1], "metric"), note))
     if not metrics:
@@ -163,7 +165,7 @@ def _private(config: dict, rows: list[dict]) -> bool:
     return private and (not rows or math.isfinite(as_epsilon(rows[-1].get("epsilon_max"))))
 
 
-def _page(config: dict, rows: list[dict], said: str, holds: bool, audit: str, sweep: str) -> str:
+def _page(config: dict, rows: list[dict], said: str, holds: bool, audit: str, cells: list[dict]) -> str:
     """The whole page as HTML; `said` is what the ledger says, and `holds` whether it does."""
     told, private = config.get("federation") or {}, _private(config, rows)
     sent = communication(config, rows, told.get("communication") or {})
@@ -182,7 +184,7 @@ def _page(config: dict, rows: list[dict], said: str, holds: bool, audit: str, sw
         ("Utility and what it cost", figures(config, rows, private)),
         ("What the guarantee says", _guarantee(config, rows, told, private, said)),
         ("What an attack found", audit if private else ""),
-        ("Many runs", sweep),
+        ("Many runs", sweep_report.body(cells)),
         ("Clients", clients_table(charged(told.get("clients") or [], rows))),
         ("Communication", sent),
         ("Method", _list(told.get("method") or [])),
@@ -210,25 +212,31 @@ def write(workdir: pathlib.Path, sweep: pathlib.Path | None = None) -> pathlib.P
     """Write `workdir/report.html` and `report.md`, each whole or not at all, and return the page's path. Raises InputError for a
     broken workdir, or a `sweep` (finished cells of `experiments.sweep`) that is not there."""
     workdir = pathlib.Path(workdir)
-    (config, rows), (said, holds), (found, words) = _read(workdir), _ledger(workdir), audits(workdir)
-    page = _page(config, rows, said, holds, found, _sweep(sweep))
+    (config, rows), (said, holds), cells = _read(workdir), _ledger(workdir), _cells(sweep)
+    found, words = audits(workdir, config)
     path = workdir / "report.html"
-    replace_durably(path, page)
-    replace_durably(
-        workdir / "report.md", report_markdown.text(config, rows, _private(config, rows), said, holds, words)
-    )
+    replace_durably(path, _page(config, rows, said, holds, found, cells))
+    text = report_markdown.text(config, rows, _private(config, rows), said, holds, words, cells)
+    replace_durably(workdir / "report.md", text)
     return path
 
 
-def _sweep(path: pathlib.Path | None) -> str:
+def _cells(path: pathlib.Path | None) -> list[dict]:
+    """The finished cells of a sweep; none without a `path`. Raises InputError where they are not of one sweep's flags."""
     if path is None:
-        return ""
-    from experiments import sweep, sweep_report
-
+        return []
     lines = sweep.read(pathlib.Path(path))
     if not lines:
         raise InputError(f"--sweep={path} holds no finished cell: give the file that experiments.sweep wrote (--out).")
-    return sweep_report.body(lines)
+    configs = {}
+    for line in lines:
+        configs.setdefault(sweep_report.place(line), set()).add(line.get("config"))
+    if any(len(found) > 1 for found in configs.values()):
+        raise InputError(
+            f"--sweep={path} holds cells of several sets of flags under one name, which no table can tell apart: remove the "
+            "lines of the others, or run the sweep into a file of its own (--out)."
+        )
+    return lines
 
 
 def main(arguments: list[str]) -> int:

@@ -65,10 +65,12 @@ def _svg(identity: str, label: str, draw, xlabel: str) -> str:
     return f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}'
 
 
-def figure(identity: str, title: str, series: dict, caption: str, draw, xlabel: str = "round") -> str:
-    """One card: a title, a key of the `series` by colour, the drawing and its caption; caption is HTML."""
+def figure(identity: str, title: str, series: dict, caption: str, draw, xlabel: str = "round", broken: int = 8) -> str:
+    """One card: a title, a key of the `series` by colour, the drawing and its caption; caption is HTML. The lines from number
+    `broken` on are drawn in pieces, and their keys too."""
     keys = "".join(
-        f'<span><i style="--c: var(--series-{i % len(SERIES)})"></i>{html.escape(show_metric(name))}</span>'
+        f'<span><i{" class=broken" if i >= broken else ""} style="--c: var(--series-{i % len(SERIES)})"></i>'
+        f"{html.escape(show_metric(name))}</span>"
         for i, name in enumerate(series)
     )
     drawing = _svg(identity, title, draw, xlabel)
@@ -118,19 +120,20 @@ def figures(config: dict, rows: list[dict], private: bool) -> str:
     for i, series in enumerate(filter(None, groups)):
         caption = f"Round 0 is the base model.{average}"
         draw = _plot_metrics(series, against_epsilon=False)
-        cards.append(figure(f"utility{i}", "Utility per round", series, caption, draw))
+        cards.append(figure(f"utility{i}", "Utility per round", series, caption, draw, broken=1))
     if private and all(math.isfinite(as_epsilon(row.get("epsilon_max"))) for row in rows):
         budget = as_epsilon(config.get("epsilon"))
         keys = dict.fromkeys(["epsilon_max"] + ["budget (epsilon)"] * math.isfinite(budget))
         caption = (
             f"What the uploads so far have cost, at delta {show(config.get('delta'))}; the band spans all clients."
         )
-        cards.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget)))
+        cards.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget), broken=1))
         for i, series in enumerate(filter(None, groups)):
             caption = (
                 "One point per evaluated round of this run; a run calibrated for a smaller epsilon draws another curve."
             )
             draw = _plot_metrics(series, against_epsilon=True)
-            cards.append(figure(f"trade{i}", "Utility against epsilon", series, caption, draw, "epsilon_max"))
+            title = "Utility against epsilon"
+            cards.append(figure(f"trade{i}", title, series, caption, draw, "epsilon_max", broken=1))
     words = "" if metrics else '<p class="soft">No round was evaluated on test data (eval_every).</p>'
     return f'{words}<div class="figures">{"".join(cards)}</div>'

@@ -2,6 +2,7 @@
 
 import math
 
+from experiments import communication, sweep_report
 from experiments.report_figures import by_metric
 from experiments.report_text import as_epsilon, show, show_bytes, show_metric
 from experiments.summary import sent_uploads
@@ -15,9 +16,9 @@ def _table(head, body):
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def text(config, rows, private, said, holds, audit):
+def text(config, rows, private, said, holds, audit, cells):
     """The report, from what `report.py` reads: flags, rounds, whether there is any privacy, the words of the ledger and whether
-    it holds, and the words of the audit (words may be empty)."""
+    it holds, the words of the audit (words may be empty), and a sweep's finished cells."""
     told = config.get("federation") or {}
     data, sent = told.get("data") or {}, told.get("communication") or {}
     parts = [f"# {config.get('model')} on {config.get('dataset')}", data.get("description") or ""]
@@ -35,6 +36,7 @@ def text(config, rows, private, said, holds, audit):
     parts += ["## Utility by round", _rounds(rows)]
     parts += ["## What the guarantee says", *(f"- {line}" for line in told.get("trust") or [])]
     parts += [told.get("accounting") or "", said, audit]
+    parts += ["## Many runs", sweep_report.markdown(cells)] if cells else []
     parts += ["## Clients", _clients(told.get("clients") or [], rows)]
     uploads = sent_uploads(rows, config.get("clients") or 0)
     up, full = (sent.get(f"{name}_per_client_per_round") for name in ("bytes_up", "full_bytes"))
@@ -44,9 +46,17 @@ def text(config, rows, private, said, holds, audit):
             f"Each client sends {show_bytes(up)} a round instead of {show_bytes(full)} for full fine-tuning; all uploads "
             f"of the run together {show_bytes(uploads * up)} instead of {show_bytes(uploads * full)}.",
         ]
+        names = tuple(name.strip() for name in str(config.get("targets") or "").split(",") if name.strip())
+        targets, found = communication.of_targets(planned or 1, names)
+        parts.append(f"The same of the paper's models, adapters on {', '.join(targets)} in float32:")
+        parts.append(_table(*communication.shown(found, planned or 1, config.get("rank"))))
     parts += ["## Method", *(f"- {line}" for line in told.get("method") or [])]
     parts += ["## How to repeat it", f"```sh\n{told.get('command') or ''}\n```"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in (told.get("environment") or {}).items()))
+    parts += [
+        "## Configuration",
+        "\n".join(f"- {k}: {show(v, 'flag')}" for k, v in config.items() if k != "federation"),
+    ]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
 
 

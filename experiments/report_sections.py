@@ -6,6 +6,7 @@ import statistics
 
 from experiments.report_figures import SERIES, figure
 from experiments.report_text import as_epsilon, show, show_bytes
+from experiments.run_config import FREE_ON_RESUME
 from experiments.summary import sent_uploads
 
 CLIENT_COLUMNS = {
@@ -21,6 +22,7 @@ CLIENT_COLUMNS = {
 }
 VARIED = ("rounds", "bytes_up")  # shown where clients differ
 MOST_CLIENTS, FIRST_CLIENTS = 50, 20
+NOT_AUDITED = {*FREE_ON_RESUME, "seed"}  # flags that an audit may have otherwise than the run
 
 
 def table(head: list[str], body: list[list[str]], foot: list[list[str]] = ()) -> str:
@@ -90,11 +92,7 @@ def against_rank(rounds: int, rank: int, targets: tuple) -> str:
     """How many times less a client sends than in full fine-tuning, by rank, for the paper's models: exact, from their shapes."""
     from experiments import communication as shapes
 
-    targets = targets or shapes.TARGETS
-    try:
-        found = list(shapes.rows(rounds, targets))
-    except (ValueError, KeyError):  # targets that are another family's own names
-        targets, found = shapes.TARGETS, list(shapes.rows(rounds, shapes.TARGETS))
+    targets, found = shapes.of_targets(rounds, targets)
     series = {model: [row for row in found if row["model"] == model] for model in shapes.MODELS}
 
     def draw(axes):
@@ -109,21 +107,13 @@ def against_rank(rounds: int, rank: int, targets: tuple) -> str:
 
     caption = f"Adapters on {show(', '.join(targets))}, float32, as many times less than all parameters of the model."
     drawn = figure("ranks", "Bytes saved against rank", series, caption, draw, "rank")
-    shown = sorted({4, 64, 512} | ({rank} & set(shapes.RANKS)))
-    body = [
-        [f"{show(row['model'])}, rank {row['rank']}", show_bytes(row["bytes_round"]), show_bytes(row["bytes_run"]),
-         show_bytes(row["full_run"]), f"{row['ratio']:,.4g}×"]
-        for row in found if row["rank"] in shown
-    ]  # fmt: skip
-    head = ["model", "up a round", f"up in {rounds} rounds", "full fine-tuning", "less"]
-    return (
-        f'<div class="figures">{drawn}</div><details><summary>By model and rank</summary>{table(head, body)}</details>'
-    )
+    inner = table(*shapes.shown(found, rounds, rank))
+    return f'<div class="figures">{drawn}</div><details><summary>By model and rank</summary>{inner}</details>'
 
 
-def audits(workdir: pathlib.Path) -> tuple[str, str]:
-    """What `experiments.audit` found of this run's flags, where its folder lies beside the run's, as HTML and in words; else how
-    to run it."""
+def audits(workdir: pathlib.Path, config: dict) -> tuple[str, str]:
+    """What `experiments.audit` found, where its folder lies beside the run's, as HTML and in words, and which of its flags are
+    not this run's `config`; else how to run it."""
     path = workdir.with_name(f"{workdir.name}-audit") / "audit.json"
     if not path.exists():
         how = "python -m experiments.audit --flagfile=..."
@@ -141,11 +131,21 @@ def audits(workdir: pathlib.Path) -> tuple[str, str]:
         words += (
             ", ".join(f"{_below(low)} (claim {row[0]}: {row[3]})" for low, row in zip(best, body, strict=True)) + "."
         )
+        words += _other_flags(found.get("flags"), config)
     except (ValueError, KeyError, TypeError, OSError) as error:
         words = f"The audit beside this run cannot be read ({error})."
         return f"<p><b>{show(words)}</b></p>", words
     head = ["claim", "epsilon is at least (guesses)", "at least (the mechanism’s curve)", "verdict"]
     return f'<p class="soft">{show(words)}</p>{table(head, body)}', words
+
+
+def _other_flags(audited, config: dict) -> str:
+    """A sentence on the flags that were audited and are not this run's; nothing where all are."""
+    if not isinstance(audited, dict):
+        return " The audit does not say of which flags."
+    names = [name for name in audited if name in config and name not in NOT_AUDITED and audited[name] != config[name]]
+    told = ", ".join(f"{name} {show(audited[name], 'flag')} (here {show(config[name], 'flag')})" for name in names)
+    return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {told}." if told else ""
 
 
 def _below(bound) -> str:

@@ -56,6 +56,7 @@ figure b { display: block; margin-bottom: .1rem }
 .keys span { margin-right: 1rem; white-space: nowrap }
 .keys i { display: inline-block; width: 1.1em; height: .22em; border-radius: 2px; margin-right: .4em;
   vertical-align: .25em; background: var(--c) }
+.keys .broken { background: repeating-linear-gradient(90deg, var(--c) 0 .28em, transparent .28em .41em) }
 .box { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .5rem .95rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line) }

@@ -19,8 +19,8 @@ import time
 
 from dplora_jax.errors import InputError
 from experiments import allocator, sweep_report
-from experiments.sweep_cells import BASE, BEST, key, parse
-from experiments.sweep_report import OUTCOME
+from experiments.sweep_cells import BEST, key, parse
+from experiments.sweep_report import BASE, OUTCOME
 
 DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 
@@ -119,6 +119,9 @@ def outcome(cell, memo, programs):
         "epsilon_max": spent if config.private else "inf",
         "bytes_up_per_client": rounds * facts["communication"]["bytes_up_per_client_per_round"],
         "seconds": round(time.perf_counter() - start, 1),
+        "of": f"{config.model} on {config.dataset}",
+        "release": facts["release"] or "NOT FOR RELEASE: no privacy",
+        "commonest_label": facts["data"]["commonest_label"],
     }
 
 

@@ -13,12 +13,12 @@ from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
 from experiments import flags, run_config
-from experiments.sweep_report import ANY, OUTCOME
+from experiments.sweep_report import ANY, BASE, OUTCOME
 
 BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
 NO_PRIVACY = "--trust=none --epsilon=none --noise_multiplier=none"
 ONE = "--clients=1 --trust=local --participation=all --aggregation=fedavg --robust=none"
-RUN, BASE, BEST = "run", "base model", "best client alone, no privacy"
+RUN, BEST = "run", "best client alone, no privacy"
 MEASURED = (
     "generate",
     "new_tokens",

@@ -7,9 +7,11 @@ from experiments.report_figures import SERIES, figure
 from experiments.report_text import METRICS, STYLE, show, show_bytes, show_metric
 
 # Of a line: what was found; the rest names its cell.
-OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds")
+OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "release", "commonest_label")
+BASE = "base model"
 ANY = "any"  # the value of a flag that a case does not depend on
-MOST_LINES = 8  # of a plot
+MOST_LINES = len(SERIES)  # of a plot
+SOLID = MOST_LINES // 2  # of these
 SHOWN = tuple(METRICS)  # first, where a line has them
 
 
@@ -84,11 +86,28 @@ def spread(values, metric=""):
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+def place(line):
+    """Where in a table a finished cell stands: its case, its seed and the values that were varied."""
+    return tuple((name, line[name]) for name in ("case", "seed", *varied([line])))
+
+
 def markdown(lines):
     """A table for each group of `lines`, and that none of it is for release."""
-    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
     tables = "\n\n".join(table(group) for group in groups(lines))
-    return f"{tables}\n\nMeans ± standard deviations over seeds {seeds}. Seeded, and so NOT FOR RELEASE.\n"
+    return f"{tables}\n\n{_told(lines)} {SEEDED}\n"
+
+
+SEEDED = "Seeded, so that the noise can be made again, and so NOT FOR RELEASE."
+
+
+def _told(lines):
+    """What the means are of, and what saying the commonest label each time would come to."""
+    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
+    runs = "; ".join(dict.fromkeys(line["of"] for line in lines if line.get("of")))
+    words = f"{runs}: means" if runs else "Means"
+    shares = {line["seed"]: line["commonest_label"] for line in lines if line.get("commonest_label")}
+    least = f" Always the commonest label: accuracy {spread(list(shares.values()))}." if shares else ""
+    return f"{words} ± standard deviations over seeds {seeds}.{least}"
 
 
 def _axis(values):
@@ -114,7 +133,8 @@ def _number(value):
 def plots(lines):
     """A figure of each usual metric against each varied flag, the others held at their first value; error bars over seeds."""
     names, found, made = varied(lines), columns(lines), []
-    cases = list(dict.fromkeys(line["case"] for line in lines))[:MOST_LINES]
+    drawn = [line["case"] for line in lines if line["case"] != BASE]  # which lies far below, where nothing else is
+    cases = list(dict.fromkeys(drawn))[:MOST_LINES]
     for index, name in enumerate(names):
         line_of = [c for c in found if all(c[i] == found[0][i] for i in range(len(names)) if i != index)]
         if len(line_of) < 2:
@@ -125,7 +145,9 @@ def plots(lines):
             draw = _errors(lines, cases, line_of, index, metric)
             title = f"{show_metric(metric)} against {name}"
             made.append(
-                figure(f"sweep-{'-'.join(names)}-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name)
+                figure(
+                    f"sweep-{'-'.join(names)}-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name, SOLID
+                )
             )
     return made
 
@@ -145,7 +167,7 @@ def _errors(lines, cases, line_of, index, metric):
             x, kept = zip(*at, strict=True)
             means = [statistics.mean(v) for v in kept]
             bars = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in kept]
-            style = "o-" if number < len(SERIES) // 2 else "s:"
+            style = "o-" if number < SOLID else "s:"
             colour = SERIES[number % len(SERIES)]
             axes.errorbar(x, means, bars, fmt=style, color=colour, linewidth=2, markersize=4.2, capsize=3)
         if labels is not None:
@@ -155,8 +177,11 @@ def _errors(lines, cases, line_of, index, metric):
 
 
 def body(lines):
-    """Plots and a table for each group of `lines`, as HTML."""
-    return "".join(map(_group, groups(lines)))
+    """Plots and a table for each group of `lines`, and that none of it is for release, as HTML; nothing of none."""
+    if not lines:
+        return ""
+    care = f'<div class="band care" role="note"><b>Not for release.</b> {SEEDED}</div>'
+    return f'{care}<p class="soft">{show(_told(lines))}</p>{"".join(map(_group, groups(lines)))}'
 
 
 def _group(lines):
@@ -185,7 +210,6 @@ def page(lines, config, argv):
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title><style>{STYLE}</style></head><body><main>
 <header><p class="kicker">Federated private LoRA</p><h1>{title}</h1><p class="soft">{show(" · ".join(facts))}</p></header>
-<div class="band care" role="note"><b>Not for release.</b> Every cell is seeded, so that its noise can be made again.</div>
 <section><h2>What was found</h2>{body(lines)}</section>
 <section><h2>How to repeat it</h2><pre class="box" tabindex="0"><code>{command}</code></pre></section>
 </main></body></html>

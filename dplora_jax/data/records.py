@@ -160,7 +160,9 @@ def refuse_copy(private: Records, columns, what: str = "the test table"):
         held = Counter(cell for cell in column if isinstance(cell, str))
         if any(not own - held for own in owners.values()):
             whose = "" if private.groups is None else " of a client"
-            raise InputError(f"{what} holds every training record{whose}, and these are private; give a public test set.")
+            raise InputError(
+                f"{what} holds every training record{whose}, and these are private; give a public test set."
+            )
 
 
 def take(of: Records, indices) -> Records:

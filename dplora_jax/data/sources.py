@@ -140,7 +140,8 @@ def benchmark(
 
     `folder` has its table, as test.*, validation.* or train.* (in this order; of choices validation.* first, since the hub keeps
     their test's labels back); None reads the hub. Raises InputError, also where a column of the table holds every text of one
-    of `private`, or of one of its groups: it is a training table then, and metrics on it would be exact statistics of private records.
+    of `private`, or of one of its groups: it is a training table then, and metrics on it would be exact statistics of private
+    records.
     """
     task = known(name)
     found, _ = _tables(name, task, folder)

@@ -62,6 +62,11 @@ def test_secrets_that_many_records_repeat_are_learned_without_privacy_and_not_wi
     assert float(private["epsilon"]) <= 1
 
 
+def test_a_row_too_short_for_a_secret_is_refused(command, capsys):
+    assert memorisation.main([*command, "--max_length=20"]) == 2
+    assert "would cut off its secret" in capsys.readouterr().err
+
+
 def test_canaries_are_client_0s_records_and_nobody_elses(command):
     config, own = memorisation.parse(command)
     dealt = records.deal(config)

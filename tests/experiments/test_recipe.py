@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import budget, flags, recipe, run
+from experiments import budget, flags, objective, recipe, run
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_head_on_centred_features_goes_further_the_less_noise_there_is():
         recipe.chosen([n] * 5, 5, e, recipe.CENTRED)["head_lr"]
         for n, e in ((382, 2.0), (775, 2.0), (382, 8.0), (775, 8.0))
     ]
-    assert rates == pytest.approx([0.25, 0.46, 0.79, 1.27], abs=0.01)  # BUILD_NOTES.md: what did best
+    assert rates == pytest.approx([0.25, 0.46, 0.79, 1.27], abs=0.01)  # BUILD_NOTES.md: the recipe
     assert recipe.chosen([775] * 5, 5, None, recipe.CENTRED)["head_lr"] == 3.0
 
 
@@ -44,13 +44,6 @@ def test_batches_are_a_fifth_of_a_clients_records_and_no_more_than_the_smallest_
     assert recipe.chosen([5, 500, 600], 3, 8.0, "classifier")["expected_batch_size"] == 5
     assert recipe.chosen([10_000], 1, 8.0, "classifier")["expected_batch_size"] == 256
     assert recipe.chosen([20], 1, 8.0, "classifier")["expected_batch_size"] == 8
-
-
-def test_a_language_model_is_clipped_near_its_gradients_norms():
-    assert (
-        recipe.chosen([300] * 5, 5, 8.0, "language_model")["clip_norm"]
-        < recipe.chosen([300] * 5, 5, 8.0, "classifier")["clip_norm"]
-    )
 
 
 def test_what_is_given_stays_and_what_is_chosen_is_said(command, capsys):
@@ -102,6 +95,12 @@ def test_it_goes_by_what_the_run_will_be(command):
     assert not flags.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).freeze_a
     deep = [word for word in command if not word.startswith("--last_layers")]
     assert flags.parse([*deep, "--epsilon=8"]).last_layers == 2  # as many as the model has
+
+
+def test_what_it_was_not_measured_on_is_said(command, monkeypatch):
+    monkeypatch.setattr(objective, "kind", lambda *_: objective.LANGUAGE_MODEL)
+    with pytest.warns(UserWarning, match="by label words"):
+        flags.parse([*command, "--epsilon=8"])
 
 
 def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):

@@ -232,7 +232,13 @@ def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_
     assert "where the private table lies" in capsys.readouterr().err
     lines(tmp_path / "wards" / "north" / "train.jsonl", rows)
     lines(tmp_path / "wards" / "south" / "train.jsonl", [{"question": "who?", "answer": "she"}] * 20)
-    more = [*own, "--partition=folders", "--clients=2", "--benchmarks=medquad", f"--benchmarks_dir={tmp_path / 'public'}"]
+    more = [
+        *own,
+        "--partition=folders",
+        "--clients=2",
+        "--benchmarks=medquad",
+        f"--benchmarks_dir={tmp_path / 'public'}",
+    ]
     assert run.main(job(base, tmp_path / "wards", tmp_path / "folders", *more)) == 2
     assert "--benchmarks=medquad holds every training record" in capsys.readouterr().err
     more = [*own, "--benchmarks=boolq", f"--benchmarks_dir={tmp_path / 'public'}"]

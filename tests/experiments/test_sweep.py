@@ -118,7 +118,8 @@ def test_the_best_client_alone_is_the_best_of_all_of_them(command, monkeypatch):
     """Every client is trained alone, and the largest accuracy stands for them."""
     cells, _ = sweep_cells.parse([*command, "--controls"])
     cell = next(cell for cell in cells if cell.kind == sweep_cells.BEST)
-    facts = {"clients": [{"epsilon": 0.0}], "communication": {"bytes_up_per_client_per_round": 1}}
+    facts = {"clients": [{"epsilon": 0.0}], "communication": {"bytes_up_per_client_per_round": 1}, "release": None}
+    facts["data"] = {"commonest_label": 0.5}
     asked = []
     told = lambda config, *_: asked.append(config.party) or ({"accuracy": [0.3, 0.8][config.party]}, facts)  # noqa: E731
     monkeypatch.setattr(sweep, "_trained", told)
@@ -204,6 +205,8 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
         assert found["epsilon_max"] == lines[-1]["epsilon_max"]
+        assert (found["of"], found["commonest_label"]) == (f"{cell.config.model} on csv", 0.5)
+        assert found["release"].startswith("NOT FOR RELEASE")
         if name["case"] == "FedAvg":
             base = sweep.outcome(cell._replace(kind=sweep_cells.BASE), memo, programs)
             assert base["metrics"] == {name: lines[0][name] for name in ("accuracy", "macro_f1")}

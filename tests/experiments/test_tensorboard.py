@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from small_runs import arguments, lines_of
 
 from dplora_jax.errors import InputError
-from experiments import tensorboard
+from experiments import run, tensorboard
 
 
 def scalars(folder):
@@ -39,6 +40,14 @@ def test_each_number_of_each_round_is_a_scalar(tmp_path):
     assert len(texts) == 3  # every round's mark
     assert len(found) - len(texts) == 12
     assert (found["accuracy", 2], found["epsilon/0", 1], found["epsilon/1", 2]) == (0.5, 0.5, 2)
+
+
+def test_the_flag_writes_them_beside_the_run(tiny_bert, finance_table, tmp_path):
+    assert run.main([*arguments(tiny_bert, finance_table, tmp_path), "--tensorboard"]) == 0
+    found = scalars(tmp_path / "run" / "tensorboard")
+    for line in lines_of(tmp_path / "run" / "metrics.jsonl"):
+        assert found["epsilon_max", line["round"]] == pytest.approx(line["epsilon_max"])
+        assert ("accuracy" in line) == (("accuracy", line["round"]) in found)
 
 
 def test_a_package_that_is_missing_is_one_sentence(monkeypatch):
