@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
+from dplora_jax.federation import round
 from experiments import flags, plan, plan_hlo, plan_models, plan_program, setup
 
 TPU_TEXT = """
@@ -248,3 +249,22 @@ def test_without_the_compiler_one_sentence_tells_how_to_get_it(monkeypatch, caps
 def test_an_unknown_model_is_named(small):
     with pytest.raises(InputError, match="llama9"):
         plan_models.build(dataclasses.replace(small, model="llama9"), None)
+
+
+@pytest.mark.parametrize(
+    ("flagfile", "name", "task", "parameters"),
+    [
+        ("paper_bert_finance", "bert-base", "classification", 2 * 12 * 512 * (768 + 768) + 3 * 769),
+        ("paper_gpt2_medical", "gpt2", "language_model", 12 * 512 * (768 + 2304)),
+        ("paper_chatglm6b_general", "chatglm-6b", "language_model", 28 * 512 * (4096 + 12288)),
+        ("paper_llama2_7b_finance", "llama2-7b", "language_model", 2 * 32 * 512 * (4096 + 4096)),
+    ],
+)
+def test_the_papers_federations_are_programs_of_their_models_published_shapes(flagfile, name, task, parameters):
+    """Their weights cannot be had everywhere; a whole round of each is traced, gradients and noise included."""
+    config = dataclasses.replace(flags.parse([f"--flagfile={flagfile}.flags"]), model=name, mesh="1x1")
+    made = plan_program.abstract(config, jax.devices()[:1], [100] * 5, task, 3)
+    state = jax.eval_shape(round.make(made.federation, made.mesh), *made.arguments)[0]
+    before = made.arguments[0].adapter
+    assert jax.tree.map(jnp.shape, state.adapter) == jax.tree.map(jnp.shape, before)
+    assert lora.count(state.adapter) == parameters
