@@ -4,7 +4,8 @@
         --case='FedAvg:' --case='FedEx-LoRA: --aggregation=fedex' --vary='epsilon=8|inf' --vary='partition=iid|dirichlet:0.1'
 
 Every flag of a run is taken. A cell is one case, one value of each varied flag and one seed, which is `--seed` and
-`--split_seed`; its line in --out is written when it is finished. Nothing else of a run is saved, and nothing here is for release.
+`--split_seed`; its line in --out is written when it is finished. It is known by its flags alone: after a change of data or code,
+give another --out. Nothing else of a run is saved, and nothing here is for release.
 --controls adds what every table should be read beside (`sweep_cells.controls`). --parallel=N runs N cells at a time: each of N
 processes has an accelerator of its own, or its share of the processor's cores. Prints a Markdown table of means and standard
 deviations over seeds, and writes it with plots beside --out, as .md and .html. Exit codes: 0 done, 2 bad input.
