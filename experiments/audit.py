@@ -114,7 +114,7 @@ def _audits(own, config, folder):
         "seed": own.seed,
         "right_guesses_that_beat_a_claim_of_1": least,
         "highest_bound_by_guesses": highest,
-        "flags": workdir.plain(dataclasses.asdict(config)) if config else None,
+        "flags": _flags(own, config),
         "audits": lines,
     }
     chain.replace_durably(folder / "audit.json", json.dumps(result, indent=1))
@@ -122,6 +122,14 @@ def _audits(own, config, folder):
         print("The mechanism is BROKEN: a lower bound exceeds the epsilon that is claimed.")
         return 1
     return 0
+
+
+def _flags(own, config):
+    """The flags that were audited, None of the small model; the claims stand for a budget where --epsilons names them."""
+    if config is None:
+        return None
+    budget = ("epsilon", "noise_multiplier") if own.epsilons else ()
+    return {name: value for name, value in workdir.plain(dataclasses.asdict(config)).items() if name not in budget}
 
 
 def _subjects(own, config):

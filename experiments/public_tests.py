@@ -16,8 +16,8 @@ STEP = 32  # lengths of benchmarks are rounded up to a multiple of it
 def evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test):
     """A function (state, ends=False) -> the public metrics of a `round.State`; with `ends`, which is for the first and the last,
     those too that take longer: written answers, and --benchmarks. `test` is `aim.test(corpus.test)`, through the frozen layers
-    where these are run once. `private` is a list of Records, the training records that this process reads: no
-    public task may hold them."""
+    where these are run once. `private` is a list of Records, those of each client that this process trains for:
+    no public task may hold them all, or one client's."""
     whole = dataclasses.replace(model, start=0)
     regular = _regular(aim, corpus, model, params, grid, test)
     closing = _closing(config, aim, corpus, private, whole, params, grid, tokenizer)

@@ -40,10 +40,15 @@ def deal(config):
     return Dealt(corpus, lambda own: _together({k: records.take(train, shares[k]) for k in own}))
 
 
-def private(corpus, table, shares):
-    """The private records that this process has read, a list of Records: the table that was dealt, else each own client's, which
-    `Dealt.read` gave as `table` and `shares`."""
-    return [corpus.train] if corpus.train else [records.take(table, share) for share in shares.values()]
+def by_client(table, shares):
+    """What `Dealt.read` gave, as a list of Records: one a client."""
+    return [records.take(table, share) for share in shares.values()]
+
+
+def refuse_copies(test, private):
+    """InputError where the public test set (Records or None) holds the records of all `private` clients, or of one."""
+    if test is not None:
+        records.refuse_copy(private, records.columns_of(test))
 
 
 def load(config):

@@ -16,10 +16,10 @@ import sys
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown, sweep, sweep_report
+from experiments import ledger, report_markdown, sweep, sweep_cells, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
-from experiments.report_text import STYLE, as_epsilon, show, show_bytes, show_metric
+from experiments.report_text import STYLE, accuracy_note, as_epsilon, show, show_bytes, show_metric
 
 
 def _read(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
@@ -53,14 +53,10 @@ def _tile(label: str, value: str, note: str, lost: bool = False) -> str:
 def _strip(config: dict, rows: list[dict], private: bool) -> str:
     """The big figures: the last evaluated round's metrics, epsilon, and what one client sends."""
     told, metrics, tiles = config.get("federation") or {}, by_metric(rows), []
-    records = (told.get("data") or {}).get("test_records")
     for name, (rounds, values, _) in list(metrics.items())[:3]:
         note = f"round {rounds[-1]}"
-        if name == "accuracy" and records and 0 <= values[-1] <= 1:
-            spread = 1.96 * math.sqrt(values[-1] * (1 - values[-1]) / records)
-            note += f", ± {spread:.3f} (95 %) on {show(records)} test records"
-            commonest = (told.get("data") or {}).get("commonest_label")
-            note += f"; the commonest label {show(commonest, 'metric')}" if commonest else ""
+        beside = accuracy_note(told.get("data") or {}, values[-1]) if name == "accuracy" else ""
+        note += f", {beside}" if beside else ""
         note += f"; base model {show(values[0], 'metric')}" if rounds[0] == 0 and len(rounds) > 1 else ""
         tiles.append(_tile(f"test {html.escape(show_metric(name))}", show(values[-1], "metric"), note))
     if not metrics:
@@ -228,13 +224,14 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
     lines = sweep.read(pathlib.Path(path))
     if not lines:
         raise InputError(f"--sweep={path} holds no finished cell: give the file that experiments.sweep wrote (--out).")
-    configs = {}
+    lines = list({sweep_cells.key(line): line for line in lines}.values())
+    settings = {}
     for line in lines:
-        configs.setdefault(sweep_report.place(line), set()).add(line.get("config"))
-    if any(len(found) > 1 for found in configs.values()):
+        settings.setdefault(sweep_report.place(line), set()).add(line.get("settings"))
+    if any(len(found) > 1 for found in settings.values()):
         raise InputError(
-            f"--sweep={path} holds cells of several sets of flags under one name, which no table can tell apart: remove the "
-            "lines of the others, or run the sweep into a file of its own (--out)."
+            f"--sweep={path} holds cells of several sets of flags under one name, which no table can tell apart: run the sweep "
+            "into a file of its own (--out)."
         )
     return lines
 

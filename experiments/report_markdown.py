@@ -4,7 +4,7 @@ import math
 
 from experiments import communication, sweep_report
 from experiments.report_figures import by_metric
-from experiments.report_text import as_epsilon, show, show_bytes, show_metric
+from experiments.report_text import accuracy_note, as_epsilon, show, show_bytes, show_metric
 from experiments.summary import sent_uploads
 
 MOST_ROUNDS = 12  # evaluated rounds that are listed
@@ -34,6 +34,9 @@ def text(config, rows, private, said, holds, audit, cells):
     if not holds:
         parts.append(f"**Do not rely on these figures.** {said}")
     parts += ["## Utility by round", _rounds(rows)]
+    last = by_metric(rows).get("accuracy")
+    beside = accuracy_note(data, last[1][-1]) if last else ""
+    parts += [f"The last accuracy: {beside}."] if beside else []
     parts += ["## What the guarantee says", *(f"- {line}" for line in told.get("trust") or [])]
     parts += [told.get("accounting") or "", said, audit]
     parts += ["## Many runs", sweep_report.markdown(cells)] if cells else []

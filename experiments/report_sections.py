@@ -1,12 +1,14 @@
 """Parts of a report that are tables and figures of their own: the clients, what travelled, and what an audit found."""
 
+import dataclasses
 import json
 import pathlib
 import statistics
 
+from experiments import workdir
 from experiments.report_figures import SERIES, figure
 from experiments.report_text import as_epsilon, show, show_bytes
-from experiments.run_config import FREE_ON_RESUME
+from experiments.run_config import FREE_ON_RESUME, RunConfig
 from experiments.summary import sent_uploads
 
 CLIENT_COLUMNS = {
@@ -22,7 +24,14 @@ CLIENT_COLUMNS = {
 }
 VARIED = ("rounds", "bytes_up")  # shown where clients differ
 MOST_CLIENTS, FIRST_CLIENTS = 50, 20
-NOT_AUDITED = {*FREE_ON_RESUME, "seed"}  # flags that an audit may have otherwise than the run
+NOT_AUDITED = {
+    *FREE_ON_RESUME,
+    "seed",
+    "auto",
+    "data_dir",
+    "test_data",
+}  # flags that an audit may have otherwise than the run
+DEFAULTS = workdir.plain(dataclasses.asdict(RunConfig()))  # of flags that an older run does not tell
 
 
 def table(head: list[str], body: list[list[str]], foot: list[list[str]] = ()) -> str:
@@ -131,7 +140,7 @@ def audits(workdir: pathlib.Path, config: dict) -> tuple[str, str]:
         words += (
             ", ".join(f"{_below(low)} (claim {row[0]}: {row[3]})" for low, row in zip(best, body, strict=True)) + "."
         )
-        words += _other_flags(found.get("flags"), config)
+        words += _other_flags(found, DEFAULTS | config)
     except (ValueError, KeyError, TypeError, OSError) as error:
         words = f"The audit beside this run cannot be read ({error})."
         return f"<p><b>{show(words)}</b></p>", words
@@ -139,12 +148,14 @@ def audits(workdir: pathlib.Path, config: dict) -> tuple[str, str]:
     return f'<p class="soft">{show(words)}</p>{table(head, body)}', words
 
 
-def _other_flags(audited, config: dict) -> str:
+def _other_flags(found: dict, config: dict) -> str:
     """A sentence on the flags that were audited and are not this run's; nothing where all are."""
-    if not isinstance(audited, dict):
-        return " The audit does not say of which flags."
+    audited = found.get("flags", {})
+    if not audited:
+        what = "is of a small built-in model, not of this run" if "flags" in found else "does not say of which flags"
+        return f" The audit {what}."
     names = [name for name in audited if name in config and name not in NOT_AUDITED and audited[name] != config[name]]
-    told = ", ".join(f"{name} {show(audited[name], 'flag')} (here {show(config[name], 'flag')})" for name in names)
+    told = ", ".join(f"{name} {audited[name]} (here {config[name]})" for name in names)
     return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {told}." if told else ""
 
 

@@ -111,6 +111,15 @@ def show(value, name: str = "") -> str:
     return html.escape(value if isinstance(value, str) else json.dumps(value))
 
 
+def accuracy_note(data: dict, accuracy: float) -> str:
+    """How sure an accuracy on the public test set is, and what its commonest label would have, from config.json's `data`."""
+    records, commonest = data.get("test_records"), data.get("commonest_label")
+    if not records or not 0 <= accuracy <= 1:
+        return ""
+    note = f"± {1.96 * math.sqrt(accuracy * (1 - accuracy) / records):.3f} (95 %) on {show(records)} test records"
+    return note + (f"; the commonest label {show(commonest, 'metric')}" if commonest else "")
+
+
 METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity", "token_f1": "token F1", "rouge_l": "ROUGE-L",
 }  # fmt: skip

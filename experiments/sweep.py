@@ -20,7 +20,7 @@ import time
 
 from dplora_jax.errors import InputError
 from experiments import allocator, sweep_report
-from experiments.sweep_cells import BEST, key, parse
+from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
 
 DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
@@ -121,6 +121,7 @@ def outcome(cell, memo, programs):
         "bytes_up_per_client": rounds * facts["communication"]["bytes_up_per_client_per_round"],
         "seconds": round(time.perf_counter() - start, 1),
         "of": f"{config.model} on {config.dataset}",
+        "settings": settings(cell),
         "release": facts["release"] or "NOT FOR RELEASE: no privacy",
         "commonest_label": facts["data"]["commonest_label"],
     }

@@ -116,6 +116,14 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
     cells[key(name)] = Cell(name, config, kind)
 
 
+def settings(cell):
+    """What tells the cell's flags from others', whatever its seed: means are over cells that have this in common. What --auto
+    makes of sizes, which follow the seed, is left out."""
+    of_sizes = ("expected_batch_size", "client_lr", "head_lr") if cell.config.auto else ()
+    free = {field.name: field.default for field in dataclasses.fields(cell.config) if field.name in of_sizes}
+    return _digest(dataclasses.replace(cell.config, seed=None, split_seed=0, **free), cell.kind)
+
+
 def _digest(config, kind):
     """Of all that decides a cell's outcome. Flags at their defaults are left out, of which a later version may have more."""
     told = {"kind": kind}

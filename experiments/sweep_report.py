@@ -7,7 +7,7 @@ from experiments.report_figures import SERIES, figure
 from experiments.report_text import METRICS, STYLE, show, show_bytes, show_metric
 
 # Of a line: what was found; the rest names its cell.
-OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "release", "commonest_label")
+OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "settings", "release", "commonest_label")
 BASE = "base model"
 ANY = "any"  # the value of a flag that a case does not depend on
 MOST_LINES = len(SERIES)  # of a plot
@@ -87,8 +87,8 @@ def spread(values, metric=""):
 
 
 def place(line):
-    """Where in a table a finished cell stands: its case, its seed and the values that were varied."""
-    return tuple((name, line[name]) for name in ("case", "seed", *varied([line])))
+    """Where in a table a finished cell stands, beside those of other seeds: its case and the values that were varied."""
+    return tuple((name, line[name]) for name in ("case", *varied([line])))
 
 
 def markdown(lines):
@@ -103,11 +103,13 @@ SEEDED = "Seeded, so that the noise can be made again, and so NOT FOR RELEASE."
 def _told(lines):
     """What the means are of, and what saying the commonest label each time would come to."""
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
-    runs = "; ".join(dict.fromkeys(line["of"] for line in lines if line.get("of")))
-    words = f"{runs}: means" if runs else "Means"
-    shares = {line["seed"]: line["commonest_label"] for line in lines if line.get("commonest_label")}
-    least = f" Always the commonest label: accuracy {spread(list(shares.values()))}." if shares else ""
-    return f"{words} ± standard deviations over seeds {seeds}.{least}"
+    runs, least = dict.fromkeys(line["of"] for line in lines if line.get("of")), []
+    for run in runs:
+        shares = {x["seed"]: x["commonest_label"] for x in lines if x.get("of") == run and x.get("commonest_label")}
+        own = f" of {run}" if len(runs) > 1 else ""
+        least += [f" Always the commonest label{own}: accuracy {spread(list(shares.values()))}."] if shares else []
+    words = f"{'; '.join(runs)}: means" if runs else "Means"
+    return f"{words} ± standard deviations over seeds {seeds}.{''.join(least)}"
 
 
 def _axis(values):

@@ -44,5 +44,5 @@ def read(source, corpus, name):
     except OSError as error:
         raise InputError(f"{folder} cannot be read ({error.strerror}): let this process read it.") from None
     if corpus.test is not None:
-        records.refuse_copy(found, [corpus.test.texts])
+        records.refuse_copy([found], records.columns_of(corpus.test))
     return found

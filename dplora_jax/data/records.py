@@ -3,13 +3,14 @@
 What is private is the training table of a person: no message here contains a value of it.
 """
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
+
+FEW = 8  # different records of a client, fewer of which a public table may hold by chance
 
 
 class Records(NamedTuple):
@@ -146,23 +147,33 @@ def corpus(train, test, task, codes, about):
         answers = None if of.answers is None else tuple(of.answers)
         encoded.append(Records(tuple(of.texts), labels, groups, answers))
     if None not in encoded:
-        refuse_copy(encoded[0], [encoded[1].texts])
+        refuse_copy(encoded[:1], columns_of(encoded[1]))
     return Corpus(*encoded, task, about, synthetic=False)
 
 
-def refuse_copy(private: Records, columns, what: str = "the test table"):
-    """InputError where one of `columns` (lists of cells), of which messages speak as `what`, holds every text of `private`, or of
-    one of its groups: labels may be numbered, and answers written, in another way there."""
-    owners = {}
-    for owner, text in zip(private.groups or ("",) * len(private.texts), private.texts, strict=True):
-        owners.setdefault(owner, Counter())[text] += 1
-    for column in columns:
-        held = Counter(cell for cell in column if isinstance(cell, str))
-        if any(not own - held for own in owners.values()):
-            whose = "" if private.groups is None else " of a client"
+def refuse_copy(parts, columns, what: str = "the test table"):
+    """InputError where `columns` (lists of cells of one table, of which messages speak as `what`) hold every record of `parts` (a
+    list of Records, one a client), or of one of them that has FEW different ones or more: each text in one column, and each
+    answer too where there are some. Labels may have other numbers there: metrics on it would be exact statistics of what is
+    private all the same."""
+    held = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
+    wanted = [[set(map(_plain, column)) for column in (part.texts, part.answers or ())] for part in parts]
+    whole = [set().union(*sets) for sets in zip(*wanted, strict=True)]
+    several = [sets for sets in wanted if max(map(len, sets)) >= FEW]
+    for sets, whose in [(whole, ""), *((sets, " of a client") for sets in several)]:
+        if any(sets) and all(not own or any(own <= cells for cells in held) for own in sets):
             raise InputError(
                 f"{what} holds every training record{whose}, and these are private; give a public test set."
             )
+
+
+def columns_of(of: Records):
+    """The columns of `of` that `refuse_copy` looks for private records in."""
+    return [of.texts, of.answers or ()]
+
+
+def _plain(text):
+    return " ".join(text.split())
 
 
 def take(of: Records, indices) -> Records:

@@ -139,9 +139,8 @@ def benchmark(
     """The records of a public benchmark to evaluate on, as a language model is asked them: `count` at random, or all.
 
     `folder` has its table, as test.*, validation.* or train.* (in this order; of choices validation.* first, since the hub keeps
-    their test's labels back); None reads the hub. Raises InputError, also where a column of the table holds every text of one
-    of `private`, or of one of its groups: it is a training table then, and metrics on it would be exact statistics of private
-    records.
+    their test's labels back); None reads the hub. Raises InputError, also where it holds every one of the
+    `private` records, or of one client's (`records.refuse_copy`).
     """
     task = known(name)
     found, _ = _tables(name, task, folder)
@@ -149,8 +148,7 @@ def benchmark(
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
     table, where = found[split]
-    for own in private:
-        records.refuse_copy(own, table.values(), f"--benchmarks={name}")
+    records.refuse_copy(private, table.values(), f"--benchmarks={name}")
     if task.kind != tasks.CHOICES:
         of = records.rows(table, where, task, task.column, public=True)
         of = records.corpus(None, of, task, task.codes, name).test

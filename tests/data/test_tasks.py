@@ -1,6 +1,5 @@
 """Tasks as rows become questions, and a person's own tables of each kind."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +9,8 @@ from dplora_jax.data import demos, sources, tasks
 from dplora_jax.data.records import Records
 from dplora_jax.data.sources import Source, benchmark, load
 from dplora_jax.errors import InputError
+from experiments import flags as run_flags
+from experiments import records as dealt_records
 
 
 def lines(folder, name, rows):
@@ -148,37 +149,54 @@ def test_demos_are_synthetic_and_test_what_the_training_does_not_tell(name):
     assert name in sources.DATASETS
 
 
+def of(*texts, answers=None):
+    return Records(texts, np.ones(len(texts), np.int32), None, answers)
+
+
 @pytest.mark.parametrize(
     ("name", "table"),
     [
-        ("financial_phrasebank", [{"sentence": f"s{i}", "label": i % 3} for i in range(9)]),
-        ("medquad", [{"question": f"s{i}", "answer": "other words"} for i in range(9)]),
-        ("wikitext2", [{"text": f"s{i}"} for i in range(9)]),
-        ("piqa", [{"goal": f"s{i}", "sol1": "x", "sol2": "y", "label": 0} for i in range(9)]),
+        ("financial_phrasebank", [{"sentence": f"s{i}", "label": i % 3} for i in range(20)]),
+        ("medquad", [{"question": f"s{i}", "answer": "other words"} for i in range(20)]),
+        ("wikitext2", [{"text": f"s{i} \n"} for i in range(20)]),
+        ("piqa", [{"goal": f"s{i}", "sol1": "x", "sol2": "y", "label": 0} for i in range(20)]),
     ],
 )
-def test_a_benchmark_that_holds_every_private_text_is_refused_whatever_else_stands_beside(name, table, tmp_path):
+def test_a_benchmark_that_holds_the_private_texts_is_refused_whatever_else_stands_beside(name, table, tmp_path):
     """Metrics on private records would be exact statistics of them: other numbers of labels, or another kind, change nothing."""
     lines(tmp_path, "validation.jsonl", table)
-    texts = tuple(f"s{i}" for i in range(8))
-    whole = Records(texts, np.ones(8, np.int32))
-    with pytest.raises(InputError, match=f"--benchmarks={name} holds every training record, and"):
-        benchmark(name, str(tmp_path), private=[whole])
-    clients = Records((*texts[:4], *"abcd"), np.ones(8, np.int32), ("N",) * 4 + ("S",) * 4)
+    held = [f"s{i}" for i in range(20)]
+    for whole in ([of(*held)], [of("s0", "s1", "s1"), of("s2")]):
+        with pytest.raises(InputError, match=f"--benchmarks={name} holds every training record, and"):
+            benchmark(name, str(tmp_path), private=whole)
     with pytest.raises(InputError, match="every training record of a client"):
-        benchmark(name, str(tmp_path), private=[clients])
-    folders = [Records(("a", "b"), np.ones(2, np.int32)), Records(texts[:2], np.ones(2, np.int32))]
-    with pytest.raises(InputError, match="holds every"):
-        benchmark(name, str(tmp_path), private=folders)
-    few = [Records((*texts, "another"), np.ones(9, np.int32)), Records((texts[0],) * 2, np.ones(2, np.int32))]
-    assert len(benchmark(name, str(tmp_path), private=few)) == 9
+        benchmark(name, str(tmp_path), private=[of("another"), of(*held[:8], "s1")])
+    few = [of(*held[:7]), of(*held, "another")]
+    assert len(benchmark(name, str(tmp_path), private=few)) == 20
 
 
-def test_a_test_table_that_holds_all_texts_of_a_client_is_refused(tmp_path):
-    rows = [{"text": f"t{i}", "label": "yes", "bank": "NS"[i % 2]} for i in range(8)]
+def test_questions_alone_are_no_copy_where_the_answers_are_ones_own(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)]
+    lines(tmp_path, "test.jsonl", rows)
+    questions, answers = zip(*((row["question"], row["answer"]) for row in rows[:9]), strict=True)
+    with pytest.raises(InputError, match="holds every training record"):
+        benchmark("medquad", str(tmp_path), private=[of(*questions, answers=answers)])
+    own = [of(*questions, answers=("mine",) * 9), of(*("q",) * 9, answers=answers)]
+    for one in own:
+        assert len(benchmark("medquad", str(tmp_path), private=[one])) == 20
+
+
+def test_a_test_table_that_holds_the_records_of_a_client_is_refused(tmp_path):
+    rows = [{"text": f"t{i}", "label": "yes", "bank": "NS"[i % 2]} for i in range(18)]
     lines(tmp_path, "train.jsonl", rows)
-    lines(tmp_path, "test.jsonl", [{"text": f"t{i}", "label": "no"} for i in range(0, 8, 2)])
-    source = Source("jsonl", str(tmp_path), text_column="text", label_column="label", labels=("yes", "no"))
-    assert len(load(source).train.texts) == 8
+    lines(tmp_path, "test.jsonl", [{"text": f"t{i}", "label": "no"} for i in range(0, 18, 2)])
+    flags = [
+        "--dataset=jsonl", f"--data_dir={tmp_path}", "--text_column=text", "--label_column=label", "--labels=yes,no",
+        "--clients=2", "--partition=column:bank", "--trust=none",
+    ]  # fmt: skip
+    dealt = dealt_records.deal(run_flags.parse(flags))
+    assert len(dealt.corpus.train.texts) == 18
     with pytest.raises(InputError, match="the test table holds every training record of a client"):
-        load(dataclasses.replace(source, group_column="bank"))
+        dealt_records.refuse_copies(dealt.corpus.test, dealt_records.by_client(*dealt.read(range(2))))
+    dealt_records.refuse_copies(dealt.corpus.test, dealt_records.by_client(*dealt.read([1])))
+    dealt_records.refuse_copies(None, dealt_records.by_client(*dealt.read(range(2))))

@@ -173,7 +173,9 @@ def test_claims_of_one_command_share_its_significance(tmp_path, monkeypatch, cap
     assert "99.9%: those of each of 4 claims with 99.975%" in capsys.readouterr().out
     assert audit.main(["--epsilons=1,2", f"--workdir={tmp_path / 'two'}"]) == 0
     assert asked[4:] == pytest.approx([1 - 0.001 / 2] * 2, abs=1e-12)
-    assert json.loads((tmp_path / "two" / "audit.json").read_text())["confidence_of_each_claim"] == asked[-1]
+    document = json.loads((tmp_path / "two" / "audit.json").read_text())
+    assert document["confidence_of_each_claim"] == asked[-1]
+    assert document["flags"] is None
 
 
 @pytest.fixture
@@ -188,7 +190,9 @@ def command(tiny_bert, finance_table, tmp_path):
 
 def test_a_configuration_is_audited_with_several_canaries_a_client(command, tmp_path):
     assert audit.main([*command, "--canaries=6", "--runs=3", "--audit_seed=1"]) == 0
-    (line,) = json.loads((tmp_path / "audit" / "audit.json").read_text())["audits"]
+    document = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    (line,), flags = document["audits"], document["flags"]
+    assert (flags["head_only"], flags["noise_multiplier"], flags["clip_norm"]) == (True, 1.0, 1.0)
     assert line["curve"] is None  # canaries of one client are no independent trials
     assert line["coins"] == 3 * 3 * 6 * 3 // 4
 

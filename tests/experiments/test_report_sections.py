@@ -1,5 +1,6 @@
 """What stands in a report beside the run's own files: an audit, a sweep, bytes against rank; and the report as Markdown."""
 
+import html
 import json
 
 import pytest
@@ -20,15 +21,20 @@ def test_the_audit_beside_a_run_and_its_absence_are_told(tmp_path):
     assert "lower bounds are 6.54 (claim 8.00: holds)" in (folder / "report.md").read_text()
     assert "does not say of which flags" in told
     for flags, words in (
-        ({"clip_norm": 1.25, "epsilon": 8.0, "workdir": "x", "seed": 3}, ""),
+        ({"clip_norm": 1.25, "epsilon": 8.0, "workdir": "x", "seed": 3, "auto": True}, ""),
         ({"clip_norm": 0.5, "epsilon": 2.0}, "clip_norm 0.5 (here 1.25), epsilon 2.0 (here 8.0)."),
+        ({"feature_norm": 8.0}, "feature_norm 8.0 (here 0.0)."),
+        ({"labels": "a<b"}, "labels a&lt;b (here None)."),
     ):
         document = {"runs": 8, "confidence": 0.999, "audits": [found], "flags": flags}
         (tmp_path / "run-audit" / "audit.json").write_text(json.dumps(document))
         told = page(folder, config(seed=None), metrics(**SCORES))
         assert ("THE AUDIT IS OF OTHER FLAGS THAN THIS RUN" in told) == bool(words)
         assert words in told
-        assert words in (folder / "report.md").read_text()
+        assert html.unescape(words) in (folder / "report.md").read_text()
+    document = {"runs": 8, "confidence": 0.999, "audits": [found], "flags": None}
+    (tmp_path / "run-audit" / "audit.json").write_text(json.dumps(document))
+    assert "of a small built-in model, not of this run" in page(folder, config(), metrics(**SCORES))
     (tmp_path / "run-audit" / "audit.json").write_text(json.dumps({"runs": 8}))
     assert "cannot be read" in page(folder, config(), metrics(**SCORES))
     assert "What an attack found" not in page(folder, config(trust="none"), metrics(**SCORES))
@@ -49,7 +55,7 @@ def test_a_sweep_may_stand_in_the_report(tmp_path, capsys):
     page(folder, config(), metrics(**SCORES))
     lines = [
         {"case": "FedAvg", "epsilon": e, "seed": s, "metrics": {"accuracy": 0.1 * e + 0.01 * s}, "seconds": 1.0,
-         "of": "MiniLM on headlines", "config": f"{e}-{s}", "commonest_label": 0.61 + 0.01 * s}
+         "of": "MiniLM on headlines", "config": f"{e}-{s}", "settings": f"{e}", "commonest_label": 0.61 + 0.01 * s}
         for e in (2, 8) for s in (1, 2)
     ]  # fmt: skip
     cells.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -62,7 +68,10 @@ def test_a_sweep_may_stand_in_the_report(tmp_path, capsys):
         assert "Always the commonest label: accuracy 0.625 ± 0.007" in text
         assert "NOT FOR RELEASE" in text
     assert report.main([str(folder), f"--sweep={tmp_path / 'none.jsonl'}"]) == 2
-    other = lines[0] | {"config": "other flags", "metrics": {"accuracy": 0.9}}
+    cells.write_text(cells.read_text() + json.dumps(lines[0]) + "\n")
+    assert report.main([str(folder), f"--sweep={cells}"]) == 0
+    assert "0.215 ± 0.007" in (folder / "report.md").read_text(), "a line that stands twice counted twice"
+    other = lines[0] | {"config": "other flags", "settings": "other", "seed": 3, "metrics": {"accuracy": 0.9}}
     cells.write_text(cells.read_text() + json.dumps(other) + "\n")
     capsys.readouterr()
     assert report.main([str(folder), f"--sweep={cells}"]) == 2
@@ -88,6 +97,7 @@ def test_the_commonest_label_stands_beside_the_accuracy(tmp_path):
     told = config()
     told["federation"]["data"]["commonest_label"] = 0.594
     assert "the commonest label 0.594" in page(tmp_path, told, metrics(**SCORES))
+    assert "(95 %) on 800 test records; the commonest label 0.594." in (tmp_path / "report.md").read_text()
 
 
 def test_lines_drawn_in_pieces_have_such_keys():

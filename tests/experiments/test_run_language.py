@@ -246,6 +246,15 @@ def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_
     assert f"wants a folder {tmp_path / 'public' / 'boolq'}, which is not there" in capsys.readouterr().err
 
 
+def test_a_test_set_with_all_records_of_a_client_is_refused(base, tmp_path, capsys):
+    rows = [{"question": f"{n} {v}", "answer": f"{v} again", "ward": n} for n in NOUNS for v in (*VERBS, *WORDS[13:18])]
+    lines(tmp_path / "all" / "train.jsonl", rows)
+    lines(tmp_path / "all" / "test.jsonl", [row for row in rows if row["ward"] == NOUNS[1]])
+    own = ["--prompt_column=question", "--answer_column=answer", "--partition=column:ward", "--clients=4"]
+    assert run.main(job(base, tmp_path / "all", tmp_path / "run", *own)) == 2
+    assert "the test table holds every training record of a client" in capsys.readouterr().err
+
+
 def test_bert_predicts_no_next_token(tiny_bert, tables, tmp_path, capsys):
     assert run.main(job(tiny_bert, tables / "answers", tmp_path, *KINDS["answers"])) == 2
     assert "has no labels" in capsys.readouterr().err

@@ -70,6 +70,17 @@ def test_cells_keep_their_names_when_a_flag_is_added(command):
     assert sweep_cells._digest(config, sweep_cells.BASE) != digest
 
 
+def test_settings_are_the_flags_whatever_the_seed(command):
+    cells, _ = sweep_cells.parse(command)
+    found = {sweep_cells.settings(cell) for cell in cells}
+    assert len(found) == 4, "two cases and two budgets, of two seeds each"
+    more, _ = sweep_cells.parse([*command, "--rounds=3"])
+    assert not found & {sweep_cells.settings(cell) for cell in more}
+    auto = cells[0]._replace(config=dataclasses.replace(cells[0].config, auto=True))
+    other = auto._replace(config=dataclasses.replace(auto.config, client_lr=0.77))
+    assert sweep_cells.settings(auto) == sweep_cells.settings(other)
+
+
 def test_scaled_features_are_clipped_without_privacy_too(command):
     plain = [word for word in command if not word.startswith(("--case", "--vary"))]
     cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
