@@ -39,7 +39,7 @@ def text(config, rows, private, said, holds, audit, cells):
     parts += [f"The last accuracy: {beside}."] if beside else []
     parts += ["## What the guarantee says", *(f"- {line}" for line in told.get("trust") or [])]
     parts += [told.get("accounting") or "", said, audit]
-    parts += ["## Many runs", sweep_report.markdown(cells)] if cells else []
+    parts += ["## Many runs", sweep_report.markdown(cells).rstrip()] if cells else []
     parts += ["## Clients", _clients(told.get("clients") or [], rows)]
     uploads = sent_uploads(rows, config.get("clients") or 0)
     up, full = (sent.get(f"{name}_per_client_per_round") for name in ("bytes_up", "full_bytes"))

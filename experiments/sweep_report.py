@@ -94,10 +94,7 @@ def place(line):
 def markdown(lines):
     """A table for each group of `lines`, and that none of it is for release."""
     tables = "\n\n".join(table(group) for group in groups(lines))
-    return f"{tables}\n\n{_told(lines)} {SEEDED}\n"
-
-
-SEEDED = "Seeded, so that the noise can be made again, and so NOT FOR RELEASE."
+    return f"{tables}\n\n{_told(lines)} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
 
 
 def _told(lines):
@@ -182,7 +179,8 @@ def body(lines):
     """Plots and a table for each group of `lines`, and that none of it is for release, as HTML; nothing of none."""
     if not lines:
         return ""
-    care = f'<div class="band care" role="note"><b>Not for release.</b> {SEEDED}</div>'
+    why = "<b>NOT FOR RELEASE.</b> Every cell is seeded, so that its noise can be made again."
+    care = f'<div class="band care" role="note">{why}</div>'
     return f'{care}<p class="soft">{show(_told(lines))}</p>{"".join(map(_group, groups(lines)))}'
 
 
