@@ -20,7 +20,7 @@ from absl import logging
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, paper_bound
-from experiments import flags
+from experiments import flags, run_config
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
@@ -86,7 +86,7 @@ def parse(argv):
         raise InputError(f"--plot={plot} must name a .png, .svg or .pdf file in a directory that exists.")
     given = {name for name in (*UNKNOWNS, "clients") if values[name].present}
     config = flags.without_auto(flags.raw(values))
-    numbers = {name: flags.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier")}
+    numbers = {name: run_config.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier")}
     given -= {name for name, value in numbers.items() if value is None}
     unknown = _unknown(values.solve, given)
     config = _checked(config, unknown, numbers)

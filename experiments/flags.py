@@ -8,7 +8,7 @@ from absl import flags
 
 from dplora_jax.errors import InputError
 from experiments import flag_checks
-from experiments.run_config import RunConfig
+from experiments.run_config import RunConfig, number
 
 SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 
@@ -90,16 +90,6 @@ def _find_flagfiles(argv):
             arg, name = f"--flagfile={path}", path.stem
         out.append(arg)
     return out, name
-
-
-def number(text, name):
-    """An optional number of a flag: None for none, inf allowed."""
-    if text is None or str(text).lower() in ("none", ""):
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--{name}={text} is no number, nor none.") from None
 
 
 def resolve(config):

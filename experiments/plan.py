@@ -17,7 +17,7 @@ from typing import NamedTuple
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import flags
+from experiments import flags, run_config
 
 GIB = 1 << 30
 TASKS = ("language_model", "classification")
@@ -77,7 +77,7 @@ def parse(argv):
         raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
     config = flags.without_auto(flags.raw(values))
     if config.trust != "none" and all(
-        flags.number(getattr(config, name), name) is None for name in ("epsilon", "noise_multiplier")
+        run_config.number(getattr(config, name), name) is None for name in ("epsilon", "noise_multiplier")
     ):
         config = dataclasses.replace(config, noise_multiplier=1.0)
     config = flags.resolve(config)

@@ -68,7 +68,7 @@ def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
     from dplora_jax.data import tasks
     from dplora_jax.models import pretrained
-    from experiments import flags, objective, records
+    from experiments import objective, records, run_config
 
     if config.partition == "folders":
         raise InputError(
@@ -77,7 +77,7 @@ def for_run(config, given):
         )
     if config.trust in ("distributed", "client"):
         raise InputError(f"--auto knows what to set for --trust=local and none, not for --trust={config.trust}.")
-    epsilon, sigma = (flags.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier"))
+    epsilon, sigma = (run_config.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier"))
     if sigma is not None and config.trust != "none":
         raise InputError("--auto goes by --epsilon: give that in place of --noise_multiplier.")
     dealt = records.deal(config)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from dplora_jax.errors import InputError
+
 # Flags that may differ when a run goes on in its workdir: they say where and how it is computed and shown, not what.
 FREE_ON_RESUME = (
     "workdir",
@@ -29,6 +31,16 @@ FREE_ON_RESUME = (
 def flag(default, text):
     """A field of RunConfig with its help text."""
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+def number(text, name):
+    """An optional number of a flag: None for none, inf allowed."""
+    if text is None or str(text).lower() in ("none", ""):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--{name}={text} is no number, nor none.") from None
 
 
 @dataclasses.dataclass(frozen=True)
