@@ -44,25 +44,27 @@ def rows(rounds, targets=TARGETS, models=MODELS, ranks=RANKS):
             }  # fmt: skip
 
 
-def of_targets(rounds, targets):
-    """(the targets, the rows) for all models of `targets`, or of the usual ones where these are a family's own names or none."""
+def of_run(config):
+    """(targets, rows) of all models, for the rounds and targets that a run's config.json says; for the usual targets where it
+    says none, or a family's own names."""
+    targets = tuple(name.strip() for name in str(config.get("targets") or "").split(",") if name.strip()) or TARGETS
+    rounds = config.get("rounds") or 1
     try:
-        return targets or TARGETS, list(rows(rounds, targets or TARGETS))
+        return targets, list(rows(rounds, targets))
     except (ValueError, KeyError):
         return TARGETS, list(rows(rounds))
 
 
-def shown(found, rounds, rank):
-    """(header, body) of a table as text, for the usual ranks and `rank` of the rows `found`."""
+def shown(found, config):
+    """(header, body) of a table as text of the rows `found` for a run's config.json: the usual ranks, and its own."""
     from experiments.report_text import show_bytes
 
-    chosen = SHOWN | ({rank} & set(RANKS))
     body = [
         [f"{row['model']}, rank {row['rank']}", show_bytes(row["bytes_round"]), show_bytes(row["bytes_run"]),
          show_bytes(row["full_run"]), f"{row['ratio']:,.4g}×"]
-        for row in found if row["rank"] in chosen
+        for row in found if row["rank"] in SHOWN | {config.get("rank")}
     ]  # fmt: skip
-    return ["model", "up a round", f"up in {rounds} rounds", "full fine-tuning", "less"], body
+    return ["model", "up a round", f"up in {config.get('rounds') or 1} rounds", "full fine-tuning", "less"], body
 
 
 def main(argv=None):

@@ -21,28 +21,6 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
     ]
-    method = [
-        *trust_modes.method(config),
-        "head alone, no LoRA"
-        if config.head_only
-        else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
-    ]
-    if config.feature_norm:
-        method.append(
-            f"the head's features centred, and scaled to norm {config.feature_norm:g}, by the text of the public test set that "
-            "the metrics are of (its labels unused)"
-        )
-    if config.noise == "banded":
-        method.append(
-            f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
-            f"each of them on its own {config.bands}th of a client's records"
-        )
-    if config.noise == "hardened":
-        method.append(
-            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
-            "host from SHAKE-256"
-        )
-    method += [f"average of released adapters, decay {config.ema:g}"] if config.ema else []
     for row, own, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
         row |= {"rounds": own // config.steps_per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
@@ -66,7 +44,7 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "full_bytes_per_client_per_round": 4 * full,
             "ratio": 4 * full / mean_up,
         },
-        "method": method,
+        "method": _method(config, mechanisms),
         "environment": {
             "jax": jax.__version__,
             "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
@@ -75,6 +53,32 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
         "accounting": trust_modes.accounted_as(config)
         + (f" {paper_bound.sentence(mechanisms, max(steps), config.delta)}" if config.trust == "local" else ""),
     }
+
+
+def _method(config, mechanisms):
+    """How the run trains, in words."""
+    method = [
+        *trust_modes.method(config),
+        "head alone, no LoRA"
+        if config.head_only
+        else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
+    ]
+    if config.feature_norm:
+        method.append(
+            f"the head's features centred, and scaled to norm {config.feature_norm:g}, by the text of the public test set that "
+            "the metrics are of (its labels unused)"
+        )
+    if config.noise == "banded":
+        method.append(
+            f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
+            f"each of them on its own {config.bands}th of a client's records"
+        )
+    if config.noise == "hardened":
+        method.append(
+            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
+            "host from SHAKE-256"
+        )
+    return method + ([f"average of released adapters, decay {config.ema:g}"] if config.ema else [])
 
 
 def _commonest(corpus):

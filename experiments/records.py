@@ -10,7 +10,8 @@ from dplora_jax.data import folders, partition, records, sources
 
 class Dealt(NamedTuple):
     """Who has which records: what is public of them (`corpus`; its `train` is the whole table, where that was read to be dealt),
-    and `read`: numbers of clients -> (their Records, {client: its indices into those})."""
+    and `read`: numbers of clients -> (their Records, {client: its indices into those}), which raises InputError where the public
+    test set holds all of a client's."""
 
     corpus: sources.Corpus
     read: Callable
@@ -37,18 +38,19 @@ def deal(config):
     shares = partition.partition(config.partition, train.labels, train.groups, parties, config.split_seed)[
         config.party :
     ]
-    return Dealt(corpus, lambda own: _together({k: records.take(train, shares[k]) for k in own}))
+
+    def read(own):
+        own = {k: records.take(train, shares[k]) for k in own}
+        if corpus.test is not None:
+            records.refuse_copy(list(own.values()), records.columns_of(corpus.test))
+        return _together(own)
+
+    return Dealt(corpus, read)
 
 
 def by_client(table, shares):
     """What `Dealt.read` gave, as a list of Records: one a client."""
     return [records.take(table, share) for share in shares.values()]
-
-
-def refuse_copies(test, private):
-    """InputError where the public test set (Records or None) holds the records of all `private` clients, or of one."""
-    if test is not None:
-        records.refuse_copy(private, records.columns_of(test))
 
 
 def load(config):

@@ -16,7 +16,7 @@ import sys
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown, sweep, sweep_cells, sweep_report
+from experiments import ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, accuracy_note, as_epsilon, show, show_bytes, show_metric
@@ -165,7 +165,7 @@ def _page(config: dict, rows: list[dict], said: str, holds: bool, audit: str, ce
     """The whole page as HTML; `said` is what the ledger says, and `holds` whether it does."""
     told, private = config.get("federation") or {}, _private(config, rows)
     sent = communication(config, rows, told.get("communication") or {})
-    sent += against_rank(config.get("rounds") or 1, config.get("rank") or 0, _targets(config))
+    sent += against_rank(config)
     model, dataset = show(config.get("model")), show(config.get("dataset"))
     title, heading = f"{model} on {dataset}", f"<span>{model}</span> on <span>{dataset}</span>"
     data = told.get("data") or {}
@@ -200,10 +200,6 @@ def _page(config: dict, rows: list[dict], said: str, holds: bool, audit: str, ce
 """
 
 
-def _targets(config: dict) -> tuple:
-    return tuple(name.strip() for name in str(config.get("targets") or "").split(",") if name.strip())
-
-
 def write(workdir: pathlib.Path, sweep: pathlib.Path | None = None) -> pathlib.Path:
     """Write `workdir/report.html` and `report.md`, each whole or not at all, and return the page's path. Raises InputError for a
     broken workdir, or a `sweep` (finished cells of `experiments.sweep`) that is not there."""
@@ -224,7 +220,6 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
     lines = sweep.read(pathlib.Path(path))
     if not lines:
         raise InputError(f"--sweep={path} holds no finished cell: give the file that experiments.sweep wrote (--out).")
-    lines = list({sweep_cells.key(line): line for line in lines}.values())
     settings = {}
     for line in lines:
         settings.setdefault(sweep_report.place(line), set()).add(line.get("settings"))

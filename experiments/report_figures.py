@@ -65,11 +65,14 @@ def _svg(identity: str, label: str, draw, xlabel: str) -> str:
     return f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}">{body}'
 
 
-def figure(identity: str, title: str, series: dict, caption: str, draw, xlabel: str = "round", broken: int = 8) -> str:
+def figure(
+    identity: str, title: str, series: dict, caption: str, draw, xlabel: str = "round", broken: int | None = None
+) -> str:
     """One card: a title, a key of the `series` by colour, the drawing and its caption; caption is HTML. The lines from number
-    `broken` on are drawn in pieces, and their keys too."""
+    `broken` on, if any, are drawn in pieces, and their keys too."""
+    pieces = range(len(series) if broken is None else broken, len(series))
     keys = "".join(
-        f'<span><i{" class=broken" if i >= broken else ""} style="--c: var(--series-{i % len(SERIES)})"></i>'
+        f'<span><i{" class=broken" if i in pieces else ""} style="--c: var(--series-{i % len(SERIES)})"></i>'
         f"{html.escape(show_metric(name))}</span>"
         for i, name in enumerate(series)
     )

@@ -49,10 +49,9 @@ def text(config, rows, private, said, holds, audit, cells):
             f"Each client sends {show_bytes(up)} a round instead of {show_bytes(full)} for full fine-tuning; all uploads "
             f"of the run together {show_bytes(uploads * up)} instead of {show_bytes(uploads * full)}.",
         ]
-        names = tuple(name.strip() for name in str(config.get("targets") or "").split(",") if name.strip())
-        targets, found = communication.of_targets(planned or 1, names)
+        targets, found = communication.of_run(config)
         parts.append(f"The same of the paper's models, adapters on {', '.join(targets)} in float32:")
-        parts.append(_table(*communication.shown(found, planned or 1, config.get("rank"))))
+        parts.append(_table(*communication.shown(found, config)))
     parts += ["## Method", *(f"- {line}" for line in told.get("method") or [])]
     parts += ["## How to repeat it", f"```sh\n{told.get('command') or ''}\n```"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in (told.get("environment") or {}).items()))

@@ -1,15 +1,14 @@
 """Parts of a report that are tables and figures of their own: the clients, what travelled, and what an audit found."""
 
-import dataclasses
 import json
 import pathlib
 import statistics
 
-from experiments import workdir
 from experiments.report_figures import SERIES, figure
 from experiments.report_text import as_epsilon, show, show_bytes
-from experiments.run_config import FREE_ON_RESUME, RunConfig
+from experiments.run_config import FREE_ON_RESUME
 from experiments.summary import sent_uploads
+from experiments.workdir import with_defaults
 
 CLIENT_COLUMNS = {
     "client": "client",
@@ -24,14 +23,8 @@ CLIENT_COLUMNS = {
 }
 VARIED = ("rounds", "bytes_up")  # shown where clients differ
 MOST_CLIENTS, FIRST_CLIENTS = 50, 20
-NOT_AUDITED = {
-    *FREE_ON_RESUME,
-    "seed",
-    "auto",
-    "data_dir",
-    "test_data",
-}  # flags that an audit may have otherwise than the run
-DEFAULTS = workdir.plain(dataclasses.asdict(RunConfig()))  # of flags that an older run does not tell
+# Flags that an audit may have otherwise than the run.
+NOT_AUDITED = {*FREE_ON_RESUME, "seed", "auto", "data_dir", "test_data"}
 
 
 def table(head: list[str], body: list[list[str]], foot: list[list[str]] = ()) -> str:
@@ -97,11 +90,11 @@ def communication(config: dict, rows: list[dict], sent: dict) -> str:
     return table(["what travels", "adapter (this run)", "full fine-tuning"], body)
 
 
-def against_rank(rounds: int, rank: int, targets: tuple) -> str:
+def against_rank(config: dict) -> str:
     """How many times less a client sends than in full fine-tuning, by rank, for the paper's models: exact, from their shapes."""
     from experiments import communication as shapes
 
-    targets, found = shapes.of_targets(rounds, targets)
+    targets, found = shapes.of_run(config)
     series = {model: [row for row in found if row["model"] == model] for model in shapes.MODELS}
 
     def draw(axes):
@@ -116,7 +109,7 @@ def against_rank(rounds: int, rank: int, targets: tuple) -> str:
 
     caption = f"Adapters on {show(', '.join(targets))}, float32, as many times less than all parameters of the model."
     drawn = figure("ranks", "Bytes saved against rank", series, caption, draw, "rank")
-    inner = table(*shapes.shown(found, rounds, rank))
+    inner = table(*shapes.shown(found, config))
     return f'<div class="figures">{drawn}</div><details><summary>By model and rank</summary>{inner}</details>'
 
 
@@ -140,7 +133,7 @@ def audits(workdir: pathlib.Path, config: dict) -> tuple[str, str]:
         words += (
             ", ".join(f"{_below(low)} (claim {row[0]}: {row[3]})" for low, row in zip(best, body, strict=True)) + "."
         )
-        words += _other_flags(found, DEFAULTS | config)
+        words += _other_flags(found, with_defaults(config))
     except (ValueError, KeyError, TypeError, OSError) as error:
         words = f"The audit beside this run cannot be read ({error})."
         return f"<p><b>{show(words)}</b></p>", words

@@ -70,8 +70,6 @@ def prepare(config, stored=None, memo=None, dealt=None):
     adapter, params, lora_config = program.adapter(config, model, params)
     wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
     table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
-    private = records.by_client(table, shares)
-    records.refuse_copies(corpus.test, private)
     train = aim.train(table)
     sizes = _sizes(shares, config.clients)
     test = test if config.eval_every else None
@@ -100,6 +98,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
     state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
     evaluate = lambda state, ends=False: {}  # noqa: E731
     if config.eval_every:
+        private = records.by_client(table, shares)
         evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
     if features.KEY in params:

@@ -41,7 +41,7 @@ def main(argv=None):
         if own.worker is not None:
             return 0
         wanted = {key(cell.name) for cell in cells}
-        lines = list({key(line): line for line in read(own.out) if key(line) in wanted}.values())
+        lines = [line for line in read(own.out) if key(line) in wanted]
         if _missing(cells, own.out):
             raise InputError("some cells did not finish: see what was printed above, and run the same command again.")
         for suffix, text in (
@@ -62,14 +62,15 @@ def _missing(cells, path):
 
 
 def read(path):
-    """The finished cells of an earlier start; a line that was cut off by a kill is as none."""
-    lines = []
+    """The finished cells of an earlier start, each once; a line that was cut off by a kill is as none."""
+    lines = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
-    return lines
+        lines[key(line)] = line
+    return list(lines.values())
 
 
 def _run(cells, out):

@@ -9,7 +9,7 @@ import pathlib
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
-from experiments.run_config import FREE_ON_RESUME
+from experiments.run_config import FREE_ON_RESUME, RunConfig
 
 
 @contextlib.contextmanager
@@ -48,15 +48,18 @@ def stored_config(workdir, config):
         stored["federation"]["clients"]
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: restore it, or start a new --workdir.") from None
-    now = plain(dataclasses.asdict(config))
-    # A flag that a later version added was at its default when this run began.
-    began = {field.name: plain(field.default) for field in dataclasses.fields(config)} | stored
+    now, began = plain(dataclasses.asdict(config)), with_defaults(stored)
     differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != began[name]]
     if differ:
         raise InputError(
             f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir."
         )
     return stored
+
+
+def with_defaults(stored):
+    """`stored`, what a config.json says, with the flags that a later version added: they were at their defaults."""
+    return plain(dataclasses.asdict(RunConfig())) | stored
 
 
 def write_config(workdir, config, federation):

@@ -9,8 +9,6 @@ from dplora_jax.data import demos, sources, tasks
 from dplora_jax.data.records import Records
 from dplora_jax.data.sources import Source, benchmark, load
 from dplora_jax.errors import InputError
-from experiments import flags as run_flags
-from experiments import records as dealt_records
 
 
 def lines(folder, name, rows):
@@ -184,19 +182,3 @@ def test_questions_alone_are_no_copy_where_the_answers_are_ones_own(tmp_path):
     own = [of(*questions, answers=("mine",) * 9), of(*("q",) * 9, answers=answers)]
     for one in own:
         assert len(benchmark("medquad", str(tmp_path), private=[one])) == 20
-
-
-def test_a_test_table_that_holds_the_records_of_a_client_is_refused(tmp_path):
-    rows = [{"text": f"t{i}", "label": "yes", "bank": "NS"[i % 2]} for i in range(18)]
-    lines(tmp_path, "train.jsonl", rows)
-    lines(tmp_path, "test.jsonl", [{"text": f"t{i}", "label": "no"} for i in range(0, 18, 2)])
-    flags = [
-        "--dataset=jsonl", f"--data_dir={tmp_path}", "--text_column=text", "--label_column=label", "--labels=yes,no",
-        "--clients=2", "--partition=column:bank", "--trust=none",
-    ]  # fmt: skip
-    dealt = dealt_records.deal(run_flags.parse(flags))
-    assert len(dealt.corpus.train.texts) == 18
-    with pytest.raises(InputError, match="the test table holds every training record of a client"):
-        dealt_records.refuse_copies(dealt.corpus.test, dealt_records.by_client(*dealt.read(range(2))))
-    dealt_records.refuse_copies(dealt.corpus.test, dealt_records.by_client(*dealt.read([1])))
-    dealt_records.refuse_copies(None, dealt_records.by_client(*dealt.read(range(2))))
