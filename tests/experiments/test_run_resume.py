@@ -201,3 +201,11 @@ def test_records_that_changed_since_the_start_are_refused(command, finance_table
     (data / "train.csv").write_text(rows.replace("profit", "sales", 1))
     assert run.main(own) == 2
     assert "not those" in capsys.readouterr().err
+
+
+def test_runs_killed_at_every_boundary_lose_no_round_and_pay_for_none_twice():
+    """From begin to commit and at the end, with torn lines, by SIGKILL; the adapter is the uninterrupted run's bit for bit."""
+    script = pathlib.Path(__file__).parent / "kill_stress.py"
+    done = subprocess.run([sys.executable, script, "--boundaries"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("9 kills: no round lost")

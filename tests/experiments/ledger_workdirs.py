@@ -1,0 +1,113 @@
+"""The public files of a run of two clients that lost an attempt, as the program leaves them, and ways to damage them."""
+
+import json
+
+from dplora_jax.privacy import accounting
+from dplora_jax.privacy.accounting import Mechanism
+from dplora_jax.privacy.ledger import Ledger, describe
+from experiments import ledger
+
+MECHANISMS = [Mechanism(100, 0.2, 35, 1.1), Mechanism(50, 0.4, 50, 1.3)]
+DELTA = 1e-3
+SECRETS = [b"a" * 32, b"b" * 32]
+
+
+def write_run(tmp_path):
+    """A run that lost one attempt at rounds 3 and 4, and its secrets -> its working directory."""
+    kept = Ledger(tmp_path / "privacy_ledger.jsonl")
+    kept.seal_with(b"".join(SECRETS))
+    for rounds, attempt, mesh in ((1, 3), 0, "one"), ((3, 5), 0, "one"), ((3, 5), 1, "two"):
+        kept.begin(rounds, attempt, MECHANISMS, 2, {"mesh": mesh, "code": "same"}, release="for release")
+        if mesh == "two" or rounds == (1, 3):
+            write_checkpoint(tmp_path, rounds[1] - 1, kept.anchor)
+            kept.commit(rounds, attempt)
+    kept.append(entry="end", round=4)
+    planned = [accounting.epsilon(m, 8, DELTA) for m in MECHANISMS]
+    clients = [
+        describe(m) | {"client": k, "epsilon": e} for k, (m, e) in enumerate(zip(MECHANISMS, planned, strict=True))
+    ]
+    facts = {
+        "delta": DELTA, "trust": "local", "seed": None, "clients": 2, "rounds": 4, "local_steps": 2, "epsilon": 40.0,
+        "noise_multiplier": None, "federation": {"clients": clients, "release": "for release"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    paid = (
+        (0, 1e-3),
+        (2, 1e-2),
+        (4, 1e-3),
+        (10, 1e-2),
+        (12, 1e-3),
+    )  # local steps, the lost attempt's included, and the grid
+    spent = [[accounting.epsilon(m, steps, DELTA, grid) for m in MECHANISMS] for steps, grid in paid]
+    write_lines(
+        tmp_path, [{"round": r, "epsilon": values, "epsilon_max": max(values)} for r, values in enumerate(spent)]
+    )
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "secrets.json").write_text(json.dumps([secret.hex() for secret in SECRETS]))
+    return tmp_path
+
+
+def write_lines(workdir, lines):
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def edit_lines(workdir, change):
+    """Change the list of metrics lines in place."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    change(lines)
+    write_lines(workdir, lines)
+
+
+def write_checkpoint(workdir, number, anchor):
+    folder = workdir / "checkpoints" / str(number) / "notes"
+    folder.mkdir(parents=True)
+    (folder / "metadata").write_text(json.dumps({"lines": [], "ledger": anchor}))
+
+
+def edit(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr)"""
+    code = ledger.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return code, " ".join(said.out.split()), said.err
+
+
+def reforge(workdir, change):
+    """Rewrite chain and head file under the secrets, without checkpoints, each entry as `change(entry)`; None drops it."""
+    path = workdir / "privacy_ledger.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    lose_checkpoints(workdir)
+    path.unlink()
+    path.with_suffix(".head").unlink()
+    forged = Ledger(path)
+    forged.seal_with(b"".join(SECRETS))
+    for entry in entries:
+        bare = change({name: value for name, value in entry.items() if name not in ("previous", "seal")})
+        if bare is not None:
+            forged.append(**bare)
+
+
+def unfinished(workdir):
+    reforge(workdir, lambda entry: None if entry["entry"] == "end" else entry)
+
+
+def newer(**more):
+    """A change that writes `more` into each begin entry, as later versions do."""
+    return lambda entry: entry | more if entry["entry"] == "begin" else entry
+
+
+def lose_checkpoints(workdir):
+    for path in (workdir / "checkpoints").rglob("metadata"):
+        path.unlink()
+    for path in (workdir / "checkpoints").glob("*"):
+        (path / "notes").rmdir()
+        path.rmdir()
+
+
+def facts(**values):
+    return lambda w: edit(w / "config.json", lambda c: c["federation"].update(values))
