@@ -1,6 +1,8 @@
 """The conventions of tokenizers hold wherever one comes from, and what stands around a prompt and an answer is exact."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import tokenizers
@@ -222,3 +224,15 @@ def test_text_of_a_chatglm_follows_its_opening_tokens_and_counts_itself_alone(tm
     tokenizer = closing(tmp_path)
     assert split(tokenizer, "", "cd") == ([tokenizer.pad_token_id, 98, 99, 100], 2)
     assert split(tokenizer, "a", "c") == ([97, tokenizer.pad_token_id, 98, 99], 3)
+
+
+def test_the_tokenizer_pads_to_the_right_without_torch(tiny_bert, tmp_path):
+    shutil.copytree(tiny_bert, tmp_path / "left")
+    settings = json.loads((tmp_path / "left" / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
+    (tmp_path / "left" / "tokenizer_config.json").write_text(json.dumps(settings))
+    had_torch = "torch" in sys.modules
+    for directory in (tiny_bert, tmp_path / "left"):
+        table = load_tokenizer(directory)(["profit rose sharply", "loss"], padding=True)
+        assert table["input_ids"] == [[2, 5, 9, 13, 3], [2, 8, 3, 0, 0]]
+        assert table["attention_mask"] == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert had_torch or "torch" not in sys.modules
