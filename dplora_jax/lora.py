@@ -65,7 +65,7 @@ def head(x, params):
 def _column(bias):
     """A bias [O] as the weight [O, 1] of a constant input."""
     if isinstance(bias, PerRow):
-        return PerRow(bias.weight[:, None], bias.slot if bias.slot.ndim == 1 else bias.slot[..., None])
+        return PerRow(bias.weight[:, None], bias.slot[..., None])
     return bias[:, None]
 
 

@@ -56,9 +56,7 @@ def define():
     flags.DEFINE_enum(
         "task", None, ["language_model", "classification"], "what is trained; BERT: classes", flag_values=values
     )
-    flags.DEFINE_list(
-        "forms", ["auto", "broadcast", "bookkeeping", "ghost", "vmap"], "clipping forms", flag_values=values
-    )
+    flags.DEFINE_list("forms", ["auto", "broadcast", "ghost", "vmap"], "clipping forms", flag_values=values)
     flags.DEFINE_integer("repeats", 9, "how often each step is timed", lower_bound=3, flag_values=values)
     flags.DEFINE_multi_string("vary", [], "FLAG=VALUE|VALUE|...", flag_values=values)
     flags.DEFINE_string(

@@ -86,17 +86,13 @@ def show(verdict, console):
     from rich.table import Table
 
     ledger, delta = verdict.ledger, verdict.config["delta"]
-    table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state", "other than before")
-    before = None
+    table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state")
     for entry in ledger.begun:
         state = "committed" if ledger.committed(entry) else "open" if entry is ledger.open_entry() else "lost, paid for"
-        causes = entry["causes"]
-        changed = sorted(n for n in before | causes if before.get(n) != causes.get(n)) if before is not None else []
         first, end = entry["rounds"]
         spread = (_spread(entry["clients"], name) for name in ("noise_multiplier", "sampling_rate"))
-        words = (f"{first} to {end - 1}", entry["attempt"], entry["local_steps"], *spread, state, ", ".join(changed))
+        words = (f"{first} to {end - 1}", entry["attempt"], entry["local_steps"], *spread, state)
         table.add_row(*map(str, words))
-        before = causes
     console.print(table)
     names = ("records", "sampling_rate", "capacity", "noise_multiplier")
     table = Table("client", *names, f"epsilon at delta {delta:g}")

@@ -156,9 +156,7 @@ def train(job):
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
     with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
-        while (
-            not (stopped := processes.any_of(stop)) and (todo := dispatch.agreed_charge(job, done, state)) is not None
-        ):
+        while not (stopped := processes.any_of(stop)) and (todo := dispatch.agreed_charge(job, done)) is not None:
             *(rounds, attempt), paid = todo
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
@@ -219,7 +217,7 @@ def _finish(job, done, state, lines):
     report.write(job.folder)
     if done < job.config.rounds:
         missing = f"rounds {done + 1} to {job.config.rounds} were not run"
-        print(f"The budget ended early: {missing}, since a lost attempt had to be paid for.")
+        print(f"The budget ended early: {missing}, since rounds that were lost stay paid for.")
     job.ledger.append(entry="end", round=done)
     secrets.destroy(job.folder / "private")
 

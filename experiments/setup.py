@@ -17,8 +17,8 @@ from dplora_jax.models import features
 from dplora_jax.privacy import secrets
 from experiments import (
     base_passes,
-    causes,
     facts,
+    fingerprints,
     objective,
     processes,
     program,
@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
     state: round.State
     evaluate: Callable
     facts: dict  # what config.json says under "federation"
-    causes: dict  # digests of all that decides the bits of a dispatch, to be keyed before they are shown
+    inputs: dict  # {"base", "data"}: digests of the base model and of all records, to be keyed before they are shown
     records: dict  # {client: digest of its records}, of this process's own clients
 
 
@@ -76,11 +76,10 @@ def prepare(config, stored=None, memo=None, dealt=None):
     _warn_of_delta(config, max(sizes))
     mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
     digest_of = {
-        k: causes.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
+        k: fingerprints.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
     }
     streamed = processes.agree(lambda: streaming.wanted(config, grid, train, sizes))
-    settled = dataclasses.replace(config, wave=wave, stream=streamed)  # another layout rounds otherwise
-    digests = causes.digests(settled, (), model, params, mechanisms, grid)
+    inputs = {"base": fingerprints.of_base(model, params)}
     local, params = params, mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
     model, train, test = base_passes.run_frozen_layers(
@@ -110,7 +109,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
         )
     made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
-    return Prepared(*made, evaluate, told, digests, digest_of)
+    return Prepared(*made, evaluate, told, inputs, digest_of)
 
 
 def _warn_of_delta(config, largest):
@@ -132,18 +131,18 @@ def _sizes(shares, clients):
 
 
 def with_records(prepared, secrets_of_clients):
-    """The Prepared whose "data" cause speaks of all clients' records, whoever holds them. Between processes go keyed digests
-    alone: a plain one would tell the network who is in."""
+    """The Prepared whose inputs speak of all clients' records, whoever holds them. Between processes go keyed digests alone: a
+    plain one would tell the network who is in. Raises InputError where processes have different models or programs."""
     keyed = {
         k: secrets.digest(secrets_of_clients[k], "records", digest.hex()).hex()
         for k, digest in prepared.records.items()
     }
-    found = processes.gather({"records": keyed, "causes": {k: v.hex() for k, v in prepared.causes.items()}})
-    merged = {int(k): digest for one in found for k, digest in one["records"].items()}
-    together = causes.together([one["causes"] for one in found])
-    for name in ("base", "code", "versions"):  # else one process would train another model, and nothing would say so
-        for number, one in enumerate(found):
-            if one["causes"][name] != found[0]["causes"][name]:
+    own = {"base model": prepared.inputs["base"].hex(), "program": fingerprints.of_installation().hex()}
+    gathered = processes.gather({"records": keyed, **own})
+    for name in own:  # else one process would train another model, and nothing would say so
+        for number, process in enumerate(gathered):
+            if process[name] != gathered[0][name]:
                 raise InputError(f"process {number} has another {name} than process 0: give all the same.")
-    data = causes.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
-    return prepared._replace(causes=together | {"data": data})
+    merged = {int(k): digest for process in gathered for k, digest in process["records"].items()}
+    data = fingerprints.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
+    return prepared._replace(inputs=prepared.inputs | {"data": data})
