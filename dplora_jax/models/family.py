@@ -5,7 +5,7 @@ import dataclasses
 from dplora_jax.errors import InputError
 from dplora_jax.models.layers import ACTIVATIONS
 
-MOST_SIZE = 2**24  # of one axis of a model
+MOST_SIZE = 2**22  # of one axis of a model
 MOST_NUMBER = 1e38  # float32's range, nearly
 # What config.json holds under a name, where it holds anything there.
 KINDS = {
