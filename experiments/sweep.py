@@ -19,6 +19,7 @@ import sys
 import time
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import parse_json
 from experiments import allocator, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
@@ -66,7 +67,7 @@ def read(path):
     lines = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            line = json.loads(text)
+            line = parse_json(text.encode(), path)
         except ValueError:
             continue
         lines[key(line)] = line

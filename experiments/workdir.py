@@ -8,6 +8,7 @@ import math
 import pathlib
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import read_json
 from dplora_jax.privacy.chain import replace_durably
 from experiments.run_config import FREE_ON_RESUME, RunConfig
 
@@ -44,7 +45,7 @@ def stored_config(workdir, config):
     if not path.exists():
         return None
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = read_json(path)
         stored["federation"]["clients"]
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: restore it, or start a new --workdir.") from None
