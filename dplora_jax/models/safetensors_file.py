@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint's directory, one or sharded, read tensor by tensor under Hugging Face's names."""
 
 import re
+import warnings
 
 import safetensors
 
@@ -21,10 +22,12 @@ class SafetensorsCheckpoint:
     def __init__(self, directory):
         self.directory = directory
         index = directory / "model.safetensors.index.json"
-        names = (
-            sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-        )
-        if not index.exists() and not (directory / names[0]).exists():
+        names = ["model.safetensors"]  # transformers reads it whatever an index beside it says
+        if index.exists() and not (directory / names[0]).exists():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        elif index.exists():
+            warnings.warn(f"{directory} holds both model.safetensors, which is read, and {index.name}.", stacklevel=2)
+        elif not (directory / names[0]).exists():
             raise InputError(
                 f"{directory} holds no model.safetensors (a pytorch_model.bin is a pickle, which can run code, and is not read: "
                 "load it once with transformers and call save_pretrained, which writes safetensors)."
