@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import bert, chatglm, chatglm2, chatglm_shared, gguf_file, gpt2, llama, quantized
+from dplora_jax.models import bert, chatglm, chatglm2, chatglm_shared, gguf_file, gpt2, llama, quantized, sentence
 from dplora_jax.models.family import read_json
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
@@ -142,16 +142,13 @@ def sentence_pooling(directory):
     """(pooling, normalize) that a sentence-transformers `modules.json` asks for; (None, False) where there is none."""
     if not (directory / "modules.json").exists():
         return None, False
+    sentence.refuse_prompt(directory)
     pooling, normalize = None, False
     for module in read_json(directory / "modules.json", list):
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            modes = [
-                k
-                for k, on in read_json(directory / module["path"] / "config.json").items()
-                if on is True and k.startswith("pooling_mode")
-            ]
-            if modes != ["pooling_mode_mean_tokens"]:
+            modes = sentence.pooling_modes(read_json(directory / module["path"] / "config.json"))
+            if modes != ["mean"]:
                 raise InputError(
                     f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}."
                 )

@@ -221,6 +221,6 @@ def test_a_checkpoint_without_pooler_is_mean_pooled(reference, tmp_path):
 
 def test_another_pooling_or_module_is_refused(tmp_path):
     sentence_modules(write(tmp_path / "max"), mode="max_tokens")
-    assert "pooling_mode_max_tokens" in refusal(tmp_path / "max")
+    assert "only mean pooling is supported, not max." in refusal(tmp_path / "max")
     sentence_modules(write(tmp_path / "dense"), kinds=("Transformer", "Pooling", "Dense"))
     assert "a Dense module" in refusal(tmp_path / "dense")
