@@ -1,7 +1,7 @@
 """Every convention of tokenizers: where one is read from, how it pads, and what stands before a prompt and after an answer."""
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import gguf_file, pretrained
+from dplora_jax.models import gguf_file, pretrained, tokenizer_settings
 from dplora_jax.models.family import read_json
 
 
@@ -53,7 +53,8 @@ def _from_json(directory, by_class):
     """The tokenizer of tokenizer.json, with the special tokens that only the class of `by_class` (or None) knows.
 
     AutoTokenizer builds the class that the config names from the words and merges alone. SmolLM2's class is GPT-2's,
-    which does not split digits as its tokenizer.json does, so the same text would become other tokens.
+    which does not split digits as its tokenizer.json does, so the same text would become other tokens. The options that every
+    version of these classes sets on a tokenizer.json are followed.
     """
     import transformers
 
@@ -69,6 +70,7 @@ def _from_json(directory, by_class):
             if getattr(tokenizer, name) is None and getattr(by_class, name) in words:
                 setattr(tokenizer, name, getattr(by_class, name))
         tokenizer.model_input_names = by_class.model_input_names
+    tokenizer_settings.follow(directory, tokenizer, by_class)
     return tokenizer
 
 
