@@ -9,8 +9,10 @@ import safetensors
 import safetensors.numpy
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import find, read_json
 from dplora_jax.lora import LoraConfig, Pair
 from dplora_jax.models.decoder import Decoder
+from dplora_jax.models.family import MOST_NUMBER
 from dplora_jax.privacy.chain import replace_durably
 
 PREFIX = "base_model.model."
@@ -91,23 +93,24 @@ def load(path, model, params):
     Raises InputError where a file is missing or damaged, does not fit the model, or uses what is not implemented.
     """
     path = pathlib.Path(path)
+    document = read_json(_file(path, "adapter_config.json"))
     try:
-        document = json.loads((path / "adapter_config.json").read_text())
-        tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        tensors = safetensors.numpy.load_file(_file(path, "adapter_model.safetensors"))
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a type that numpy lacks
         raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
-    peft_type = document.get("peft_type") if isinstance(document, dict) else None
+    peft_type = document.get("peft_type")
     if peft_type != "LORA":
         raise InputError(f"{path}: peft_type={peft_type!r} is not supported, only 'LORA'.")
     for option, unused in UNUSED.items():
         if document.get(option, unused[0]) not in unused:
             raise InputError(f"{path}: the adapter uses {option}={document[option]!r}, which is not supported.")
     # PEFT lists both of its usual names of a head for every classifier; which one it is, the tensors tell.
-    strange = set(document.get("modules_to_save") or ()) - {getattr(model, "head_name", None), "classifier", "score"}
-    if strange:
-        raise InputError(f"{path}: modules_to_save={sorted(strange)} is not supported, only the head.")
+    named = document.get("modules_to_save") or []
+    heads = (getattr(model, "head_name", None), "classifier", "score")
+    if not isinstance(named, list) or any(name not in heads for name in named):
+        raise InputError(f"{path}: modules_to_save={named!r} is not supported, only the head.")
     rank, alpha = document.get("r"), document.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not abs(alpha) < MOST_NUMBER:
         raise InputError(f"{path}: adapter_config.json has r={rank!r} and lora_alpha={alpha!r}, which make no adapter.")
     layers, last_layers = _layers(path, model, tensors, rank, alpha / rank)
     adapter = {"layers": layers} if layers else {}
@@ -116,6 +119,14 @@ def load(path, model, params):
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
     return adapter, LoraConfig(rank, alpha, tuple(sorted(layers)), last_layers)
+
+
+def _file(path, name):
+    """The file `name` of an adapter's directory."""
+    file = find(path, name)
+    if file is None:
+        raise InputError(f"{path} holds no readable PEFT adapter (it has no {name}).")
+    return file
 
 
 def _head(path, model, own, tensors):

@@ -7,7 +7,6 @@ sentence-transformers) reads.
 Exit codes are 0 done, 2 bad input. The checkpoint carries the run's word on whether it may be released.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from absl import flags
 
+from dplora_jax import files
 from dplora_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -130,14 +130,15 @@ def _check_out(out, overwrite):
 
 def _run_config(folder):
     """A workdir's config.json, with the last line of its metrics.jsonl under "last"."""
+    for name in ("config.json", "metrics.jsonl"):
+        if files.find(folder, name) is None:
+            raise InputError(f"{folder} is no run's workdir: it has no {name}.")
     try:
-        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        run = files.read_json(folder / "config.json")
         run["model"], run["delta"], run["federation"]["data"], run["federation"]["release"]
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return run | {"last": json.loads(lines[-1]) if lines else {}}
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no run's workdir: it has no {pathlib.Path(error.filename).name}.") from None
-    except (OSError, ValueError, TypeError, KeyError):
+        lines = files.read_bytes(folder / "metrics.jsonl").splitlines()
+        return run | {"last": files.parse_json(lines[-1], folder / "metrics.jsonl") if lines else {}}
+    except (InputError, TypeError, KeyError):
         raise InputError(f"{folder}/config.json or metrics.jsonl is damaged: restore it, or give --adapter.") from None
 
 
@@ -145,8 +146,8 @@ def _release(run, adapter):
     """Whether the export may be released: what the run says, or the note that it wrote beside its adapter."""
     if run is not None:
         return run["federation"]["release"] or "NO PRIVACY: the run was made without it"
-    note = adapter / "README.md"
-    said = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else ""
+    note = files.find(adapter, "README.md")
+    said = files.read_bytes(note).decode("utf-8", "replace") if note else ""
     marks = {"NOT FOR RELEASE": " (--seed made its noise reproducible)", "NO PRIVACY": ""}
     return next((f"{mark}{why}" for mark, why in marks.items() if mark in said), UNTOLD)
 
@@ -154,14 +155,13 @@ def _release(run, adapter):
 def export(job):
     """Merge, write beside --out, and put in its place; print what was written. Raises InputError."""
     from dplora_jax import lora, models, peft
-    from dplora_jax.models import gguf_file, hf_checkpoint, pretrained
-    from dplora_jax.models.family import read_json
+    from dplora_jax.models import hf_checkpoint, pretrained
     from experiments import model_card
 
     place = pretrained.locate(job.model)
     if job.out.resolve() == place.resolve():
         raise InputError(f"--out={job.out} is the base model's own directory: choose another.")
-    hf = gguf_file.config(place) if place.is_file() else read_json(place / "config.json")
+    hf = pretrained.config(place)
     if job.run and job.run.get("quantize"):
         print(
             f"The run froze its base in {job.run['quantize']}; the adapter is merged into the base as it is, not rounded."
@@ -193,12 +193,18 @@ def _head_rows(adapter):
     """How many labels the classification head in an adapter's file has; None where it has no head."""
     import safetensors
 
+    path = files.find(adapter, "adapter_model.safetensors")
+    if path is None:
+        raise InputError(f"{adapter} holds no readable PEFT adapter (it has no adapter_model.safetensors).")
     try:
-        with safetensors.safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        with safetensors.safe_open(path, "np") as file:
             heads = [name for name in file.keys() if re.search(r"\.(classifier|score)\.weight$", name)]  # noqa: SIM118
-            return file.get_slice(heads[0]).get_shape()[0] if heads else None
+            shape = file.get_slice(heads[0]).get_shape() if heads else None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{adapter} holds no readable PEFT adapter ({error}).") from None
+    if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
+        raise InputError(f"{adapter}: tensor {heads[0]} has shape {tuple(shape)}, which is no classifier's head.")
+    return shape[0] if heads else None
 
 
 def _tokenizer(place, model, hf):
@@ -224,8 +230,8 @@ def _labels(job, model, hf):
                 f"--labels names a classifier's labels, and {job.adapter} with this base is a language model."
             )
         return None
-    if job.labels is None and len(named) == count:
-        return tuple(named[key] for key in sorted(named, key=int))
+    if job.labels is None and named.keys() == {str(i) for i in range(count)}:
+        return tuple(str(named[str(i)]) for i in range(count))
     labels = job.labels or tuple(f"LABEL_{i}" for i in range(count))
     if len(labels) != count:
         raise InputError(f"{job.adapter} is a classifier of {count} labels, and {len(labels)} are named.")

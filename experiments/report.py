@@ -19,7 +19,7 @@ from dplora_jax.privacy.ledger import FILE
 from experiments import ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
-from experiments.report_text import STYLE, accuracy_note, as_epsilon, show, show_bytes, show_metric
+from experiments.report_text import STYLE, accuracy_note, as_epsilon, repeated, show, show_bytes, show_metric
 
 
 def _read(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
@@ -142,7 +142,7 @@ def _list(items) -> str:
 
 def _repeat(rows: list[dict], told: dict) -> str:
     """The command, where it ran and how long it took."""
-    words = [[show(name), show(value)] for name, value in (told.get("environment") or {}).items()]
+    words = [[show(name), show(value)] for name, value in repeated(told)]
     seconds = sum(row.get("seconds") or 0 for row in rows)
     if seconds:
         words.append(

@@ -4,7 +4,7 @@ import math
 
 from experiments import communication, sweep_report
 from experiments.report_figures import by_metric
-from experiments.report_text import accuracy_note, as_epsilon, show, show_bytes, show_metric
+from experiments.report_text import accuracy_note, as_epsilon, repeated, show, show_bytes, show_metric
 from experiments.summary import sent_uploads
 
 MOST_ROUNDS = 12  # evaluated rounds that are listed
@@ -54,7 +54,7 @@ def text(config, rows, private, said, holds, audit, cells):
         parts.append(_table(*communication.shown(found, config)))
     parts += ["## Method", *(f"- {line}" for line in told.get("method") or [])]
     parts += ["## How to repeat it", f"```sh\n{told.get('command') or ''}\n```"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in (told.get("environment") or {}).items()))
+    parts.append("\n".join(f"- {name}: {value}" for name, value in repeated(told)))
     parts += [
         "## Configuration",
         "\n".join(f"- {k}: {show(v, 'flag')}" for k, v in config.items() if k != "federation"),

@@ -139,3 +139,9 @@ def show_bytes(count) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
+
+
+def repeated(told: dict) -> list[tuple]:
+    """(name, value) of what another party compares to repeat a run: where it ran, and the SHA-256 of the base's files."""
+    digests = {f"SHA-256 of the base's {name}": value for name, value in (told.get("base_files") or {}).items()}
+    return [*((told.get("environment") or {}) | digests).items()]

@@ -69,7 +69,7 @@ class Run(NamedTuple):
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax import checkpoint
-    from experiments import processes, progress, setup, summary, workdir
+    from experiments import facts, processes, progress, setup, summary, workdir
 
     opened = []  # process 0's ledger
 
@@ -86,7 +86,8 @@ def run(config, folder, command):
     prepared = setup.prepare(config, found["stored"])
     ledger = opened[0] if opened else None
     if processes.primary() and found["stored"] is None:
-        workdir.write_config(folder, config, prepared.facts | {"command": command})
+        told = prepared.facts | facts.of_base(config) | {"command": command}
+        workdir.write_config(folder, config, told)
     keys = _secrets(config, folder, ledger)
     if ledger is not None:
         ledger.seal_with(b"".join(keys))

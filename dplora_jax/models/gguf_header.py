@@ -1,7 +1,7 @@
 """What a GGUF file says before its data: metadata, and where each tensor lies, checked against the file's length.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is parsed here, not by gguf.GGUFReader, which keeps an
-array object for each token and merge (seconds and hundreds of megabytes on a large vocabulary).
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. It is parsed by `gguf_reader`, not by
+gguf.GGUFReader, which keeps an array object for each token and merge (seconds and hundreds of megabytes on a large vocabulary).
 """
 
 import math
@@ -14,6 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from dplora_jax.errors import InputError
+from dplora_jax.models import gguf_reader
 
 ARCHITECTURES = ("llama", "qwen2")
 AS_STORED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: jnp.bfloat16}
@@ -23,8 +24,6 @@ TYPES = (
     Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S, Type.IQ4_NL, Type.IQ4_XS,
     Type.TQ1_0, Type.TQ2_0, Type.MXFP4, Type.NVFP4,
 )  # fmt: skip
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
 SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
@@ -40,47 +39,26 @@ class Header:
             raise InputError(f"{path} cannot be read ({error}): give a GGUF file.") from None
         if self.bytes[:4] != b"GGUF":
             raise InputError(f"{path} is no GGUF file: it starts with {self.bytes[:4]!r}; copy or download it again.")
-        self._at = 4
         if len(self.bytes) < 24:
             raise self._damaged(f"it has {len(self.bytes)} bytes")
-        version, tensors, keys = self._unpack("IQQ")
+        reader = gguf_reader.Reader(self.bytes, 4)
+        version, tensors, keys = reader.unpack("IQQ")
         if version not in (2, 3):
             raise InputError(f"{path}: GGUF version {version} is not read, only 2 and 3 with the lowest byte first.")
         try:
-            self.metadata = {self._value(STRING): self._value(*self._unpack("I")) for _ in range(keys)}
-            stored = {self._value(STRING): self._tensor() for _ in range(tensors)}
+            self.metadata, stored = reader.metadata(keys), reader.tensors(tensors)
         except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
-            raise self._damaged(f"its header breaks off at byte {self._at}") from None
+            raise self._damaged(f"its header breaks off at byte {reader.at}") from None
         if self.metadata.get("split.count", 0) not in (0, 1):
             raise InputError(f"{path} is one of several parts: join them first (llama-gguf-split --merge).")
-        self.tensors = self._placed(stored)
+        self.tensors = self._placed(stored, reader.at)
 
-    def _unpack(self, form):
-        values = struct.unpack_from("<" + form, self.bytes, self._at)
-        self._at += struct.calcsize("<" + form)
-        return values
-
-    def _value(self, kind):
-        if kind == STRING:
-            (length,) = self._unpack("Q")
-            return self._unpack(f"{length}s")[0].decode()
-        if kind != ARRAY:
-            return self._unpack(SCALARS[kind])[0]
-        kind, length = self._unpack("IQ")
-        if kind == STRING:
-            return [self._value(STRING) for _ in range(length)]
-        return list(self._unpack(f"{length}{SCALARS[kind]}"))
-
-    def _tensor(self):
-        dims = self._unpack("I")[0]
-        return tuple(reversed(self._unpack(f"{dims}Q"))), *self._unpack("IQ")
-
-    def _placed(self, stored):
+    def _placed(self, stored, end):
         """{name: (type, shape, first byte)}, checked against the types that are read and the file's length."""
         alignment, known, tensors = self.metadata.get("general.alignment", 32), {t.value: t for t in Type}, {}
         if not isinstance(alignment, int) or alignment < 1:
             raise self._damaged(f"general.alignment={alignment!r}")
-        data = -(-self._at // alignment) * alignment
+        data = -(-end // alignment) * alignment
         for name, (shape, number, offset) in stored.items():
             kind = known.get(number)
             if kind not in TYPES:
@@ -94,6 +72,10 @@ class Header:
             tensors[name] = kind, shape, data + offset
             if data + offset + length(kind, shape) > len(self.bytes):
                 raise self._damaged(f"tensor {name} ends behind the file's {len(self.bytes)} bytes")
+        for name, (kind, shape, start) in sorted(tensors.items(), key=lambda item: item[1][2]):
+            if start < data:  # bytes that count twice would make a small file a model of any size
+                raise self._damaged(f"tensor {name} begins within another")
+            data = start + length(kind, shape)
         return tensors
 
     def _damaged(self, what):
@@ -128,7 +110,9 @@ class Header:
 
     def special(self, name):
         """The id of the "bos", "eos", "unk" or "pad" token, or None; InputError where no token has it."""
-        tokens = self.metadata.get("tokenizer.ggml.tokens") or ()
+        tokens = self.metadata.get("tokenizer.ggml.tokens") or []
+        if not isinstance(tokens, list):
+            raise self._damaged(f"tokenizer.ggml.tokens={tokens!r}")
         sentencepiece = self.metadata.get("tokenizer.ggml.model") == "llama"
         default = {"unk": 0, "bos": 1, "eos": 2}.get(name) if sentencepiece else None
         value = self.metadata.get(f"tokenizer.ggml.{SPECIAL_IDS[name]}_token_id", default)

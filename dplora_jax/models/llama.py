@@ -197,7 +197,7 @@ def frequencies(hf, head_width):
             return tuple(f / divisor for f, divisor in zip(base, scaling["factors"], strict=True))
         if kind == "llama3":
             return tuple(_llama3(f, scaling) for f in base)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise InputError(f"config.json: the rope scaling {scaling} is incomplete.") from None
     raise InputError(f"config.json: rope_type={kind!r} is not supported, only default, linear or llama3.")
 

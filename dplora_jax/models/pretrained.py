@@ -10,8 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import bert, chatglm, chatglm2, chatglm_shared, gguf_file, gpt2, llama, quantized, sentence
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, inside, read_json
+from dplora_jax.models import (
+    bert,
+    chatglm,
+    chatglm2,
+    chatglm_shared,
+    digests,
+    gguf_file,
+    gpt2,
+    llama,
+    quantized,
+    sentence,
+)
+from dplora_jax.models.family import check_kinds, sizes
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
 FAMILIES = ("bert", "gpt2", "llama", "qwen2", "mistral", "chatglm")
@@ -30,7 +42,10 @@ def locate(name_or_path):
 
     Raises InputError when it is none of these or the hub cannot be reached.
     """
-    path = pathlib.Path(name_or_path).expanduser()
+    try:
+        path = pathlib.Path(name_or_path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name_or_path}: {error}") from None
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
@@ -45,6 +60,7 @@ def locate(name_or_path):
         found = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
         found = sorted(found, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
         if found:
+            digests.warn_of_other_files(short, found[0])
             return found[0]
     return _from_hub(HUB_IDS.get(short, str(name_or_path)), name_or_path)
 
@@ -80,7 +96,7 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
     unknown name, an unsupported config, and a missing, truncated or misshapen file.
     """
     place = locate(name_or_path)
-    hf = _config(place)
+    hf = config(place)
     if num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
         num_labels = len(hf.get("id2label") or (0, 1))
     with (gguf_file.GgufCheckpoint if _in_gguf(place) else SafetensorsCheckpoint)(place) as checkpoint:
@@ -92,28 +108,37 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
 
 def model_type(name_or_path):
     """The family that a model's config names (one of FAMILIES, or another's); as `from_pretrained` looks for it."""
-    return _config(locate(name_or_path)).get("model_type")
+    return config(locate(name_or_path)).get("model_type")
 
 
 def depth(name_or_path):
     """How many layers the model has, by its config."""
-    hf = _config(locate(name_or_path))
-    return next(hf[name] for name in DEPTH if name in hf)
+    hf = config(locate(name_or_path))
+    return sizes(hf, next((name for name in DEPTH if name in hf), DEPTH[0]))[0]
+
+
+def file_digests(name_or_path):
+    """{file name: SHA-256 in hex} of the weights, config and tokenizer of a model, looked for as `from_pretrained` does: where
+    two parties' are equal, they start from the same base. Reads all weights. InputError as of `from_pretrained`."""
+    return digests.of_place(locate(name_or_path))
 
 
 def _in_gguf(place):
     return place.suffix == ".gguf" and place.is_file()
 
 
-def _config(place):
-    return gguf_file.config(place) if _in_gguf(place) else read_json(place / "config.json")
+def config(place):
+    """The config.json of a directory, or what the metadata of a `.gguf` file make of it; InputError where it is malformed."""
+    hf = gguf_file.config(place) if _in_gguf(place) else read_json(place / "config.json")
+    check_kinds(hf)
+    return hf
 
 
 def build(hf, checkpoint, num_labels, dtype):
     """The model that config.json `hf` describes; InputError where it is not supported."""
     kind = hf.get("model_type")
     if hf.get("quantization_config"):
-        method = dict(hf["quantization_config"]).get("quant_method")
+        method = hf["quantization_config"].get("quant_method")
         raise InputError(
             f"{checkpoint.directory}: config.json: quantization_config ({method}) is not supported: give unquantised weights, "
             "and quantize them here (int8 or nf4)."
@@ -140,14 +165,16 @@ def build(hf, checkpoint, num_labels, dtype):
 
 def sentence_pooling(directory):
     """(pooling, normalize) that a sentence-transformers `modules.json` asks for; (None, False) where there is none."""
-    if not (directory / "modules.json").exists():
+    if find(directory, "modules.json") is None:
         return None, False
     sentence.refuse_prompt(directory)
     pooling, normalize = None, False
     for module in read_json(directory / "modules.json", list):
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise InputError(f"{directory}/modules.json: {module!r} is no module with a type.")
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            modes = sentence.pooling_modes(read_json(directory / module["path"] / "config.json"))
+            modes = sentence.pooling_modes(read_json(inside(directory, module.get("path"), "config.json")))
             if modes != ["mean"]:
                 raise InputError(
                     f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}."
@@ -164,6 +191,7 @@ def read_params(model, checkpoint, quantize=None):
     """Fill `model`'s parameters from `checkpoint`, each tensor straight into its place of the stacked layout, in pieces: the
     host never holds more than the parameters and one piece."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
+    _check_shapes(model, checkpoint, shapes)
     small = {("layers", *target.path) for target in model.targets.values()} if quantize else ()
     params = {}
     for weight in model.weights():
@@ -183,6 +211,23 @@ def read_params(model, checkpoint, quantize=None):
     return params
 
 
+def _check_shapes(model, checkpoint, shapes):
+    """Raise InputError where a tensor is missing or misshapen. No memory is taken for what config.json alone says is there, and
+    the first layer that lacks ends the search, however many there are said to be."""
+    for weight in model.weights():
+        shape = _at(shapes, weight.path).shape
+        layers, shape = (shape[0], shape[1:]) if "{}" in weight.name else (1, shape)
+        if weight.optional and not checkpoint.has(weight.tensor):
+            continue
+        expected = shape[::-1] if weight.part == "kernel" else shape
+        for name in map(weight.tensor.format, range(layers)):
+            if checkpoint.shape(name) != expected:
+                hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
+                raise InputError(
+                    f"{checkpoint.directory}: tensor {name} has shape {checkpoint.shape(name)}, expected {expected}{hint}."
+                )
+
+
 def _read_one(checkpoint, weight, name, shape):
     """One layer's matrix, as a numpy array of its own."""
     row = np.empty(shape.shape[1:], shape.dtype)
@@ -192,12 +237,7 @@ def _read_one(checkpoint, weight, name, shape):
 
 def _read_into(row, checkpoint, weight, name):
     """Read tensor `name` into `row`, CHUNK_BYTES at a time, turned round where it is stored transposed."""
-    transposed = weight.part == "kernel"
-    shape = checkpoint.shape(name)
-    expected = row.shape[::-1] if transposed else row.shape
-    if shape != expected:
-        hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
-        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, expected {expected}{hint}.")
+    transposed, shape = weight.part == "kernel", checkpoint.shape(name)
     step = max(1, CHUNK_BYTES // max(1, 4 * row.size // shape[0]))
     for start in range(0, shape[0], step):
         piece = slice(start, min(start + step, shape[0]))

@@ -1,7 +1,7 @@
 """What the files of a sentence-transformers model say beside the transformer's own: pooling, lower case, prompts."""
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, read_json
 
 # Before 5.4 a 1_Pooling/config.json had a switch for each mode; since then one name, or a list of names that are joined.
 SWITCHES = {
@@ -28,18 +28,18 @@ def pooling_modes(document):
 
 def lower_cases(directory):
     """Whether a sentence model of `directory` lower-cases its texts before the tokenizer sees them."""
-    if not (directory / "modules.json").exists():
+    if find(directory, "modules.json") is None:
         return False
-    own = next((directory / name for name in OWN_CONFIGS if (directory / name).exists()), None)
+    own = next(filter(None, (find(directory, name) for name in OWN_CONFIGS)), None)
     return own is not None and read_json(own).get("do_lower_case") is True
 
 
 def refuse_prompt(directory):
     """Raise InputError where sentence-transformers would put a prompt before every text, which is not done here."""
-    path = directory / "config_sentence_transformers.json"
-    document = read_json(path) if path.exists() else {}
-    name = document.get("default_prompt_name")
-    if name is not None and (document.get("prompts") or {}).get(name) != "":
+    path = find(directory, "config_sentence_transformers.json")
+    document = read_json(path) if path else {}
+    name, prompts = document.get("default_prompt_name"), document.get("prompts")
+    if name is not None and not (isinstance(prompts, dict) and prompts.get(str(name)) == ""):
         raise InputError(
             f"{path}: default_prompt_name={name!r} puts a prompt before every text, which is not supported: set it to null, "
             "and write the prompt into the texts where it is wanted."

@@ -1,8 +1,8 @@
 """Every convention of tokenizers: where one is read from, how it pads, and what stands before a prompt and after an answer."""
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import gguf_file, pretrained, tokenizer_settings
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, read_json
+from dplora_jax.models import gguf_file, pretrained, tokenizer_files, tokenizer_settings
 
 
 def load_tokenizer(name_or_path):
@@ -12,7 +12,13 @@ def load_tokenizer(name_or_path):
     when there is none of these, and where the place holds no tokenizer that can be read without running its own code.
     """
     place = pretrained.locate(name_or_path)
-    tokenizer = gguf_file.tokenizer(place) if place.is_file() else _from_directory(place)
+    if place.is_file():
+        tokenizer = gguf_file.tokenizer(place)
+    else:
+        with tokenizer_files.copied(place) as copies:
+            tokenizer = _from_directory(place, copies)
+        tokenizer.name_or_path = str(place)
+        tokenizer_settings.lower_case(place, tokenizer)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -24,16 +30,17 @@ def load_tokenizer(name_or_path):
     return tokenizer
 
 
-def _from_directory(directory):
-    """The tokenizer of a directory: tokenizer.json as it stands, or what transformers makes of the other files."""
+def _from_directory(directory, copies):
+    """The tokenizer of a directory, whose files' `copies` transformers reads: tokenizer.json as it stands, or what it makes of
+    the other files."""
     import transformers
 
     try:
-        by_class = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        by_class = transformers.AutoTokenizer.from_pretrained(copies, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each of transformers' readers has its own
         by_class, reason = None, type(error).__name__
-    if (directory / "tokenizer.json").exists():
-        return _from_json(directory, by_class)
+    if (copies / "tokenizer.json").exists():
+        return _from_json(directory, copies, by_class)
     own_code = _own_code(directory)
     if own_code:
         raise InputError(
@@ -44,13 +51,13 @@ def _from_directory(directory):
         raise InputError(f"{directory} holds no tokenizer that transformers can read ({reason}).")
     # From a config.json alone, transformers makes a tokenizer that knows no word.
     files = by_class.vocab_files_names.values()
-    if not any((directory / name).exists() for name in files):
+    if not any((copies / name).exists() for name in files):
         raise InputError(f"{directory} holds no tokenizer: it has none of {', '.join(files)}.")
     return by_class
 
 
-def _from_json(directory, by_class):
-    """The tokenizer of tokenizer.json, with the special tokens that only the class of `by_class` (or None) knows.
+def _from_json(directory, copies, by_class):
+    """The tokenizer of tokenizer.json in `copies`, with the special tokens that only the class of `by_class` (or None) knows.
 
     AutoTokenizer builds the class that the config names from the words and merges alone. SmolLM2's class is GPT-2's,
     which does not split digits as its tokenizer.json does, so the same text would become other tokens. The options that every
@@ -59,7 +66,7 @@ def _from_json(directory, by_class):
     import transformers
 
     try:
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(copies, local_files_only=True)
     except Exception as error:
         raise InputError(
             f"{directory} holds no tokenizer that transformers can read ({type(error).__name__})."
@@ -77,7 +84,8 @@ def _from_json(directory, by_class):
 def _own_code(directory):
     """The reference to the Python class that a directory names for its tokenizer, or None."""
     for name in ("tokenizer_config.json", "config.json"):
-        auto_map = read_json(directory / name).get("auto_map") if (directory / name).exists() else None
+        path = find(directory, name)
+        auto_map = read_json(path).get("auto_map") if path else None
         named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
         for reference in named if isinstance(named, list) else [named]:
             if reference:

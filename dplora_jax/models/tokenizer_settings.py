@@ -4,7 +4,7 @@ import json
 import warnings
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, read_json
 from dplora_jax.models.sentence import lower_cases
 
 # BertTokenizer's options: the names in tokenizer_config.json, and in the BertNormalizer of tokenizer.json.
@@ -20,8 +20,8 @@ def follow(directory, tokenizer, by_class):
 
     `by_class` is the tokenizer of the class that the files name, or None. Raises InputError where the two cannot be reconciled.
     """
-    path = directory / "tokenizer_config.json"
-    settings = read_json(path) if path.exists() else {}
+    path = find(directory, "tokenizer_config.json")
+    settings = read_json(path) if path else {}
     kind, backend = type(by_class).__name__, tokenizer.backend_tokenizer
     if kind == "BertTokenizer":
         options = {theirs: getattr(by_class, name) for name, theirs in BERT.items()}
@@ -44,9 +44,14 @@ def follow(directory, tokenizer, by_class):
                 f"{path}: add_prefix_space={settings['add_prefix_space']}, but tokenizer.json "
                 f"{'puts a space' if prepends else 'puts none'} before a text: make the two agree."
             )
+
+
+def lower_case(directory, tokenizer):
+    """Let `tokenizer` lower-case a text first where `directory` holds a sentence model that does."""
     if lower_cases(directory):
         from tokenizers import normalizers
 
+        backend = tokenizer.backend_tokenizer
         own = [] if backend.normalizer is None else [backend.normalizer]
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 

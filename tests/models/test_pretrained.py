@@ -64,7 +64,7 @@ def test_shards_give_the_same_parameters(reference, tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     (shard(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors cannot be read" in refusal(tmp_path)
+    assert "model-00002-of-00002.safetensors does not exist" in refusal(tmp_path)
 
 
 def test_a_bfloat16_checkpoint_is_read(reference, tmp_path):
