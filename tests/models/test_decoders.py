@@ -14,7 +14,7 @@ from conftest import GOLDEN
 
 from dplora_jax import lora, models
 from dplora_jax.errors import InputError
-from dplora_jax.models import layers, llama, pretrained
+from dplora_jax.models import layers, llama, parameters, pretrained
 from dplora_jax.models.chatglm import Glm
 from dplora_jax.models.chatglm2 import Glm2
 from dplora_jax.models.decoder import Decoder
@@ -197,7 +197,7 @@ def test_chatglm_positions_by_hand(ids, positions, block):
 @goldens
 def test_every_tensor_is_read_whatever_the_size_of_the_pieces(name, monkeypatch):
     model, params = load(name)[:2]
-    monkeypatch.setattr(pretrained, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(parameters, "CHUNK_BYTES", 1000)
     jax.tree.map(np.testing.assert_array_equal, models.from_pretrained(GOLDEN / name)[1], params)
     files = [safetensors.numpy.load_file(path) for path in (GOLDEN / name).glob("*.safetensors")]
     held = sum(tensor.size for file in files for key, tensor in file.items() if not key.endswith("inv_freq"))
