@@ -15,7 +15,7 @@ def read_params(model, checkpoint, quantize=None):
     host never holds more than the parameters and one piece."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     _check_shapes(model, checkpoint, shapes)
-    small = {("layers", *target.path) for target in model.targets.values()} if quantize else ()
+    small = {("layers", *t.path) for t in model.targets.values() if t.layered} if quantize else ()
     params = {}
     for weight in model.weights():
         shape = _at(shapes, weight.path)

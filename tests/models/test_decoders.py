@@ -273,7 +273,7 @@ def refusal(tmp_path, name, changes=(), **options):
         (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ("variants/qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
         (LLAMA, {"num_key_value_heads": "2"}, "num_key_value_heads='2'"),
-        (LLAMA, {"rope_parameters": [1]}, "rope scaling [1]"),
+        (LLAMA, {"rope_parameters": [1]}, "rope_parameters=[1]"),
         (LLAMA, {"rope_parameters": None, "rope_theta": "1e4"}, "rope_theta='1e4'"),
         (LLAMA, {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
         ("variants/qwen2", {"mlp_bias": True}, "mlp_bias=True"),
