@@ -21,6 +21,7 @@ from dplora_jax.models import (
     labels,
     llama,
     sentence,
+    two_places,
 )
 from dplora_jax.models.family import check_kinds, sizes
 from dplora_jax.models.parameters import read_params
@@ -103,7 +104,8 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
     elif num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
         num_labels = len(labels.names(hf))
     with _opened(place) as checkpoint:
-        model = build(hf, checkpoint, num_labels, jnp.dtype(dtype))
+        two_places.refuse_others(hf, checkpoint)
+        model = two_places.untied(build(hf, checkpoint, num_labels, jnp.dtype(dtype)), checkpoint)
         stored = None if label_names is None else _stored_labels(model, checkpoint)
         reader = model if stored is None else build(hf, checkpoint, stored, model.dtype)
         params = read_params(reader, checkpoint, quantize)
@@ -174,10 +176,7 @@ def build(hf, checkpoint, num_labels, dtype):
             "and quantize them here (int8 or nf4)."
         )
     if kind == "bert":
-        pooling, normalize = sentence_pooling(checkpoint.directory)
-        if pooling is None:
-            pooling = "pooler" if checkpoint.has("bert.pooler.dense.weight") else "mean"
-        return bert.Bert(bert.from_config(hf, num_labels, pooling, normalize), dtype)
+        return bert.Bert(bert.from_config(hf, num_labels, *_pooling(hf, checkpoint)), dtype)
     if kind == "gpt2":
         return gpt2.Gpt2(gpt2.from_config(hf, num_labels), dtype)
     if kind in ("llama", "qwen2", "mistral"):
@@ -191,6 +190,17 @@ def build(hf, checkpoint, num_labels, dtype):
         config = dataclasses.replace(chatglm.from_config(hf), tied=not checkpoint.has("lm_head.weight"))
         return chatglm.Glm(config, dtype)
     raise InputError(f"{checkpoint.directory}: model_type={kind!r} is not supported; known: {', '.join(FAMILIES)}.")
+
+
+def _pooling(hf, checkpoint):
+    """(pooling, normalize) of a BERT: a classifier of transformers' own reads its pooler, whatever else lies in the folder; else
+    as a sentence model's files say; else by the pooler, or the mean where there is none."""
+    pooling, normalize = sentence_pooling(checkpoint.directory)
+    has_pooler = checkpoint.has("bert.pooler.dense.weight")
+    theirs = any("SequenceClassification" in name for name in hf.get("architectures") or ())
+    if pooling is None or (theirs and has_pooler and checkpoint.has("classifier.weight")):
+        return ("pooler" if has_pooler else "mean"), False
+    return pooling, normalize
 
 
 def sentence_pooling(directory):
