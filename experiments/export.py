@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from typing import NamedTuple
 
 from absl import flags
@@ -98,7 +99,7 @@ def _job(given):
                 f"{folder} has no adapter yet: finish the run with its own command, which goes on where it was."
             )
     labels = given.labels and tuple(name.strip() for name in given.labels.split(","))
-    labels = labels or (run and tuple(run["federation"]["data"].get("labels") or ())) or None
+    labels = labels or (run and tuple(run["federation"]["data"].get("labels") or ())) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
     dtype = given.dtype or (run or {}).get("dtype") or "float32"
@@ -152,9 +153,20 @@ def _release(run, adapter):
     return next((f"{mark}{why}" for mark, why in marks.items() if mark in said), UNTOLD)
 
 
+def _noted_labels(adapter):
+    """The labels that a run noted beside its adapter, in the order of the head's outputs; None where it noted none."""
+    from experiments import model_card
+
+    note = files.find(adapter, "README.md")
+    lines = files.read_bytes(note).decode("utf-8", "replace").splitlines() if note else ()
+    said = next((line.removeprefix(model_card.LABELS) for line in lines if line.startswith(model_card.LABELS)), "[]")
+    named = files.parse_json(said.encode(), adapter / "README.md", list)
+    return tuple(map(str, named)) or None
+
+
 def export(job):
     """Merge, write beside --out, and put in its place; print what was written. Raises InputError."""
-    from dplora_jax import lora, models, peft
+    from dplora_jax import lora, peft
     from dplora_jax.models import hf_checkpoint, pretrained
     from experiments import model_card
 
@@ -166,7 +178,7 @@ def export(job):
         print(
             f"The run froze its base in {job.run['quantize']}; the adapter is merged into the base as it is, not rounded."
         )
-    model, params = models.from_pretrained(place, job.dtype, _head_rows(job.adapter))
+    model, params = _base(place, job)
     labels = _labels(job, model, hf)
     adapter, config = peft.load(job.adapter, model, params)
     params = lora.merge(model, params, adapter, config)
@@ -187,6 +199,16 @@ def export(job):
     except OSError as error:
         raise InputError(f"--out={job.out} cannot be written ({error.strerror or error}).") from None
     print(model_card.closing_line(job, model, document))
+
+
+def _base(place, job):
+    """The base (model, params); where the adapter has a head, a classifier of as many labels, whose own head does not matter."""
+    from dplora_jax import models
+
+    count = _head_rows(job.adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*the head starts fresh")
+        return models.from_pretrained(place, job.dtype, label_names=None if count is None else range(count))
 
 
 def _head_rows(adapter):

@@ -1,5 +1,6 @@
 """What an export says of itself: its README.md, and the line that the command ends with."""
 
+import json
 import pathlib
 
 from dplora_jax.models import hf_checkpoint
@@ -7,6 +8,7 @@ from dplora_jax.models.pretrained import hub_id
 from experiments.report_text import METRICS
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
+LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list
 AVERAGED = (
     "This classifier averages the tokens of a text, and transformers' own BertForSequenceClassification reads the first "
     "token alone, so that it would give other logits: this is a sentence-transformers directory, whose `encode` gives the logits."
@@ -28,9 +30,11 @@ def _reader(model, document):
     return next((found for end, found in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
 
 
-def of_adapter(model, line):
-    """README.md of a run's own adapter files: what the run ends with, and what reads them as they are meant."""
+def of_adapter(model, line, labels=()):
+    """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant."""
     note = f"# LoRA adapter\n\n{line}\n"
+    if labels and model.config.num_labels is not None:  # PEFT's files have no place for them; an export reads this line
+        note += f"\n{LABELS}{json.dumps(list(labels), ensure_ascii=False)}\n"
     if hf_checkpoint.averages(model):
         note += (
             "\nPEFT loads it, but the base's logits are another classifier's: this one averages the tokens of a text, and "
@@ -40,10 +44,10 @@ def of_adapter(model, line):
     return note
 
 
-def of_adapters(config, model, line):
+def of_adapters(config, model, line, labels=()):
     """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
     client."""
-    note = of_adapter(model, line)
+    note = of_adapter(model, line, labels)
     if config.aggregation != "fedsa":
         return [(".", note)]
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"

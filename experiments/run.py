@@ -213,7 +213,8 @@ def _finish(job, done, state, lines):
     dispatch.show_metrics(job, lines)
     model, base = p.model, pretrained.hub_id(job.config.model)
     released.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
-    for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder)):
+    labels = p.facts["data"]["labels"]
+    for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder), labels):
         chain.replace_durably(job.folder / "adapter" / folder / "README.md", note)
     report.write(job.folder)
     if done < job.config.rounds:

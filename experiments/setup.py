@@ -13,7 +13,7 @@ from dplora_jax import lora, models
 from dplora_jax.data import encoding
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
-from dplora_jax.models import features
+from dplora_jax.models import features, pretrained
 from dplora_jax.privacy import secrets
 from experiments import (
     base_passes,
@@ -57,8 +57,8 @@ def prepare(config, stored=None, memo=None, dealt=None):
         tensorboard.check()
     dealt = dealt or records.deal(config)
     corpus = dealt.corpus
-    labels = len(corpus.label_names) if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
-    model, params = models.from_pretrained(config.model, config.dtype, labels, config.quantize)
+    labels = corpus.label_names if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
+    model, params = models.from_pretrained(config.model, config.dtype, None, config.quantize, labels)
     if config.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     grid = mesh.make(config.mesh, config.clients, model)
@@ -100,6 +100,8 @@ def prepare(config, stored=None, memo=None, dealt=None):
         private = records.by_client(table, shares)
         evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
+    if labels is not None and (start := pretrained.head_start(config.model, labels)):
+        told["method"].append(start)
     if features.KEY in params:
         told["features"] = {
             name: np.asarray(value).tolist() for name, value in mesh.fetch(params[features.KEY]).items()

@@ -162,7 +162,6 @@ def selected_by_peft(document, modules):
     ("option", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
         ("modules_to_save", ["score", "embed_tokens"]),
         ("modules_to_save", ["lm_head"]),
     ],

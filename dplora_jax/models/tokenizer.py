@@ -2,7 +2,7 @@
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, read_json
-from dplora_jax.models import gguf_file, pretrained, tokenizer_files
+from dplora_jax.models import gguf_file, pretrained, tokenizer_files, tokenizer_settings
 
 
 def load_tokenizer(name_or_path):
@@ -18,6 +18,7 @@ def load_tokenizer(name_or_path):
         with tokenizer_files.copied(place) as copies:
             tokenizer = _from_directory(place, copies)
         tokenizer.name_or_path = str(place)
+        tokenizer_settings.lower_case(place, tokenizer)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -59,7 +60,8 @@ def _from_json(directory, copies, by_class):
     """The tokenizer of tokenizer.json in `copies`, with the special tokens that only the class of `by_class` (or None) knows.
 
     AutoTokenizer builds the class that the config names from the words and merges alone. SmolLM2's class is GPT-2's,
-    which does not split digits as its tokenizer.json does, so the same text would become other tokens.
+    which does not split digits as its tokenizer.json does, so the same text would become other tokens. The options that every
+    version of these classes sets on a tokenizer.json are followed.
     """
     import transformers
 
@@ -75,6 +77,7 @@ def _from_json(directory, copies, by_class):
             if getattr(tokenizer, name) is None and getattr(by_class, name) in words:
                 setattr(tokenizer, name, getattr(by_class, name))
         tokenizer.model_input_names = by_class.model_input_names
+    tokenizer_settings.follow(directory, tokenizer, by_class)
     return tokenizer
 
 
