@@ -26,7 +26,10 @@ def names(source, clients):
     root = Path(source.data_dir)
     if not root.is_dir():
         raise InputError(f"--data_dir={source.data_dir} is not a folder; give the one that holds the clients' folders.")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{root} cannot be read ({error.strerror}); let this process read it.") from None
     if len(found) != clients:
         raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give --clients={len(found)}.")
     _refuse_shared(root, found, sources.OWN_TABLES[source.dataset])
@@ -57,10 +60,7 @@ def read(source, corpus, name):
     folder = Path(source.data_dir) / name
     labels = corpus.label_names or None
     own = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=labels)
-    try:
-        found = sources.load(own, need_test=False).train
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}): let this process read it.") from None
+    found = sources.load(own, need_test=False).train
     if corpus.test is not None:
         records.refuse_copy([found], records.columns_of(corpus.test))
     return found

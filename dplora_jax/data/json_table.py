@@ -1,11 +1,9 @@
 """JSON lines, and JSON files that are one list: strings as they are, numbers as they are written."""
 
 import json
-import re
 
 from dplora_jax.data.cells import UnreadableError
 
-HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 WORDS = {True: "true", False: "false"}
 
 
@@ -23,7 +21,7 @@ def read(stream, wanted, every):
             if every and name not in columns:
                 columns[name] = [None] * (count - 1)
         for name, column in columns.items():
-            column.append(_cell(row.get(name), where))
+            column.append(_cell(row.get(name)))
     if not count:
         raise UnreadableError("has no rows; give a table with records.")
     return list(names), {name: column for name, column in columns.items() if name in names}
@@ -74,9 +72,5 @@ DECODER = json.JSONDecoder(
 )
 
 
-def _cell(value, where):
-    if isinstance(value, bool):
-        return WORDS[value]
-    if isinstance(value, str) and not value.isascii() and HALF_A_CHARACTER.search(value):
-        raise UnreadableError(f"has half a character (a lone surrogate) at {where}; mend the text there.")
-    return value
+def _cell(value):
+    return WORDS[value] if isinstance(value, bool) else value

@@ -4,6 +4,7 @@ What is private is the training table of a person: no message here contains a va
 """
 
 import decimal
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from dplora_jax.data import tasks
 from dplora_jax.data.cells import NoText
 from dplora_jax.errors import InputError
 
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 FEW = 8  # different records of a client, fewer of which a public table may hold by chance
 
 
@@ -114,7 +116,13 @@ def _texts(table, role, name, task):
                 f"{table.where} has values in column '{name}' that are not text ({kind}); save them as text, or name another "
                 "column."
             )
-    return [read(cell) for cell in cells] if read else [cell or "" for cell in cells]
+    found = [read(cell) for cell in cells] if read else [cell or "" for cell in cells]
+    for number, text in enumerate(found, start=1):
+        if not text.isascii() and HALF_A_CHARACTER.search(text):  # no tokenizer takes it
+            raise InputError(
+                f"{table.where} has half a character (a lone surrogate) in column '{name}' of record {number}; mend it there."
+            )
+    return found
 
 
 def _kept(values, wanted):

@@ -89,10 +89,13 @@ def stem_of(path: Path) -> str:
 def find(folder: str, stem: str, suffixes: Collection[str]) -> Path | None:
     """The file of that stem with one of the suffixes, or None; InputError where there are two, or no such folder."""
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f"--data_dir={folder} is not a folder; give the folder that holds the tables.")
     zipped = [suffix + ".gz" for suffix in suffixes if suffix != ".parquet"]
-    found = [root / (stem + suffix) for suffix in (*suffixes, *zipped) if (root / (stem + suffix)).is_file()]
+    try:
+        if not root.is_dir():
+            raise InputError(f"--data_dir={folder} is not a folder; give the folder that holds the tables.")
+        found = [root / (stem + suffix) for suffix in (*suffixes, *zipped) if (root / (stem + suffix)).is_file()]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}); let this process read it.") from None
     if len(found) > 1:
         raise InputError(f"{folder} has more than one {stem} table ({', '.join(p.name for p in found)}); keep one.")
     return found[0] if found else None

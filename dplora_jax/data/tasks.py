@@ -62,9 +62,9 @@ class Task:
 
     @property
     def codes(self):
-        """The number of each label's text in a public table: its name, or the number itself."""
-        names = self.label_names
-        return {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+        """The number of each label's text in a public table: its name, capital or not, or the number itself."""
+        names = enumerate(self.label_names)
+        return {text: i for i, name in names for text in (str(i), name, name.capitalize(), name.upper())}
 
 
 def label_of(value):

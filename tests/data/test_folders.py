@@ -84,3 +84,18 @@ def test_each_client_has_its_own_table_whatever_its_folder_is_called(tmp_path):
     corpus = sources.load_public(given, need_test=False)
     found = [folders.read(given, corpus, name).texts for name in folders.names(given, len(clients))]
     assert found == [(f"of {name}",) for name in sorted(clients)]
+
+
+def test_a_folder_that_the_machine_refuses_is_one_sentence(source, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    given = source()
+    corpus = sources.load_public(given, need_test=True)
+    monkeypatch.setattr(sources.Path, "is_file", refuse)
+    with pytest.raises(InputError, match=r"alder cannot be read \(Permission denied\)"):
+        folders.read(given, corpus, "alder")
+    assert folders.names(given, 2) == ["alder", "birch"]  # whose tables this process need not see
+    monkeypatch.setattr(sources.Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        folders.names(given, 2)

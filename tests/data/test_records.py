@@ -42,3 +42,11 @@ def test_a_choice_without_its_text_is_refused_and_not_asked_as_none():
         records.choices(of, tasks.TASKS["piqa"])
     of = table(goal=["g"], sol1=["a"], sol2=["c"], label=["0"], more=[None])
     assert records.choices(of, tasks.TASKS["piqa"])["label"] == ["0"]
+
+
+@pytest.mark.parametrize("role", ["prompt", "answer"])
+def test_half_a_character_is_found_before_a_tokenizer_fails_on_it(role):
+    columns = {"prompt": ["a", "b"], "answer": ["c", "d"]} | {role: ["\U0001f600", "secret \ud83d"]}
+    with pytest.raises(InputError, match=f"half a character .* in column '{role}' of record 2") as caught:
+        records.rows(table(**columns), tasks.own(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"})
+    assert "secret" not in str(caught.value)
