@@ -62,7 +62,8 @@ def test_a_column_without_a_name_is_nobodys(table):
 
 
 def test_a_text_may_be_as_long_as_it_is_and_the_limit_is_left_alone():
-    limit, long = csv.field_size_limit(), "word " * 60_000
+    limit, long = 131_072, "word " * 60_000
+    csv.field_size_limit(limit)
     assert read(f'text,label\n"{long}",x\n')["text"] == [long]
     assert csv.field_size_limit() == limit
 

@@ -64,6 +64,13 @@ def test_own_table_takes_its_labels_from_the_public_test(tmp_path, dataset, suff
     assert not corpus.synthetic
 
 
+def test_labels_of_any_number_of_digits_are_in_their_order(tmp_path):
+    long = "9" * 6000
+    write(tmp_path, "train.csv", rows([long]))
+    write(tmp_path, "test.csv", rows([long, "10", "9"], start=5))
+    assert load(own(tmp_path)).label_names == ("9", "10", long)
+
+
 def test_labels_flag_gives_names_in_its_order_and_no_test_is_needed_for_training(tmp_path):
     write(tmp_path, "train.jsonl", rows([1.0, 0, "1"]))
     corpus = load(own(tmp_path, "jsonl", labels=("1", "0")), need_test=False)

@@ -85,6 +85,11 @@ def test_every_kind_of_text_is_read_as_it_is_and_compressed(name, content, tmp_p
     assert texts(write(tmp_path / "unsaid" / name, gzip.compress(content.encode()))) == ["one"]
 
 
+def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
+    assert texts(write(tmp_path / "train.jsonl", '{"text": "a\rb"}\r\n{"text": "c\u2028d"}\n')) == ["a\rb", "c\u2028d"]
+    assert texts(write(tmp_path / "train.txt", "a\rb\r\nc\u2028d\n")) == ["a", "b", "c\u2028d"]
+
+
 def test_a_compressed_table_is_found_and_a_second_one_refused(tmp_path):
     path = write(tmp_path / "train.csv.gz", gzip.compress(csv_text("one").encode()))
     assert tables.find(str(tmp_path), "train", (".csv", ".tsv")) == path
