@@ -32,6 +32,7 @@ from experiments import (
     benchmark_rounds,
     benchmark_steps,
     benchmark_table,
+    flagfiles,
     memory,
     plan_models,
     roofline,
@@ -79,7 +80,8 @@ def main(argv=None):
     """Print what is asked for -> exit code."""
     config = define()
     try:
-        config(["benchmark", *(sys.argv[1:] if argv is None else argv)])
+        rest, _ = flagfiles.parse(sys.argv[1:] if argv is None else argv, config, "benchmark")
+        flagfiles.refuse_rest(rest)
         unknown = set(config.forms) - set(FORMS)
         if unknown:
             raise InputError(f"--forms={','.join(sorted(unknown))} is not known: {', '.join(FORMS)}.")

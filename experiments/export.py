@@ -19,6 +19,7 @@ from typing import NamedTuple
 from absl import flags
 
 from dplora_jax.errors import InputError
+from experiments import flagfiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -72,15 +73,11 @@ def parse(argv):
     flags.DEFINE_boolean("overwrite", False, "replace the files of an earlier export in --out", flag_values=values)
     flags.DEFINE_integer("max_shard_bytes", 5 * 10**9, "bytes of one weights file, at most", 1, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    try:
-        rest = values(["export", *argv])[1:]
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split()).rstrip(".") + ".") from None
+    rest, _ = flagfiles.parse(argv, values, "export")
     if values.help:
         print(f"{__doc__}\n{values.get_help()}")
         raise SystemExit(0)
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+    flagfiles.refuse_rest(rest)
     return _job(values)
 
 
