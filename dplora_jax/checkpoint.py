@@ -5,6 +5,7 @@ import os
 import pathlib
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import plain
 from dplora_jax.privacy import secrets
 
 
@@ -53,7 +54,7 @@ class Checkpoints:
     def save(self, number, state, notes):
         """Begin to save `state` (a pytree of arrays) and `notes` (JSON) as of round `number`; `wait` makes sure of it.
         `notes["ledger"]` is the anchor that `anchors` reads."""
-        parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(notes))
+        parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(plain(notes)))
         self._manager.save(number, args=parts)
 
     def wait(self, meet=lambda: None):

@@ -9,6 +9,7 @@ import safetensors
 import safetensors.numpy
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from dplora_jax.lora import LoraConfig, Pair
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.privacy.chain import replace_durably
@@ -48,7 +49,7 @@ def save(path, model, adapter, config, base=None):
         "init_lora_weights": True, "use_dora": False, "use_rslora": False,
     }  # fmt: skip
     replace_durably(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    replace_durably(path / "adapter_config.json", json.dumps(document, indent=2) + "\n")
+    replace_durably(path / "adapter_config.json", to_json(document, indent=2) + "\n")
 
 
 def _task_type(model):

@@ -5,7 +5,6 @@ probability 0.001 at most, however many claims are audited), 2 bad input.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
 from experiments import flags, workdir
 from experiments.canaries import audit, of_config, small
@@ -117,7 +117,7 @@ def _audits(own, config, folder):
         "flags": _flags(own, config),
         "audits": lines,
     }
-    chain.replace_durably(folder / "audit.json", json.dumps(result, indent=1))
+    chain.replace_durably(folder / "audit.json", to_json(result, indent=1))
     if any(line["broken"] for line in lines):
         print("The mechanism is BROKEN: a lower bound exceeds the epsilon that is claimed.")
         return 1
@@ -129,7 +129,7 @@ def _flags(own, config):
     if config is None:
         return None
     budget = ("epsilon", "noise_multiplier") if own.epsilons else ()
-    return {name: value for name, value in workdir.plain(dataclasses.asdict(config)).items() if name not in budget}
+    return {name: value for name, value in plain(dataclasses.asdict(config)).items() if name not in budget}
 
 
 def _subjects(own, config):
@@ -157,7 +157,7 @@ def _membership(own, config, folder):
         line = membership.attack(one, own.seed)
         print(f"{name:>14}{line['tpr_at_0.001']:18.4f}{line['tpr_at_0.01']:12.4f}{line['auc']:8.3f}", flush=True)
         lines.append({"run": name, **line})
-    chain.replace_durably(folder / "membership.json", json.dumps(lines, indent=1))
+    chain.replace_durably(folder / "membership.json", to_json(lines, indent=1))
     return 0
 
 

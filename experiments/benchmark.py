@@ -25,6 +25,7 @@ import jax
 from absl import flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
 from experiments import (
@@ -148,13 +149,13 @@ def sweep(config):
         for flag, value in name.items():
             config[flag].parse(value)
         what = case(config)
-        key = {"case": json.loads(json.dumps(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
+        key = {"case": json.loads(to_json(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
         key["repeats"] = config.repeats
         found = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
         if found is None:
             found = measured(config, what)
             with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(key | {"found": found}) + "\n")
+                file.write(to_json(key | {"found": found}) + "\n")
             print(f"{name}: done", file=sys.stderr, flush=True)
             jax.clear_caches()
         cells.append((name, found))

@@ -9,7 +9,6 @@ from the other three: the one that --solve names, else the one not given. Exit c
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -19,6 +18,7 @@ from absl import flags as absl_flags
 from absl import logging
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from dplora_jax.privacy import accounting, paper_bound
 from experiments import flags, run_config
 
@@ -59,7 +59,7 @@ def main(argv=None):
         if options["plot"]:
             budget_text.plot(told, options["plot"])
         if options["json"]:
-            print(json.dumps(told, indent=2))
+            print(to_json(told, indent=2))
         else:
             budget_text.show(told)
     except InputError as error:

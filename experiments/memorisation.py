@@ -10,7 +10,6 @@ Every copy of a canary is a record: a guarantee is for one of them, and c copies
 """
 
 import dataclasses
-import json
 import os
 import sys
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from experiments import allocator, flags
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
@@ -81,7 +81,7 @@ def main(argv=None):
                 "candidates": own.candidates,
                 "runs": lines,
             }
-            chain.replace_durably(folder / "memorisation.json", json.dumps(document, indent=1))
+            chain.replace_durably(folder / "memorisation.json", to_json(document, indent=1))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ on it. --model is a directory with config.json or one of plan_models.KNOWN. Exit
 
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from experiments import flags, run_config
 
 GIB = 1 << 30
@@ -53,7 +53,7 @@ def main(argv=None):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(told, indent=2)) if options["json"] else show(told)
+    print(to_json(told, indent=2)) if options["json"] else show(told)
     return 0 if told["fits"] else 1
 
 

@@ -13,12 +13,14 @@ deviations over seeds, and writes it with plots beside --out, as .md and .html. 
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from experiments import allocator, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
@@ -81,8 +83,8 @@ def _run(cells, out):
         line = cell.name | ({k: like[k] for k in OUTCOME if k in like} if like else outcome(cell, memo, programs))
         with open(out, "a", encoding="utf-8") as file:  # a line is written at once: processes may share the file
             torn = out.stat().st_size and not out.read_bytes().endswith(b"\n")
-            file.write("\n" * torn + json.dumps(line) + "\n")
-        print(f"{number} of {len(cells)}: {json.dumps(line)}", file=sys.stderr, flush=True)
+            file.write("\n" * torn + to_json(line) + "\n")
+        print(f"{number} of {len(cells)}: {to_json(line)}", file=sys.stderr, flush=True)
 
 
 def _spread(argv, count):
@@ -130,7 +132,8 @@ def outcome(cell, memo, programs):
 
 def _better(metrics):
     """A number that is larger for the better model."""
-    return metrics["accuracy"] if "accuracy" in metrics else -metrics["perplexity"]
+    value = metrics["accuracy"] if "accuracy" in metrics else -metrics["perplexity"]
+    return -math.inf if math.isnan(value) else value
 
 
 def _trained(config, kind, memo, programs):
