@@ -1,7 +1,7 @@
 """Attack the training program itself and bound from below the epsilon that it has: `python -m experiments.audit`.
 
 Exit codes: 0 no bound exceeds its claim, 1 one does (the mechanism is broken; with an intact one this has
-probability 0.001 at most, however many claims are audited), 2 bad input.
+probability 0.001 at most, however many claims are audited), 2 bad input, 74 a file cannot be written.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 from dplora_jax.errors import InputError
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
-from experiments import flags, workdir
+from experiments import exits, flags, workdir
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -29,21 +29,18 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 """
 
 
+@exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        own, config = _parse(sys.argv[1:] if argv is None else argv)
-        if own.help:
-            print(HELP)
-            return 0
-        with workdir.locked(own.folder) as folder:
-            if (folder / "config.json").exists():
-                raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
-            return (_membership if own.membership else _audits)(own, config, folder)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    own, config = _parse(sys.argv[1:] if argv is None else argv)
+    if own.help:
+        print(HELP)
+        return 0
+    with workdir.locked(own.folder) as folder:
+        if (folder / "config.json").exists():
+            raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
+        return (_membership if own.membership else _audits)(own, config, folder)
 
 
 class Own(NamedTuple):

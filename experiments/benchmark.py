@@ -33,6 +33,7 @@ from experiments import (
     benchmark_rounds,
     benchmark_steps,
     benchmark_table,
+    exits,
     flagfiles,
     memory,
     plan_models,
@@ -77,6 +78,7 @@ def define():
     return values
 
 
+@exits.guarded
 def main(argv=None):
     """Print what is asked for -> exit code."""
     config = define()
@@ -91,9 +93,8 @@ def main(argv=None):
             raise InputError(f"--chips={','.join(sorted(unknown))} is not known: {', '.join(roofline.PEAKS)}.")
         for line in sweep(config) if config.vary else chosen(config):
             print(line, flush=True)
-    except (flags.Error, InputError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (flags.Error, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None
     return 0
 
 

@@ -151,10 +151,10 @@ def leave(code):
 
 
 def fail(error):
-    """End the run for all because of an exception here: a mistake of the user's (2), a lost process (LOST), or a fault (1)."""
+    """End the run for all because of an exception here: what a user can mend, a lost process (LOST), or a fault (1)."""
     group = _group
     if isinstance(error, InputError):
-        watch.end(group, 2, f"{group.hosts[group.number]}: {error}")
+        watch.end(group, error.code, f"{group.hosts[group.number]}: {error}")
     lost = watch.silent(group)
     if lost:
         watch.end(group, LOST, watch.gone(group, lost, watch.SILENT))

@@ -13,10 +13,11 @@ import math
 import pathlib
 import sys
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown, sweep, sweep_report
+from experiments import exits, ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, accuracy_note, as_epsilon, show, show_bytes, show_metric
@@ -38,7 +39,8 @@ def _read(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the workdir of a run that has started.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run the same command again to rebuild it.") from None
+        broken = InputError(f"{path} cannot be read ({error}): run the same command again to rebuild it.")
+        raise errors.storage(error) or broken from None
     return config, rows
 
 
@@ -231,17 +233,14 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
     return lines
 
 
+@exits.guarded
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
-    try:
-        sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
-        folders = [word for word in arguments if not word.startswith("--sweep=")]
-        if len(folders) != 1 or len(sweeps) > 1:
-            raise InputError("Give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
-        print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
+    folders = [word for word in arguments if not word.startswith("--sweep=")]
+    if len(folders) != 1 or len(sweeps) > 1:
+        raise InputError("give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
+    print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
     return 0
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import pathlib
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy.chain import replace_durably
@@ -20,7 +21,9 @@ def locked(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "w")  # noqa: SIM115 - held until the process ends
     except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written ({error.strerror}).") from None
+        raise errors.storage(error) or InputError(
+            f"--workdir={workdir} cannot be written ({error.strerror})."
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
