@@ -201,6 +201,11 @@ def _measure(config, own, task, prepared, tokenizer, found):
         raise InputError(
             f"a canary has {longest} tokens, and --max_length={config.max_length} would cut off its secret; raise it."
         )
+    most = whole.config.max_positions
+    if longest + 2 * DIGITS > most:
+        raise InputError(
+            f"a canary and what is written behind it have {longest + 2 * DIGITS} tokens, and the model {most} positions."
+        )
     table = encoding.all_answers(tokenizer, asked, longest, config.chat)
     likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)
     prompts = encoding.prompts(tokenizer, begun, longest, config.chat)

@@ -150,15 +150,17 @@ def _secrets(config, folder, ledger):
 
 def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
-    from experiments import dispatch, metrics, processes, progress
+    from experiments import dispatch, finite, metrics, processes, progress
 
     processes.agree(lambda: dispatch.check_past(job))
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
     with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
-        while (
-            not (stopped := processes.any_of(stop)) and (todo := dispatch.agreed_charge(job, done, state)) is not None
-        ):
+        while True:
+            finite.check(state, lines)
+            stopped = processes.any_of(stop)
+            if stopped or (todo := dispatch.agreed_charge(job, done, state)) is None:
+                break
             *(rounds, attempt), paid = todo
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
@@ -205,9 +207,10 @@ def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import dispatch, model_card, processes, released, report, summary
+    from experiments import dispatch, finite, model_card, processes, released, report, summary
 
     p, lines = job.prepared, _settled(job, done, state, lines)
+    finite.check(state, lines)
     parts = released.fetched(job.config, p.params, state)
     if not processes.primary():
         return
