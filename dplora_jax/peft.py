@@ -1,6 +1,5 @@
 """Adapter files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`, both ways."""
 
-import json
 import math
 import pathlib
 import re
@@ -13,7 +12,7 @@ import safetensors.numpy
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.files import find, read_json
+from dplora_jax.files import find, read_json, to_json
 from dplora_jax.lora import LoraConfig, Pair
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.peft_config import PeftConfig
@@ -56,7 +55,7 @@ def save(path, model, adapter, config, base=None):
         },
     }  # fmt: skip
     replace_durably(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    replace_durably(path / "adapter_config.json", json.dumps(document, indent=2) + "\n")
+    replace_durably(path / "adapter_config.json", to_json(document, indent=2) + "\n")
 
 
 def _by_its_end(module):

@@ -3,7 +3,6 @@
 `job` is a `run.Run`.
 """
 
-import json
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
+from dplora_jax.files import to_json
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
 from experiments import draws, participants, processes, streaming, tensorboard, workdir
@@ -227,16 +227,15 @@ def _write_diagnostics(job, rounds, shown):
     """Append exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
     private = job.folder / "private"
     private.mkdir(mode=0o700, exist_ok=True)
-    with open(os.open(private / "diagnostics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
-        for index, number in enumerate(range(*rounds)):
-            values = {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
-            file.write(
-                json.dumps(
-                    {
-                        "round": number,
-                        "note": "PRIVATE: exact statistics of the records, outside the guarantee",
-                        **values,
-                    }
-                )
-                + "\n"
-            )
+    note = "PRIVATE: exact statistics of the records, outside the guarantee"
+    rows = [
+        {"round": number, "note": note}
+        | {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
+        for index, number in enumerate(range(*rounds))
+    ]
+    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        file.seek(
+            file.read().rfind(b"\n") + 1
+        )  # behind the last whole line: a kill or a full disk may have cut one off
+        file.truncate()
+        file.write("".join(to_json(row) + "\n" for row in rows).encode())

@@ -4,7 +4,8 @@ sentence-transformers) reads.
     python -m experiments.export --workdir=runs/finance --out=exported
     python -m experiments.export --model=SmolLM2-135M-Instruct --adapter=my_adapter --out=exported
 
-Exit codes are 0 done, 2 bad input. The checkpoint carries the run's word on whether it may be released.
+Exit codes are 0 done, 2 bad input,
+74 a file cannot be written. The checkpoint carries the run's word on whether it may be released.
 """
 
 import os
@@ -18,8 +19,9 @@ from typing import NamedTuple
 
 from absl import flags
 
-from dplora_jax import files
+from dplora_jax import errors, files
 from dplora_jax.errors import InputError
+from experiments import exits, flagfiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -44,16 +46,13 @@ class Job(NamedTuple):
     shard_bytes: int
 
 
+@exits.guarded
 def main(argv=None):
     """Export as the command line `argv` (default: this process's) says -> exit code."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one pass over the weights: no accelerator's memory need hold them
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        export(parse(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    export(parse(sys.argv[1:] if argv is None else argv))
     return 0
 
 
@@ -73,15 +72,11 @@ def parse(argv):
     flags.DEFINE_boolean("overwrite", False, "replace the files of an earlier export in --out", flag_values=values)
     flags.DEFINE_integer("max_shard_bytes", 5 * 10**9, "bytes of one weights file, at most", 1, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    try:
-        rest = values(["export", *argv])[1:]
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split()).rstrip(".") + ".") from None
+    rest, _ = flagfiles.parse(argv, values, "export")
     if values.help:
         print(f"{__doc__}\n{values.get_help()}")
         raise SystemExit(0)
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+    flagfiles.refuse_rest(rest)
     return _job(values)
 
 
@@ -197,7 +192,9 @@ def export(job):
             (draft / "README.md").write_text(model_card.text(job, model, document, config, labels), encoding="utf-8")
             _move(draft, job.out)
     except OSError as error:
-        raise InputError(f"--out={job.out} cannot be written ({error.strerror or error}).") from None
+        raise errors.storage(error) or InputError(
+            f"--out={job.out} cannot be written ({error.strerror or error})."
+        ) from None
     print(model_card.closing_line(job, model, document))
 
 

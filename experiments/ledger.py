@@ -13,7 +13,7 @@ from dplora_jax import checkpoint
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import ledger_checks
+from experiments import exits, ledger_checks
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
@@ -128,18 +128,15 @@ def _spread(clients, name):
     return " to ".join(_number(value) for value in dict.fromkeys([*values[:1], *values[-1:]]))
 
 
+@exits.guarded
 def main(arguments=None):
     """Run the command line -> exit code: 0 where the ledger holds, 2 where it does not."""
     from rich.console import Console
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
-            raise InputError(f"give a command and a workdir: {USAGE}.")
-        verdict = verify(arguments[1])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
+        raise InputError(f"give a command and a workdir: {USAGE}.")
+    verdict = verify(arguments[1])
     if arguments[0] == "show":
         show(verdict, Console())
     else:

@@ -116,7 +116,7 @@ def _run_facts(run):
     ]
     if run.get("trust") != "none" and rows:
         yield f"| client | records | epsilon at delta {run['delta']:g} |\n|---|---|---|\n" + "\n".join(rows)
-    found = [f"{label} {last[key]:.3f}" for key, label in METRICS.items() if key in last]
+    found = [f"{label} {float(last[key]):.3f}" for key, label in METRICS.items() if key in last]
     if found:
         whose = f" {OWN_MODELS}, not of this one." if run.get("aggregation") == "fedsa" else ""
         yield f"On the public test set: {', '.join(found)}.{whose}"

@@ -12,6 +12,7 @@ import socket
 import sys
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from experiments import watch
 from experiments.watch import LOST, ROOM
 
@@ -99,10 +100,10 @@ def gather(value):
     """Every process's `value` (JSON), in order; returns when all have come here."""
     group = _group
     if group is None:
-        return [json.loads(json.dumps(value))]
+        return [json.loads(to_json(value))]
     group.turn += 1
     folder = f"{ROOM}/turn/{group.turn}"
-    group.client.key_value_set(f"{folder}/{group.number}", json.dumps(value))
+    group.client.key_value_set(f"{folder}/{group.number}", to_json(value))
     # The watch ends a wait that is too long, and with a better sentence than the barrier's own.
     group.client.wait_at_barrier(f"{ROOM}-{group.turn}", int(1000 * (2 * group.stall + 100)))
     told = {key.rsplit("/", 1)[1]: text for key, text in group.client.key_value_dir_get(folder)}
@@ -150,10 +151,10 @@ def leave(code):
 
 
 def fail(error):
-    """End the run for all because of an exception here: a mistake of the user's (2), a lost process (LOST), or a fault (1)."""
+    """End the run for all because of an exception here: what a user can mend, a lost process (LOST), or a fault (1)."""
     group = _group
     if isinstance(error, InputError):
-        watch.end(group, 2, f"{group.hosts[group.number]}: {error}")
+        watch.end(group, error.code, f"{group.hosts[group.number]}: {error}")
     lost = watch.silent(group)
     if lost:
         watch.end(group, LOST, watch.gone(group, lost, watch.SILENT))

@@ -1,8 +1,9 @@
 """How the report looks and how it writes a number: its style sheet, and values as escaped text."""
 
 import html
-import json
 import math
+
+from dplora_jax.files import to_json
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1c2024; --soft: #5b636c; --line: #dfddd6;
@@ -108,7 +109,7 @@ def show(value, name: str = "") -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.3f}" if name == "metric" and abs(value) < 10 else f"{value:.4g}"
-    return html.escape(value if isinstance(value, str) else json.dumps(value))
+    return html.escape(value if isinstance(value, str) else to_json(value))
 
 
 def accuracy_note(data: dict, accuracy: float) -> str:

@@ -1,7 +1,8 @@
 """The main job: a private federation fine-tunes a language model. `python -m experiments.run --flagfile=finance.flags`.
 
-Run again in the same workdir, it goes on where it was; exit codes are 0 done, 2 bad input, 75 stopped by SIGTERM with
-everything saved, and 69 (`processes.LOST`) where another process of the run was lost.
+Run again in the same workdir, it goes on where it was. Exit codes are 0 done; 2 bad input; 65 no number is finite any more
+(`finite`); 74 a file cannot be read or written (`errors.storage`); 75 stopped by SIGTERM with everything saved; 69
+(`processes.LOST`) another process of the run was lost.
 """
 
 import contextlib
@@ -12,8 +13,9 @@ import sys
 import warnings
 from typing import Any, NamedTuple
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
-from experiments import allocator
+from experiments import allocator, exits
 
 STOPPED = 75
 
@@ -26,6 +28,7 @@ def main(argv=None):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = sys.argv[1:] if argv is None else argv
+    folder = None
     try:
         config = flags.parse(arguments)
         processes.join(config)
@@ -35,11 +38,8 @@ def main(argv=None):
             return code
     except Exception as error:
         if processes.count() > 1:
-            processes.fail(error)  # ends them all
-        if not isinstance(error, InputError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            processes.fail(errors.storage(error, folder) or error)  # ends them all
+        return exits.told(error, folder)
 
 
 def _workdir(config):
@@ -151,13 +151,17 @@ def _secrets(config, folder, ledger):
 
 def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
-    from experiments import dispatch, metrics, processes, progress
+    from experiments import dispatch, finite, metrics, processes, progress
 
     processes.agree(lambda: dispatch.check_past(job))
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
     with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
-        while not (stopped := processes.any_of(stop)) and (todo := dispatch.agreed_charge(job, done)) is not None:
+        while True:
+            finite.check(state, lines)
+            stopped = processes.any_of(stop)
+            if stopped or (todo := dispatch.agreed_charge(job, done)) is None:
+                break
             *(rounds, attempt), paid = todo
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
@@ -204,9 +208,10 @@ def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import dispatch, model_card, processes, released, report, summary
+    from experiments import dispatch, finite, model_card, processes, released, report, summary
 
     p, lines = job.prepared, _settled(job, done, state, lines)
+    finite.check(state, lines)
     parts = released.fetched(job.config, p.params, state)
     if not processes.primary():
         return

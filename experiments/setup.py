@@ -19,6 +19,7 @@ from experiments import (
     base_passes,
     facts,
     fingerprints,
+    finite,
     objective,
     processes,
     program,
@@ -64,6 +65,8 @@ def prepare(config, stored=None, memo=None, dealt=None):
     grid = mesh.make(config.mesh, config.clients, model)
     tokenizer = models.load_tokenizer(config.model)
     encoding.check_length(config.max_length, model, tokenizer)
+    encoding.check_ids(model, tokenizer)
+    finite.check_weights(config.model, params)
     aim = objective.make(config, corpus.task, tokenizer)
     test = aim.test(corpus.test) if (config.eval_every or config.feature_norm) and corpus.test else None
     params = base_passes.with_features(config, model, params, test, memo, stored)
@@ -99,6 +102,9 @@ def prepare(config, stored=None, memo=None, dealt=None):
     if config.eval_every:
         private = records.by_client(table, shares)
         evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
+    else:
+        whole, classifies = dataclasses.replace(model, start=0), aim.kind == objective.CLASSIFIER
+        finite.check_sentence(config, classifies, whole, params, state.adapter, grid, tokenizer)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
     if labels is not None and (start := pretrained.head_start(config.model, labels)):
         told["method"].append(start)

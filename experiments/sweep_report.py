@@ -50,7 +50,7 @@ def of(lines, case, column, metric):
     """The values over seeds of `case` at `column`; a case that does not depend on a flag has its value everywhere."""
     names = varied(lines)
     return [
-        line["metrics"][metric]
+        float(line["metrics"][metric])
         for line in lines
         if line["case"] == case
         and metric in line["metrics"]
@@ -82,8 +82,15 @@ def spread(values, metric=""):
     if not values:
         return ""
     digits = 2 if "perplexity" in metric else 3
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f" ± {_deviation(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def _deviation(values):
+    """Their standard deviation: nan where one is not finite, which `statistics` cannot take, and 0 of one alone."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def place(line):
@@ -165,7 +172,7 @@ def _errors(lines, cases, line_of, index, metric):
                 continue
             x, kept = zip(*at, strict=True)
             means = [statistics.mean(v) for v in kept]
-            bars = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in kept]
+            bars = [_deviation(v) for v in kept]
             style = "o-" if number < SOLID else "s:"
             colour = SERIES[number % len(SERIES)]
             axes.errorbar(x, means, bars, fmt=style, color=colour, linewidth=2, markersize=4.2, capsize=3)

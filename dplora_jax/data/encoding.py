@@ -71,6 +71,21 @@ def check_length(max_length, model, tokenizer):
         raise InputError(f"--max_length={max_length} must lie in {least}..{most} for this model.")
 
 
+def check_ids(model, tokenizer):
+    """Raise InputError unless each id that the tokenizer may give has its row of the model's embeddings: a lookup beyond them is
+    NaN in every family, and so is all that is made of it."""
+    rows, names = model.config.vocab_size, {index: word for word, index in tokenizer.get_vocab().items()}
+    around = tokenizer("").input_ids  # a post-processor may put in ids of its own
+    least, largest = min((*names, *around)), max((*names, *around))
+    if least < 0 or largest >= rows:
+        strange = largest if largest >= rows else least
+        raise InputError(
+            f"the tokenizer has the id {strange} ({names.get(strange, 'put around each text')!r}), and the model's embeddings "
+            f"have {rows} rows, for ids 0 to {rows - 1}: take the model's own tokenizer, or resize the embeddings for it "
+            "(resize_token_embeddings in transformers) and save the model again."
+        )
+
+
 def _row(tokenizer, one, index, max_length, ends, chat):
     """(ids, where the answer starts, whether its end was cut) of one answer behind its prompt."""
     ids, start = tokenizers.split(tokenizer, one.prompts[index], one.answers[index], chat)
