@@ -6,7 +6,6 @@ probability 0.001 at most, however many claims are audited), 2 bad input.
 
 import dataclasses
 import json
-import os
 import sys
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import auditing, chain
-from experiments import flags, workdir
+from experiments import flags, guard, workdir
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -31,7 +30,7 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    guard.begin()
     try:
         own, config = _parse(sys.argv[1:] if argv is None else argv)
         if own.help:

@@ -11,7 +11,6 @@ Every copy of a canary is a record: a guarantee is for one of them, and c copies
 
 import dataclasses
 import json
-import os
 import sys
 from typing import NamedTuple
 
@@ -55,9 +54,9 @@ class Canary(NamedTuple):
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     from dplora_jax.privacy import chain
-    from experiments import workdir
+    from experiments import guard, workdir
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    guard.begin()
     try:
         config, own = parse(sys.argv[1:] if argv is None else argv)
         with workdir.locked(own.folder) as folder:

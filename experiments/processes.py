@@ -12,7 +12,7 @@ import socket
 import sys
 
 from dplora_jax.errors import InputError
-from experiments import watch
+from experiments import guard, watch
 from experiments.watch import LOST, ROOM
 
 OWN = ("coordinator", "processes", "process", "stall_timeout")  # flags that need not be the same everywhere
@@ -157,7 +157,5 @@ def fail(error):
     lost = watch.silent(group)
     if lost:
         watch.end(group, LOST, watch.gone(group, lost, watch.SILENT))
-    import traceback
-
-    traceback.print_exception(error)
+    guard.show(error)
     watch.end(group, 1, f"{group.hosts[group.number]} failed with {type(error).__name__}: see what it printed.")

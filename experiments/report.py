@@ -16,7 +16,7 @@ import sys
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown, sweep, sweep_report
+from experiments import guard, ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, accuracy_note, as_epsilon, show, show_bytes, show_metric
@@ -233,6 +233,7 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
+    guard.begin()  # the ledger's seals are checked by the secrets
     try:
         sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
         folders = [word for word in arguments if not word.startswith("--sweep=")]

@@ -5,11 +5,9 @@ everything saved, and 69 (`processes.LOST`) where another process of the run was
 """
 
 import contextlib
-import os
 import pathlib
 import signal
 import sys
-import warnings
 from typing import Any, NamedTuple
 
 from dplora_jax.errors import InputError
@@ -20,11 +18,9 @@ STOPPED = 75
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import flags, processes
+    from experiments import flags, guard, processes
 
-    warnings.showwarning = lambda message, *_: processes.primary() and print(f"warning: {message}", file=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    guard.begin(processes.primary)
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = flags.parse(arguments)

@@ -19,7 +19,7 @@ import sys
 import time
 
 from dplora_jax.errors import InputError
-from experiments import allocator, sweep_report
+from experiments import allocator, guard, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
 
@@ -28,6 +28,7 @@ DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
+    guard.begin()
     argv = sys.argv[1:] if argv is None else argv
     try:
         cells, own = parse(argv)
