@@ -6,5 +6,13 @@ class InputError(ValueError):
     value of a private record."""
 
 
+class Refused(InputError):
+    """A refusal whose `reason` tells something of private records, and is for their owner alone; the message is for all."""
+
+    def __init__(self, message, reason):
+        super().__init__(message)
+        self.reason = reason
+
+
 class InputWarning(UserWarning):
     """One sentence that a user should know, which holds no value of a private record."""

@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import auditing, chain
-from experiments import flags, guard, workdir
+from experiments import flags, guard, private_files, workdir
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -36,7 +36,7 @@ def main(argv=None):
         if own.help:
             print(HELP)
             return 0
-        with workdir.locked(own.folder) as folder:
+        with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
             if (folder / "config.json").exists():
                 raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
             return (_membership if own.membership else _audits)(own, config, folder)
@@ -150,13 +150,14 @@ def _membership(own, config, folder):
     bare = dataclasses.replace(config, trust="none", epsilon=None, noise_multiplier=None)
     if not config.feature_norm:  # whose rates are for clipped gradients
         bare = dataclasses.replace(bare, clip_norm=float("inf"))
+    print(private_files.NOTE)
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []
     for name, one in ("no privacy", bare), ("as configured", config):
         line = membership.attack(one, own.seed)
         print(f"{name:>14}{line['tpr_at_0.001']:18.4f}{line['tpr_at_0.01']:12.4f}{line['auc']:8.3f}", flush=True)
         lines.append({"run": name, **line})
-    chain.replace_durably(folder / "membership.json", json.dumps(lines, indent=1))
+    private_files.write(folder / "membership.json", {"runs": lines})
     return 0
 
 

@@ -18,14 +18,14 @@ STOPPED = 75
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import flags, guard, processes
+    from experiments import flags, guard, private_files, processes
 
     guard.begin(processes.primary)
     arguments = sys.argv[1:] if argv is None else argv
     try:
         config = flags.parse(arguments)
         processes.join(config)
-        with _workdir(config) as folder:
+        with _workdir(config) as folder, private_files.reasons_in(folder):
             code = run(config, folder, " ".join(["python -m experiments.run", *arguments]))
             processes.leave(code)
             return code
