@@ -1,4 +1,5 @@
-"""The exceptions for what a user can mend: each message is one sentence, and `code` is what a command exits with."""
+"""The exceptions for what a user can mend, and the warning for what a user should know: each message is one sentence, and `code`
+is what a command exits with."""
 
 import errno
 import os
@@ -7,7 +8,8 @@ LONGEST = 2000  # characters of a message
 
 
 class InputError(ValueError):
-    """A flag, file, shape or budget is wrong; the message is one sentence that says what, where and what to do.
+    """A flag, file, shape or budget is wrong; the message is one sentence that says what, where and what to do, and holds no
+    value of a private record.
 
     What it quotes may come from a hostile file: nothing in it moves a terminal's cursor or starts a line, and it has an end."""
 
@@ -16,6 +18,18 @@ class InputError(ValueError):
     def __init__(self, message):
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST - 400]} [...] {text[-400:]}")
+
+
+class Refused(InputError):
+    """A refusal whose `reason` tells something of private records, and is for their owner alone; the message is for all."""
+
+    def __init__(self, message, reason):
+        super().__init__(message)
+        self.reason = reason
+
+
+class InputWarning(UserWarning):
+    """One sentence that a user should know, which holds no value of a private record."""
 
 
 class NotFiniteError(InputError):

@@ -16,6 +16,7 @@ from dplora_jax import generation, lora, losses
 from dplora_jax.data import encoding, scores
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.federation.mesh import put
+from dplora_jax.models import tokenizer as tokenizers
 
 ROWS, TOKENS = 256, 16384  # of a batch on one device, at most
 UNDECIDED = -1  # the label of a row whose logits are not finite
@@ -139,7 +140,7 @@ ANSWER_SCORES = {"token_f1": scores.token_f1, "rouge_l": scores.rouge_l}
 
 
 def _cut(tokenizer, text, tokens):
-    return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
+    return tokenizer.decode(tokenizers.tokens(tokenizer, text, add_special_tokens=False).input_ids[:tokens])
 
 
 def _of_labels(predicted, labels, classes):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dplora_jax.errors import InputWarning
 from dplora_jax.per_row import EXACT, PerRow, linear
 
 FROZEN = {"a": "lora_a", "b": "lora_b"}  # the keys of the base parameters under which frozen A and B matrices live
@@ -102,6 +103,7 @@ def init(key, model, params, config):
             if config.rank > min(inputs, outputs):
                 warnings.warn(
                     f"rank {config.rank} exceeds {name}'s own {min(inputs, outputs)}: full rank costs less.",
+                    InputWarning,
                     stacklevel=2,
                 )
             bound, layers = inputs**-0.5, depth if model.targets[name].layered else 1

@@ -5,7 +5,6 @@ probability 0.001 at most, however many claims are audited), 2 bad input, 74 a f
 """
 
 import dataclasses
-import os
 import sys
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from absl import flags as absl_flags
 from dplora_jax.errors import InputError
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
-from experiments import exits, flags, workdir
+from experiments import exits, flags, guard, private_files, workdir
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -32,12 +31,12 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    guard.begin()
     own, config = _parse(sys.argv[1:] if argv is None else argv)
     if own.help:
         print(HELP)
         return 0
-    with workdir.locked(own.folder) as folder:
+    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():
             raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
         return (_membership if own.membership else _audits)(own, config, folder)
@@ -148,13 +147,14 @@ def _membership(own, config, folder):
     bare = dataclasses.replace(config, trust="none", epsilon=None, noise_multiplier=None)
     if not config.feature_norm:  # whose rates are for clipped gradients
         bare = dataclasses.replace(bare, clip_norm=float("inf"))
+    print(private_files.NOTE)
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []
     for name, one in ("no privacy", bare), ("as configured", config):
         line = membership.attack(one, own.seed)
         print(f"{name:>14}{line['tpr_at_0.001']:18.4f}{line['tpr_at_0.01']:12.4f}{line['auc']:8.3f}", flush=True)
         lines.append({"run": name, **line})
-    chain.replace_durably(folder / "membership.json", to_json(lines, indent=1))
+    private_files.write(folder / "membership.json", {"runs": lines})
     return 0
 
 

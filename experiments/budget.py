@@ -16,12 +16,11 @@ import sys
 from typing import NamedTuple
 
 from absl import flags as absl_flags
-from absl import logging
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
 from dplora_jax.privacy import accounting, paper_bound
-from experiments import exits, flags, run_config
+from experiments import exits, flags, guard, run_config
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
@@ -53,7 +52,7 @@ def main(argv=None):
     """Answer the command line `argv` (default: this process's) -> exit code."""
     from experiments import budget_text
 
-    logging.set_verbosity(logging.ERROR)  # Renyi orders that do not converge are left out, which costs tightness alone
+    guard.begin()  # the sizes may be those of a table; nor are Renyi orders that do not converge worth a word: others do
     question, options = parse(sys.argv[1:] if argv is None else argv)
     answer = solve(question)
     told = tell(question, answer)

@@ -79,6 +79,8 @@ def agreed_charge(job, done):
         return todo and [*todo, job.ledger.head_of(job.ledger.begun[-1])]
 
     todo = processes.agree(make)
+    if todo:
+        processes.once(todo[2])
     return todo and (tuple(todo[0]), *todo[1:])
 
 

@@ -6,7 +6,7 @@ import math
 from absl import flags
 
 from dplora_jax.errors import InputError
-from experiments import flag_checks, flagfiles
+from experiments import flag_checks, flagfiles, private_files
 from experiments.run_config import RunConfig, number
 
 
@@ -14,8 +14,10 @@ def parse(argv, say=print):
     """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong. `say` is
     told what --auto chose."""
     values, flagfile = read(argv, flags.FlagValues(), "python -m experiments.run --flagfile=finance.flags [flags]")
-    given = chosen(values, say)
-    return resolve(dataclasses.replace(given, workdir=given.workdir or f"runs/{flagfile or given.dataset}"))
+    workdir = values.workdir or f"runs/{flagfile or values.dataset}"
+    with private_files.reasons_in(workdir):
+        given = chosen(values, say)
+    return resolve(dataclasses.replace(given, workdir=workdir))
 
 
 def chosen(values, say=print):

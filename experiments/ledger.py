@@ -13,7 +13,7 @@ from dplora_jax import checkpoint
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import exits, ledger_checks
+from experiments import exits, guard, ledger_checks
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
@@ -133,6 +133,7 @@ def main(arguments=None):
     """Run the command line -> exit code: 0 where the ledger holds, 2 where it does not."""
     from rich.console import Console
 
+    guard.begin()  # the secrets are read where they are there
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
         raise InputError(f"give a command and a workdir: {USAGE}.")

@@ -10,7 +10,6 @@ Every copy of a canary is a record: a guarantee is for one of them, and c copies
 """
 
 import dataclasses
-import os
 import sys
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from dplora_jax.files import to_json
 from experiments import allocator, exits, flags
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
@@ -55,15 +53,15 @@ class Canary(NamedTuple):
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from dplora_jax.privacy import chain
-    from experiments import workdir
+    from experiments import guard, private_files, workdir
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    guard.begin()
     config, own = parse(sys.argv[1:] if argv is None else argv)
-    with workdir.locked(own.folder) as folder:
+    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():
             raise InputError(f"--workdir={folder} holds a run: canaries need a directory of their own.")
         lines = []
+        print(private_files.NOTE)
         print(
             f"{own.canaries} canaries, {own.copies} copies each; exposure at most {np.log2(own.candidates + 1):.1f} bits"
         )
@@ -73,15 +71,14 @@ def main(argv=None):
             extracted = f"{sum(line['extracted'])} of {own.canaries}"
             print(f"{name:>14}{mean:16.2f}{most:9.2f}{extracted:>11}{line['epsilon']:>9}", flush=True)
             lines.append({"run": name, **line})
-        release = "NOT FOR RELEASE: seeded, and one of the runs has no privacy"
         document = {
-            "release": release,
+            "release": "NOT FOR RELEASE: seeded, and one of the runs has no privacy",
             "canaries": own.canaries,
             "copies": own.copies,
             "candidates": own.candidates,
             "runs": lines,
         }
-        chain.replace_durably(folder / "memorisation.json", to_json(document, indent=1))
+        private_files.write(folder / "memorisation.json", document)
     return 0
 
 

@@ -5,7 +5,7 @@ import pathlib
 
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
-from experiments.report_text import METRICS
+from experiments.report_text import METRICS, as_markdown
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list
@@ -82,20 +82,20 @@ def text(job, model, document, config, labels):
     name = base or pathlib.Path(job.model).name
     parts = [
         "\n".join(["---", *head, "---"]),
-        f"# {name} {TITLE}",
-        f"**Release: {job.release}.**",
+        f"# {as_markdown(name)} {TITLE}",
+        f"**Release: {as_markdown(job.release)}.**",
     ]
     parts += [_use(averaged, labels)] if labels else []
     method = (job.run or {}).get("federation", {}).get("method")
     matrices = f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets) or 'no matrix (a head alone)'}"
-    parts.append("## Training\n\n" + "\n".join(f"- {line}" for line in method or [matrices]))
+    parts.append("## Training\n\n" + "\n".join(f"- {as_markdown(line)}" for line in method or [matrices]))
     if job.run:
         parts += _run_facts(job.run)
     return "\n\n".join(parts) + "\n"
 
 
 def _use(averaged, labels):
-    lines = [f"Labels, in the order of the logits: {', '.join(labels)}."]
+    lines = [f"Labels, in the order of the logits: {as_markdown(', '.join(labels))}."]
     if averaged:
         lines += [AVERAGED, "```python\nfrom sentence_transformers import SentenceTransformer"]
         lines[-1] += (
@@ -107,11 +107,12 @@ def _use(averaged, labels):
 def _run_facts(run):
     """The federation's data, guarantee and metrics, all of it public."""
     facts, last = run["federation"], run["last"]
-    yield f"Data: {facts['data'].get('description', run.get('dataset'))} Texts were cut to {run.get('max_length')} tokens."
-    yield "\n".join(f"- {line}" for line in facts.get("trust", ()))
+    data = as_markdown(facts["data"].get("description", run.get("dataset")))
+    yield f"Data: {data} Texts were cut to {run.get('max_length')} tokens."
+    yield "\n".join(f"- {as_markdown(line)}" for line in facts.get("trust", ()))
     spent = last.get("epsilon", ())
     rows = [
-        f"| {k} | {client['records']} | {_number(e)} |"
+        f"| {k} | {as_markdown(client['records'])} | {_number(e)} |"
         for k, (client, e) in enumerate(zip(facts["clients"], spent, strict=False))
     ]
     if run.get("trust") != "none" and rows:

@@ -166,10 +166,10 @@ def bits(config, mechanisms, adapter):
         config.rounds * config.local_steps * lora.count(adapter),
         max(accounting.epsilon(m, config.rounds * config.local_steps, config.delta) for m in mechanisms),
     )
-    if worst > math.log2(config.delta / 100):
+    if worst > math.log2(accounting.ROUNDING / 100):  # or what an epsilon leaves of delta would not pay for it
         raise InputError(
-            f"--noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add more than "
-            f"a hundredth of --delta={config.delta:g}: raise delta, or the noise."
+            f"--noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add 2^{worst:.0f} to "
+            "delta, more than the accountant sets aside: take more noise, or a smaller --epsilon."
         )
     return integers.bits_for(mechanisms)
 

@@ -16,7 +16,7 @@ from dplora_jax import errors, files
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import exits, ledger, report_markdown, sweep, sweep_report
+from experiments import exits, guard, ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, accuracy_note, as_epsilon, repeated, show, show_bytes, show_metric
@@ -234,6 +234,7 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
 @exits.guarded
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
+    guard.begin()  # the ledger's seals are checked by the secrets
     sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
     folders = [word for word in arguments if not word.startswith("--sweep=")]
     if len(folders) != 1 or len(sweeps) > 1:

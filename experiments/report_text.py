@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 
 from dplora_jax.files import to_json
 
@@ -110,6 +111,15 @@ def show(value, name: str = "") -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if name == "metric" and abs(value) < 10 else f"{value:.4g}"
     return html.escape(value if isinstance(value, str) else to_json(value))
+
+
+def as_markdown(text) -> str:
+    """`text` so that it reads as itself in a line or a table's cell of Markdown: on one line, without HTML, code, links or bars.
+
+    >>> as_markdown("<b>a|b</b>")
+    '&lt;b&gt;a\\\\|b&lt;/b&gt;'
+    """
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def accuracy_note(data: dict, accuracy: float) -> str:

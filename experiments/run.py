@@ -6,11 +6,9 @@ Run again in the same workdir, it goes on where it was. Exit codes are 0 done; 2
 """
 
 import contextlib
-import os
 import pathlib
 import signal
 import sys
-import warnings
 from typing import Any, NamedTuple
 
 from dplora_jax import errors
@@ -22,17 +20,15 @@ STOPPED = 75
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import flags, processes
+    from experiments import flags, guard, private_files, processes
 
-    warnings.showwarning = lambda message, *_: processes.primary() and print(f"warning: {message}", file=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    guard.begin(processes.primary)
     arguments = sys.argv[1:] if argv is None else argv
     folder = None
     try:
         config = flags.parse(arguments)
         processes.join(config)
-        with _workdir(config) as folder:
+        with _workdir(config) as folder, private_files.reasons_in(folder):
             code = run(config, folder, " ".join(["python -m experiments.run", *arguments]))
             processes.leave(code)
             return code

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import lora, models
 from dplora_jax.data import encoding
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, InputWarning
 from dplora_jax.federation import mesh, round
 from dplora_jax.models import features, pretrained
 from dplora_jax.privacy import secrets
@@ -126,6 +126,7 @@ def _warn_of_delta(config, largest):
         warnings.warn(
             f"--delta={config.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
             "count as private.",
+            InputWarning,
             stacklevel=1,
         )
 

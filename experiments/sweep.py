@@ -22,7 +22,8 @@ import time
 from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.files import parse_json, to_json
-from experiments import allocator, exits, sweep_report
+from dplora_jax.privacy.chain import replace_durably
+from experiments import allocator, exits, guard, private_files, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
 
@@ -32,6 +33,7 @@ DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
+    guard.begin()
     argv = sys.argv[1:] if argv is None else argv
     cells, own = parse(argv)
     missing = _missing(cells, own.out)
@@ -40,7 +42,8 @@ def main(argv=None):
     else:
         # A worker's share is of all cells, and so the same however many are done when it starts.
         mine = cells if own.worker is None else cells[own.worker :: own.parallel]
-        _run([cell for cell in mine if cell in missing], own.out)
+        with private_files.reasons_in(own.out.parent):
+            _run([cell for cell in mine if cell in missing], own.out)
     if own.worker is not None:
         return 0
     wanted = {key(cell.name) for cell in cells}
@@ -51,7 +54,7 @@ def main(argv=None):
         (".md", sweep_report.markdown(lines)),
         (".html", sweep_report.page(lines, cells[0].config, argv)),
     ):
-        own.out.with_suffix(suffix).write_text(text, encoding="utf-8")
+        replace_durably(own.out.with_suffix(suffix), text, private_files.MODE)
     print(sweep_report.markdown(lines))
     return 0
 
@@ -79,7 +82,7 @@ def _run(cells, out):
         # The same may be finished under another name: lines over epsilon and over delta cross.
         like = next((line for line in read(out) if line.get("config") == cell.name["config"]), None)
         line = cell.name | ({k: like[k] for k in OUTCOME if k in like} if like else outcome(cell, memo, programs))
-        with open(out, "a", encoding="utf-8") as file:  # a line is written at once: processes may share the file
+        with private_files.open_to_append(out) as file:  # a line is written at once: processes may share the file
             torn = out.stat().st_size and not out.read_bytes().endswith(b"\n")
             file.write("\n" * torn + to_json(line) + "\n")
         print(f"{number} of {len(cells)}: {to_json(line)}", file=sys.stderr, flush=True)

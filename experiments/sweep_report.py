@@ -4,7 +4,7 @@ import math
 import statistics
 
 from experiments.report_figures import SERIES, figure
-from experiments.report_text import METRICS, STYLE, show, show_bytes, show_metric
+from experiments.report_text import METRICS, STYLE, as_markdown, show, show_bytes, show_metric
 
 # Of a line: what was found; the rest names its cell.
 OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "settings", "release", "commonest_label")
@@ -72,9 +72,8 @@ def cells(lines):
 
 def table(lines):
     """The table of `cells` in Markdown."""
-    header, rows = cells(lines)
-    rows = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    header, *rows = [[as_markdown(cell) for cell in row] for row in (cells(lines)[0], *cells(lines)[1])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def spread(values, metric=""):
@@ -101,7 +100,7 @@ def place(line):
 def markdown(lines):
     """A table for each group of `lines`, and that none of it is for release."""
     tables = "\n\n".join(table(group) for group in groups(lines))
-    return f"{tables}\n\n{_told(lines)} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
+    return f"{tables}\n\n{as_markdown(_told(lines))} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
 
 
 def _told(lines):

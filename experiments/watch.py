@@ -29,6 +29,7 @@ class Group:
         self.silent = patience(stall)
         self.hosts = [f"process {index}" for index in range(count)]
         self.turn, self.steps, self.place = 0, 0, "the start"
+        self.paid = set()  # hashes of ledger entries that this process has drawn from
         self.beats = {i: (0, 0, "the start", time.monotonic()) for i in range(count)}  # number, steps, place, when seen
         self.moved = dict.fromkeys(range(count), time.monotonic())
         self.answered = time.monotonic()

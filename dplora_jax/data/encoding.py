@@ -15,9 +15,8 @@ def classification(tokenizer, records, max_length):
     names = ("input_ids", "attention_mask")
     if not len(records.texts):
         return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
-    encoded = tokenizer(
-        list(records.texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
-    )
+    options = {"padding": "max_length", "truncation": True, "max_length": max_length, "return_tensors": "np"}
+    encoded = tokenizers.tokens(tokenizer, list(records.texts), **options)
     return {name: encoded[name].astype(np.int32) for name in names} | {"labels": np.asarray(records.labels, np.int32)}
 
 

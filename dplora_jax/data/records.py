@@ -11,7 +11,7 @@ import numpy as np
 
 from dplora_jax.data import tasks
 from dplora_jax.data.cells import NoText
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, Refused
 
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 FEW = 8  # different records of a client, fewer of which a public table may hold by chance
@@ -191,18 +191,19 @@ def corpus(train, test, task, codes, about):
 
 
 def refuse_copy(parts, columns, what: str = "the test table"):
-    """InputError where `columns` (lists of cells of one table, of which messages speak as `what`) hold every record of `parts` (a
-    list of Records, one a client), or of one of them that has FEW different ones or more: each text in one column, and each
-    answer too where there are some. Labels may have other numbers there: metrics on it would be exact statistics of what is
-    private all the same."""
+    """Raise Refused, whose message does not say why, where `columns` (lists of cells of one table, of which messages speak as
+    `what`) hold every record of `parts` (a list of Records, one a client), or of one of them that has FEW different ones or more:
+    each text in one column, and each answer too where there are some. Labels may have other numbers there: metrics on it would be
+    exact statistics of what is private all the same."""
     held = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
     wanted = [[set(map(_plain, column)) for column in (part.texts, part.answers or ())] for part in parts]
     whole = [set().union(*sets) for sets in zip(*wanted, strict=True)]
     several = [sets for sets in wanted if max(map(len, sets)) >= FEW]
     for sets, whose in [(whole, ""), *((sets, " of a client") for sets in several)]:
         if any(sets) and all(not own or any(own <= cells for cells in held) for own in sets):
-            raise InputError(
-                f"{what} holds every training record{whose}, and these are private; give a public test set."
+            raise Refused(
+                f"{what} is refused as a public test set: give another",
+                f"{what} holds every training record{whose}, and these are private.",
             )
 
 

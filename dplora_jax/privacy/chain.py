@@ -47,10 +47,12 @@ def _is_count(value):
     return type(value) is int and value >= 0
 
 
-def replace_durably(path, content):
-    """Replace the file at `path` by `content` (text or bytes) as one step, durably, its directory's entries included."""
+def replace_durably(path, content, mode=0o666):
+    """Replace the file at `path` by `content` (text or bytes) as one step, durably, its directory's entries included. The new
+    file has `mode`, less what the process's umask takes, before anything is in it."""
     draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "wb") as file:
+    draft.unlink(missing_ok=True)  # of a start that was killed: it would keep its own mode
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
