@@ -60,6 +60,10 @@ def check_past(job):
         raise InputError(
             f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new --workdir."
         )
+    if last.get("config", told := workdir.digest(job.folder)) != told:
+        raise InputError(
+            f"{job.folder}/config.json is not the one that the ledger was charged by: restore it, or start a new --workdir."
+        )
 
 
 def _keyed_inputs(job):
@@ -115,6 +119,7 @@ def charge(job, done):
     _stay_within(job, rounds)
     more = {"steps": participants.steps(config, rounds).sum(0).tolist()} if participants.scheduled(config) else {}
     more |= {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
+    more["config"] = workdir.digest(job.folder)
     if (
         config.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one

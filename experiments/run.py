@@ -72,7 +72,7 @@ def run(config, folder, command):
     def look():
         stored = workdir.stored_config(folder, config)
         opened.append(_open(config, folder))
-        return {"finished": opened[0].ended, "stored": stored}
+        return {"finished": opened[0].ended, "stored": workdir.charged_config(folder, stored, opened[0])}
 
     found = processes.agree(look)
     if found["finished"]:

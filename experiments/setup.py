@@ -16,6 +16,7 @@ from dplora_jax.federation import mesh, round
 from dplora_jax.models import features, pretrained
 from dplora_jax.privacy import secrets
 from experiments import (
+    accounted,
     base_passes,
     facts,
     fingerprints,
@@ -50,9 +51,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(config, stored=None, memo=None, dealt=None):
-    """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
-    mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call; `dealt` stands in for
-    the records that the flags name. Raises InputError."""
+    """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of a run that was charged already,
+    whose mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call; `dealt` stands in
+    for the records that the flags name. Raises InputError."""
     processes.at("reading the base model and the records")
     if config.tensorboard:
         tensorboard.check()
@@ -77,7 +78,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
     sizes = _sizes(shares, config.clients)
     test = test if config.eval_every else None
     _warn_of_delta(config, max(sizes))
-    mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
+    mechanisms = accounted.kept(stored, sizes) if stored else accounted.mechanisms(config, sizes)
     digest_of = {
         k: fingerprints.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
     }

@@ -3,7 +3,10 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import json
 import pathlib
+import shutil
 
 from dplora_jax import errors
 from dplora_jax.errors import InputError
@@ -48,6 +51,33 @@ def stored_config(workdir, config):
             f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir."
         )
     return stored
+
+
+def charged_config(workdir, stored, ledger):
+    """`stored` where its run was charged already, else None: all that it says is then made anew, from flags and records. What an
+    earlier start saved by it before the first round goes."""
+    if ledger.begun and stored is None:
+        raise InputError(
+            f"{workdir}/config.json is gone, and rounds were charged by it: restore it, or start a new --workdir."
+        )
+    if ledger.begun or ledger.ended:
+        return stored
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    return None
+
+
+def digest(workdir):
+    """SHA-256 (hex) of what config.json says, however it is laid out: each begin entry of the ledger has it."""
+    try:
+        stored = json.loads((workdir / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{workdir}/config.json is gone or damaged: restore it, or start a new --workdir.") from None
+    return digest_of(stored)
+
+
+def digest_of(stored):
+    """`digest` of config.json's JSON object."""
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def with_defaults(stored):

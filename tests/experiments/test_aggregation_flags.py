@@ -12,7 +12,18 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import exact, methods
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import aggregation_checks, dispatch, flags, ledger, participants, program, run, setup, traffic
+from experiments import (
+    accounted,
+    aggregation_checks,
+    dispatch,
+    flags,
+    ledger,
+    participants,
+    program,
+    run,
+    setup,
+    traffic,
+)
 
 
 def parse(*more):
@@ -69,7 +80,7 @@ def test_a_client_is_calibrated_to_the_rounds_that_it_is_in():
     steps = participants.steps(config).sum(0)
     assert len(set(steps.tolist())) > 1
     assert (steps % 2 == 0).all()
-    found = program.mechanisms(config, [300, 300, 300], None)
+    found = accounted.mechanisms(config, [300, 300, 300])
     for mechanism, count in zip(found, steps.tolist(), strict=True):
         assert 3.97 < accounting.epsilon(mechanism, count, config.delta) <= 4
         assert mechanism.sampling_rate == 64 / 300
@@ -114,12 +125,12 @@ def test_accuracy_of_a_client_that_is_never_in_a_round_is_no_breach(command, tmp
 def test_many_clients_steps_are_rounded_up_to_a_few_counts():
     rng = np.random.default_rng(0)
     steps, sizes = rng.binomial(50, 0.2, 300), list(range(300))
-    planned = program.planned_steps(steps, sizes)
+    planned = accounted.planned_steps(steps, sizes)
     assert (planned >= steps).all()
     assert planned.max() == steps.max()
-    assert len(set(planned.tolist())) == program.LEVELS
-    assert (planned - steps <= np.ptp(steps) / program.LEVELS + 1).all()
-    np.testing.assert_array_equal(program.planned_steps(steps[:20], sizes[:20]), steps[:20])
+    assert len(set(planned.tolist())) == accounted.LEVELS
+    assert (planned - steps <= np.ptp(steps) / accounted.LEVELS + 1).all()
+    np.testing.assert_array_equal(accounted.planned_steps(steps[:20], sizes[:20]), steps[:20])
 
 
 def test_who_fails_to_send_pays_all_the_same():
