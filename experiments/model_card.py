@@ -1,8 +1,8 @@
 """What an export says of itself: its README.md, and the line that the command ends with."""
 
-import json
 import pathlib
 
+from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
 from experiments.report_text import METRICS, as_markdown
@@ -34,7 +34,7 @@ def of_adapter(model, line, labels=()):
     """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant."""
     note = f"# LoRA adapter\n\n{line}\n"
     if labels and model.config.num_labels is not None:  # PEFT's files have no place for them; an export reads this line
-        note += f"\n{LABELS}{json.dumps(list(labels), ensure_ascii=False)}\n"
+        note += f"\n{LABELS}{to_json(list(labels), ensure_ascii=False)}\n"
     if hf_checkpoint.averages(model):
         note += (
             "\nPEFT loads it, but the base's logits are another classifier's: this one averages the tokens of a text, and "

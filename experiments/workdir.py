@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import pathlib
 import shutil
 
@@ -69,15 +68,15 @@ def charged_config(workdir, stored, ledger):
 def digest(workdir):
     """SHA-256 (hex) of what config.json says, however it is laid out: each begin entry of the ledger has it."""
     try:
-        stored = json.loads((workdir / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        stored = read_json(workdir / "config.json")
+    except InputError:
         raise InputError(f"{workdir}/config.json is gone or damaged: restore it, or start a new --workdir.") from None
     return digest_of(stored)
 
 
 def digest_of(stored):
     """`digest` of config.json's JSON object."""
-    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(stored, sort_keys=True).encode()).hexdigest()
 
 
 def with_defaults(stored):

@@ -4,7 +4,7 @@ import json
 import warnings
 
 from dplora_jax.errors import InputError
-from dplora_jax.files import find, read_json
+from dplora_jax.files import find, read_json, to_json
 from dplora_jax.models.sentence import lower_cases
 
 # BertTokenizer's options: the names in tokenizer_config.json, and in the BertNormalizer of tokenizer.json.
@@ -71,7 +71,7 @@ def _changed(part, kind, options):
         return None
     for node in nodes:
         node.update(options)
-    part.__setstate__(json.dumps(state).encode())
+    part.__setstate__(to_json(state).encode())
     return part
 
 
