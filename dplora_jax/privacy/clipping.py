@@ -80,6 +80,16 @@ def clipped_grad_sum(
     return in_turns(of_rows, at_once, batch, weights)
 
 
+def clip_each(rows, clip_norm):
+    """Every row of a tree of [B, ...] scaled to L2 norm at most `clip_norm` over all its leaves together; one that is not finite
+    becomes 0."""
+    rows = jax.lax.optimization_barrier(rows)
+    parts = 1, jax.tree.map(lambda _: 0, rows)
+    squares = _squares(rows, parts, clip_norm)
+    factors = _factors(squares, clip_norm, jnp.ones(len(squares)), "flat")[0]
+    return jax.tree.map(_scaled, _spread(factors, parts), rows)
+
+
 def in_turns(of_rows, size, batch, weights):
     """`of_rows(batch, weights) -> (sum, norms, losses)` over `size` rows of the batch at a time: sums add up, rows are set side
     by side. The last turn is filled up with rows of weight 0."""
@@ -182,10 +192,14 @@ def _weighted_sum(factors, g):
 
 def _sums_by_owner(owner, count, factors, g):
     """`_weighted_sum` of each owner's rows -> [count, ...]."""
-    over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
-    scaled = over * jnp.where(over > 0, per_row.wide(g), 0)
     own = jax.nn.one_hot(owner, count, axis=0)
-    return jnp.tensordot(own, scaled, 1, precision=per_row.EXACT)
+    return jnp.tensordot(own, _scaled(factors, g), 1, precision=per_row.EXACT)
+
+
+def _scaled(factors, g):
+    """Rows g [B, ...] times their factors, [B] or [B, L] over a stacked leaf; one of factor 0 becomes 0, whatever it holds."""
+    over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
+    return over * jnp.where(over > 0, per_row.wide(g), 0)
 
 
 def _vmap(loss_fn, adapter, batch):
