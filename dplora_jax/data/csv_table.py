@@ -50,7 +50,7 @@ def _separator(stream, skipped, wanted, separators):
             return separator
     found = headers[separators[0]]
     fitting = [s for s, header in headers.items() if wanted <= set(header)]
-    others = fitting or [s for s, header in headers.items() if len(header) > len(found) == 1]
+    others = fitting or [s for s, header in headers.items() if s not in separators and len(header) > len(found) == 1]
     if others:
         name = {character: name for name, character in SEPARATORS.items()}[others[0]]
         raise UnreadableError(

@@ -91,6 +91,10 @@ def test_another_separator_is_named_and_never_guessed(character, name):
         )
 
 
+def test_a_separator_that_was_tried_is_not_named():
+    assert read("text,label\none,x\n", ("another",), separators=("^", ",")) == {}
+
+
 def test_one_column_is_enough_where_it_is_the_one_that_is_asked_for():
     assert read("text\none; two\n", ("text",)) == {"text": ["one; two"]}
 
