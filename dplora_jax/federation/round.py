@@ -138,7 +138,8 @@ def _round(federation, params, clients, data, state, keys, transcript, diagnosti
     members = waves.Members(clients, keys, state.clip_norms, state.own)
     shows = transcript or federation.robust is not None
     terms, weight, shown = _in_turn(federation, based, members, data, state, shows)
-    terms, weight = jax.lax.psum((terms, weight), CLIENTS)
+    if jax.lax.axis_size(CLIENTS) > 1:  # XLA's partitioner of `model` refuses a sum over an axis of one
+        terms, weight = jax.lax.psum((terms, weight), CLIENTS)
     mean, residual, aggregate, sent = _settle(federation, terms, weight, state, shown, server_keys)
     step, server = federation.server_optimizer.update(jax.tree.map(jnp.negative, mean), state.server, state.adapter)
     adapter = optax.apply_updates(state.adapter, step)

@@ -23,6 +23,7 @@ name = lambda s: f"{s.rows}x{s.columns}-wave{s.wave}-micro{s.microbatch}"  # noq
         small.Setup(wave=4, microbatch=4),
         small.Setup(rows=4, columns=2, wave=2, microbatch=3),
         small.Setup(rows=2, columns=4),
+        small.Setup(columns=2),
     ],
     ids=name,
 )
