@@ -17,6 +17,7 @@ from dplora_jax.data import encoding, scores
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.federation.mesh import put
 from dplora_jax.models import tokenizer as tokenizers
+from dplora_jax.models import tokenizer_settings
 
 ROWS, TOKENS = 256, 16384  # of a batch on one device, at most
 UNDECIDED = -1  # the label of a row whose logits are not finite
@@ -110,8 +111,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
     `new_tokens` tokens have in common with the right ones, cut to as many. Prompts are cut to `max_length` tokens."""
     table = encoding.prompts(tokenizer, asked, max_length, chat)
     references = [_cut(tokenizer, one.answers[one.right], new_tokens) for one in asked]
-    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    pad = tokenizer.pad_token_id
+    ends, pad = tokenizer_settings.end_ids(tokenizer), tokenizer.pad_token_id
 
     def evaluate(adapter, residual=()):
         based = lora.shifted(model, params, residual) if residual else params

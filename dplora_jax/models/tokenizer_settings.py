@@ -1,6 +1,7 @@
 """Options of tokenizer_config.json that win over what tokenizer.json says of the same thing, as in transformers' own classes."""
 
 import json
+import pathlib
 import warnings
 
 from dplora_jax.errors import InputError
@@ -54,6 +55,17 @@ def lower_case(directory, tokenizer):
         backend = tokenizer.backend_tokenizer
         own = [] if backend.normalizer is None else [backend.normalizer]
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+
+
+def end_ids(tokenizer):
+    """The ids that end an answer: the tokenizer's EOS, with which answers are trained, and those at which transformers stops: the
+    eos_token_id of generation_config.json, else of config.json, one or several, where the tokenizer comes from a directory."""
+    named, place = [tokenizer.eos_token_id], tokenizer.name_or_path
+    if place and pathlib.Path(place).is_dir():
+        path = find(place, "generation_config.json") or find(place, "config.json")
+        said = read_json(path).get("eos_token_id") if path else None
+        named += said if isinstance(said, list) else [said]
+    return tuple(sorted({end for end in named if type(end) is int and end >= 0}))
 
 
 def _nodes(state):

@@ -8,6 +8,7 @@ import transformers
 from tokenizers import normalizers, pre_tokenizers
 
 from dplora_jax.errors import InputError
+from dplora_jax.models import tokenizer_settings
 from dplora_jax.models.tokenizer import load_tokenizer
 
 WORDS = [
@@ -70,6 +71,41 @@ def test_a_sentence_model_may_lower_case_before_a_cased_tokenizer(tmp_path):
     for lower, tokens in ((False, "Loan Über"), (True, "loan über")):
         (place / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": lower}))
         assert load_tokenizer(place).tokenize("Loan Über") == tokens.split()
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, (3,)),
+        ({"config": {"eos_token_id": 4}}, (3, 4)),
+        ({"generation_config": {"eos_token_id": [3, 1]}, "config": {"eos_token_id": 4}}, (1, 3)),
+        ({"generation_config": {}, "config": {"eos_token_id": 4}}, (3,)),
+        ({"generation_config": {"eos_token_id": None}}, (3,)),
+        ({"generation_config": {"eos_token_id": ["x", True, -1, 2]}}, (2, 3)),
+    ],
+)
+def test_an_answer_ends_where_the_tokenizer_or_the_generation_config_says(tmp_path, files, ends):
+    place = bert(tmp_path, {"eos_token": "[SEP]"})
+    for name, document in files.items():
+        (place / f"{name}.json").write_text(json.dumps({"model_type": "bert"} | document))
+    assert tokenizer_settings.end_ids(load_tokenizer(place)) == ends
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"chat_template.jinja": "B{{ messages[0].content }}"},
+        {"special_tokens_map.json": '{"eos_token": "[MASK]"}'},
+        {"added_tokens.json": '{"new": 15}'},
+    ],
+)
+def test_of_two_files_the_one_that_transformers_reads_counts(tmp_path, files):
+    place = bert(tmp_path, {"chat_template": "A{{ messages[0].content }}", "eos_token": "[SEP]"})
+    for name, content in files.items():
+        (place / name).write_text(content)
+    ours, theirs = load_tokenizer(place), transformers.AutoTokenizer.from_pretrained(place)
+    assert (ours.chat_template, ours.eos_token, len(ours)) == (theirs.chat_template, theirs.eos_token, len(theirs))
+    assert (ours.chat_template, ours.eos_token, len(ours)) != ("A{{ messages[0].content }}", "[SEP]", 15)
 
 
 BYTES = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"])}
