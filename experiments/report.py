@@ -12,11 +12,11 @@ import math
 import pathlib
 import sys
 
-from dplora_jax import files
+from dplora_jax import errors, files
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown, sweep, sweep_report
+from experiments import exits, guard, ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, accuracy_note, as_epsilon, repeated, show, show_bytes, show_metric
@@ -37,7 +37,8 @@ def _read(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
         rows = [files.parse_json(line.encode(), path) for line in lines if line.strip()]
         rows.sort(key=lambda row: row["round"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run the same command again to rebuild it.") from None
+        broken = InputError(f"{path} cannot be read ({error}): run the same command again to rebuild it.")
+        raise errors.storage(error) or broken from None
     return config, rows
 
 
@@ -230,17 +231,15 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
     return lines
 
 
+@exits.guarded
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
-    try:
-        sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
-        folders = [word for word in arguments if not word.startswith("--sweep=")]
-        if len(folders) != 1 or len(sweeps) > 1:
-            raise InputError("Give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
-        print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    guard.begin()  # the ledger's seals are checked by the secrets
+    sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
+    folders = [word for word in arguments if not word.startswith("--sweep=")]
+    if len(folders) != 1 or len(sweeps) > 1:
+        raise InputError("give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
+    print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
     return 0
 
 

@@ -18,13 +18,19 @@ KIND_WORDS = {list: "a list of names", dict: "a set of options", bool: "true or 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adaptable matrix, stacked over layers: its kernel's `path` below params["layers"], (inputs, outputs), the short
-    names that select it, and its module in the Hugging Face layout with {} for the layer."""
+    """One adaptable matrix: its kernel's `path` below params["layers"], stacked over layers, (inputs, outputs), the short
+    names that select it, and its module in the Hugging Face layout with {} for the layer. Without {}, it stands above all
+    layers: its `path` is below params, and its adapter counts as one layer's."""
 
     path: tuple[str, ...]
     shape: tuple[int, int]
     aliases: tuple[str, ...]
     module: str
+
+    @property
+    def layered(self):
+        """Whether every layer has such a matrix."""
+        return "{}" in self.module
 
 
 @dataclasses.dataclass(frozen=True)

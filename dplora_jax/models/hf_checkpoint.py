@@ -3,7 +3,6 @@
 Letters: I inputs, O outputs of a kernel.
 """
 
-import json
 import math
 import re
 import shutil
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.files import find, is_plain, read_bytes, read_json
+from dplora_jax.files import find, is_plain, read_bytes, read_json, to_json
 from dplora_jax.models import llama, quantized, tokenizer_files
 from dplora_jax.models.family import sizes
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
@@ -178,7 +177,7 @@ def _write_file(path, table):
         end = start + _nbytes(tensor)
         header[tensor.name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": (start, end)}
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -188,7 +187,7 @@ def _write_file(path, table):
 
 def _write_json(path, document):
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_modules(directory, model, params, labels, source=None, max_length=None):

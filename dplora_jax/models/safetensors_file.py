@@ -1,6 +1,7 @@
 """The safetensors files of a checkpoint's directory, one or sharded, read tensor by tensor under Hugging Face's names."""
 
 import re
+import warnings
 
 import safetensors
 
@@ -19,8 +20,12 @@ OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm
 def weight_files(directory):
     """The names of the files in `directory` that hold its tensors; none where it has none. InputError on a damaged index."""
     index = find(directory, INDEX)
+    if find(directory, WHOLE):  # transformers reads it whatever an index beside it says
+        if index is not None:
+            warnings.warn(f"{directory} holds both {WHOLE}, which is read, and {INDEX}, which is not.", stacklevel=2)
+        return [WHOLE]
     if index is None:
-        return [WHOLE] if find(directory, WHOLE) else []
+        return []
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise InputError(f"{index}: weight_map must name the file of each tensor: copy or download it again.")

@@ -2,7 +2,7 @@
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, read_json
-from dplora_jax.models import gguf_file, pretrained, tokenizer_files
+from dplora_jax.models import gguf_file, pretrained, tokenizer_files, tokenizer_settings
 
 
 def load_tokenizer(name_or_path):
@@ -18,6 +18,7 @@ def load_tokenizer(name_or_path):
         with tokenizer_files.copied(place) as copies:
             tokenizer = _from_directory(place, copies)
         tokenizer.name_or_path = str(place)
+        tokenizer_settings.lower_case(place, tokenizer)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -59,7 +60,8 @@ def _from_json(directory, copies, by_class):
     """The tokenizer of tokenizer.json in `copies`, with the special tokens that only the class of `by_class` (or None) knows.
 
     AutoTokenizer builds the class that the config names from the words and merges alone. SmolLM2's class is GPT-2's,
-    which does not split digits as its tokenizer.json does, so the same text would become other tokens.
+    which does not split digits as its tokenizer.json does, so the same text would become other tokens. The options that every
+    version of these classes sets on a tokenizer.json are followed.
     """
     import transformers
 
@@ -75,6 +77,7 @@ def _from_json(directory, copies, by_class):
             if getattr(tokenizer, name) is None and getattr(by_class, name) in words:
                 setattr(tokenizer, name, getattr(by_class, name))
         tokenizer.model_input_names = by_class.model_input_names
+    tokenizer_settings.follow(directory, tokenizer, by_class)
     return tokenizer
 
 
@@ -88,6 +91,19 @@ def _own_code(directory):
             if reference:
                 return reference
     return None
+
+
+def tokens(tokenizer, text, **options):
+    """`tokenizer(text, **options)`, with no warning or error of which says anything of a private text: transformers' own tell
+    how many tokens it has, and others may quote it. Raises InputError with the type of what went wrong."""
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+        kind = type(error).__name__
+    # Raised outside the handler, so that not even the error's context holds what was said.
+    raise InputError(f"the model's tokenizer fails on a text ({kind}): mend its files, or take another model.")
 
 
 def continuation(tokenizer, prompt, answer=None, chat=False):
@@ -105,7 +121,7 @@ def continuation(tokenizer, prompt, answer=None, chat=False):
         raise InputError(
             "the tokenizer has no EOS token, so an answer cannot end: set eos_token in tokenizer_config.json."
         )
-    return [*ids, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(ids)
+    return [*ids, *tokens(tokenizer, answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(ids)
 
 
 def split(tokenizer, prompt, answer, chat=False):
@@ -118,22 +134,22 @@ def split(tokenizer, prompt, answer, chat=False):
     """
     if chat:
         ids = _chat_prompt(tokenizer, prompt)
-        return [*ids, *tokenizer(answer.removeprefix(" "), add_special_tokens=False).input_ids], len(ids)
+        return [*ids, *tokens(tokenizer, answer.removeprefix(" "), add_special_tokens=False).input_ids], len(ids)
     if not prompt:
         before = _plain_prompt(tokenizer, "")  # BOS, and what else opens a reply
         if not before:
             first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             before = [] if first is None else [first]
-        return [*before, *tokenizer(answer, add_special_tokens=False).input_ids], max(1, len(before))
-    before, bare = _plain_prompt(tokenizer, prompt), tokenizer(prompt, add_special_tokens=False).input_ids
+        return [*before, *tokens(tokenizer, answer, add_special_tokens=False).input_ids], max(1, len(before))
+    before, bare = _plain_prompt(tokenizer, prompt), tokens(tokenizer, prompt, add_special_tokens=False).input_ids
     if bare and before[-1] != bare[-1]:
-        return [*before, *tokenizer(answer, add_special_tokens=False).input_ids], len(before)
+        return [*before, *tokens(tokenizer, answer, add_special_tokens=False).input_ids], len(before)
     ids = _plain_prompt(tokenizer, prompt + answer)
     return ids, min(len(before), len(ids) - 1)
 
 
 def _plain_prompt(tokenizer, prompt):
-    encoded = tokenizer(prompt, return_special_tokens_mask=True)
+    encoded = tokens(tokenizer, prompt, return_special_tokens_mask=True)
     ids, added = encoded.input_ids, encoded.special_tokens_mask
     # ChatGLM's tokens behind the prompt open the reply, so only EOS goes; one that the prompt itself spells stays.
     return ids[:-1] if added and added[-1] and ids[-1] == tokenizer.eos_token_id else ids
@@ -147,8 +163,11 @@ def _chat_prompt(tokenizer, prompt):
     try:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # jinja2's, or what the template itself raises
+    except Exception as error:  # jinja2's, or what the template itself raises, which may be the message
+        text, kind = None, type(error).__name__
+    if text is None:
         raise InputError(
-            f"the tokenizer's chat template fails on a user's message ({' '.join(str(error).split())})."
-        ) from None
-    return tokenizer(text, add_special_tokens=False).input_ids
+            f"the tokenizer's chat template fails on a user's message ({kind}): leave chat out, or mend chat_template in "
+            "tokenizer_config.json."
+        )
+    return tokens(tokenizer, text, add_special_tokens=False).input_ids

@@ -5,7 +5,6 @@ them (`vocab`, `gguf_file`, `sp_model_kwargs`, ...), and transformers follows li
 """
 
 import contextlib
-import json
 import pathlib
 import tempfile
 
@@ -44,10 +43,10 @@ def _content(path):
     if path.name in DOCUMENTS:
         files.parse_json(content, path)
     elif path.name in SETTINGS:
-        return json.dumps(_harmless(files.parse_json(content, path))).encode()
+        return files.to_json(_harmless(files.parse_json(content, path))).encode()
     elif path.name == "config.json":  # it may name the tokenizer's class
         settings = files.parse_json(content, path)
-        return json.dumps(
+        return files.to_json(
             {name: settings[name] for name in ("model_type", "tokenizer_class") if name in settings}
         ).encode()
     return content

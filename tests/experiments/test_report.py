@@ -187,6 +187,15 @@ def test_perplexity_takes_the_place_of_accuracy(tmp_path):
     assert "accuracy" not in text
 
 
+def test_a_metric_that_is_not_finite_is_shown_as_what_it_is(tmp_path):
+    """`files.plain` writes "nan", an earlier version wrote NaN; neither may look like a round that was not evaluated."""
+    for last in ("nan", float("nan"), "inf"):
+        scores = {"accuracy": (0.311, 0.652, last), "perplexity": (30.0, "inf", last)}
+        text = page(tmp_path, config(), metrics(**scores))
+        assert f'<div class="value">{last}</div>' in text
+        assert f"| {last} |" in (tmp_path / "report.md").read_text()
+
+
 def test_a_line_being_written_is_left_out(tmp_path):
     page(tmp_path, config(), metrics(**SCORES))
     with open(tmp_path / "metrics.jsonl", "a") as file:
