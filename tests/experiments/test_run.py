@@ -9,7 +9,7 @@ import pytest
 from small_runs import adapter_of, arguments, lines_of, strict_json_files
 
 import experiments.report
-from dplora_jax import checkpoint
+from dplora_jax import checkpoint, models
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, rebuild
 from experiments import ledger, progress, run, setup
@@ -36,6 +36,7 @@ def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert config["rank"] == 2
     assert config["epsilon"] == 8
+    assert config["federation"]["base_files"] == models.file_digests(config["model"])
     assert (folder / "report.html").exists()
     assert set(adapter_of(folder)) >= {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
     assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
