@@ -205,7 +205,7 @@ def with_slots(adapter, slots):
 
 def keeps_less(tokens, outputs, inputs, dtype):
     """Whether what is `Kept` of a row's gradient [outputs, inputs] takes less memory than the gradient itself. It is then also
-    the faster way, by all that was measured: moving the larger of the two is what costs (BUILD_NOTES.md, "Speed")."""
+    the faster way, by all that was measured: moving the larger of the two is what costs (docs/results/speed.md)."""
     return jnp.dtype(dtype).itemsize * tokens * (outputs + inputs) < 4 * outputs * inputs
 
 

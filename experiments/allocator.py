@@ -1,5 +1,5 @@
 """Keep memory that was freed, on CPU: a step's temporaries are gigabytes, and to have them from the system anew costs a sixth
-of its time in page faults (BUILD_NOTES.md, "Speed")."""
+of its time in page faults (docs/results/speed.md)."""
 
 import ctypes
 

@@ -1,7 +1,7 @@
 """JAX's own random bits, computed without a loop: Threefry-2x32 of 20 rounds (Salmon et al. 2011) over a counter.
 
 On a CPU, JAX compiles the rounds to a loop that goes through memory in each turn, four times as slow as one pass over the output
-(BUILD_NOTES.md, "Speed"). Here the rounds are written out, so that a compiler makes one elementwise kernel of them.
+(docs/results/speed.md). Here the rounds are written out, so that a compiler makes one elementwise kernel of them.
 """
 
 import itertools
