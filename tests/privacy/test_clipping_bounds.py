@@ -111,3 +111,19 @@ def test_the_sum_of_a_narrow_adapter_is_float32():
         lambda adapter, batch: batch["x"] @ adapter.astype(jnp.float32), jnp.ones(2, jnp.bfloat16), batch, 10.0
     )
     np.testing.assert_allclose(total, [1 + 1 / 512, 1 / 256], rtol=1e-6)
+
+
+def test_a_sum_of_squares_is_never_below_the_exact_one():
+    y = np.random.default_rng(0).normal(size=(300, 7, 90)).astype(np.float32)
+    exact = np.square(y.astype(np.float64)).sum((1, 2))
+    read = np.asarray(per_row.square_sum(jnp.asarray(y)), np.float64)
+    assert (read >= exact).all()
+    assert (read <= exact * (1 + 2e-5)).all()
+
+
+@pytest.mark.parametrize("outputs", [4, 64], ids=["the product", "Gram matrices"])
+def test_a_token_without_a_cotangent_hides_no_other_however_large_its_input(outputs):
+    g, x = np.zeros((1, 3, outputs), np.float32), np.full((1, 3, 8), 1e-15, np.float32)
+    g[0, 0], x[0, 1] = 1e-10, 1e38
+    exact = 8 * outputs * (1e-25) ** 2
+    assert float(per_row.squared_norm(g, x, 1e-25)[0]) == pytest.approx(exact / 1e-25**2, rel=1e-4)
