@@ -5,6 +5,7 @@ import re
 import jax.numpy as jnp
 
 from dplora_jax.errors import InputError
+from dplora_jax.models.family import sizes
 
 
 def names(hf):
@@ -13,7 +14,7 @@ def names(hf):
     named = hf.get("id2label")
     if not named:
         count = hf.get("num_labels")
-        count = count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else 2
+        (count,) = sizes(hf, "num_labels") if type(count) is int and count > 0 else (2,)
         return tuple(f"LABEL_{i}" for i in range(count))
     if not isinstance(named, dict) or set(named) != {str(i) for i in range(len(named))}:
         raise InputError(f"config.json: id2label must name the outputs 0 to {len(named) - 1}, each once.")

@@ -135,7 +135,10 @@ def _opened(place):
 def _stored_labels(model, checkpoint):
     """How many outputs the classification head in `checkpoint` has; None where there is none."""
     name = f"{model.head_name}.weight"
-    return checkpoint.shape(name)[0] if checkpoint.has(name) else None
+    shape = checkpoint.shape(name) if checkpoint.has(name) else None
+    if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
+        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, which is no classifier's head.")
+    return shape and shape[0]
 
 
 def model_type(name_or_path):

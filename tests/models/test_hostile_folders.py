@@ -12,7 +12,7 @@ from conftest import GOLDEN, write_tokenizer
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
-from dplora_jax.models import digests, hf_checkpoint, pretrained, safetensors_file
+from dplora_jax.models import digests, hf_checkpoint, parameters, pretrained, safetensors_file
 from experiments import plan_models
 
 
@@ -118,11 +118,12 @@ def test_a_value_of_another_kind_is_one_sentence_or_harmless(family):
 def test_a_config_is_checked_before_any_of_it_is_used(tmp_path, value):
     assert "architectures" in refusal(models.from_pretrained, write(tmp_path, architectures=value))
     assert "id2label" in refusal(models.from_pretrained, write(tmp_path, id2label=[value]))
+    assert "num_labels" in refusal(models.from_pretrained, write(tmp_path, id2label=None, num_labels=2**60))
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size"])
 def test_no_memory_is_taken_for_what_config_alone_says_is_there(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(pretrained, "_aligned_empty", None)
+    monkeypatch.setattr(parameters, "_aligned_empty", None)
     assert "tensor" in refusal(models.from_pretrained, write(tmp_path, **{name: 12 * 2**18, "num_attention_heads": 12}))
 
 
@@ -144,6 +145,24 @@ def header(text):
 def test_a_hostile_header_of_weights_is_one_sentence(tmp_path, content):
     (write(tmp_path) / "model.safetensors").write_bytes(content)
     refusal(models.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(0, 4611686018427387904), (2**40, 0), ()])
+def test_a_head_that_claims_any_number_of_labels_is_one_sentence(tmp_path, shape):
+    tensors = {name: value for name, value in TENSORS.items() if name != "classifier.weight"}
+    safetensors.numpy.save_file(tensors, write(tmp_path) / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    said = json.loads(whole[8 : 8 + length]) | {
+        "classifier.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    }
+    if not shape:
+        said["classifier.weight"]["data_offsets"] = [len(whole) - 8 - length, len(whole) - 4 - length]
+    (tmp_path / "model.safetensors").write_bytes(
+        header(json.dumps(said).encode()) + whole[8 + length :] + bytes(4 * (not shape))
+    )
+    with pytest.raises(InputError, match="no classifier's head"):
+        models.from_pretrained(tmp_path, label_names=("a", "b"))
 
 
 def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
