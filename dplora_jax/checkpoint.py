@@ -1,10 +1,13 @@
 """What a run needs to go on after it was killed: the state of the rounds and the lines it has shown, saved by orbax."""
 
 import json
+import logging
 import os
 import pathlib
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
+from dplora_jax.files import plain
 from dplora_jax.privacy import secrets
 
 
@@ -21,7 +24,9 @@ def anchors(directory):
         try:
             anchor = json.loads((folder / "notes" / "metadata").read_bytes())["ledger"]
             anchor["entries"], anchor["head"]
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if lost := errors.storage(error):
+                raise lost from None
             # A running program keeps two and has just removed it, or was killed while it removed it: a newer one is whole.
             if not folder.exists() or int(folder.name) < max(int(path.name) for path in folders):
                 continue
@@ -39,6 +44,11 @@ def _sync_tree(directory):
         secrets.sync_directory(folder)
 
 
+def _leave_out_orbaxs_own(record):
+    """Of absl's log, not what orbax writes there: the traceback, once for each of its threads, of an error that it raises too."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 class Checkpoints:
     """The checkpoints of one directory, a step a round; saved asynchronously, the last two kept. All processes of a run save and
     restore together, in one directory that all see; the notes are those of process 0."""
@@ -46,6 +56,7 @@ class Checkpoints:
     def __init__(self, directory):
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_leave_out_orbaxs_own)
         self._directory, self._args = pathlib.Path(directory).absolute(), ocp.args
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -53,7 +64,7 @@ class Checkpoints:
     def save(self, number, state, notes):
         """Begin to save `state` (a pytree of arrays) and `notes` (JSON) as of round `number`; `wait` makes sure of it.
         `notes["ledger"]` is the anchor that `anchors` reads."""
-        parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(notes))
+        parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(plain(notes)))
         self._manager.save(number, args=parts)
 
     def wait(self, meet=lambda: None):
@@ -81,7 +92,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(number, args=parts)
         except Exception as error:  # orbax and tensorstore have many; all mean that it cannot be read
-            raise InputError(
+            raise errors.storage(error) or InputError(
                 f"checkpoint {self._directory / str(number)} cannot be read ({type(error).__name__}): remove it, and the run "
                 "goes on from the one before."
             ) from None

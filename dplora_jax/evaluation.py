@@ -8,6 +8,7 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -15,8 +16,11 @@ from dplora_jax import generation, lora, losses
 from dplora_jax.data import encoding, scores
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.federation.mesh import put
+from dplora_jax.models import tokenizer as tokenizers
+from dplora_jax.models import tokenizer_settings
 
 ROWS, TOKENS = 256, 16384  # of a batch on one device, at most
+UNDECIDED = -1  # the label of a row whose logits are not finite
 PROMPTS = 16  # answered at a time
 
 
@@ -31,16 +35,20 @@ def padded_batches(table, size):
 
 
 def classifier(model, mesh, params, test):
-    """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`).
+    """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`); both are
+    nan where any logit is not finite, since argmax takes what is no number for a label.
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
     over the clients axis, and compiled once; every process gets all predictions.
     """
     labels = test["labels"]
     inputs = {name: value for name, value in test.items() if name != "labels"}
-    predict = _over_rows(
-        model, mesh, params, inputs, lambda based, adapter, batch: model.apply(based, batch, adapter).argmax(-1)
-    )
+
+    def chosen(based, adapter, batch):
+        logits = model.apply(based, batch, adapter)
+        return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), UNDECIDED)
+
+    predict = _over_rows(model, mesh, params, inputs, chosen)
     return lambda adapter, residual=(): _of_labels(predict(adapter, residual), labels, model.config.num_labels)
 
 
@@ -60,16 +68,24 @@ def likelihoods(model, mesh, params, table):
 def perplexity(model, mesh, params, table):
     """A function (adapter, residual=()) -> {"perplexity"}: exp of the mean loss of a token, over all marked tokens of `table`."""
     counted, found = int(table["loss_mask"][:, 1:].sum()), likelihoods(model, mesh, params, table)
-    return lambda adapter, residual=(): {"perplexity": math.exp(-found(adapter, residual).sum() / max(1, counted))}
+
+    def evaluate(adapter, residual=()):
+        with np.errstate(over="ignore"):  # then it is infinite
+            return {"perplexity": float(np.exp(-found(adapter, residual).sum() / max(1, counted)))}
+
+    return evaluate
 
 
 def label_words(model, mesh, params, table, labels, classes):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} by the likeliest of `classes` words, the I * classes rows of
     `table` (`encoding.all_answers`), against `labels` [I]."""
     found = likelihoods(model, mesh, params, table)
-    return lambda adapter, residual=(): _of_labels(
-        found(adapter, residual).reshape(-1, classes).argmax(1), labels, classes
-    )
+
+    def evaluate(adapter, residual=()):
+        nats = found(adapter, residual).reshape(-1, classes)
+        return _of_labels(np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED), labels, classes)
+
+    return evaluate
 
 
 def choices(model, mesh, params, table, asked):
@@ -82,6 +98,8 @@ def choices(model, mesh, params, table, asked):
 
     def evaluate(adapter, residual=()):
         nats = found(adapter, residual)
+        if not np.isfinite(nats).all():
+            return dict.fromkeys(("accuracy", "accuracy_norm"), math.nan)
         best = [np.array([part.argmax() for part in np.split(x, ends)]) for x in (nats, nats / np.maximum(lengths, 1))]
         return {name: scores.accuracy(p, right) for name, p in zip(("accuracy", "accuracy_norm"), best, strict=True)}
 
@@ -93,8 +111,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
     `new_tokens` tokens have in common with the right ones, cut to as many. Prompts are cut to `max_length` tokens."""
     table = encoding.prompts(tokenizer, asked, max_length, chat)
     references = [_cut(tokenizer, one.answers[one.right], new_tokens) for one in asked]
-    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    pad = tokenizer.pad_token_id
+    ends, pad = tokenizer_settings.end_ids(tokenizer), tokenizer.pad_token_id
 
     def evaluate(adapter, residual=()):
         based = lora.shifted(model, params, residual) if residual else params
@@ -123,10 +140,12 @@ ANSWER_SCORES = {"token_f1": scores.token_f1, "rouge_l": scores.rouge_l}
 
 
 def _cut(tokenizer, text, tokens):
-    return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
+    return tokenizer.decode(tokenizers.tokens(tokenizer, text, add_special_tokens=False).input_ids[:tokens])
 
 
 def _of_labels(predicted, labels, classes):
+    if (predicted == UNDECIDED).any():
+        return dict.fromkeys(("accuracy", "macro_f1"), math.nan)
     return {"accuracy": scores.accuracy(predicted, labels), "macro_f1": scores.macro_f1(predicted, labels, classes)}
 
 

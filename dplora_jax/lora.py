@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dplora_jax.errors import InputWarning
 from dplora_jax.per_row import EXACT, PerRow, linear
 
 FROZEN = {"a": "lora_a", "b": "lora_b"}  # the keys of the base parameters under which frozen A and B matrices live
@@ -25,7 +26,7 @@ class LoraConfig:
     """What an adapter is: W + (alpha / rank) B A on every matrix named by `targets` (Hu et al. 2021, section 4.1).
 
     `targets` are a family's short names ("q", "v"), or ("all-linear",); empty means no matrix (a head alone).
-    `last_layers` adapts only that many layers nearest the output; None adapts all.
+    `last_layers` adapts only that many layers nearest the output (and what is named above them); None adapts all.
     """
 
     rank: int
@@ -65,7 +66,7 @@ def head(x, params):
 def _column(bias):
     """A bias [O] as the weight [O, 1] of a constant input."""
     if isinstance(bias, PerRow):
-        return PerRow(bias.weight[:, None], bias.slot if bias.slot.ndim == 1 else bias.slot[..., None])
+        return PerRow(bias.weight[:, None], bias.slot[..., None])
     return bias[:, None]
 
 
@@ -102,13 +103,14 @@ def init(key, model, params, config):
             if config.rank > min(inputs, outputs):
                 warnings.warn(
                     f"rank {config.rank} exceeds {name}'s own {min(inputs, outputs)}: full rank costs less.",
+                    InputWarning,
                     stacklevel=2,
                 )
-            bound = inputs**-0.5
+            bound, layers = inputs**-0.5, depth if model.targets[name].layered else 1
             a = jax.random.uniform(
-                jax.random.fold_in(key, index), (depth, config.rank, inputs), jnp.float32, -bound, bound
+                jax.random.fold_in(key, index), (layers, config.rank, inputs), jnp.float32, -bound, bound
             )
-            b = jnp.zeros((depth, outputs, config.rank), jnp.float32)
+            b = jnp.zeros((layers, outputs, config.rank), jnp.float32)
             adapter["layers"][name] = Pair(a, b, config.alpha / config.rank)
     if "head" in params:
         adapter["head"] = jax.tree.map(lambda x: x.astype(jnp.float32), params["head"])
@@ -182,13 +184,12 @@ def merge(model, params, adapter, config):
     merged = {name: value for name, value in params.items() if name not in FROZEN.values()}
     if "head" in adapter:
         merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter["head"], params["head"])
-    scale = config.alpha / config.rank
     for name, pair in adapter.get("layers", {}).items():
-        merged["layers"] = _add_at(
-            merged["layers"],
-            model.targets[name].path,
+        merged = _added(
+            merged,
+            model.targets[name],
             (pair.a, pair.b),
-            lambda factors: scale * jnp.einsum("or,ri->io", factors[1], factors[0], precision=EXACT),
+            lambda factors, scale=pair.scale: scale * jnp.einsum("or,ri->io", factors[1], factors[0], precision=EXACT),
         )
     return merged
 
@@ -196,24 +197,31 @@ def merge(model, params, adapter, config):
 def shifted(model, params, change):
     """`params` with `change` {target: [L, I, O]} added to the last L layers' kernels. ValueError where these are quantised."""
     for name, delta in change.items():
-        params = {**params, "layers": _add_at(params["layers"], model.targets[name].path, delta, lambda x: x)}
+        params = _added(params, model.targets[name], delta, lambda x: x)
     return params
+
+
+def _added(params, target, parts, delta):
+    if target.layered:
+        return {**params, "layers": _add_at(params["layers"], target.path, parts, delta)}
+    return _add_at(params, target.path, parts, delta)
 
 
 def _add_at(tree, path, parts, delta):
     """`tree` with `delta` of each layer's `parts` (a pytree of [L, ...]) added to the last layers of the kernel at `path`, in
-    float32, a layer at a time."""
+    float32, a layer at a time; a kernel that is not stacked is one layer's."""
     if path:
         return {**tree, path[0]: _add_at(tree[path[0]], path[1:], parts, delta)}
     if not isinstance(tree, jax.Array | np.ndarray):
         raise ValueError("an adapter does not merge into quantised matrices: load the base unquantised.")
-    first = tree.shape[0] - jax.tree.leaves(parts)[0].shape[0]
+    kernels = jnp.asarray(tree) if tree.ndim == 3 else jnp.asarray(tree)[None]
+    first = kernels.shape[0] - jax.tree.leaves(parts)[0].shape[0]
 
     def one(layer):
         kernel, own = layer
         return (kernel.astype(jnp.float32) + delta(own)).astype(kernel.dtype)
 
-    return jnp.asarray(tree).at[first:].set(jax.lax.map(one, (tree[first:], parts)))
+    return kernels.at[first:].set(jax.lax.map(one, (kernels[first:], parts))).reshape(tree.shape)
 
 
 def count(tree):

@@ -1,29 +1,30 @@
 """Adapter files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`, both ways."""
 
-import json
+import math
 import pathlib
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dplora_jax import lora
 from dplora_jax.errors import InputError
+from dplora_jax.files import find, read_json, to_json
 from dplora_jax.lora import LoraConfig, Pair
 from dplora_jax.models.decoder import Decoder
+from dplora_jax.peft_config import PeftConfig
 from dplora_jax.privacy.chain import replace_durably
 
 PREFIX = "base_model.model."
+POOLER = re.escape(PREFIX) + r"(bert\.)?pooler\.dense\.lora_[AB]\.weight"
 HEAD_PARTS = {"kernel": "weight", "bias": "bias"}  # ours: PEFT's
-# What PEFT can do and this program does not: {option: the values that mean "not used"}.
-UNUSED = {
-    "use_dora": (False, None), "use_rslora": (False, None), "bias": ("none",), "lora_bias": (False, None),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,), "use_qalora": (False, None),
-    "use_bdlora": (None, False), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
-    "target_parameters": (None, []), "loftq_config": ({}, None),
-    # How A and B began is of no concern, unless the base's own matrices were changed to make room (PiSSA, OLoRA, ...).
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+CONVERT = (
+    "python -c \"import safetensors.torch as s, torch; s.save_file(torch.load('adapter_model.bin', weights_only=True), "
+    "'adapter_model.safetensors')\""
+)
 
 
 def save(path, model, adapter, config, base=None):
@@ -37,6 +38,7 @@ def save(path, model, adapter, config, base=None):
     depth = model.config.num_layers
     first = depth - (config.last_layers or depth)
     modules = _target_modules(model, adapter.get("layers", {}), first)
+    alphas = {t: pair.scale * config.rank for t, pair in adapter.get("layers", {}).items()}
     document = {
         "peft_type": "LORA", "task_type": _task_type(model),
         "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
@@ -46,9 +48,19 @@ def save(path, model, adapter, config, base=None):
         "modules_to_save": [model.head_name] if "head" in adapter else None,
         "bias": "none", "fan_in_fan_out": getattr(model, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True, "use_dora": False, "use_rslora": False,
+        "alpha_pattern": {
+            _by_its_end(model.targets[t].module): alpha
+            for t, alpha in alphas.items()
+            if not math.isclose(alpha, config.alpha, rel_tol=1e-12)
+        },
     }  # fmt: skip
     replace_durably(path / "adapter_model.safetensors", safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    replace_durably(path / "adapter_config.json", json.dumps(document, indent=2) + "\n")
+    replace_durably(path / "adapter_config.json", to_json(document, indent=2) + "\n")
+
+
+def _by_its_end(module):
+    """PEFT's pattern for the modules of one kind of matrix, in every layer."""
+    return re.escape(module).replace(r"\{\}", r"\d+")
 
 
 def _task_type(model):
@@ -64,7 +76,8 @@ def _target_modules(model, chosen, first):
     names = {target: model.targets[target].module.split("{}.")[-1] for target in model.targets}
     suffixes = [names[target].split(".")[-1] if names[target].endswith(target) else names[target] for target in chosen]
     greedy = any(f".{names[t]}".endswith(f".{s}") for t in model.targets if t not in chosen for s in suffixes)
-    if not greedy:
+    above = any(not model.targets[target].layered for target in chosen)  # PEFT's layer numbers leave out what has none
+    if not greedy and not (first and above):
         return suffixes
     layers = f"({'|'.join(map(str, range(first, model.config.num_layers)))})"
     return "|".join(model.targets[t].module.replace(".", r"\.").replace("{}", layers) for t in chosen)
@@ -88,34 +101,35 @@ def to_state_dict(model, tree, config):
 def load(path, model, params):
     """An adapter directory -> (adapter, LoraConfig), float32. A head that the file lacks is the base's own.
 
-    Raises InputError where a file is missing or damaged, does not fit the model, or uses what is not implemented.
+    Matrices of several ranks are filled up to the largest, and layers that the file leaves out above its first as well, as a
+    fresh adapter begins: A drawn, B zero, which adds nothing. Raises InputError where a file is missing or damaged, does not fit
+    the model, or uses what is not implemented.
     """
     path = pathlib.Path(path)
+    document, file = read_json(_file(path, "adapter_config.json")), _file(path, "adapter_model.safetensors")
     try:
-        document = json.loads((path / "adapter_config.json").read_text())
-        tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        tensors = safetensors.numpy.load_file(file)
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a type that numpy lacks
         raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
-    peft_type = document.get("peft_type") if isinstance(document, dict) else None
-    if peft_type != "LORA":
-        raise InputError(f"{path}: peft_type={peft_type!r} is not supported, only 'LORA'.")
-    for option, unused in UNUSED.items():
-        if document.get(option, unused[0]) not in unused:
-            raise InputError(f"{path}: the adapter uses {option}={document[option]!r}, which is not supported.")
-    # PEFT lists both of its usual names of a head for every classifier; which one it is, the tensors tell.
-    strange = set(document.get("modules_to_save") or ()) - {getattr(model, "head_name", None), "classifier", "score"}
-    if strange:
-        raise InputError(f"{path}: modules_to_save={sorted(strange)} is not supported, only the head.")
-    rank, alpha = document.get("r"), document.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise InputError(f"{path}: adapter_config.json has r={rank!r} and lora_alpha={alpha!r}, which make no adapter.")
-    layers, last_layers = _layers(path, model, tensors, rank, alpha / rank)
+    described = PeftConfig(path, document, (getattr(model, "head_name", None), "classifier", "score"))
+    found = _matrices(path, model, tensors, described)
+    layers, config = _stacked(model, params, found, described)
     adapter = {"layers": layers} if layers else {}
     if "head" in params:
         adapter["head"] = _head(path, model, params["head"], tensors)
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
-    return adapter, LoraConfig(rank, alpha, tuple(sorted(layers)), last_layers)
+    return adapter, config
+
+
+def _file(path, name):
+    """The file `name` of an adapter's directory."""
+    file = find(path, name)
+    if file is None:
+        pickled = name.endswith(".safetensors") and find(path, "adapter_model.bin") is not None
+        hint = f"; adapter_model.bin is a pickle, which is not read: convert it there with {CONVERT}" if pickled else ""
+        raise InputError(f"{path} holds no readable PEFT adapter (it has no {name}{hint}).")
+    return file
 
 
 def _head(path, model, own, tensors):
@@ -133,31 +147,63 @@ def _head(path, model, own, tensors):
     return {part: jnp.asarray(value, jnp.float32) for part, value in head.items()}
 
 
-def _layers(path, model, tensors, rank, scale):
-    """Take the A and B matrices out of `tensors` -> ({target: Pair}, last_layers)."""
-    layers, last_layers, depth = {}, None, model.config.num_layers
+def _matrices(path, model, tensors, described):
+    """Take the A and B matrices out of `tensors` -> {target: {layer: (A, B, scale)}}, each checked against `described`."""
+    found = {}
     for target, place in model.targets.items():
-        names = {i: f"{PREFIX}{place.module.format(i)}.lora_{{}}.weight" for i in range(depth)}
-        present = [i for i, name in names.items() if name.format("A") in tensors or name.format("B") in tensors]
-        if not present:
-            continue
-        if present != list(range(depth - len(present), depth)) or (layers and len(present) != (last_layers or depth)):
-            raise InputError(
-                f"{path}: {target} is adapted on layers {present}; only the same last layers of every target are supported."
-            )
-        last_layers = None if len(present) == depth else len(present)
-        try:
-            a, b = (
-                np.stack([tensors.pop(names[i].format(letter)) for i in present]).astype(np.float32) for letter in "AB"
-            )
-        except (KeyError, ValueError):
-            raise InputError(
-                f"{path}: the matrices of {target} are incomplete or differ in shape from layer to layer."
-            ) from None
-        inputs, outputs = place.shape
-        if a.shape[1:] != (rank, inputs) or b.shape[1:] != (outputs, rank):
-            raise InputError(
-                f"{path}: {target} has A {a.shape[1:]} and B {b.shape[1:]}, which do not fit rank {rank} and {place.shape}."
-            )
+        for layer in range(model.config.num_layers if place.layered else 1):
+            # An adapter of the bare model (FEATURE_EXTRACTION, LlamaModel) lacks the first part of every name.
+            full = place.module.format(layer)
+            for module in (full, full.split(".", 1)[1]):
+                names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
+                pair = [tensors.pop(name) for name in names if name in tensors]
+                if pair:
+                    found.setdefault(target, {})[layer] = _checked(path, target, place, module, pair, described)
+    if not any(target == "pooler" for target in model.targets):  # no logit of such a model depends on it
+        for name in [name for name in tensors if re.fullmatch(POOLER, name)]:
+            del tensors[name]
+    return found
+
+
+def _checked(path, target, place, module, pair, described):
+    """The (A, B, scale) of one module."""
+    if len(pair) < 2:
+        raise InputError(f"{path}: the matrices of {target} are incomplete: {module} has only one of A and B.")
+    if not described.adapts(module):
+        raise InputError(
+            f"{path}: there are matrices of {module}, which target_modules, exclude_modules or layers_to_transform of "
+            "adapter_config.json leave out, so that PEFT would not use them."
+        )
+    (inputs, outputs), (rank, scale), (a, b) = place.shape, described.of_module(module), pair
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+        raise InputError(
+            f"{path}: {target} has A {a.shape} and B {b.shape}, which do not fit rank {rank} and {place.shape}."
+        )
+    return a.astype(np.float32), b.astype(np.float32), scale
+
+
+def _stacked(model, params, found, described):
+    """({target: Pair}, LoraConfig) of the matrices that `_matrices` found."""
+    rank = max((a.shape[0] for own in found.values() for a, _, _ in own.values()), default=described.rank)
+    alpha = described.alpha
+    if described.stabilised or rank != described.rank:
+        alpha = described.scale(alpha, described.rank) * rank
+    depth = model.config.num_layers
+    first = min((layer for target, own in found.items() if model.targets[target].layered for layer in own), default=0)
+    config = LoraConfig(rank, alpha, tuple(sorted(found)), depth - first if first else None)
+    if not found:
+        return {}, config
+    bare = {name: value for name, value in params.items() if name != "head"}
+    layers = lora.init(jax.random.key(0), model, bare, config)["layers"]
+    for target, own in found.items():
+        scales = [scale for _, _, scale in own.values()]
+        scale = alpha / rank if any(math.isclose(s, alpha / rank, rel_tol=1e-12) for s in scales) else scales[0]
+        a, b = np.array(layers[target].a), np.array(layers[target].b)
+        for layer, (own_a, own_b, own_scale) in own.items():
+            at, width = layer - first if model.targets[target].layered else 0, len(own_a)
+            a[at, :width] = own_a
+            # Layers of one kind share a scale; where the file gives one another, the ratio goes into its B.
+            same = math.isclose(own_scale, scale, rel_tol=1e-12)
+            b[at, :, :width] = own_b if same else own_b * np.float32(own_scale / scale)
         layers[target] = Pair(jnp.asarray(a), jnp.asarray(b), scale)
-    return layers, last_layers
+    return layers, config

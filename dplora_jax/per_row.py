@@ -14,20 +14,17 @@ EXACT = jax.lax.Precision.HIGHEST
 ROUNDOFF = 2.0**-24  # of float32
 SLACK = 1 + 2.0**-8  # for the rounding of what bounds the rounding
 PIECE = 512
+LARGEST = 126  # 2^126 and 2^-126 are normal float32 numbers, which no backend flushes to zero
 
 
 @struct.dataclass
 class PerRow:
     """A weight [O, I] that all rows share, with a slot whose cotangent tells of each row's gradient alone. No forward pass
-    reads a slot. There are three kinds:
+    reads a slot. There are two kinds:
 
     - zeros [B, O, I] receive each row's gradient;
-    - `Kept` receives each row's squared norm, and what any weighted sum of the rows' gradients can be made of (book-keeping, Bu
-      et al. 2023, section 3.2);
-    - factors [B] receive each row's squared norm (the ghost norm, Goodfellow 2015; Li et al. 2022), and the weight's own
-      cotangent is the sum of the rows' gradients times these factors.
-
-    Only the first kind ever forms a row's gradient, or, of the others, those whose rows are short, one layer at a time.
+    - `Kept` receives the inputs and cotangents that each row's gradient is the product of (book-keeping, Bu et al. 2023, section
+      3.2): its norm (the ghost norm, Goodfellow 2015; Li et al. 2022) and any weighted sum of rows' gradients come of these.
     """
 
     weight: Any
@@ -36,10 +33,9 @@ class PerRow:
 
 @struct.dataclass
 class Kept:
-    """Each row's squared gradient norm [B] float32, and the inputs [B, T, I] and the outputs' cotangents [B, T, O] that the
-    gradient is the product of, in the dtype of the activations; each [L, ...] where a weight is stacked over layers."""
+    """The inputs [B, T, I] and the outputs' cotangents [B, T, O] that a row's gradient is the product of, in the dtype of the
+    activations; each [L, ...] where a weight is stacked over layers."""
 
-    squares: Any
     inputs: Any
     cotangents: Any
 
@@ -66,54 +62,99 @@ def _per_row_linear(x, weight, slot):
 
 def _forward(x, weight, slot):
     # Of a slot that is only written, its kind is all that the backward pass needs.
-    factors = not isinstance(slot, Kept) and slot.ndim == 1
-    return _per_row_linear(x, weight, slot), (x, weight, slot if factors else jax.tree.map(lambda _: None, slot))
+    return _per_row_linear(x, weight, slot), (x, weight, jax.tree.map(lambda _: None, slot))
 
 
 def _backward(residuals, g):
     x, weight, slot = residuals
     grad_x = _of_tokens(g, weight.astype(x.dtype))
-    wide_g, wide_x = g.astype(jnp.float32), x.astype(jnp.float32)
-    if slot is None or isinstance(slot, Kept):
-        grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)  # nobody asks for it, and it is not computed
-        if slot is not None:
-            return grad_x, grad_weight, Kept(squared_norm(wide_g, wide_x), x, g)
-        per_row = jnp.einsum("bto,bti->boi", g, x, preferred_element_type=jnp.float32, precision=EXACT)
-        return grad_x, grad_weight, per_row
-    # The factor meets float32 gradients, the very ones whose norm was taken: scaled earlier, in the loss, they would be
-    # rounded anew in bfloat16 and pass the norm that they were cut to.
-    return grad_x, _product(slot, wide_g, wide_x).astype(weight.dtype), squared_norm(wide_g, wide_x)
+    grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)  # nobody asks for it, and it is not computed
+    if slot is not None:
+        return grad_x, grad_weight, Kept(x, g)
+    per_row = jnp.einsum("bto,bti->boi", g, x, preferred_element_type=jnp.float32, precision=EXACT)
+    return grad_x, grad_weight, per_row
 
 
 _per_row_linear.defvjp(_forward, _backward)
 
 
-def _product(factors, g, x):
-    """sum_b factors_b g_b^T x_b -> [O, I] float32. A factor of 0 silences whatever the row holds (0 * nan is nan)."""
-    over = factors[:, None, None]
-    g, x = (jnp.where(over > 0, y, 0) for y in (g, x))
-    g, x = (y.reshape(-1, y.shape[-1]) for y in (over * g, x))
-    return jnp.einsum("ko,ki->oi", g, x, precision=EXACT)
+def wide(y):
+    """`y` as float32: the very numbers of its own dtype. The rounding to that dtype is said again, since XLA may leave it out
+    where a narrow number is widened at once (`--xla_allow_excess_precision`): one reader would see more digits than another."""
+    kind = jnp.finfo(y.dtype)
+    return y if kind.bits >= 32 else jax.lax.reduce_precision(y.astype(jnp.float32), kind.nexp, kind.nmant)
 
 
-def squared_norm(g, x):
-    """|sum_t g_t x_t^T|^2 of each row, by whichever of the product and the Gram matrices is smaller: g [B, T, O] and x [B, T, I]
-    float32 -> [B], never too small.
+def square_sum(y, axes=1):
+    """Sum of squares of `y` float32 over all but its first `axes` axes, never too small: [B, ...] -> [B], or more axes.
+
+    n numbers add up to within n ROUNDOFF, in any order (Higham 2002, section 3.1). The last axis is summed first, so that n is
+    the sum of two sizes and not their product, and what rounding may have taken is added.
+    """
+    y = y[..., None] if y.ndim == axes else y
+    first = jax.lax.optimization_barrier(jnp.square(y).sum(-1))
+    total = first.reshape(*y.shape[:axes], -1).sum(-1) if first.ndim > axes else first
+    terms = y.shape[-1] + first.size // max(1, total.size) + 2
+    return total * (1 + terms * ROUNDOFF * SLACK)
+
+
+def squared_norm(g, x, unit=1.0):
+    """|sum_t g_t x_t^T|^2 / unit^2 of each row, by whichever of the product and the Gram matrices is smaller: g [B, T, O] and x
+    [B, T, I] float32 -> [B], never too small. It is infinite, or nan, where a number is.
 
     Tokens that cancel leave rounding errors in the measure of what cancelled, not of what is left: a record made to cancel could
     pass uncut. So the errors are bounded, by n terms' (n ROUNDOFF of the sum of their sizes, in any order: Higham 2002, section
     3.1), and may only add to a norm: those of the norm, and those of the sum that it bounds.
+
+    Every factor is scaled by a power of two, and the row by what its longest token comes to, so that no square leaves float32
+    however small the one factor and large the other. What still vanishes are tokens 2^60 times shorter than the longest, far
+    less than the rounding that is added, and norms below 1e-19 units.
     """
     (_, tokens, outputs), inputs = g.shape, x.shape[-1]
+    g, x, exponent = _scaled(g, x)
     lengths = jnp.sqrt(jnp.square(g).sum(-1) * jnp.square(x).sum(-1)).sum(1) * SLACK
     of_sum = 2 * tokens * ROUNDOFF * lengths
     if outputs * inputs <= tokens * (outputs + inputs):
-        squares = jnp.square(jnp.einsum("bto,bti->boi", g, x, precision=EXACT)).sum((1, 2))
-        return jnp.square(jnp.sqrt(squares) + of_sum)
-    (gram_g, terms_g), (gram_x, terms_x) = _gram(g), _gram(x)
-    squares = jnp.einsum("bts,bts->bt", gram_g, gram_x, precision=EXACT).sum(1)
-    error = (terms_g + terms_x + 2 * tokens) * ROUNDOFF * jnp.square(lengths)
-    return jnp.square(jnp.sqrt(jnp.maximum(squares, 0) + error) + of_sum)
+        squares = square_sum(jnp.einsum("bto,bti->boi", g, x, precision=EXACT))
+    else:
+        (gram_g, terms_g), (gram_x, terms_x) = _gram(g), _gram(x)
+        squares = jax.lax.optimization_barrier(jnp.einsum("bts,bts->bt", gram_g, gram_x, precision=EXACT)).sum(1)
+        error = (terms_g + terms_x + 2 * tokens) * ROUNDOFF * jnp.square(lengths)
+        squares = jnp.maximum(squares, 0) + error
+    return jnp.square(_times_power(jnp.sqrt(squares) + of_sum, exponent, unit))
+
+
+def _scaled(g, x):
+    """g [B, T, O] and x [B, T, I] with every token's largest number between 1 and 2, the tokens of g then by their share of their
+    row's longest; and the exponents [B] int32 of what this divided the rows' products by."""
+    (g, of_g), (x, of_x) = _normalised(g), _normalised(x)
+    exponents = of_g + of_x
+    largest = exponents.max(1)
+    return g * _power(exponents - largest[:, None])[..., None], x, largest
+
+
+def _normalised(y):
+    """y [B, T, I] with each token divided by the power of two below its largest number -> (y, exponents [B, T] int32; of a token
+    of nothing but zeros, the least)."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(y).max(-1), jnp.int32)  # nan and inf have the largest exponent there is
+    exponents = jnp.where(bits == 0, -2 * LARGEST, jnp.clip((bits >> 23) - 127, -LARGEST, LARGEST))
+    return y * _power(-exponents)[..., None], exponents
+
+
+def _power(exponent):
+    """2^exponent float32, exactly; 0 below 2^-126, and 2^126 above."""
+    exponent = jnp.minimum(exponent, LARGEST)
+    bits = jnp.where(exponent < -LARGEST, 0, (exponent + 127) << 23)
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
+
+
+def _times_power(y, exponent, unit=1.0):
+    """y 2^exponent / unit, where only the result need lie within float32."""
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(unit, jnp.float32), jnp.int32)
+    of_unit = jnp.clip((bits >> 23) - 127, -LARGEST, LARGEST)
+    exponent = exponent - of_unit
+    half = jnp.clip(exponent, -LARGEST, LARGEST)
+    return y / (unit * _power(-of_unit)) * _power(half) * _power(exponent - half)
 
 
 def _gram(y):
@@ -125,29 +166,37 @@ def _gram(y):
     return sum(products[1:], products[0]), min(inputs, PIECE) + len(pieces)
 
 
+def kept_squares(kept, unit=1.0):
+    """Each row's squared norm in each layer, from what was kept of a weight stacked over layers -> [L, B] float32, in units of
+    unit^2, never too small."""
+    return jax.lax.map(lambda layer: squared_norm(wide(layer.cotangents), wide(layer.inputs), unit), kept)
+
+
 def kept_sum(factors, kept):
     """sum_b factors_b times row b's gradient, from what was kept of a weight stacked over layers: `factors` [B] or [B, L] ->
     [L, O, I] float32, a layer at a time."""
-    layers, rows = kept.squares.shape
+    layers, rows = kept.inputs.shape[:2]
     factors = factors.T if factors.ndim > 1 else jnp.broadcast_to(factors, (layers, rows))
+    return jax.lax.map(
+        lambda layer: _product(layer[0], wide(layer[1].cotangents), wide(layer[1].inputs)), (factors, kept)
+    )
 
-    def one(layer):
-        factors, inputs, cotangents = layer
-        return _product(factors, cotangents.astype(jnp.float32), inputs.astype(jnp.float32))
 
-    return jax.lax.map(one, (factors, kept.inputs, kept.cotangents))
+def _product(factors, g, x):
+    """sum_b factors_b g_b^T x_b -> [O, I] float32. A factor of 0 silences whatever the row holds (0 * nan is nan). Tokens are
+    scaled as for the norm: were one factor of a token flushed to zero and another's not, they would no longer cancel."""
+    g, x = (jnp.where(factors[:, None, None] > 0, y, 0) for y in (g, x))
+    g, x, exponent = _scaled(g, x)
+    g, x = (y.reshape(-1, y.shape[-1]) for y in (_times_power(factors, exponent)[:, None, None] * g, x))
+    return jnp.einsum("ko,ki->oi", g, x, precision=EXACT)
 
 
 def with_slots(adapter, slots):
-    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape], of factors [B] (for a leaf
-    stacked over layers, also [B, L]) or, for a leaf stacked over layers, of `Kept` zeros."""
+    """`adapter` with each leaf a `PerRow`: `slots` is a tree like it of zeros [B, *leaf.shape] or, for a leaf stacked over
+    layers, of `Kept` zeros."""
 
     def under_layers(leaf, slot):
-        if isinstance(slot, Kept):
-            return PerRow(leaf, slot)
-        if slot.ndim == 1:
-            return PerRow(leaf, jnp.broadcast_to(slot, (leaf.shape[0], *slot.shape)))
-        return PerRow(leaf, jnp.moveaxis(slot, 0, 1))
+        return PerRow(leaf, slot if isinstance(slot, Kept) else jnp.moveaxis(slot, 0, 1))
 
     return {
         part: jax.tree.map(under_layers if part == "layers" else PerRow, adapter[part], slots[part]) for part in adapter
@@ -171,7 +220,6 @@ def zeros(adapter, rows, kept=lambda leaf: False, tokens=None, dtype=None):
         if not kept(leaf):
             return whole(leaf)
         layers, outputs, inputs = leaf.shape
-        activations = (jnp.zeros((layers, rows, tokens, size), dtype) for size in (inputs, outputs))
-        return Kept(jnp.zeros((layers, rows), jnp.float32), *activations)
+        return Kept(*(jnp.zeros((layers, rows, tokens, size), dtype) for size in (inputs, outputs)))
 
     return {part: jax.tree.map(under_layers if part == "layers" else whole, adapter[part]) for part in adapter}

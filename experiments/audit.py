@@ -1,12 +1,10 @@
 """Attack the training program itself and bound from below the epsilon that it has: `python -m experiments.audit`.
 
 Exit codes: 0 no bound exceeds its claim, 1 one does (the mechanism is broken; with an intact one this has
-probability 0.001 at most, however many claims are audited), 2 bad input.
+probability 0.001 at most, however many claims are audited), 2 bad input, 74 a file cannot be written.
 """
 
 import dataclasses
-import json
-import os
 import sys
 from typing import NamedTuple
 
@@ -14,8 +12,9 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
-from experiments import flags, workdir
+from experiments import exits, flags, guard, private_files, workdir
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -29,21 +28,18 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 """
 
 
+@exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        own, config = _parse(sys.argv[1:] if argv is None else argv)
-        if own.help:
-            print(HELP)
-            return 0
-        with workdir.locked(own.folder) as folder:
-            if (folder / "config.json").exists():
-                raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
-            return (_membership if own.membership else _audits)(own, config, folder)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    guard.begin()
+    own, config = _parse(sys.argv[1:] if argv is None else argv)
+    if own.help:
+        print(HELP)
+        return 0
+    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
+        if (folder / "config.json").exists():
+            raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
+        return (_membership if own.membership else _audits)(own, config, folder)
 
 
 class Own(NamedTuple):
@@ -117,7 +113,7 @@ def _audits(own, config, folder):
         "flags": _flags(own, config),
         "audits": lines,
     }
-    chain.replace_durably(folder / "audit.json", json.dumps(result, indent=1))
+    chain.replace_durably(folder / "audit.json", to_json(result, indent=1))
     if any(line["broken"] for line in lines):
         print("The mechanism is BROKEN: a lower bound exceeds the epsilon that is claimed.")
         return 1
@@ -129,7 +125,7 @@ def _flags(own, config):
     if config is None:
         return None
     budget = ("epsilon", "noise_multiplier") if own.epsilons else ()
-    return {name: value for name, value in workdir.plain(dataclasses.asdict(config)).items() if name not in budget}
+    return {name: value for name, value in plain(dataclasses.asdict(config)).items() if name not in budget}
 
 
 def _subjects(own, config):
@@ -151,13 +147,14 @@ def _membership(own, config, folder):
     bare = dataclasses.replace(config, trust="none", epsilon=None, noise_multiplier=None)
     if not config.feature_norm:  # whose rates are for clipped gradients
         bare = dataclasses.replace(bare, clip_norm=float("inf"))
+    print(private_files.NOTE)
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []
     for name, one in ("no privacy", bare), ("as configured", config):
         line = membership.attack(one, own.seed)
         print(f"{name:>14}{line['tpr_at_0.001']:18.4f}{line['tpr_at_0.01']:12.4f}{line['auc']:8.3f}", flush=True)
         lines.append({"run": name, **line})
-    chain.replace_durably(folder / "membership.json", json.dumps(lines, indent=1))
+    private_files.write(folder / "membership.json", {"runs": lines})
     return 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from dplora_jax import evaluation
 from dplora_jax.errors import InputError
 from dplora_jax.models import features
-from experiments import causes, processes
+from experiments import fingerprints, processes
 
 CHUNK = 128  # rows at a time
 PUBLIC_ROWS = 512  # whose features are looked at, evenly spaced
@@ -79,7 +79,7 @@ def run_frozen_layers(config, model, params, memo, count, *tables):
 def _once(memo, named, run, params, inputs):
     """`run(params, batch)` of all rows of `inputs` {name: [N, ...]}, N > 0, on the host; `memo` (a dict, or None) keeps it
     for the next call with the same rows and the same `named`, which says all else."""
-    key = None if memo is None else (named, causes.of_arrays(inputs))
+    key = None if memo is None else (named, fingerprints.of_arrays(inputs))
     if key is not None and key in memo:
         return memo[key]
     chunks = [np.asarray(run(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]

@@ -25,6 +25,7 @@ import jax
 from absl import flags
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
 from experiments import (
@@ -32,6 +33,8 @@ from experiments import (
     benchmark_rounds,
     benchmark_steps,
     benchmark_table,
+    exits,
+    flagfiles,
     memory,
     plan_models,
     roofline,
@@ -56,9 +59,7 @@ def define():
     flags.DEFINE_enum(
         "task", None, ["language_model", "classification"], "what is trained; BERT: classes", flag_values=values
     )
-    flags.DEFINE_list(
-        "forms", ["auto", "broadcast", "bookkeeping", "ghost", "vmap"], "clipping forms", flag_values=values
-    )
+    flags.DEFINE_list("forms", ["auto", "broadcast", "ghost", "vmap"], "clipping forms", flag_values=values)
     flags.DEFINE_integer("repeats", 9, "how often each step is timed", lower_bound=3, flag_values=values)
     flags.DEFINE_multi_string("vary", [], "FLAG=VALUE|VALUE|...", flag_values=values)
     flags.DEFINE_string(
@@ -75,11 +76,13 @@ def define():
     return values
 
 
+@exits.guarded
 def main(argv=None):
     """Print what is asked for -> exit code."""
     config = define()
     try:
-        config(["benchmark", *(sys.argv[1:] if argv is None else argv)])
+        rest, _ = flagfiles.parse(sys.argv[1:] if argv is None else argv, config, "benchmark")
+        flagfiles.refuse_rest(rest)
         unknown = set(config.forms) - set(FORMS)
         if unknown:
             raise InputError(f"--forms={','.join(sorted(unknown))} is not known: {', '.join(FORMS)}.")
@@ -88,9 +91,8 @@ def main(argv=None):
             raise InputError(f"--chips={','.join(sorted(unknown))} is not known: {', '.join(roofline.PEAKS)}.")
         for line in sweep(config) if config.vary else chosen(config):
             print(line, flush=True)
-    except (flags.Error, InputError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (flags.Error, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None
     return 0
 
 
@@ -146,13 +148,13 @@ def sweep(config):
         for flag, value in name.items():
             config[flag].parse(value)
         what = case(config)
-        key = {"case": json.loads(json.dumps(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
+        key = {"case": json.loads(to_json(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
         key["repeats"] = config.repeats
         found = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
         if found is None:
             found = measured(config, what)
             with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(key | {"found": found}) + "\n")
+                file.write(to_json(key | {"found": found}) + "\n")
             print(f"{name}: done", file=sys.stderr, flush=True)
             jax.clear_caches()
         cells.append((name, found))

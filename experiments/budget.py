@@ -5,22 +5,22 @@
     python -m experiments.budget --records=400,3000 --epsilon=8 --noise_multiplier=1 --solve=rounds --plot=budget.svg
 
 Every flag of a run is taken, with a run's defaults. One of epsilon, noise_multiplier, rounds and expected_batch_size follows
-from the other three: the one that --solve names, else the one not given. Exit codes are 0 done, 2 bad input.
+from the other three: the one that --solve names, else the one not given. Exit codes are 0 done, 2 bad input,
+74 a file cannot be written.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import sys
 from typing import NamedTuple
 
 from absl import flags as absl_flags
-from absl import logging
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 from dplora_jax.privacy import accounting, paper_bound
-from experiments import flags, run_config
+from experiments import exits, flags, guard, run_config
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
@@ -47,24 +47,21 @@ class Answer(NamedTuple):
     bounded: bool  # the unknown stopped at the end of its range, not at the budget
 
 
+@exits.guarded
 def main(argv=None):
     """Answer the command line `argv` (default: this process's) -> exit code."""
     from experiments import budget_text
 
-    logging.set_verbosity(logging.ERROR)  # Renyi orders that do not converge are left out, which costs tightness alone
-    try:
-        question, options = parse(sys.argv[1:] if argv is None else argv)
-        answer = solve(question)
-        told = tell(question, answer)
-        if options["plot"]:
-            budget_text.plot(told, options["plot"])
-        if options["json"]:
-            print(json.dumps(told, indent=2))
-        else:
-            budget_text.show(told)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    guard.begin()  # the sizes may be those of a table; nor are Renyi orders that do not converge worth a word: others do
+    question, options = parse(sys.argv[1:] if argv is None else argv)
+    answer = solve(question)
+    told = tell(question, answer)
+    if options["plot"]:
+        budget_text.plot(told, options["plot"])
+    if options["json"]:
+        print(to_json(told, indent=2))
+    else:
+        budget_text.show(told)
     return 0
 
 

@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting
 
@@ -110,4 +111,4 @@ def plot(told, path):
     try:
         figure.savefig(path)
     except OSError as error:
-        raise InputError(f"--plot={path} cannot be written ({error.strerror}).") from None
+        raise errors.storage(error) or InputError(f"--plot={path} cannot be written ({error.strerror}).") from None

@@ -10,6 +10,7 @@ import sys
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
+from experiments import exits, flagfiles
 
 MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
 RANKS = (1, 4, 8, 16, 64, 256, 512)
@@ -67,6 +68,7 @@ def shown(found, config):
     return ["model", "up a round", f"up in {config.get('rounds') or 1} rounds", "full fine-tuning", "less"], body
 
 
+@exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     from experiments.report_text import show_bytes
@@ -76,13 +78,11 @@ def main(argv=None):
     absl_flags.DEFINE_list("targets", list(TARGETS), "matrices that are adapted", flag_values=values)
     absl_flags.DEFINE_list("models", list(MODELS), "models by name", flag_values=values)
     try:
-        rest = values(["communication", *(sys.argv[1:] if argv is None else argv)])[1:]
-        if rest:
-            raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+        rest, _ = flagfiles.parse(sys.argv[1:] if argv is None else argv, values, "communication")
+        flagfiles.refuse_rest(rest)
         found = list(rows(values.rounds, values.targets, values.models))
-    except (absl_flags.Error, InputError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (absl_flags.Error, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None
     print(
         f"| model | rank | up a round | up in {values.rounds} rounds | full fine-tuning, {values.rounds} rounds | times less |"
     )

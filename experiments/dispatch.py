@@ -3,7 +3,6 @@
 `job` is a `run.Run`.
 """
 
-import json
 import os
 import sys
 import time
@@ -13,9 +12,10 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
+from dplora_jax.files import to_json
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import causes, draws, participants, processes, streaming, tensorboard, workdir
+from experiments import draws, participants, processes, streaming, tensorboard, workdir
 
 
 def restore(job):
@@ -49,57 +49,62 @@ def restore(job):
 
 
 def check_past(job):
-    """Refuse records or mechanisms that are not those of the ledger: its budget was planned for these alone."""
+    """Refuse records, a base model or mechanisms that are not those of the ledger: its budget was planned for these alone."""
     if not job.ledger.begun:
         return
     last = job.ledger.begun[-1]
-    if last["causes"]["data"] != _keyed(job, "data", job.prepared.causes["data"]):
-        raise InputError(
-            f"the records are not those that {job.folder} began with: restore them, or start a new --workdir."
-        )
+    for name, words in ("data", "the records are not those"), ("base", "the base model is not the one"):
+        if last["inputs"][name] != _keyed_inputs(job)[name]:
+            raise InputError(f"{words} that {job.folder} began with: restore what was there, or start a new --workdir.")
     if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
         raise InputError(
             f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new --workdir."
         )
+    if last.get("config", told := workdir.digest(job.folder)) != told:
+        raise InputError(
+            f"{job.folder}/config.json is not the one that the ledger was charged by: restore it, or start a new --workdir."
+        )
 
 
-def _keyed(job, name, digest):
-    """A cause's digest under the run's secrets: a plain hash would tell whose records are in."""
-    return secrets.digest(b"".join(job.secrets), "cause", name, digest.hex()).hex()
+def _keyed_inputs(job):
+    """The inputs' digests under the run's secrets: a plain hash would tell whose records are in."""
+    key = b"".join(job.secrets)
+    return {
+        name: secrets.digest(key, "input", name, digest.hex()).hex() for name, digest in job.prepared.inputs.items()
+    }
 
 
-def agreed_charge(job, done, state):
+def agreed_charge(job, done):
     """What process 0 charges next, for all: (rounds, attempt, the hash of the entry that pays for it), or None at the end."""
     processes.at(f"charging round {done + 1}")
 
     def make():
-        todo = charge(job, done, state)
+        todo = charge(job, done)
         return todo and [*todo, job.ledger.head_of(job.ledger.begun[-1])]
 
     todo = processes.agree(make)
+    if todo:
+        processes.once(todo[2])
     return todo and (tuple(todo[0]), *todo[1:])
 
 
-def charge(job, done, state):
-    """The next rounds [a, b) from `state` and their attempt, charged to the ledger; None when rounds or budget are at their end.
+def charge(job, done):
+    """The next rounds [a, b) and their attempt, charged to the ledger; None when rounds or budget are at their end.
 
-    A dispatch that was begun and not committed is replayed under its own keys, and not charged again, if everything that
-    decides its bits is the same; else a new attempt's keys are drawn and both are paid for. Raises InputError rather than take a
-    client past its epsilon.
+    A dispatch that a crash cut off is never run again under its keys. Someone may have seen its uploads, and two transcripts
+    under one set of keys, from machines that round differently, show in their difference gradients without noise. So it stays
+    paid for, and a new attempt has keys of its own and is paid for too. Only with --seed, whose noise is no secret, are the same
+    rounds run again as they were. Raises InputError rather than take a client past its epsilon.
     """
     config, ledger = job.config, job.ledger
     if done >= config.rounds:
         return None
-    found = job.prepared.causes | {"state": causes.of_arrays(jax.device_get(state))}
-    entry, keyed = ledger.open_entry(), {name: _keyed(job, name, digest) for name, digest in found.items()}
+    entry = ledger.open_entry()
     if entry and entry["rounds"][0] == done + 1:
-        before = entry["causes"]
-        changed = sorted(name for name in before | keyed if before.get(name) != keyed.get(name))
-        if not changed:
+        if config.seed is not None:
             return tuple(entry["rounds"]), entry["attempt"]
         print(
-            f"warning: rounds {done + 1} to {entry['rounds'][1] - 1} were lost and cannot be replayed, for not all is as it was "
-            f"({', '.join(changed)}): they stay paid for, and new noise is drawn.",
+            f"warning: rounds {done + 1} to {entry['rounds'][1] - 1} were lost: they stay paid for, and new noise is drawn.",
             file=sys.stderr,
         )
     last = min(done + _most_rounds(job), config.rounds)
@@ -114,11 +119,12 @@ def charge(job, done, state):
     _stay_within(job, rounds)
     more = {"steps": participants.steps(config, rounds).sum(0).tolist()} if participants.scheduled(config) else {}
     more |= {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
+    more["config"] = workdir.digest(job.folder)
     if (
         config.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
         more["nonce"] = os.urandom(16).hex()
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, keyed, **more)
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, _keyed_inputs(job), **more)
     return rounds, attempt
 
 
@@ -228,16 +234,15 @@ def _write_diagnostics(job, rounds, shown):
     """Append exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
     private = job.folder / "private"
     private.mkdir(mode=0o700, exist_ok=True)
-    with open(os.open(private / "diagnostics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
-        for index, number in enumerate(range(*rounds)):
-            values = {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
-            file.write(
-                json.dumps(
-                    {
-                        "round": number,
-                        "note": "PRIVATE: exact statistics of the records, outside the guarantee",
-                        **values,
-                    }
-                )
-                + "\n"
-            )
+    note = "PRIVATE: exact statistics of the records, outside the guarantee"
+    rows = [
+        {"round": number, "note": note}
+        | {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
+        for index, number in enumerate(range(*rounds))
+    ]
+    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        file.seek(
+            file.read().rfind(b"\n") + 1
+        )  # behind the last whole line: a kill or a full disk may have cut one off
+        file.truncate()
+        file.write("".join(to_json(row) + "\n" for row in rows).encode())

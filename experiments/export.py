@@ -4,21 +4,24 @@ sentence-transformers) reads.
     python -m experiments.export --workdir=runs/finance --out=exported
     python -m experiments.export --model=SmolLM2-135M-Instruct --adapter=my_adapter --out=exported
 
-Exit codes are 0 done, 2 bad input. The checkpoint carries the run's word on whether it may be released.
+Exit codes are 0 done, 2 bad input,
+74 a file cannot be written. The checkpoint carries the run's word on whether it may be released.
 """
 
-import json
 import os
 import pathlib
 import re
 import shutil
 import sys
 import tempfile
+import warnings
 from typing import NamedTuple
 
 from absl import flags
 
+from dplora_jax import errors, files
 from dplora_jax.errors import InputError
+from experiments import exits, flagfiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -43,16 +46,13 @@ class Job(NamedTuple):
     shard_bytes: int
 
 
+@exits.guarded
 def main(argv=None):
     """Export as the command line `argv` (default: this process's) says -> exit code."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one pass over the weights: no accelerator's memory need hold them
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        export(parse(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    export(parse(sys.argv[1:] if argv is None else argv))
     return 0
 
 
@@ -72,15 +72,11 @@ def parse(argv):
     flags.DEFINE_boolean("overwrite", False, "replace the files of an earlier export in --out", flag_values=values)
     flags.DEFINE_integer("max_shard_bytes", 5 * 10**9, "bytes of one weights file, at most", 1, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    try:
-        rest = values(["export", *argv])[1:]
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split()).rstrip(".") + ".") from None
+    rest, _ = flagfiles.parse(argv, values, "export")
     if values.help:
         print(f"{__doc__}\n{values.get_help()}")
         raise SystemExit(0)
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+    flagfiles.refuse_rest(rest)
     return _job(values)
 
 
@@ -98,7 +94,7 @@ def _job(given):
                 f"{folder} has no adapter yet: finish the run with its own command, which goes on where it was."
             )
     labels = given.labels and tuple(name.strip() for name in given.labels.split(","))
-    labels = labels or (run and tuple(run["federation"]["data"].get("labels") or ())) or None
+    labels = labels or (run and tuple(run["federation"]["data"].get("labels") or ())) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
     dtype = given.dtype or (run or {}).get("dtype") or "float32"
@@ -130,14 +126,15 @@ def _check_out(out, overwrite):
 
 def _run_config(folder):
     """A workdir's config.json, with the last line of its metrics.jsonl under "last"."""
+    for name in ("config.json", "metrics.jsonl"):
+        if files.find(folder, name) is None:
+            raise InputError(f"{folder} is no run's workdir: it has no {name}.")
     try:
-        run = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        run = files.read_json(folder / "config.json")
         run["model"], run["delta"], run["federation"]["data"], run["federation"]["release"]
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return run | {"last": json.loads(lines[-1]) if lines else {}}
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is no run's workdir: it has no {pathlib.Path(error.filename).name}.") from None
-    except (OSError, ValueError, TypeError, KeyError):
+        lines = files.read_bytes(folder / "metrics.jsonl").splitlines()
+        return run | {"last": files.parse_json(lines[-1], folder / "metrics.jsonl") if lines else {}}
+    except (InputError, TypeError, KeyError):
         raise InputError(f"{folder}/config.json or metrics.jsonl is damaged: restore it, or give --adapter.") from None
 
 
@@ -145,28 +142,38 @@ def _release(run, adapter):
     """Whether the export may be released: what the run says, or the note that it wrote beside its adapter."""
     if run is not None:
         return run["federation"]["release"] or "NO PRIVACY: the run was made without it"
-    note = adapter / "README.md"
-    said = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else ""
+    note = files.find(adapter, "README.md")
+    said = files.read_bytes(note).decode("utf-8", "replace") if note else ""
     marks = {"NOT FOR RELEASE": " (--seed made its noise reproducible)", "NO PRIVACY": ""}
     return next((f"{mark}{why}" for mark, why in marks.items() if mark in said), UNTOLD)
 
 
+def _noted_labels(adapter):
+    """The labels that a run noted beside its adapter, in the order of the head's outputs; None where it noted none."""
+    from experiments import model_card
+
+    note = files.find(adapter, "README.md")
+    lines = files.read_bytes(note).decode("utf-8", "replace").splitlines() if note else ()
+    said = next((line.removeprefix(model_card.LABELS) for line in lines if line.startswith(model_card.LABELS)), "[]")
+    named = files.parse_json(said.encode(), adapter / "README.md", list)
+    return tuple(map(str, named)) or None
+
+
 def export(job):
     """Merge, write beside --out, and put in its place; print what was written. Raises InputError."""
-    from dplora_jax import lora, models, peft
-    from dplora_jax.models import gguf_file, hf_checkpoint, pretrained
-    from dplora_jax.models.family import read_json
+    from dplora_jax import lora, peft
+    from dplora_jax.models import hf_checkpoint, pretrained
     from experiments import model_card
 
     place = pretrained.locate(job.model)
     if job.out.resolve() == place.resolve():
         raise InputError(f"--out={job.out} is the base model's own directory: choose another.")
-    hf = gguf_file.config(place) if place.is_file() else read_json(place / "config.json")
+    hf = pretrained.config(place)
     if job.run and job.run.get("quantize"):
         print(
             f"The run froze its base in {job.run['quantize']}; the adapter is merged into the base as it is, not rounded."
         )
-    model, params = models.from_pretrained(place, job.dtype, _head_rows(job.adapter))
+    model, params = _base(place, job)
     labels = _labels(job, model, hf)
     adapter, config = peft.load(job.adapter, model, params)
     params = lora.merge(model, params, adapter, config)
@@ -185,20 +192,38 @@ def export(job):
             (draft / "README.md").write_text(model_card.text(job, model, document, config, labels), encoding="utf-8")
             _move(draft, job.out)
     except OSError as error:
-        raise InputError(f"--out={job.out} cannot be written ({error.strerror or error}).") from None
+        raise errors.storage(error) or InputError(
+            f"--out={job.out} cannot be written ({error.strerror or error})."
+        ) from None
     print(model_card.closing_line(job, model, document))
+
+
+def _base(place, job):
+    """The base (model, params); where the adapter has a head, a classifier of as many labels, whose own head does not matter."""
+    from dplora_jax import models
+
+    count = _head_rows(job.adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*the head starts fresh")
+        return models.from_pretrained(place, job.dtype, label_names=None if count is None else range(count))
 
 
 def _head_rows(adapter):
     """How many labels the classification head in an adapter's file has; None where it has no head."""
     import safetensors
 
+    path = files.find(adapter, "adapter_model.safetensors")
+    if path is None:
+        raise InputError(f"{adapter} holds no readable PEFT adapter (it has no adapter_model.safetensors).")
     try:
-        with safetensors.safe_open(adapter / "adapter_model.safetensors", "np") as file:
+        with safetensors.safe_open(path, "np") as file:
             heads = [name for name in file.keys() if re.search(r"\.(classifier|score)\.weight$", name)]  # noqa: SIM118
-            return file.get_slice(heads[0]).get_shape()[0] if heads else None
+            shape = file.get_slice(heads[0]).get_shape() if heads else None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{adapter} holds no readable PEFT adapter ({error}).") from None
+    if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
+        raise InputError(f"{adapter}: tensor {heads[0]} has shape {tuple(shape)}, which is no classifier's head.")
+    return shape[0] if heads else None
 
 
 def _tokenizer(place, model, hf):
@@ -224,8 +249,8 @@ def _labels(job, model, hf):
                 f"--labels names a classifier's labels, and {job.adapter} with this base is a language model."
             )
         return None
-    if job.labels is None and len(named) == count:
-        return tuple(named[key] for key in sorted(named, key=int))
+    if job.labels is None and named.keys() == {str(i) for i in range(count)}:
+        return tuple(str(named[str(i)]) for i in range(count))
     labels = job.labels or tuple(f"LABEL_{i}" for i in range(count))
     if len(labels) != count:
         raise InputError(f"{job.adapter} is a classifier of {count} labels, and {len(labels)} are named.")

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from dplora_jax import lora
+from dplora_jax import lora, models
 from dplora_jax.privacy import accounting, integers, paper_bound
 from experiments import participants, traffic, trust_modes
 
@@ -53,6 +53,11 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
         "accounting": trust_modes.accounted_as(config)
         + (f" {paper_bound.sentence(mechanisms, max(steps), config.delta)}" if config.trust == "local" else ""),
     }
+
+
+def of_base(config):
+    """{file name: SHA-256} of the base's weights, config and tokenizer, by which parties see that they start from the same."""
+    return {"base_files": models.file_digests(config.model)}
 
 
 def _method(config, mechanisms):

@@ -6,7 +6,7 @@
 import math
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy.accounting import CLIP_NORMS
+from dplora_jax.privacy import accounting
 from experiments import aggregation_checks
 
 # The flags of one trust mode alone, and what they are when not given.
@@ -35,6 +35,10 @@ def refuse(config, trust, budget, sigma):
         for ok, sentence in checks:
             if not ok:
                 raise InputError(sentence)
+    if trust != "none":
+        bands = (config.bands or config.local_steps) if config.noise == "banded" else 1
+        steps = config.rounds * (1 if trust == "client" else config.local_steps)
+        accounting.check_delta(config.delta, -(-steps // bands))
 
 
 def _combinations(config, trust):
@@ -95,7 +99,7 @@ def _ranges(config, trust, budget, sigma):
     )
     yield 0 < config.delta < 1, f"--delta={config.delta} must lie between 0 and 1."
     yield config.clip_norm > 0, f"--clip_norm={config.clip_norm} must be above 0."
-    low, high = CLIP_NORMS
+    low, high = accounting.CLIP_NORMS
     yield (
         not private or config.clip_norm == math.inf or low <= config.clip_norm <= high,
         f"--clip_norm={config.clip_norm} must lie in {low:g} to {high:g}: float32 cannot square smaller gradients.",

@@ -2,23 +2,22 @@
 
 import dataclasses
 import math
-import pathlib
 
 from absl import flags
 
 from dplora_jax.errors import InputError
-from experiments import flag_checks
+from experiments import flag_checks, flagfiles, private_files
 from experiments.run_config import RunConfig, number
-
-SHIPPED = pathlib.Path(__file__).parent.parent  # where the project's own flagfiles lie
 
 
 def parse(argv, say=print):
     """The command line (without the program's name) -> RunConfig; InputError with one sentence on anything wrong. `say` is
     told what --auto chose."""
     values, flagfile = read(argv, flags.FlagValues(), "python -m experiments.run --flagfile=finance.flags [flags]")
-    given = chosen(values, say)
-    return resolve(dataclasses.replace(given, workdir=given.workdir or f"runs/{flagfile or given.dataset}"))
+    workdir = values.workdir or f"runs/{flagfile or values.dataset}"
+    with private_files.reasons_in(workdir):
+        given = chosen(values, say)
+    return resolve(dataclasses.replace(given, workdir=workdir))
 
 
 def chosen(values, say=print):
@@ -59,37 +58,12 @@ def read(argv, values, usage):
         kind = next(t for t in define if field.type is t or field.type == t | None)
         define[kind](field.name, field.default, field.metadata["help"], flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    argv, flagfile = _find_flagfiles(argv)
-    try:
-        rest = values(["run", *argv])[1:]
-    except flags.Error as error:
-        raise InputError(" ".join(str(error).split())) from None
+    rest, flagfile = flagfiles.parse(argv, values, "run")
     if values.help:
         print(f"{usage}\n{values.get_help()}")
         raise SystemExit(0)
-    if rest:
-        raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag.")
+    flagfiles.refuse_rest(rest)
     return values, flagfile
-
-
-def _find_flagfiles(argv):
-    """Each --flagfile that is not in the current folder is looked for among the shipped ones -> (argv, last one's name)."""
-    out, name = [], None
-    spaced = iter(argv)
-    for arg in spaced:
-        option, equals, value = arg.partition("=")
-        if option.lstrip("-") == "flagfile" and option.startswith("-"):
-            value = value if equals else next(spaced, "")
-            path = pathlib.Path(value)
-            path = next((p for p in (path, SHIPPED / value, SHIPPED / "flagfiles" / value) if p.is_file()), path)
-            if not value or not path.is_file():
-                shipped = ", ".join(
-                    sorted(p.name for p in (*SHIPPED.glob("*.flags"), *SHIPPED.glob("flagfiles/*.flags")))
-                )
-                raise InputError(f"flagfile {value!r} is neither here nor among the shipped ones ({shipped}).")
-            arg, name = f"--flagfile={path}", path.stem
-        out.append(arg)
-    return out, name
 
 
 def resolve(config):

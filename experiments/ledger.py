@@ -13,7 +13,7 @@ from dplora_jax import checkpoint
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import ledger_checks
+from experiments import exits, guard, ledger_checks
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
@@ -86,17 +86,13 @@ def show(verdict, console):
     from rich.table import Table
 
     ledger, delta = verdict.ledger, verdict.config["delta"]
-    table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state", "other than before")
-    before = None
+    table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state")
     for entry in ledger.begun:
         state = "committed" if ledger.committed(entry) else "open" if entry is ledger.open_entry() else "lost, paid for"
-        causes = entry["causes"]
-        changed = sorted(n for n in before | causes if before.get(n) != causes.get(n)) if before is not None else []
         first, end = entry["rounds"]
         spread = (_spread(entry["clients"], name) for name in ("noise_multiplier", "sampling_rate"))
-        words = (f"{first} to {end - 1}", entry["attempt"], entry["local_steps"], *spread, state, ", ".join(changed))
+        words = (f"{first} to {end - 1}", entry["attempt"], entry["local_steps"], *spread, state)
         table.add_row(*map(str, words))
-        before = causes
     console.print(table)
     names = ("records", "sampling_rate", "capacity", "noise_multiplier")
     table = Table("client", *names, f"epsilon at delta {delta:g}")
@@ -132,18 +128,16 @@ def _spread(clients, name):
     return " to ".join(_number(value) for value in dict.fromkeys([*values[:1], *values[-1:]]))
 
 
+@exits.guarded
 def main(arguments=None):
     """Run the command line -> exit code: 0 where the ledger holds, 2 where it does not."""
     from rich.console import Console
 
+    guard.begin()  # the secrets are read where they are there
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
-            raise InputError(f"give a command and a workdir: {USAGE}.")
-        verdict = verify(arguments[1])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
+        raise InputError(f"give a command and a workdir: {USAGE}.")
+    verdict = verify(arguments[1])
     if arguments[0] == "show":
         show(verdict, Console())
     else:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.federation import participation
 from dplora_jax.privacy import accounting
@@ -45,7 +46,9 @@ def read_config(workdir):
         )
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the workdir of a run that has started.") from None
-    except DAMAGES:
+    except DAMAGES as error:
+        if lost := errors.storage(error):
+            raise lost from None
         sound = False
     if not sound:
         raise InputError(f"{path} is damaged: restore it.")
@@ -134,7 +137,9 @@ def read_metrics(workdir):
             Line(v["round"], [_real(e) for e in v["epsilon"]], _real(v["epsilon_max"]), v.get("release")) for v in lines
         ]
         sound = all(type(line.number) is int for line in lines)
-    except DAMAGES:
+    except DAMAGES as error:
+        if lost := errors.storage(error):
+            raise lost from None
         sound = False
     if not sound:
         raise InputError(f"{path} is damaged: run the same command again to rebuild it, or restore it.")

@@ -4,14 +4,12 @@ Canary sentences, each with a random number as its secret, are added to client 0
 privacy and as the flags say. Exposure is log2(candidates) - log2(the secret's rank among them by likelihood) (Carlini et al.
 2019, arXiv 1802.08232, section 4): its mean is about 1.4 bits for secrets that were never seen. Extraction writes on from the
 canary's beginning, greedily. Nothing of a run is saved but `memorisation.json` in a directory of its own. Exit codes: 0 done,
-2 bad input.
+2 bad input, 74 a file cannot be written.
 
 Every copy of a canary is a record: a guarantee is for one of them, and c copies are protected by the rules of groups alone.
 """
 
 import dataclasses
-import json
-import os
 import sys
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import allocator, flags
+from experiments import allocator, exits, flags
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
 NAMES = (
@@ -52,39 +50,35 @@ class Canary(NamedTuple):
     secret: str
 
 
+@exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from dplora_jax.privacy import chain
-    from experiments import workdir
+    from experiments import guard, private_files, workdir
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        config, own = parse(sys.argv[1:] if argv is None else argv)
-        with workdir.locked(own.folder) as folder:
-            if (folder / "config.json").exists():
-                raise InputError(f"--workdir={folder} holds a run: canaries need a directory of their own.")
-            lines = []
-            print(
-                f"{own.canaries} canaries, {own.copies} copies each; exposure at most {np.log2(own.candidates + 1):.1f} bits"
-            )
-            print(f"{'run':>14}{'exposure, mean':>16}{'largest':>9}{'extracted':>11}{'epsilon':>9}")
-            for name, line in results(config, own):
-                mean, most = np.mean(line["exposure"]), max(line["exposure"])
-                extracted = f"{sum(line['extracted'])} of {own.canaries}"
-                print(f"{name:>14}{mean:16.2f}{most:9.2f}{extracted:>11}{line['epsilon']:>9}", flush=True)
-                lines.append({"run": name, **line})
-            release = "NOT FOR RELEASE: seeded, and one of the runs has no privacy"
-            document = {
-                "release": release,
-                "canaries": own.canaries,
-                "copies": own.copies,
-                "candidates": own.candidates,
-                "runs": lines,
-            }
-            chain.replace_durably(folder / "memorisation.json", json.dumps(document, indent=1))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    guard.begin()
+    config, own = parse(sys.argv[1:] if argv is None else argv)
+    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
+        if (folder / "config.json").exists():
+            raise InputError(f"--workdir={folder} holds a run: canaries need a directory of their own.")
+        lines = []
+        print(private_files.NOTE)
+        print(
+            f"{own.canaries} canaries, {own.copies} copies each; exposure at most {np.log2(own.candidates + 1):.1f} bits"
+        )
+        print(f"{'run':>14}{'exposure, mean':>16}{'largest':>9}{'extracted':>11}{'epsilon':>9}")
+        for name, line in results(config, own):
+            mean, most = np.mean(line["exposure"]), max(line["exposure"])
+            extracted = f"{sum(line['extracted'])} of {own.canaries}"
+            print(f"{name:>14}{mean:16.2f}{most:9.2f}{extracted:>11}{line['epsilon']:>9}", flush=True)
+            lines.append({"run": name, **line})
+        document = {
+            "release": "NOT FOR RELEASE: seeded, and one of the runs has no privacy",
+            "canaries": own.canaries,
+            "copies": own.copies,
+            "candidates": own.candidates,
+            "runs": lines,
+        }
+        private_files.write(folder / "memorisation.json", document)
     return 0
 
 
@@ -203,6 +197,11 @@ def _measure(config, own, task, prepared, tokenizer, found):
     if longest > config.max_length:
         raise InputError(
             f"a canary has {longest} tokens, and --max_length={config.max_length} would cut off its secret; raise it."
+        )
+    most = whole.config.max_positions
+    if longest + 2 * DIGITS > most:
+        raise InputError(
+            f"a canary and what is written behind it have {longest + 2 * DIGITS} tokens, and the model {most} positions."
         )
     table = encoding.all_answers(tokenizer, asked, longest, config.chat)
     likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)

@@ -2,11 +2,13 @@
 
 import pathlib
 
+from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
-from experiments.report_text import METRICS
+from experiments.report_text import METRICS, as_markdown
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
+LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list
 AVERAGED = (
     "This classifier averages the tokens of a text, and transformers' own BertForSequenceClassification reads the first "
     "token alone, so that it would give other logits: this is a sentence-transformers directory, whose `encode` gives the logits."
@@ -28,9 +30,11 @@ def _reader(model, document):
     return next((found for end, found in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
 
 
-def of_adapter(model, line):
-    """README.md of a run's own adapter files: what the run ends with, and what reads them as they are meant."""
+def of_adapter(model, line, labels=()):
+    """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant."""
     note = f"# LoRA adapter\n\n{line}\n"
+    if labels and model.config.num_labels is not None:  # PEFT's files have no place for them; an export reads this line
+        note += f"\n{LABELS}{to_json(list(labels), ensure_ascii=False)}\n"
     if hf_checkpoint.averages(model):
         note += (
             "\nPEFT loads it, but the base's logits are another classifier's: this one averages the tokens of a text, and "
@@ -40,10 +44,10 @@ def of_adapter(model, line):
     return note
 
 
-def of_adapters(config, model, line):
+def of_adapters(config, model, line, labels=()):
     """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
     client."""
-    note = of_adapter(model, line)
+    note = of_adapter(model, line, labels)
     if config.aggregation != "fedsa":
         return [(".", note)]
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"
@@ -78,20 +82,20 @@ def text(job, model, document, config, labels):
     name = base or pathlib.Path(job.model).name
     parts = [
         "\n".join(["---", *head, "---"]),
-        f"# {name} {TITLE}",
-        f"**Release: {job.release}.**",
+        f"# {as_markdown(name)} {TITLE}",
+        f"**Release: {as_markdown(job.release)}.**",
     ]
     parts += [_use(averaged, labels)] if labels else []
     method = (job.run or {}).get("federation", {}).get("method")
     matrices = f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets) or 'no matrix (a head alone)'}"
-    parts.append("## Training\n\n" + "\n".join(f"- {line}" for line in method or [matrices]))
+    parts.append("## Training\n\n" + "\n".join(f"- {as_markdown(line)}" for line in method or [matrices]))
     if job.run:
         parts += _run_facts(job.run)
     return "\n\n".join(parts) + "\n"
 
 
 def _use(averaged, labels):
-    lines = [f"Labels, in the order of the logits: {', '.join(labels)}."]
+    lines = [f"Labels, in the order of the logits: {as_markdown(', '.join(labels))}."]
     if averaged:
         lines += [AVERAGED, "```python\nfrom sentence_transformers import SentenceTransformer"]
         lines[-1] += (
@@ -103,16 +107,17 @@ def _use(averaged, labels):
 def _run_facts(run):
     """The federation's data, guarantee and metrics, all of it public."""
     facts, last = run["federation"], run["last"]
-    yield f"Data: {facts['data'].get('description', run.get('dataset'))} Texts were cut to {run.get('max_length')} tokens."
-    yield "\n".join(f"- {line}" for line in facts.get("trust", ()))
+    data = as_markdown(facts["data"].get("description", run.get("dataset")))
+    yield f"Data: {data} Texts were cut to {run.get('max_length')} tokens."
+    yield "\n".join(f"- {as_markdown(line)}" for line in facts.get("trust", ()))
     spent = last.get("epsilon", ())
     rows = [
-        f"| {k} | {client['records']} | {_number(e)} |"
+        f"| {k} | {as_markdown(client['records'])} | {_number(e)} |"
         for k, (client, e) in enumerate(zip(facts["clients"], spent, strict=False))
     ]
     if run.get("trust") != "none" and rows:
         yield f"| client | records | epsilon at delta {run['delta']:g} |\n|---|---|---|\n" + "\n".join(rows)
-    found = [f"{label} {last[key]:.3f}" for key, label in METRICS.items() if key in last]
+    found = [f"{label} {float(last[key]):.3f}" for key, label in METRICS.items() if key in last]
     if found:
         whose = f" {OWN_MODELS}, not of this one." if run.get("aggregation") == "fedsa" else ""
         yield f"On the public test set: {', '.join(found)}.{whose}"

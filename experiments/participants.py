@@ -37,6 +37,11 @@ def steps(config, rounds=None):
     return schedule(config)[first - 1 : end - 1].astype(int) * config.steps_per_round
 
 
+def total_steps(config):
+    """int [K]: the steps of the private mechanism of each client in all rounds."""
+    return schedule(config).sum(0) * config.steps_per_round
+
+
 def joins(config, held, rounds, attempt):
     """float32 [rounds, K] of 0 or 1: who is in each of `rounds` (a range) and does not fail to send, by the secrets `held`."""
     sent = secrets.joins(held[: config.clients], rounds, attempt, 1 - (config.dropout or 0))

@@ -4,12 +4,12 @@
         --max_length=512 --dtype=bfloat16 --remat
 
 Every flag of a run is taken, with a run's defaults; the noise multiplier is 1 where no noise is given: hardly a byte depends
-on it. --model is a directory with config.json or one of plan_models.KNOWN. Exit codes: 0 it fits, 1 it does not, 2 bad input.
+on it. --model is a directory with config.json or one of plan_models.KNOWN. Exit codes: 0 it fits, 1 it does not, 2 bad input,
+74 a file cannot be written.
 """
 
 import dataclasses
 import importlib.util
-import json
 import os
 import sys
 from typing import NamedTuple
@@ -17,7 +17,8 @@ from typing import NamedTuple
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import flags, run_config
+from dplora_jax.files import to_json
+from experiments import exits, flags, run_config
 
 GIB = 1 << 30
 TASKS = ("language_model", "classification")
@@ -44,16 +45,13 @@ CHIPS = {
 }
 
 
+@exits.guarded
 def main(argv=None):
     """Plan what the command line `argv` (default: this process's) says -> exit code."""
-    try:
-        config, options = parse(sys.argv[1:] if argv is None else argv)
-        chip, devices = topology(options["topology"])
-        told = plan(config, options, chip, devices)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(told, indent=2)) if options["json"] else show(told)
+    config, options = parse(sys.argv[1:] if argv is None else argv)
+    chip, devices = topology(options["topology"])
+    told = plan(config, options, chip, devices)
+    print(to_json(told, indent=2)) if options["json"] else show(told)
     return 0 if told["fits"] else 1
 
 

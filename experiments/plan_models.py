@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import find, read_json
 from dplora_jax.models import pretrained, quantized
-from dplora_jax.models.family import read_json
-from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
+from dplora_jax.models.safetensors_file import SafetensorsCheckpoint, weight_files
 
 
 def _llama(width, layers, heads, kv_heads, mlp_width, vocabulary=32000, positions=4096, **more):
@@ -70,10 +70,10 @@ def build(config, classes, layers=None):
             raise InputError(
                 f"--model={config.model} is neither a directory with config.json nor one of {', '.join(KNOWN)}."
             )
-        hf = read_json(place / "config.json")
+        hf = pretrained.config(place)
     if layers is not None:
         hf = hf | {name: layers for name in pretrained.DEPTH if name in hf}
-    there = any(place.glob("model*.safetensors"))  # then it is looked up which tensors there are
+    there = place.is_dir() and bool(weight_files(place))  # then it is looked up which tensors there are
     with SafetensorsCheckpoint(place) if there else contextlib.nullcontext(NoWeights(place)) as checkpoint:
         model = pretrained.build(hf, checkpoint, classes, jnp.dtype(config.dtype))
     if config.remat:
@@ -86,6 +86,6 @@ def build(config, classes, layers=None):
 
 def default_task(name):
     """What a plan trains unless told: the labels of a masked language model, the next tokens of all others."""
-    path = pathlib.Path(name).expanduser() / "config.json"
-    hf = KNOWN.get(str(name)) or (read_json(path) if path.is_file() else {})
+    place = pathlib.Path(name).expanduser()
+    hf = KNOWN.get(str(name)) or (read_json(place / "config.json") if find(place, "config.json") else {})
     return "classification" if hf.get("model_type") == "bert" else "language_model"

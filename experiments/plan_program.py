@@ -19,7 +19,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.privacy import secrets
-from experiments import base_passes, participants, plan_hlo, plan_models, program, trust_modes
+from experiments import accounted, base_passes, participants, plan_hlo, plan_models, program, trust_modes
 
 
 class Program(NamedTuple):
@@ -54,7 +54,7 @@ def abstract(config, devices, sizes, task, classes):
     if config.max_length > model.config.max_positions:
         raise InputError(f"--max_length={config.max_length} is more than the model's {model.config.max_positions}.")
     grid = mesh.make(config.mesh, config.clients, model, devices)
-    mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, None))
+    mechanisms = accounted.mechanisms(config, sizes)
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
     wave = program.wave(config, grid, model, adapter)

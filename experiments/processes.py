@@ -7,12 +7,14 @@ when one is lost. With one process nothing here does anything, and JAX is not to
 import dataclasses
 import functools
 import json
+import os
 import signal
 import socket
 import sys
 
-from dplora_jax.errors import InputError
-from experiments import watch
+from dplora_jax.errors import InputError, Refused
+from dplora_jax.files import to_json
+from experiments import guard, watch
 from experiments.watch import LOST, ROOM
 
 OWN = ("coordinator", "processes", "process", "stall_timeout")  # flags that need not be the same everywhere
@@ -48,10 +50,9 @@ def join(config):
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: it ends a dispatch, not the process
     explicit = config.coordinator != "auto"
     where = {"coordinator_address": config.coordinator, "cluster_detection_method": "deactivate"} if explicit else {}
-    if config.coordinator.startswith(("127.0.0.1:", "localhost:")):
-        where["coordinator_bind_address"] = config.coordinator  # else it would listen to every network
     bound = int(watch.patience(config.stall_timeout))
-    real = _jax.get_distributed_runtime_client
+    real, real_service = _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = functools.partial(_at_its_address, real_service, distributed.global_state)
     # Without it JAX prints a C++ stack before it aborts; no Python can take what it would be called with, and so it aborts too.
     _jax.get_distributed_runtime_client = functools.partial(real, missed_heartbeat_callback=lambda _: None)
     try:
@@ -67,13 +68,13 @@ def join(config):
         reason = " ".join(str(error).split())[:200]
         print(
             f"error: process {config.process} could not join the others by --coordinator={config.coordinator} within "
-            f"{config.stall_timeout:g} s: start all {config.processes or ''} processes, and let them reach that port of "
-            f"process 0 ({reason}).",
+            f"{config.stall_timeout:g} s: start all {config.processes or ''} processes, and let them reach process 0 at that "
+            f"address: it listens there alone, or where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
             file=sys.stderr,
         )
         watch.leave_at_once(LOST)
     finally:
-        _jax.get_distributed_runtime_client = real
+        _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service = real, real_service
     state = distributed.global_state
     _group = watch.Group(
         state.client, state.process_id, state.num_processes, config.stall_timeout, state.coordinator_address
@@ -90,6 +91,13 @@ def join(config):
         )
 
 
+def _at_its_address(service, state, _, *args, **options):
+    """JAX's coordination `service`, listening where the others are told to find it alone: left to itself it listens to every
+    network, and it asks nobody who he is."""
+    address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", state.coordinator_address)
+    return service(address, *args, **options)
+
+
 def _stop(*_):
     named = _group.hosts[_group.number]
     watch.end(_group, watch.STOPPED, f"{named} was stopped by SIGTERM before a round began: start all processes again.")
@@ -99,10 +107,10 @@ def gather(value):
     """Every process's `value` (JSON), in order; returns when all have come here."""
     group = _group
     if group is None:
-        return [json.loads(json.dumps(value))]
+        return [json.loads(to_json(value))]
     group.turn += 1
     folder = f"{ROOM}/turn/{group.turn}"
-    group.client.key_value_set(f"{folder}/{group.number}", json.dumps(value))
+    group.client.key_value_set(f"{folder}/{group.number}", to_json(value))
     # The watch ends a wait that is too long, and with a better sentence than the barrier's own.
     group.client.wait_at_barrier(f"{ROOM}-{group.turn}", int(1000 * (2 * group.stall + 100)))
     told = {key.rsplit("/", 1)[1]: text for key, text in group.client.key_value_dir_get(folder)}
@@ -114,6 +122,19 @@ def gather(value):
 def agree(make):
     """What `make()` (JSON) is at process 0, for all; the others do not call it."""
     return gather(make() if primary() else None)[0]
+
+
+def once(paid):
+    """Raise where this process was told before to draw from the ledger entry `paid` (its hash): whoever speaks for process 0
+    might have two transcripts made under one set of keys, whose difference has no noise."""
+    if _group is None:  # what decides is this process itself
+        return
+    if paid in _group.paid:
+        raise InputError(
+            "process 0 names a ledger entry for a second dispatch, which would draw the same keys again: trust neither its host "
+            "nor the network to it."
+        )
+    _group.paid.add(paid)
 
 
 def meet():
@@ -150,14 +171,15 @@ def leave(code):
 
 
 def fail(error):
-    """End the run for all because of an exception here: a mistake of the user's (2), a lost process (LOST), or a fault (1)."""
+    """End the run for all because of an exception here: what a user can mend, a lost process (LOST), or a fault (1)."""
     group = _group
     if isinstance(error, InputError):
-        watch.end(group, 2, f"{group.hosts[group.number]}: {error}")
+        who = (
+            "" if isinstance(error, Refused) else f"{group.hosts[group.number]}: "
+        )  # whose clients it is of is not for all
+        watch.end(group, error.code, f"{who}{error}")
     lost = watch.silent(group)
     if lost:
         watch.end(group, LOST, watch.gone(group, lost, watch.SILENT))
-    import traceback
-
-    traceback.print_exception(error)
+    guard.show(error)
     watch.end(group, 1, f"{group.hosts[group.number]} failed with {type(error).__name__}: see what it printed.")

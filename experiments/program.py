@@ -1,4 +1,4 @@
-"""From flags to the program of a run: its mechanisms, its adapter, its optimizers and the static part of the rounds.
+"""From flags to the program of a run: its adapter, its optimizers and the static part of the rounds.
 
 A run and a plan of one make the same program here.
 """
@@ -6,58 +6,18 @@ A run and a plan of one make the same program here.
 import math
 
 import jax
-import numpy as np
 import optax
 
 from dplora_jax import lora, per_row
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, methods, pool, robust, round
 from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, clipping, host_noise, integers, size_classes
-from experiments import aggregation_checks, ledger_checks, participants, trust_modes
+from dplora_jax.privacy import accounting, clipping, host_noise, integers
+from experiments import aggregation_checks, participants, trust_modes
 
 MOST_POOLED, POOLED_BYTES = 8, 256 << 20  # clients of a wave, and bytes of their uploads, unless --wave says otherwise
-LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 # Decay of the server's first and second moments, and what is added to the root (Reddi et al. 2021, section 5.1: tau 1e-3).
 MOMENTS = (0.9, 0.99, 1e-3)
-
-
-def mechanisms(config, sizes, stored):
-    """Each client's sampling and noise: as an earlier start settled them, calibrated to the budget, or as flagged."""
-    if stored is not None:
-        began = [row["records"] for row in stored["federation"]["clients"]]
-        if began != list(sizes):
-            raise InputError(
-                f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
-                "planned for; restore them, or start a new --workdir."
-            )
-        return ledger_checks.mechanisms(stored)
-    if config.trust == "client":
-        return trust_modes.of_clients(config)
-    steps, found = planned_steps(participants.steps(config).sum(0), sizes), [None] * len(sizes)
-    for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
-        own = [client for client, of_client in enumerate(steps) if of_client == count]
-        for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
-            found[client] = mechanism
-    return found
-
-
-def planned_steps(steps, sizes):
-    """The steps that each client's noise is calibrated to, at least its own `steps` (int [K]): its own, or, where clients differ
-    in more ways than are calibrated one by one, the next of a few (LEVELS) counts."""
-    if len(set(zip(steps.tolist(), sizes, strict=True))) <= size_classes.MOST or len(set(steps.tolist())) <= LEVELS:
-        return steps
-    levels = np.ceil(np.linspace(steps.min(), steps.max(), LEVELS + 1)[1:]).astype(int)
-    return levels[np.searchsorted(levels, steps)]
-
-
-def _planned(config, sizes, steps):
-    """The mechanisms of clients of `sizes` records that take `steps` local steps each."""
-    options = config.mechanism_options
-    if config.epsilon is not None:
-        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **options)
-    sigma = config.noise_multiplier or 0.0
-    return accounting.with_noise(sizes, config.expected_batch_size, steps, sigma, config.delta, **options)
 
 
 def adapter(config, model, params):
@@ -166,10 +126,10 @@ def bits(config, mechanisms, adapter):
         config.rounds * config.local_steps * lora.count(adapter),
         max(accounting.epsilon(m, config.rounds * config.local_steps, config.delta) for m in mechanisms),
     )
-    if worst > math.log2(config.delta / 100):
+    if worst > math.log2(accounting.ROUNDING / 100):  # or what an epsilon leaves of delta would not pay for it
         raise InputError(
-            f"--noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add more than "
-            f"a hundredth of --delta={config.delta:g}: raise delta, or the noise."
+            f"--noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add 2^{worst:.0f} to "
+            "delta, more than the accountant sets aside: take more noise, or a smaller --epsilon."
         )
     return integers.bits_for(mechanisms)
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from dplora_jax import evaluation
-from dplora_jax.data import encoding, records, sources, tasks
+from dplora_jax.data import encoding, records, sources, tables, tasks
 from dplora_jax.errors import InputError
 from experiments import objective, released
 
@@ -80,7 +80,8 @@ def _asked(config, corpus, private, name):
             f"--benchmarks={name} would be read from --data_dir, where the private table lies: give another folder."
         )
     at = str(folder) if folder else None
-    return sources.benchmark(name, at, config.benchmark_records, config.split_seed, private, chat)
+    form = tables.text_format(config.encoding, config.separator)
+    return sources.benchmark(name, at, config.benchmark_records, config.split_seed, private, chat, form)
 
 
 def _benchmark(config, name, asked, model, params, grid, tokenizer):

@@ -20,7 +20,7 @@ import math
 import statistics
 import warnings
 
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, InputWarning
 
 SHARE = 0.2  # of a client's records, in an expected batch
 BATCHES = 8, 256  # the least and the most of that
@@ -89,6 +89,7 @@ def for_run(config, given):
         warnings.warn(
             "--auto knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
             "label is common (BUILD_NOTES.md).",
+            InputWarning,
             stacklevel=1,
         )
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0

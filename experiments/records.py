@@ -26,6 +26,7 @@ def deal(config):
         label_column=config.label_column, prompt_column=config.prompt_column, answer_column=config.answer_column,
         group_column=partition.group_column(config.partition), labels=names, test_fraction=config.test_fraction,
         split_seed=config.split_seed, train_records=config.train_records, test_records=config.test_records,
+        encoding=config.encoding, separator=config.separator,
     )  # fmt: skip
     need_test = config.eval_every > 0
     if config.partition == partition.FOLDERS:

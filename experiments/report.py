@@ -8,37 +8,37 @@ script and no font; and `report.md`. The same files give the same bytes.
 """
 
 import html
-import json
 import math
 import pathlib
 import sys
 
+from dplora_jax import errors, files
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import ledger, report_markdown, sweep, sweep_report
+from experiments import exits, guard, ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
-from experiments.report_text import STYLE, accuracy_note, as_epsilon, show, show_bytes, show_metric
+from experiments.report_text import STYLE, accuracy_note, as_epsilon, repeated, show, show_bytes, show_metric
 
 
 def _read(workdir: pathlib.Path) -> tuple[dict, list[dict]]:
     """The flags and the rounds so far. Raises InputError for a missing or broken file."""
     path = workdir / "config.json"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give the workdir of a run that has started.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no flags")
+        config = files.read_json(path)
         path = workdir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         # A running program may be in the middle of its last line.
         if lines and not lines[-1].rstrip().endswith("}"):
             lines.pop()
-        rows = sorted((json.loads(line) for line in lines if line.strip()), key=lambda row: row["round"])
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the workdir of a run that has started.") from None
+        rows = [files.parse_json(line.encode(), path) for line in lines if line.strip()]
+        rows.sort(key=lambda row: row["round"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run the same command again to rebuild it.") from None
+        broken = InputError(f"{path} cannot be read ({error}): run the same command again to rebuild it.")
+        raise errors.storage(error) or broken from None
     return config, rows
 
 
@@ -142,7 +142,7 @@ def _list(items) -> str:
 
 def _repeat(rows: list[dict], told: dict) -> str:
     """The command, where it ran and how long it took."""
-    words = [[show(name), show(value)] for name, value in (told.get("environment") or {}).items()]
+    words = [[show(name), show(value)] for name, value in repeated(told)]
     seconds = sum(row.get("seconds") or 0 for row in rows)
     if seconds:
         words.append(
@@ -231,17 +231,15 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
     return lines
 
 
+@exits.guarded
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
-    try:
-        sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
-        folders = [word for word in arguments if not word.startswith("--sweep=")]
-        if len(folders) != 1 or len(sweeps) > 1:
-            raise InputError("Give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
-        print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
+    guard.begin()  # the ledger's seals are checked by the secrets
+    sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
+    folders = [word for word in arguments if not word.startswith("--sweep=")]
+    if len(folders) != 1 or len(sweeps) > 1:
+        raise InputError("give one workdir: python -m experiments.report WORKDIR [--sweep=FILE].")
+    print(write(pathlib.Path(folders[0]), *map(pathlib.Path, sweeps)))
     return 0
 
 

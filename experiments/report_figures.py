@@ -3,6 +3,7 @@
 import html
 import math
 
+from dplora_jax.files import number
 from experiments.report_text import as_epsilon, show, show_metric
 
 # Figures are drawn in these colours, then each is replaced by a CSS variable, so that one SVG serves light and dark.
@@ -17,7 +18,7 @@ def by_metric(rows: list[dict]) -> dict[str, tuple[list, list, list]]:
     series = {}
     for row in rows:
         for name, value in row.items():
-            if name not in BOOKKEEPING and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if name not in BOOKKEEPING and (value := number(value)) is not None:
                 for column, entry in zip(
                     series.setdefault(name, ([], [], [])),
                     (row["round"], value, as_epsilon(row.get("epsilon_max"))),

@@ -1,10 +1,12 @@
 """The report of a run as Markdown, for a merge request or a wiki: the same facts as the page, without its plots."""
 
+import html
 import math
+import re
 
 from experiments import communication, sweep_report
 from experiments.report_figures import by_metric
-from experiments.report_text import accuracy_note, as_epsilon, show, show_bytes, show_metric
+from experiments.report_text import accuracy_note, as_epsilon, as_markdown, repeated, show, show_bytes, show_metric
 from experiments.summary import sent_uploads
 
 MOST_ROUNDS = 12  # evaluated rounds that are listed
@@ -12,8 +14,23 @@ MOST_CLIENTS = 20
 
 
 def _table(head, body):
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    head, *body = [[as_markdown(cell) for cell in line] for line in (head, *body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+
+
+def _list(items):
+    return "\n".join(f"- {as_markdown(item)}" for item in items)
+
+
+def _value(value, name=""):
+    """As `show`, of which Markdown escapes the text its own way."""
+    return html.unescape(show(value, name))
+
+
+def _code(text):
+    """A block of code, whose fence is longer than any in the `text`."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}"
 
 
 def text(config, rows, private, said, holds, audit, cells):
@@ -21,24 +38,27 @@ def text(config, rows, private, said, holds, audit, cells):
     it holds, the words of the audit (words may be empty), and a sweep's finished cells."""
     told = config.get("federation") or {}
     data, sent = told.get("data") or {}, told.get("communication") or {}
-    parts = [f"# {config.get('model')} on {config.get('dataset')}", data.get("description") or ""]
+    parts = [
+        as_markdown(f"# {config.get('model')} on {config.get('dataset')}"),
+        as_markdown(data.get("description") or ""),
+    ]
     if not private:
         parts.append("**There is no privacy in this run.** Its uploads and its adapter may reveal any record.")
     elif told["release"] != "for release":
-        parts.append(f"**{told['release']}**")
+        parts.append(f"**{as_markdown(told['release'])}**")
     done, planned = rows[-1]["round"] if rows else 0, config.get("rounds")
     if isinstance(planned, int) and done < planned:
         parts.append(f"**{done} of {planned} rounds.** The run has not reached its last round.")
     if data.get("synthetic"):
         parts.append("**Synthetic data.** The metrics show that the program works, not how well a model does.")
     if not holds:
-        parts.append(f"**Do not rely on these figures.** {said}")
+        parts.append(f"**Do not rely on these figures.** {as_markdown(said)}")
     parts += ["## Utility by round", _rounds(rows)]
     last = by_metric(rows).get("accuracy")
     beside = accuracy_note(data, last[1][-1]) if last else ""
     parts += [f"The last accuracy: {beside}."] if beside else []
-    parts += ["## What the guarantee says", *(f"- {line}" for line in told.get("trust") or [])]
-    parts += [told.get("accounting") or "", said, audit]
+    parts += ["## What the guarantee says", _list(told.get("trust") or [])]
+    parts += [as_markdown(words) for words in (told.get("accounting") or "", said, audit)]
     parts += ["## Many runs", sweep_report.markdown(cells).rstrip()] if cells else []
     parts += ["## Clients", _clients(told.get("clients") or [], rows)]
     uploads = sent_uploads(rows, config.get("clients") or 0)
@@ -50,16 +70,14 @@ def text(config, rows, private, said, holds, audit, cells):
             f"of the run together {show_bytes(uploads * up)} instead of {show_bytes(uploads * full)}.",
         ]
         targets, found = communication.of_run(config)
-        parts.append(f"The same of the paper's models, adapters on {', '.join(targets)} in float32:")
+        parts.append(f"The same of the paper's models, adapters on {as_markdown(', '.join(targets))} in float32:")
         parts.append(_table(*communication.shown(found, config)))
-    parts += ["## Method", *(f"- {line}" for line in told.get("method") or [])]
-    parts += ["## How to repeat it", f"```sh\n{told.get('command') or ''}\n```"]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in (told.get("environment") or {}).items()))
-    parts += [
-        "## Configuration",
-        "\n".join(f"- {k}: {show(v, 'flag')}" for k, v in config.items() if k != "federation"),
-    ]
-    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+    parts += ["## Method", _list(told.get("method") or [])]
+    parts += ["## How to repeat it", _code(str(told.get("command") or ""))]
+    parts.append(_list(f"{name}: {value}" for name, value in repeated(told)))
+    flags = [f"{name}: {_value(value, 'flag')}" for name, value in config.items() if name != "federation"]
+    parts += ["## Configuration", _list(flags)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _rounds(rows):
@@ -83,7 +101,7 @@ def _clients(clients, rows):
     for index, client in enumerate(clients[:MOST_CLIENTS]):
         epsilon = spent[index] if len(spent) == len(clients) and rows[-1]["round"] else client.get("epsilon")
         names = ("records", "sampling_rate", "noise_multiplier")
-        cells = [show(client.get(name)) for name in names]
+        cells = [_value(client.get(name)) for name in names]
         body.append([str(client.get("client", index)), *cells, show(as_epsilon(epsilon), "epsilon")])
     more = f"\n\nand {len(clients) - MOST_CLIENTS:,} more." if len(clients) > MOST_CLIENTS else ""
     return _table(["client", "records", "sampling rate", "noise multiplier", "epsilon"], body) + more if body else ""

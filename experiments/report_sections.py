@@ -1,9 +1,9 @@
 """Parts of a report that are tables and figures of their own: the clients, what travelled, and what an audit found."""
 
-import json
 import pathlib
 import statistics
 
+from dplora_jax.files import read_json
 from experiments.report_figures import SERIES, figure
 from experiments.report_text import as_epsilon, show, show_bytes
 from experiments.run_config import FREE_ON_RESUME
@@ -122,7 +122,7 @@ def audits(workdir: pathlib.Path, config: dict) -> tuple[str, str]:
         note = "attacks the same program and bounds its epsilon from below: none lies beside this run"
         return f'<p class="soft"><code>{how}</code> {note}.</p>', ""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         body = [
             [show(line["claim"], "epsilon"), _below(line["guesses"]), _below(line.get("curve")),
              "BROKEN" if line["broken"] else "holds"]

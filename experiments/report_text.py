@@ -1,8 +1,10 @@
 """How the report looks and how it writes a number: its style sheet, and values as escaped text."""
 
 import html
-import json
 import math
+import re
+
+from dplora_jax.files import to_json
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #faf9f6; --card: #fff; --ink: #1c2024; --soft: #5b636c; --line: #dfddd6;
@@ -108,7 +110,16 @@ def show(value, name: str = "") -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.3f}" if name == "metric" and abs(value) < 10 else f"{value:.4g}"
-    return html.escape(value if isinstance(value, str) else json.dumps(value))
+    return html.escape(value if isinstance(value, str) else to_json(value))
+
+
+def as_markdown(text) -> str:
+    """`text` so that it reads as itself in a line or a table's cell of Markdown: on one line, without HTML, code, links or bars.
+
+    >>> as_markdown("<b>a|b</b>")
+    '&lt;b&gt;a\\\\|b&lt;/b&gt;'
+    """
+    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def accuracy_note(data: dict, accuracy: float) -> str:
@@ -139,3 +150,9 @@ def show_bytes(count) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.3g} TB"
+
+
+def repeated(told: dict) -> list[tuple]:
+    """(name, value) of what another party compares to repeat a run: where it ran, and the SHA-256 of the base's files."""
+    digests = {f"SHA-256 of the base's {name}": value for name, value in (told.get("base_files") or {}).items()}
+    return [*((told.get("environment") or {}) | digests).items()]

@@ -1,45 +1,41 @@
 """The main job: a private federation fine-tunes a language model. `python -m experiments.run --flagfile=finance.flags`.
 
-Run again in the same workdir, it goes on where it was; exit codes are 0 done, 2 bad input, 75 stopped by SIGTERM with
-everything saved, and 69 (`processes.LOST`) where another process of the run was lost.
+Run again in the same workdir, it goes on where it was. Exit codes are 0 done; 2 bad input; 65 no number is finite any more
+(`finite`); 74 a file cannot be read or written (`errors.storage`); 75 stopped by SIGTERM with everything saved; 69
+(`processes.LOST`) another process of the run was lost.
 """
 
 import contextlib
-import os
 import pathlib
 import signal
 import sys
-import warnings
 from typing import Any, NamedTuple
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
-from experiments import allocator
+from experiments import allocator, exits
 
 STOPPED = 75
 
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import flags, processes
+    from experiments import flags, guard, private_files, processes
 
-    warnings.showwarning = lambda message, *_: processes.primary() and print(f"warning: {message}", file=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    guard.begin(processes.primary)
     arguments = sys.argv[1:] if argv is None else argv
+    folder = None
     try:
         config = flags.parse(arguments)
         processes.join(config)
-        with _workdir(config) as folder:
+        with _workdir(config) as folder, private_files.reasons_in(folder):
             code = run(config, folder, " ".join(["python -m experiments.run", *arguments]))
             processes.leave(code)
             return code
     except Exception as error:
         if processes.count() > 1:
-            processes.fail(error)  # ends them all
-        if not isinstance(error, InputError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            processes.fail(errors.storage(error, folder) or error)  # ends them all
+        return exits.told(error, folder)
 
 
 def _workdir(config):
@@ -69,14 +65,14 @@ class Run(NamedTuple):
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax import checkpoint
-    from experiments import processes, progress, setup, summary, workdir
+    from experiments import facts, processes, progress, setup, summary, workdir
 
     opened = []  # process 0's ledger
 
     def look():
         stored = workdir.stored_config(folder, config)
         opened.append(_open(config, folder))
-        return {"finished": opened[0].ended, "stored": stored}
+        return {"finished": opened[0].ended, "stored": workdir.charged_config(folder, stored, opened[0])}
 
     found = processes.agree(look)
     if found["finished"]:
@@ -86,7 +82,8 @@ def run(config, folder, command):
     prepared = setup.prepare(config, found["stored"])
     ledger = opened[0] if opened else None
     if processes.primary() and found["stored"] is None:
-        workdir.write_config(folder, config, prepared.facts | {"command": command})
+        told = prepared.facts | facts.of_base(config) | {"command": command}
+        workdir.write_config(folder, config, told)
     keys = _secrets(config, folder, ledger)
     if ledger is not None:
         ledger.seal_with(b"".join(keys))
@@ -150,15 +147,17 @@ def _secrets(config, folder, ledger):
 
 def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
-    from experiments import dispatch, metrics, processes, progress
+    from experiments import dispatch, finite, metrics, processes, progress
 
     processes.agree(lambda: dispatch.check_past(job))
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
     with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
-        while (
-            not (stopped := processes.any_of(stop)) and (todo := dispatch.agreed_charge(job, done, state)) is not None
-        ):
+        while True:
+            finite.check(state, lines)
+            stopped = processes.any_of(stop)
+            if stopped or (todo := dispatch.agreed_charge(job, done)) is None:
+                break
             *(rounds, attempt), paid = todo
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
@@ -205,21 +204,23 @@ def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import dispatch, model_card, processes, released, report, summary
+    from experiments import dispatch, finite, model_card, processes, released, report, summary
 
     p, lines = job.prepared, _settled(job, done, state, lines)
+    finite.check(state, lines)
     parts = released.fetched(job.config, p.params, state)
     if not processes.primary():
         return
     dispatch.show_metrics(job, lines)
     model, base = p.model, pretrained.hub_id(job.config.model)
     released.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
-    for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder)):
+    labels = p.facts["data"]["labels"]
+    for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder), labels):
         chain.replace_durably(job.folder / "adapter" / folder / "README.md", note)
     report.write(job.folder)
     if done < job.config.rounds:
         missing = f"rounds {done + 1} to {job.config.rounds} were not run"
-        print(f"The budget ended early: {missing}, since a lost attempt had to be paid for.")
+        print(f"The budget ended early: {missing}, since rounds that were lost stay paid for.")
     job.ledger.append(entry="end", round=done)
     secrets.destroy(job.folder / "private")
 

@@ -67,6 +67,14 @@ class RunConfig:
     )
     data_dir: str | None = flag(None, "directory with train.* (and test.*) of --dataset")
     test_data: str | None = flag(None, "file with the public test set")
+    encoding: str | None = flag(
+        None, "encoding of the csv, jsonl and text files that are not UTF-8 and have no byte-order mark, as cp1252"
+    )
+    separator: str | None = flag(
+        None,
+        "what parts the cells of csv files: comma, semicolon, tab, pipe or a character; a file whose header has the columns "
+        "only at commas (in .tsv, tabs) is read so all the same",
+    )
     text_column: str | None = flag(None, "column of the text, for csv, jsonl and parquet")
     label_column: str | None = flag(None, "column of the label, for csv, jsonl and parquet")
     prompt_column: str | None = flag(None, "column of the prompt, for answers to train a language model on")

@@ -11,14 +11,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import lora, models
 from dplora_jax.data import encoding
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, InputWarning
 from dplora_jax.federation import mesh, round
-from dplora_jax.models import features
+from dplora_jax.models import features, pretrained
 from dplora_jax.privacy import secrets
 from experiments import (
+    accounted,
     base_passes,
-    causes,
     facts,
+    fingerprints,
+    finite,
     objective,
     processes,
     program,
@@ -44,26 +46,28 @@ class Prepared(NamedTuple):
     state: round.State
     evaluate: Callable
     facts: dict  # what config.json says under "federation"
-    causes: dict  # digests of all that decides the bits of a dispatch, to be keyed before they are shown
+    inputs: dict  # {"base", "data"}: digests of the base model and of all records, to be keyed before they are shown
     records: dict  # {client: digest of its records}, of this process's own clients
 
 
 def prepare(config, stored=None, memo=None, dealt=None):
-    """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of an earlier start, whose
-    mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call; `dealt` stands in for
-    the records that the flags name. Raises InputError."""
+    """Read, check, calibrate and place everything -> Prepared. `stored` is the config.json of a run that was charged already,
+    whose mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call; `dealt` stands in
+    for the records that the flags name. Raises InputError."""
     processes.at("reading the base model and the records")
     if config.tensorboard:
         tensorboard.check()
     dealt = dealt or records.deal(config)
     corpus = dealt.corpus
-    labels = len(corpus.label_names) if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
-    model, params = models.from_pretrained(config.model, config.dtype, labels, config.quantize)
+    labels = corpus.label_names if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
+    model, params = models.from_pretrained(config.model, config.dtype, None, config.quantize, labels)
     if config.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     grid = mesh.make(config.mesh, config.clients, model)
     tokenizer = models.load_tokenizer(config.model)
     encoding.check_length(config.max_length, model, tokenizer)
+    encoding.check_ids(model, tokenizer)
+    finite.check_weights(config.model, params)
     aim = objective.make(config, corpus.task, tokenizer)
     test = aim.test(corpus.test) if (config.eval_every or config.feature_norm) and corpus.test else None
     params = base_passes.with_features(config, model, params, test, memo, stored)
@@ -74,13 +78,12 @@ def prepare(config, stored=None, memo=None, dealt=None):
     sizes = _sizes(shares, config.clients)
     test = test if config.eval_every else None
     _warn_of_delta(config, max(sizes))
-    mechanisms = trust_modes.settled(config, program.mechanisms(config, sizes, stored))
+    mechanisms = accounted.kept(stored, sizes) if stored else accounted.mechanisms(config, sizes)
     digest_of = {
-        k: causes.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
+        k: fingerprints.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
     }
     streamed = processes.agree(lambda: streaming.wanted(config, grid, train, sizes))
-    settled = dataclasses.replace(config, wave=wave, stream=streamed)  # another layout rounds otherwise
-    digests = causes.digests(settled, (), model, params, mechanisms, grid)
+    inputs = {"base": fingerprints.of_base(model, params)}
     local, params = params, mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
     model, train, test = base_passes.run_frozen_layers(
@@ -100,7 +103,12 @@ def prepare(config, stored=None, memo=None, dealt=None):
     if config.eval_every:
         private = records.by_client(table, shares)
         evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
+    else:
+        whole, classifies = dataclasses.replace(model, start=0), aim.kind == objective.CLASSIFIER
+        finite.check_sentence(config, classifies, whole, params, state.adapter, grid, tokenizer)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
+    if labels is not None and (start := pretrained.head_start(config.model, labels)):
+        told["method"].append(start)
     if features.KEY in params:
         told["features"] = {
             name: np.asarray(value).tolist() for name, value in mesh.fetch(params[features.KEY]).items()
@@ -110,7 +118,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
         )
     made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
-    return Prepared(*made, evaluate, told, digests, digest_of)
+    return Prepared(*made, evaluate, told, inputs, digest_of)
 
 
 def _warn_of_delta(config, largest):
@@ -119,6 +127,7 @@ def _warn_of_delta(config, largest):
         warnings.warn(
             f"--delta={config.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
             "count as private.",
+            InputWarning,
             stacklevel=1,
         )
 
@@ -132,18 +141,18 @@ def _sizes(shares, clients):
 
 
 def with_records(prepared, secrets_of_clients):
-    """The Prepared whose "data" cause speaks of all clients' records, whoever holds them. Between processes go keyed digests
-    alone: a plain one would tell the network who is in."""
+    """The Prepared whose inputs speak of all clients' records, whoever holds them. Between processes go keyed digests alone: a
+    plain one would tell the network who is in. Raises InputError where processes have different models or programs."""
     keyed = {
         k: secrets.digest(secrets_of_clients[k], "records", digest.hex()).hex()
         for k, digest in prepared.records.items()
     }
-    found = processes.gather({"records": keyed, "causes": {k: v.hex() for k, v in prepared.causes.items()}})
-    merged = {int(k): digest for one in found for k, digest in one["records"].items()}
-    together = causes.together([one["causes"] for one in found])
-    for name in ("base", "code", "versions"):  # else one process would train another model, and nothing would say so
-        for number, one in enumerate(found):
-            if one["causes"][name] != found[0]["causes"][name]:
+    own = {"base model": prepared.inputs["base"].hex(), "program": fingerprints.of_installation().hex()}
+    gathered = processes.gather({"records": keyed, **own})
+    for name in own:  # else one process would train another model, and nothing would say so
+        for number, process in enumerate(gathered):
+            if process[name] != gathered[0][name]:
                 raise InputError(f"process {number} has another {name} than process 0: give all the same.")
-    data = causes.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
-    return prepared._replace(causes=together | {"data": data})
+    merged = {int(k): digest for process in gathered for k, digest in process["records"].items()}
+    data = fingerprints.of_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])
+    return prepared._replace(inputs=prepared.inputs | {"data": data})

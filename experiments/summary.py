@@ -17,7 +17,7 @@ def line(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
     facts, sent = config["federation"], config["federation"]["communication"]
-    found = [f"{label} {last[name]:.3f}" for name, label in METRICS.items() if name in last]
+    found = [f"{label} {float(last[name]):.3f}" for name, label in METRICS.items() if name in last]
     metrics = f"test {', '.join(found)}" if found else "not evaluated"
     budget = (
         "NO PRIVACY"

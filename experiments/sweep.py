@@ -8,50 +8,53 @@ Every flag of a run is taken. A cell is one case, one value of each varied flag 
 give another --out. Nothing else of a run is saved, and nothing here is for release.
 --controls adds what every table should be read beside (`sweep_cells.controls`). --parallel=N runs N cells at a time: each of N
 processes has an accelerator of its own, or its share of the processor's cores. Prints a Markdown table of means and standard
-deviations over seeds, and writes it with plots beside --out, as .md and .html. Exit codes: 0 done, 2 bad input.
+deviations over seeds, and writes it with plots beside --out, as .md and .html. Exit codes: 0 done, 2 bad input,
+74 a file cannot be written.
 """
 
 import dataclasses
-import json
+import math
 import os
 import subprocess
 import sys
 import time
 
+from dplora_jax import errors
 from dplora_jax.errors import InputError
-from experiments import allocator, sweep_report
+from dplora_jax.files import parse_json, to_json
+from dplora_jax.privacy.chain import replace_durably
+from experiments import allocator, exits, guard, private_files, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
 
 DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 
 
+@exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
+    guard.begin()
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        cells, own = parse(argv)
-        missing = _missing(cells, own.out)
-        if own.parallel > 1 and own.worker is None:
-            _spread(argv, min(own.parallel, len(missing)))
-        else:
-            # A worker's share is of all cells, and so the same however many are done when it starts.
-            mine = cells if own.worker is None else cells[own.worker :: own.parallel]
+    cells, own = parse(argv)
+    missing = _missing(cells, own.out)
+    if own.parallel > 1 and own.worker is None:
+        _spread(argv, min(own.parallel, len(missing)))
+    else:
+        # A worker's share is of all cells, and so the same however many are done when it starts.
+        mine = cells if own.worker is None else cells[own.worker :: own.parallel]
+        with private_files.reasons_in(own.out.parent):
             _run([cell for cell in mine if cell in missing], own.out)
-        if own.worker is not None:
-            return 0
-        wanted = {key(cell.name) for cell in cells}
-        lines = [line for line in read(own.out) if key(line) in wanted]
-        if _missing(cells, own.out):
-            raise InputError("some cells did not finish: see what was printed above, and run the same command again.")
-        for suffix, text in (
-            (".md", sweep_report.markdown(lines)),
-            (".html", sweep_report.page(lines, cells[0].config, argv)),
-        ):
-            own.out.with_suffix(suffix).write_text(text, encoding="utf-8")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if own.worker is not None:
+        return 0
+    wanted = {key(cell.name) for cell in cells}
+    lines = [line for line in read(own.out) if key(line) in wanted]
+    if _missing(cells, own.out):
+        raise InputError("some cells did not finish: see what was printed above, and run the same command again.")
+    for suffix, text in (
+        (".md", sweep_report.markdown(lines)),
+        (".html", sweep_report.page(lines, cells[0].config, argv)),
+    ):
+        replace_durably(own.out.with_suffix(suffix), text, private_files.MODE)
     print(sweep_report.markdown(lines))
     return 0
 
@@ -66,7 +69,7 @@ def read(path):
     lines = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            line = json.loads(text)
+            line = parse_json(text.encode(), path)
         except ValueError:
             continue
         lines[key(line)] = line
@@ -79,10 +82,10 @@ def _run(cells, out):
         # The same may be finished under another name: lines over epsilon and over delta cross.
         like = next((line for line in read(out) if line.get("config") == cell.name["config"]), None)
         line = cell.name | ({k: like[k] for k in OUTCOME if k in like} if like else outcome(cell, memo, programs))
-        with open(out, "a", encoding="utf-8") as file:  # a line is written at once: processes may share the file
+        with private_files.open_to_append(out) as file:  # a line is written at once: processes may share the file
             torn = out.stat().st_size and not out.read_bytes().endswith(b"\n")
-            file.write("\n" * torn + json.dumps(line) + "\n")
-        print(f"{number} of {len(cells)}: {json.dumps(line)}", file=sys.stderr, flush=True)
+            file.write("\n" * torn + to_json(line) + "\n")
+        print(f"{number} of {len(cells)}: {to_json(line)}", file=sys.stderr, flush=True)
 
 
 def _spread(argv, count):
@@ -97,6 +100,8 @@ def _spread(argv, count):
             os.sched_setaffinity(worker.pid, cores[index::count])
         workers.append(worker)
     codes = [worker.wait() for worker in workers]
+    if errors.StorageError.code in codes:
+        raise errors.StorageError("a worker could not write: see what it printed above; what is finished is kept.")
     if any(codes):
         raise InputError("a worker failed: see what it printed above; what is finished is kept.")
 
@@ -130,7 +135,8 @@ def outcome(cell, memo, programs):
 
 def _better(metrics):
     """A number that is larger for the better model."""
-    return metrics["accuracy"] if "accuracy" in metrics else -metrics["perplexity"]
+    value = metrics["accuracy"] if "accuracy" in metrics else -metrics["perplexity"]
+    return -math.inf if math.isnan(value) else value
 
 
 def _trained(config, kind, memo, programs):

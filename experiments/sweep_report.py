@@ -4,7 +4,7 @@ import math
 import statistics
 
 from experiments.report_figures import SERIES, figure
-from experiments.report_text import METRICS, STYLE, show, show_bytes, show_metric
+from experiments.report_text import METRICS, STYLE, as_markdown, show, show_bytes, show_metric
 
 # Of a line: what was found; the rest names its cell.
 OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "settings", "release", "commonest_label")
@@ -50,7 +50,7 @@ def of(lines, case, column, metric):
     """The values over seeds of `case` at `column`; a case that does not depend on a flag has its value everywhere."""
     names = varied(lines)
     return [
-        line["metrics"][metric]
+        float(line["metrics"][metric])
         for line in lines
         if line["case"] == case
         and metric in line["metrics"]
@@ -72,9 +72,8 @@ def cells(lines):
 
 def table(lines):
     """The table of `cells` in Markdown."""
-    header, rows = cells(lines)
-    rows = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    header, *rows = [[as_markdown(cell) for cell in row] for row in (cells(lines)[0], *cells(lines)[1])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def spread(values, metric=""):
@@ -82,8 +81,15 @@ def spread(values, metric=""):
     if not values:
         return ""
     digits = 2 if "perplexity" in metric else 3
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f" ± {_deviation(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def _deviation(values):
+    """Their standard deviation: nan where one is not finite, which `statistics` cannot take, and 0 of one alone."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def place(line):
@@ -94,7 +100,7 @@ def place(line):
 def markdown(lines):
     """A table for each group of `lines`, and that none of it is for release."""
     tables = "\n\n".join(table(group) for group in groups(lines))
-    return f"{tables}\n\n{_told(lines)} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
+    return f"{tables}\n\n{as_markdown(_told(lines))} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
 
 
 def _told(lines):
@@ -165,7 +171,7 @@ def _errors(lines, cases, line_of, index, metric):
                 continue
             x, kept = zip(*at, strict=True)
             means = [statistics.mean(v) for v in kept]
-            bars = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in kept]
+            bars = [_deviation(v) for v in kept]
             style = "o-" if number < SOLID else "s:"
             colour = SERIES[number % len(SERIES)]
             axes.errorbar(x, means, bars, fmt=style, color=colour, linewidth=2, markersize=4.2, capsize=3)

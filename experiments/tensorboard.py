@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 
+from dplora_jax import files
 from dplora_jax.errors import InputError
 
 FOLDER = "tensorboard"
@@ -31,5 +32,5 @@ def write(workdir):
                     continue
                 several = isinstance(value, list)
                 for index, number in enumerate(value if several else [value]):
-                    if isinstance(number, int | float):
+                    if (number := files.number(number)) is not None:
                         writer.add_scalar(f"{name}/{index}" if several else name, number, line["round"])

@@ -1,4 +1,4 @@
-"""What a trust mode makes of a configuration: what is accounted, what each client does itself, and the server's rule."""
+"""What a trust mode makes of a configuration: what each client does itself, and the server's rule."""
 
 import dataclasses
 import math
@@ -7,23 +7,6 @@ from dplora_jax.federation.aggregation import Rule
 from dplora_jax.privacy import accounting, trust
 from dplora_jax.privacy.secrets import joins
 from experiments import aggregation_checks
-
-
-def of_clients(config):
-    """Mode `client`'s one mechanism, once for each client: a sample of the clients, one whole update being the record."""
-    noise = config.noise_multiplier
-    if noise is None:
-        noise = accounting.least_noise(config.clients, config.client_rate, config.rounds, config.epsilon, config.delta)
-    return [accounting.Mechanism(config.clients, config.client_rate, config.clients, noise)] * config.clients
-
-
-def settled(config, mechanisms):
-    """The mechanisms as they are accounted: in mode `distributed` all clients' records hide in one and the same noise, that of
-    the client which needs most."""
-    if config.trust != "distributed":
-        return mechanisms
-    most = max(m.noise_multiplier for m in mechanisms)
-    return [dataclasses.replace(m, noise_multiplier=most) for m in mechanisms]
 
 
 def honest(config):

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+from dplora_jax.files import to_json
+
 LOST, STOPPED = 69, 75
 POLL, SILENT = 1.0, 10.0  # seconds: between signs of life; without one, when something is known to be wrong
 ROOM = "dplora"  # of the service's keys
@@ -27,6 +29,7 @@ class Group:
         self.silent = patience(stall)
         self.hosts = [f"process {index}" for index in range(count)]
         self.turn, self.steps, self.place = 0, 0, "the start"
+        self.paid = set()  # hashes of ledger entries that this process has drawn from
         self.beats = {i: (0, 0, "the start", time.monotonic()) for i in range(count)}  # number, steps, place, when seen
         self.moved = dict.fromkeys(range(count), time.monotonic())
         self.answered = time.monotonic()
@@ -64,7 +67,7 @@ def gone(group, lost, seconds):
 def end(group, code, sentence):
     """Make `sentence` what every process says as it exits with `code`; the first to come here decides for all."""
     try:
-        group.client.key_value_set(f"{ROOM}/end/first", json.dumps([code, sentence]))
+        group.client.key_value_set(f"{ROOM}/end/first", to_json([code, sentence]))
     except Exception:  # another was first, or process 0 is gone: the watch, or the judge, says so
         pass
     else:
@@ -99,7 +102,7 @@ def _watch(group):
     while not group.leaving.is_set():
         beat += 1
         try:
-            sign = json.dumps([beat, group.steps, group.place])
+            sign = to_json([beat, group.steps, group.place])
             group.client.key_value_set(f"{ROOM}/signs/{group.number}", sign, allow_overwrite=True)
             signs = group.client.key_value_dir_get(f"{ROOM}/signs/")
             ended = group.client.key_value_dir_get(f"{ROOM}/end/")

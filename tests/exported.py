@@ -41,6 +41,8 @@ def base_of(name, directory):
     (directory / "modules.json").write_text(json.dumps(modules))
     (directory / "1_Pooling").mkdir()
     (directory / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    said = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(said | {"architectures": ["BertModel"]}))
     (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 9, "do_lower_case": False}))
     return directory
 
@@ -50,7 +52,7 @@ def adapter_of(name, base, directory):
     if isinstance(CASES[name][1], str):
         return GOLDEN / CASES[name][1]
     seed, config = CASES[name][1]
-    model, params = models.from_pretrained(base)
+    model, params = models.from_pretrained(base, num_labels=3 if name.startswith("bert_mean") else None)
     adapter = draw(seed, model, params, config)
     peft.save(directory, model, adapter, config)
     return directory

@@ -1,6 +1,7 @@
 """A stand-in of the Hugging Face hub on this machine, for subprocesses that read its address from HF_ENDPOINT."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import os
@@ -65,7 +66,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 )
             name = path.removeprefix(f"{raw}{revision}/")
             if name in self.files:
-                return self.send(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+                return self.send(
+                    200, self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"', X_Repo_Commit=COMMIT
+                )
         code = "EntryNotFound" if path.startswith((raw, api + "/")) else "RepoNotFound"
         return self.send(404, X_Error_Code=code, X_Repo_Commit=COMMIT)
 

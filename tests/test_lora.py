@@ -105,6 +105,8 @@ def test_leaves_are_exactly_a_b_and_the_head(classifier, config):
     expected = [params["head"]["kernel"].shape, (3,)]
     for inputs, outputs in lora.resolve_targets(model, config.targets).values():
         expected += [(depth, config.rank, inputs), (depth, outputs, config.rank)]
+    if config.targets == ("all-linear",):  # the pooler stands above all layers
+        expected[-2:] = [(1, *expected[-2][1:]), (1, *expected[-1][1:])]
     assert sorted(leaf.shape for leaf in jax.tree.leaves(adapter)) == sorted(expected)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {np.dtype("float32")}
     assert lora.count(adapter) == sum(int(np.prod(shape)) for shape in expected)
@@ -175,7 +177,8 @@ def test_a_frozen_a_stays_at_its_draw_while_b_decides_the_delta(classifier):
         (("q", "query"), {"query"}),
         (("k", "o"), {"key", "output"}),
         (("up", "down"), {"up", "down"}),
-        (("all-linear",), {"query", "key", "value", "output", "up", "down"}),
+        (("all-linear",), {"query", "key", "value", "output", "up", "down", "pooler"}),
+        (("pooler",), {"pooler"}),
         ((), set()),
     ],
 )

@@ -51,7 +51,7 @@ def test_an_adapter_written_by_peft_gives_its_logits(name):
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *(("peft_llama_tiny", "broadcast"), ("peft_gpt2_tiny", "ghost"), ("peft_gpt2_tiny", "bookkeeping")),
+        *(("peft_llama_tiny", "broadcast"), ("peft_gpt2_tiny", "ghost"), ("peft_llama_tiny", "ghost")),
         *((name, form) for name in ("peft_gpt2_all", "peft_llama_all") for form in clipping.FORMS),
     ],
 )
@@ -162,7 +162,6 @@ def selected_by_peft(document, modules):
     ("option", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
         ("modules_to_save", ["score", "embed_tokens"]),
         ("modules_to_save", ["lm_head"]),
     ],

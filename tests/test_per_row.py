@@ -29,7 +29,7 @@ def test_a_sum_of_what_was_kept_is_the_weighted_sum_of_the_products(by_layer):
     rng = np.random.default_rng(0)
     x, g = (rng.normal(size=(2, 3, 4, n)).astype(np.float32) for n in (5, 6))
     factors = rng.uniform(size=(3, 2) if by_layer else 3).astype(np.float32)
-    found = per_row.kept_sum(factors, per_row.Kept(jnp.ones((2, 3)), x, g))
+    found = per_row.kept_sum(factors, per_row.Kept(x, g))
     expected = np.einsum("bl,lbto,lbti->loi" if by_layer else "b,lbto,lbti->loi", factors, g, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -37,7 +37,7 @@ def test_a_sum_of_what_was_kept_is_the_weighted_sum_of_the_products(by_layer):
 def test_a_row_of_factor_zero_adds_nothing_to_a_kept_sum_whatever_it_holds():
     x, g = np.ones((1, 2, 3, 4), np.float32), np.ones((1, 2, 3, 5), np.float32)
     x[0, 1, 0, 0], g[0, 1, 1, 1] = np.nan, np.inf
-    found = per_row.kept_sum(np.array([1, 0], np.float32), per_row.Kept(jnp.ones((1, 2)), x, g))
+    found = per_row.kept_sum(np.array([1, 0], np.float32), per_row.Kept(x, g))
     np.testing.assert_array_equal(found, np.full((1, 5, 4), 3))
 
 

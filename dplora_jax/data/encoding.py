@@ -15,9 +15,8 @@ def classification(tokenizer, records, max_length):
     names = ("input_ids", "attention_mask")
     if not len(records.texts):
         return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
-    encoded = tokenizer(
-        list(records.texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="np"
-    )
+    options = {"padding": "max_length", "truncation": True, "max_length": max_length, "return_tensors": "np"}
+    encoded = tokenizers.tokens(tokenizer, list(records.texts), **options)
     return {name: encoded[name].astype(np.int32) for name in names} | {"labels": np.asarray(records.labels, np.int32)}
 
 
@@ -69,6 +68,21 @@ def check_length(max_length, model, tokenizer):
     least, most = tokenizer.num_special_tokens_to_add() + 1, model.config.max_positions
     if not least <= max_length <= most:
         raise InputError(f"--max_length={max_length} must lie in {least}..{most} for this model.")
+
+
+def check_ids(model, tokenizer):
+    """Raise InputError unless each id that the tokenizer may give has its row of the model's embeddings: a lookup beyond them is
+    NaN in every family, and so is all that is made of it."""
+    rows, names = model.config.vocab_size, {index: word for word, index in tokenizer.get_vocab().items()}
+    around = tokenizer("").input_ids  # a post-processor may put in ids of its own
+    least, largest = min((*names, *around)), max((*names, *around))
+    if least < 0 or largest >= rows:
+        strange = largest if largest >= rows else least
+        raise InputError(
+            f"the tokenizer has the id {strange} ({names.get(strange, 'put around each text')!r}), and the model's embeddings "
+            f"have {rows} rows, for ids 0 to {rows - 1}: take the model's own tokenizer, or resize the embeddings for it "
+            "(resize_token_embeddings in transformers) and save the model again."
+        )
 
 
 def _row(tokenizer, one, index, max_length, ends, chat):

@@ -3,14 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-from dplora_jax.data import records, sources
+from dplora_jax.data import records, sources, tables
 from dplora_jax.errors import InputError
 
 
 def names(source, clients):
-    """The clients' folders in `data_dir`, in sorted order: only their names are looked at.
+    """The clients' folders in `data_dir`, in sorted order: no table is opened.
 
-    Raises InputError where they are not as many as `clients`, or the flags ask for what folders do not have.
+    Raises InputError where they are not as many as `clients`, where two hold one file (a link), or where the flags ask for what
+    folders do not have.
     """
     if source.dataset not in sources.OWN_TABLES:
         raise InputError(
@@ -25,10 +26,30 @@ def names(source, clients):
     root = Path(source.data_dir)
     if not root.is_dir():
         raise InputError(f"--data_dir={source.data_dir} is not a folder; give the one that holds the clients' folders.")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{root} cannot be read ({error.strerror}); let this process read it.") from None
     if len(found) != clients:
         raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give --clients={len(found)}.")
+    _refuse_shared(root, found, sources.OWN_TABLES[source.dataset])
     return found
+
+
+def _refuse_shared(root, folders, suffixes):
+    """InputError where the tables of two clients are one file: each of its records would be trained on by both."""
+    owners = {}
+    for name in folders:
+        try:
+            path = tables.find(str(root / name), "train", suffixes)
+            file = path and path.stat()
+        except (OSError, InputError):  # another process's own; or `read` will say what is wrong
+            continue
+        if file and owners.setdefault((file.st_dev, file.st_ino), name) != name:
+            other = owners[file.st_dev, file.st_ino]
+            raise InputError(
+                f"{root / other} and {root / name} hold one file, so that its records would be two clients'; give each its own."
+            )
 
 
 def read(source, corpus, name):
@@ -39,10 +60,7 @@ def read(source, corpus, name):
     folder = Path(source.data_dir) / name
     labels = corpus.label_names or None
     own = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=labels)
-    try:
-        found = sources.load(own, need_test=False).train
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}): let this process read it.") from None
+    found = sources.load(own, need_test=False).train
     if corpus.test is not None:
         records.refuse_copy([found], records.columns_of(corpus.test))
     return found

@@ -53,6 +53,9 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
         parts = _by_group(group_column(spec), groups, clients, total)
     else:
         raise InputError(f"--partition={spec} is malformed; write iid, dirichlet:ALPHA, column:NAME or folders.")
+    if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(total)):
+        # Each client's epsilon is that of its own records: one that two clients train on would pay for both.
+        raise RuntimeError("a record was dealt to two clients, or to none: this is a fault of the program.")
     return [np.sort(part) for part in parts]
 
 

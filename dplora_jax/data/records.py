@@ -3,13 +3,17 @@
 What is private is the training table of a person: no message here contains a value of it.
 """
 
+import decimal
+import re
 from typing import NamedTuple
 
 import numpy as np
 
 from dplora_jax.data import tasks
-from dplora_jax.errors import InputError
+from dplora_jax.data.cells import NoText
+from dplora_jax.errors import InputError, Refused
 
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 FEW = 8  # different records of a client, fewer of which a public table may hold by chance
 
 
@@ -48,29 +52,17 @@ class Rows(NamedTuple):
     groups: list[str] | None
 
 
-def rows(table, where, task, columns, group=None, private=False, public=False):
-    """The `columns` ({"text" or "prompt", "label", "answer": name}) of `table` -> Rows; `group` names one more.
+def rows(table, task, columns, group=None, private=False, public=False):
+    """The `columns` ({"text" or "prompt", "label", "answer": name}) of a `tables.Table` -> Rows; `group` names one more.
 
-    No cell may be missing or empty, but lines of plain text may, and answers of a `public` table (which nobody here can mend):
-    these rows are left out. Raises InputError; a private table's columns are counted and not named: without a header line they
-    would be its first record.
+    Texts, answers and groups are strings, kept exactly as they are; a label may be a number too, and 1.0 is "1". No cell may be
+    missing or empty, but lines of plain text may, and answers of a `public` table (which nobody here can mend): these rows are
+    left out. Raises InputError; a private table's columns are counted and not named: without a header line they would be its
+    first record.
     """
     columns = columns | ({"group": group} if group else {})
-    for name in columns.values():
-        if name not in table:
-            known = (
-                f"it has {len(table)} (is the header line there?)"
-                if private
-                else f"its columns are {', '.join(sorted(table))}"
-            )
-            raise InputError(f"{where} has no column '{name}'; {known}."[:1000])
-    main = "prompt" if "prompt" in columns else "text"
-    if any(not isinstance(value, str) for value in table[columns[main]] if value is not None):
-        raise InputError(f"{where} has values in column '{columns[main]}' that are not text; name a text column.")
-    read = task.read or tasks.text_of
-    cells = {"group": tasks.text_of, "label": read, "answer": read}
-    values = {role: [cells[role](value) for value in table[columns[role]]] for role in columns if role != main}
-    values[main] = [value or "" for value in table[columns[main]]]
+    _need(table, columns.values(), private)
+    values = {role: _texts(table, role, name, task) for role, name in columns.items()}
     if task.kind == tasks.TEXT:
         values = _kept(
             values, lambda i: values["text"][i].strip() and (task.keep is None or task.keep(values["text"][i]))
@@ -80,10 +72,57 @@ def rows(table, where, task, columns, group=None, private=False, public=False):
     for role, column in values.items():
         missing = sum(not cell.strip() for cell in column)
         if missing:
-            raise InputError(f"{where} has {missing} rows with nothing in column '{columns[role]}'; fill or drop them.")
-    if not values[main]:
-        raise InputError(f"{where} has no text in it; give a table with records.")
-    return Rows(values[main], values.get("label"), values.get("answer"), values.get("group"))
+            raise InputError(
+                f"{table.where} has {missing} rows with nothing in column '{columns[role]}'; fill or drop them."
+            )
+    main = values["prompt" if "prompt" in values else "text"]
+    if not main:
+        raise InputError(f"{table.where} has no text in it; give a table with records.")
+    return Rows(main, values.get("label"), values.get("answer"), values.get("group"))
+
+
+def choices(table, task):
+    """{column: cells} of the `tables.Table` of a "choices" task, of which the last column tells the right answer and the others
+    are texts. Raises InputError."""
+    _need(table, task.column)
+    *texts, _ = task.column
+    for name in texts:
+        missing = sum(cell is None for cell in table.columns[name])
+        if missing:
+            raise InputError(f"{table.where} has {missing} rows with nothing in column '{name}'; fill or drop them.")
+    return table.columns | {name: _texts(table, "text", name, task) for name in texts}
+
+
+def _need(table, names, private=False):
+    for name in names:
+        if name not in table.columns:
+            known = (
+                f"it has {len(table.names)} (is the header line there?)"
+                if private
+                else f"its columns are {', '.join(sorted(table.names))}"
+            )
+            raise InputError(f"{table.where} has no column '{name}'; {known}."[:1000])
+
+
+def _texts(table, role, name, task):
+    """The cells of a column as strings, by the rule of its role; "" where one is missing."""
+    read = {"label": task.read or tasks.label_of, "answer": task.read}.get(role)
+    fitting = object if role == "answer" and read else (str, float, decimal.Decimal) if role == "label" else str
+    cells = table.columns[name]
+    for cell in cells:
+        if cell is not None and (isinstance(cell, NoText) or not isinstance(cell, fitting)):
+            kind = cell.kind if isinstance(cell, NoText) else type(cell).__name__
+            raise InputError(
+                f"{table.where} has values in column '{name}' that are not text ({kind}); save them as text, or name another "
+                "column."
+            )
+    found = [read(cell) for cell in cells] if read else [cell or "" for cell in cells]
+    for number, text in enumerate(found, start=1):
+        if not text.isascii() and HALF_A_CHARACTER.search(text):  # no tokenizer takes it
+            raise InputError(
+                f"{table.where} has half a character (a lone surrogate) in column '{name}' of record {number}; mend it there."
+            )
+    return found
 
 
 def _kept(values, wanted):
@@ -152,18 +191,19 @@ def corpus(train, test, task, codes, about):
 
 
 def refuse_copy(parts, columns, what: str = "the test table"):
-    """InputError where `columns` (lists of cells of one table, of which messages speak as `what`) hold every record of `parts` (a
-    list of Records, one a client), or of one of them that has FEW different ones or more: each text in one column, and each
-    answer too where there are some. Labels may have other numbers there: metrics on it would be exact statistics of what is
-    private all the same."""
+    """Raise Refused, whose message does not say why, where `columns` (lists of cells of one table, of which messages speak as
+    `what`) hold every record of `parts` (a list of Records, one a client), or of one of them that has FEW different ones or more:
+    each text in one column, and each answer too where there are some. Labels may have other numbers there: metrics on it would be
+    exact statistics of what is private all the same."""
     held = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
     wanted = [[set(map(_plain, column)) for column in (part.texts, part.answers or ())] for part in parts]
     whole = [set().union(*sets) for sets in zip(*wanted, strict=True)]
     several = [sets for sets in wanted if max(map(len, sets)) >= FEW]
     for sets, whose in [(whole, ""), *((sets, " of a client") for sets in several)]:
         if any(sets) and all(not own or any(own <= cells for cells in held) for own in sets):
-            raise InputError(
-                f"{what} holds every training record{whose}, and these are private; give a public test set."
+            raise Refused(
+                f"{what} is refused as a public test set: give another",
+                f"{what} holds every training record{whose}, and these are private.",
             )
 
 

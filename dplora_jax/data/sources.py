@@ -1,9 +1,10 @@
 """Where records come from: the embedded demos, public benchmarks (local files or the hub), and a person's own tables.
 
-What is private is the training table of a person: no message here contains a value of it, its labels are never learned
-from it, and the cache that the `datasets` library writes on reading is private to the call and deleted with it.
+What is private is the training table of a person: no message here contains a value of it, and its labels are never learned
+from it.
 """
 
+import decimal
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dplora_jax.data import demos, records, tables, tasks
+from dplora_jax.data import demos, hub, records, tables, tasks
 from dplora_jax.data.records import Corpus, Records, Rows
 from dplora_jax.errors import InputError
 
@@ -34,9 +35,16 @@ class Source:
     train_records: int | None = None
     test_records: int | None = None
     seed: int = 0
+    encoding: str | None = None
+    separator: str | None = None
+
+    @property
+    def form(self) -> tables.TextFormat:
+        """How its files of text are written; InputError where the flags do not say."""
+        return tables.text_format(self.encoding, self.separator)
 
 
-OWN_TABLES = {"csv": (".csv",), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",), "text": (".txt",)}
+OWN_TABLES = {"csv": (".csv", ".tsv"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",), "text": (".txt",)}
 DATASETS = (*demos.DEMOS, *tasks.TRAINABLE, *OWN_TABLES)
 BENCHMARK_TEST_FRACTION = 0.2
 SPLITS = ("train", "validation", "valid", "test")
@@ -73,7 +81,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
 
 
 def _load_demo(source: Source) -> Corpus:
-    for flag in ("data_dir", "test_data", "labels", "group_column"):
+    for flag in ("data_dir", "test_data", "labels", "group_column", "encoding", "separator"):
         if getattr(source, flag):
             name = "partition=column:..." if flag == "group_column" else flag
             raise InputError(
@@ -92,19 +100,21 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         "answer": source.answer_column,
     }
     columns = {role: given[role] or name for role, name in task.columns}
-    found, origin = _tables(source.dataset, task, source.data_dir)
+    wanted = [*columns.values(), *([source.group_column] if source.group_column else [])]
+    found, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
     if not found:
         raise InputError(
             f"{source.data_dir or task.hub.repository} has no table to train on for --dataset={source.dataset}; it needs "
-            f"train.* (or one of test.* and validation.* alone) as {', '.join(tables.READERS)}."
+            f"train.* (or one of test.* and validation.* alone) as {', '.join(tables.SUFFIXES)}."
         )
     main = next(name for name in SPLITS if name in found)
-    table, where = found.pop(main)
-    train, test = records.rows(table, where, task, columns, source.group_column, public=True), None
+    table = found.pop(main)
+    train, test = records.rows(table, task, columns, source.group_column, public=True), None
     if source.test_data is not None:
-        test = records.rows(*_read_test(source, None, source.data_dir and where), task, columns, public=True)
+        test = _read_test(source, columns, None, source.data_dir and table.where)
+        test = records.rows(test, task, columns, public=True)
     elif found:
-        test = records.rows(*found[next(name for name in TEST_SPLITS if name in found)], task, columns, public=True)
+        test = records.rows(found[next(name for name in TEST_SPLITS if name in found)], task, columns, public=True)
     description = f"{source.dataset}: public benchmark ({origin})"
     if test is not None and source.test_fraction is not None:
         raise InputError(f"--test_fraction does not fit --dataset={source.dataset} with a test file; leave it out.")
@@ -115,17 +125,17 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     return records.corpus(train, test, task, task.codes, description)
 
 
-def _tables(name: str, task: tasks.Task, folder: str | None) -> tuple[dict, str]:
-    """({split: (columns, where it is from)}, what reports say of that) of a public table, from a folder or the hub."""
+def _tables(name, task, folder, wanted, every=False, form=tables.PLAIN):
+    """({split: Table}, what reports say of where it is from) of a public table, from a folder or the hub."""
     if folder is not None:
-        paths = {split: tables.find(folder, split, tuple(tables.READERS)) for split in SPLITS}
-        return {split: (tables.read_file(path), str(path)) for split, path in paths.items() if path}, "local files"
+        paths = {split: tables.find(folder, split, tables.SUFFIXES) for split in SPLITS}
+        found = {split: tables.read_file(path, wanted, every, form) for split, path in paths.items() if path}
+        return found, "local files"
     if task.hub is None:
         raise InputError(f"{name} is not on the hub in a form that needs no code; give the folder with its table.")
-    hub, revision, inside = task.hub
-    found = tables.read_hub(name, hub, revision, inside)
-    found = {split: (table, f"{hub} ({split})") for split, table in found.items() if split in SPLITS}
-    return found, f"{hub}, revision {revision}, from the hub"
+    found = hub.read(name, task.hub, wanted, every)
+    found = {split: table for split, table in found.items() if split in SPLITS}
+    return found, f"{task.hub.repository}, revision {task.hub.revision}, from the hub"
 
 
 def benchmark(
@@ -135,6 +145,7 @@ def benchmark(
     seed: int = 0,
     private: Sequence[Records] = (),
     chat: bool = False,
+    form: tables.TextFormat = tables.PLAIN,
 ) -> list[tasks.Asked]:
     """The records of a public benchmark to evaluate on, as a language model is asked them: `count` at random, or all.
 
@@ -143,25 +154,23 @@ def benchmark(
     `private` records, or of one client's (`records.refuse_copy`).
     """
     task = known(name)
-    found, _ = _tables(name, task, folder)
+    found, _ = _tables(name, task, folder, task.column.values(), every=True, form=form)
     split = next((s for s in (CHOICE_SPLITS if task.kind == tasks.CHOICES else TEST_SPLITS) if s in found), None)
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
-    table, where = found[split]
-    records.refuse_copy(private, table.values(), f"--benchmarks={name}")
+    table = found[split]
+    records.refuse_copy(private, table.columns.values(), f"--benchmarks={name}")
     if task.kind != tasks.CHOICES:
-        of = records.rows(table, where, task, task.column, public=True)
+        of = records.rows(table, task, task.column, public=True)
         of = records.corpus(None, of, task, task.codes, name).test
         return tasks.asked(task, records.some(of, count, seed), chat)
-    for column in task.column:
-        if column not in table:
-            raise InputError(f"{where} has no column '{column}'; its columns are {', '.join(sorted(table))}.")
-    total = len(next(iter(table.values())))
+    cells = records.choices(table, task)
+    total = len(next(iter(cells.values())))
     chosen = range(total) if count is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    asked = [task.ask({column: cells[i] for column, cells in table.items()}) for i in chosen]
+    asked = [task.ask({column: of[i] for column, of in cells.items()}) for i in chosen]
     lost = sum(not 0 <= one.right < len(one.answers) for one in asked)
     if lost:
-        raise InputError(f"{where} does not tell the right answer of {lost} rows: give the validation table.")
+        raise InputError(f"{table.where} does not tell the right answer of {lost} rows: give the validation table.")
     return asked
 
 
@@ -205,8 +214,10 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
     if path is None:
         raise InputError(f"{source.data_dir} has no train{' or train'.join(suffixes)}; put the training table there.")
     test_path, task = _public_test(source, need_test), tasks.own(kind)
-    train = records.rows(tables.read_file(path), str(path), task, columns, source.group_column, private=True)
-    test = test_path and records.rows(*_read_test(source, test_path, path), task, columns)
+    wanted = [*columns.values(), *([source.group_column] if source.group_column else [])]
+    train = tables.read_file(path, wanted, form=source.form)
+    train = records.rows(train, task, columns, source.group_column, private=True)
+    test = test_path and records.rows(_read_test(source, columns, test_path, path), task, columns)
     description = f"{source.dataset}: one's own table"
     if source.test_fraction is not None:
         train, test = records.split(train, source.test_fraction, source.split_seed)
@@ -237,7 +248,7 @@ def load_public(source: Source, need_test: bool) -> Corpus:
     """What is public where each client's own table lies in a folder of its own (`folders`): a Corpus whose `train` is None."""
     kind, columns = own_columns(source)
     path = _public_test(source, need_test)
-    test = path and records.rows(*_read_test(source, path), tasks.own(kind), columns)
+    test = path and records.rows(_read_test(source, columns, path), tasks.own(kind), columns)
     names = _label_names(source, test) if kind == tasks.LABELS else ()
     about = f"{source.dataset}: each client's own table"
     codes = {name: i for i, name in enumerate(names)}
@@ -245,16 +256,16 @@ def load_public(source: Source, need_test: bool) -> Corpus:
     return corpus._replace(test=records.some(corpus.test, source.test_records, source.split_seed))
 
 
-def _read_test(source: Source, beside: Path | None, private: Path | str | None = None) -> tuple[dict[str, list], str]:
+def _read_test(source, columns, beside: Path | None, private: Path | str | None = None) -> tables.Table:
     path = beside if source.test_data is None else Path(source.test_data)
     named = (
         source.data_dir is not None
         and Path(source.data_dir).resolve() in path.resolve().parents
-        and path.stem == "train"
+        and tables.stem_of(path) == "train"
     )
     if named or (private is not None and path.exists() and path.samefile(private)):
         raise InputError(f"{path} is the training table itself, which is private and no test set; give another file.")
-    return tables.read_file(path), str(path)
+    return tables.read_file(path, columns.values(), form=source.form)
 
 
 def _label_names(source: Source, test: Rows | None) -> tuple[str, ...]:
@@ -262,10 +273,10 @@ def _label_names(source: Source, test: Rows | None) -> tuple[str, ...]:
     if source.labels is None and test is None:
         raise InputError("the labels are not known, and private rows must not tell them; give --labels.")
     if source.labels is not None:
-        names = tuple(tasks.text_of(label) for label in source.labels)
+        names = tuple(tasks.label_of(label) for label in source.labels)
     else:
         numbers = all(re.fullmatch(r"-?\d+", label) for label in test.labels)
-        names = tuple(sorted(set(test.labels), key=int if numbers else None))
+        names = tuple(sorted(set(test.labels), key=decimal.Decimal if numbers else None))
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
         origin = "--labels" if source.labels is not None else "the public test set's labels"
         raise InputError(f"{origin} must be two or more different ones, not {', '.join(names)}; give --labels.")

@@ -62,13 +62,13 @@ class Task:
 
     @property
     def codes(self):
-        """The number of each label's text in a public table: its name, or the number itself."""
-        names = self.label_names
-        return {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+        """The number of each label's text in a public table: its name, capital or not, or the number itself."""
+        names = enumerate(self.label_names)
+        return {text: i for i, name in names for text in (str(i), name, name.capitalize(), name.upper())}
 
 
-def text_of(value):
-    """A cell as text: 1, 1.0 and "1.0" are all "1"; a missing value is ""."""
+def label_of(value):
+    """The label that a cell names: 1, 1.0 and "1.0" are all "1"; a missing value is ""."""
     if value is None or value != value:
         return ""
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
@@ -118,13 +118,13 @@ def _fiqa_label(score):
     try:
         number = float(score)
     except (TypeError, ValueError):
-        return text_of(score)
+        return label_of(score)
     return "" if math.isnan(number) else "negative" if number < -0.1 else "neutral" if number < 0.1 else "positive"
 
 
 def _nwgi_label(name):
     """FinGPT's three classes of NWGI's seven: what is mild is neutral."""
-    strength, _, side = text_of(name).lower().rpartition(" ")
+    strength, _, side = label_of(name).lower().rpartition(" ")
     return "neutral" if strength == "mildly" else side
 
 
@@ -134,19 +134,20 @@ def _first_answer(value):
         value = value[0] if value else None
     if isinstance(value, dict):
         value = next((text for name, text in value.items() if name.lower() == "answer"), None)
-    return text_of(value)
+    return value if isinstance(value, str) else ""
 
 
 def _number(value):
     """A cell as a whole number; -1 where it is none, as in tables whose labels are kept back."""
-    text = text_of(value)
-    return int(text) if text.isdigit() else -1
+    text = label_of(value)
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
 
 
 def boolq(row):
     """Clark et al. 2019, in the harness's words; a table without passages asks the question alone."""
-    passage = f"{row['passage']}\n" if row.get("passage") else ""
-    right = text_of(row["answer"]).lower() in ("true", "1", "yes")
+    passage = row.get("passage")
+    passage = f"{passage}\n" if passage and isinstance(passage, str) else ""
+    right = label_of(row["answer"]).lower() in ("true", "1", "yes")
     return Asked((f"{passage}Question: {row['question'].rstrip('?')}?\nAnswer:",) * 2, (" no", " yes"), int(right))
 
 

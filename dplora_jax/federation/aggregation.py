@@ -33,19 +33,6 @@ class Rule:
 LOCAL = Rule()
 
 
-def clip_each(uploads, clip_norm):
-    """Every upload [K, ...] scaled to L2 norm at most `clip_norm` over all its leaves together; one that is not finite
-    becomes 0, as a null client's is."""
-    norms = jax.vmap(optax.tree.norm)(uploads)
-    factors = clip_norm / jnp.maximum(norms, clip_norm)
-
-    def cut(leaf):
-        per_client = (-1, *[1] * (leaf.ndim - 1))
-        return jnp.where(jnp.isfinite(norms).reshape(per_client), factors.reshape(per_client) * leaf, 0)
-
-    return jax.tree.map(cut, uploads)
-
-
 def noisy_mean(total, keys, rule):
     """(sum of clipped updates + the server's noise) / the public number of clients expected (McMahan et al. 2018, algorithm 1).
 

@@ -228,23 +228,7 @@ def _in_microbatches(loss_fn, config, adapter, batch, clip_norm, weights):
             return _plain_grad_sum(loss_fn, adapter, batch, weights)
         return clipping.clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights, config.form, mode, config.bits)
 
-    size = config.microbatch or config.capacity
-    if size >= config.capacity:
-        return one(batch, weights)
-    chunks = -(-config.capacity // size)
-
-    def split(x):
-        x = jnp.pad(x, [(0, chunks * size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(chunks, size, *x.shape[1:])
-
-    def add(total, chunk):
-        grad, norms, losses = one(*chunk)
-        return jax.tree.map(jnp.add, total, grad), (norms, losses)
-
-    kind = None if config.bits is None else jnp.int32
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x, kind), adapter)
-    total, per_row = jax.lax.scan(add, zeros, jax.tree.map(split, (batch, weights)))
-    return total, *(x.reshape(-1)[: config.capacity] for x in per_row)
+    return clipping.in_turns(one, config.microbatch or config.capacity, batch, weights)
 
 
 def _plain_grad_sum(loss_fn, adapter, batch, weights):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dplora_jax import lora
 from dplora_jax.federation import aggregation, methods, pool
 from dplora_jax.federation.client import sent, share, update
+from dplora_jax.privacy import clipping
 
 
 class Members(NamedTuple):
@@ -104,7 +105,7 @@ def _wave(federation, params, group, data, state, letter):
 
     uploads, trace, clip_norms, terms = jax.vmap(one)(group, sums)
     if rule.trust == "client":
-        uploads = terms = aggregation.clip_each(uploads, rule.clip_norm)
+        uploads = terms = clipping.clip_each(uploads, rule.clip_norm)
     if rule.trust not in ("local", "none"):
         weights = group.keys["joins"]  # who takes part counts in full, whatever its size
         shown = Shown(uploads, trace, clip_norms, group.own, weights > 0)

@@ -121,7 +121,8 @@ class Bert:
             vocabulary = params["embed"]["word"].astype(x.dtype)
             logits = jnp.einsum("btd,vd->btv", x, vocabulary, preferred_element_type=jnp.float32)
             return logits + params["mlm"]["bias"].astype(jnp.float32)
-        return lora.head(features.prepared(self._pool(params, x, mask), params), adapter.get("head", params["head"]))
+        pooled = self._pool(params, x, mask, adapter.get("layers", {}).get("pooler"))
+        return lora.head(features.prepared(pooled, params), adapter.get("head", params["head"]))
 
     def features(self, params, batch):
         """What a classifier's head reads of each row, before any centring: float32 [B, D]."""
@@ -143,15 +144,20 @@ class Bert:
             return Block(self.config).apply({"params": layer}, x, mask[:, None], pairs), None
 
         layers = jax.tree.map(lambda p: p[span], params["layers"])
+        adapter = {name: pair for name, pair in (adapter or {}).items() if self.targets[name].layered}
         if not jax.tree.leaves(layers)[0].shape[0]:
             return x
         return run_layers(block, layers, x, adapter, self.config.remat)[0]
 
-    def _pool(self, params, x, mask):
-        """One feature vector a row, float32 [B, D]."""
+    def _pool(self, params, x, mask, pair=None):
+        """One feature vector a row, float32 [B, D]; `pair` adapts the pooler."""
         if self.config.pooling == "pooler":
-            pooled = jnp.tanh(Dense(self.config.width).apply({"params": params["pooler"]}, x[:, :1]))[:, 0]
-            pooled = pooled.astype(jnp.float32)
+            pooled = Dense(self.config.width).apply({"params": params["pooler"]}, x[:, :1])
+            if (
+                pair is not None
+            ):  # over all tokens, as every adapted matrix: clipping takes their number to be the rows'
+                pooled = pooled + lora.product(x, jax.tree.map(lambda p: p[0], pair))[:, :1]
+            pooled = jnp.tanh(pooled)[:, 0].astype(jnp.float32)
         else:
             weights = mask[..., None].astype(jnp.float32)
             pooled = (x.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
@@ -168,11 +174,18 @@ class Bert:
             name: Target((name, "kernel"), (d, d), (name[0], name), prefix + f"attention.self.{name}")
             for name in ("query", "key", "value")
         }
-        return attention | {
-            "output": Target(("output", "kernel"), (d, d), ("o", "output"), prefix + "attention.output.dense"),
-            "up": Target(("up", "kernel"), (d, m), ("up", "intermediate"), prefix + "intermediate.dense"),
-            "down": Target(("down", "kernel"), (m, d), ("down",), prefix + "output.dense"),
-        }
+        above = {}
+        if self.config.num_labels is not None and self.config.pooling == "pooler":
+            above = {"pooler": Target(("pooler", "kernel"), (d, d), ("pooler",), "bert.pooler.dense")}
+        return (
+            attention
+            | {
+                "output": Target(("output", "kernel"), (d, d), ("o", "output"), prefix + "attention.output.dense"),
+                "up": Target(("up", "kernel"), (d, m), ("up", "intermediate"), prefix + "intermediate.dense"),
+                "down": Target(("down", "kernel"), (m, d), ("down",), prefix + "output.dense"),
+            }
+            | above
+        )
 
     head_name = "classifier"  # the head's module in the Hugging Face layout, for checkpoints and PEFT files
 

@@ -116,7 +116,8 @@ def from_config(hf):
         "seq_length",
     )  # fmt: skip
     grouped = hf.get("multi_query_attention", False)
-    num_kv_heads = hf.get("multi_query_group_num", 1) if grouped else num_heads
+    groups = {"multi_query_group_num": hf.get("multi_query_group_num", 1) if grouped else num_heads}
+    (num_kv_heads,) = sizes(groups, "multi_query_group_num")
     if num_heads % num_kv_heads or head_width % 4:
         raise InputError(
             f"config.json: num_attention_heads={num_heads} does not divide by multi_query_group_num={num_kv_heads}, "

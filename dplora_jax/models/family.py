@@ -1,22 +1,36 @@
 """What a model family says of itself: its adaptable matrices, its weights' names, the options it refuses."""
 
 import dataclasses
-import json
-import math
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.layers import ACTIVATIONS
 
+MOST_SIZE = 2**22  # of one axis of a model
+MOST_NUMBER = 1e38  # float32's range, nearly
+# What config.json holds under a name, where it holds anything there.
+KINDS = {
+    "architectures": list, "layer_types": list, "id2label": dict, "quantization_config": dict, "rope_scaling": dict,
+    "rope_parameters": dict, "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "add_qkv_bias": bool,
+    "scale_attn_weights": bool, "scale_attn_by_inverse_layer_idx": bool, "multi_query_attention": bool, "model_type": str,
+}  # fmt: skip
+KIND_WORDS = {list: "a list of names", dict: "a set of options", bool: "true or false", str: "a name"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One adaptable matrix, stacked over layers: its kernel's `path` below params["layers"], (inputs, outputs), the short
-    names that select it, and its module in the Hugging Face layout with {} for the layer."""
+    """One adaptable matrix: its kernel's `path` below params["layers"], stacked over layers, (inputs, outputs), the short
+    names that select it, and its module in the Hugging Face layout with {} for the layer. Without {}, it stands above all
+    layers: its `path` is below params, and its adapter counts as one layer's."""
 
     path: tuple[str, ...]
     shape: tuple[int, int]
     aliases: tuple[str, ...]
     module: str
+
+    @property
+    def layered(self):
+        """Whether every layer has such a matrix."""
+        return "{}" in self.module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,15 @@ class Weight:
         return f"{self.name}.{'bias' if self.part == 'bias' else 'weight'}"
 
 
+def check_kinds(hf):
+    """Raise InputError where a value of config.json `hf` is not of its name's kind."""
+    for name, kind in KINDS.items():
+        value = hf.get(name)
+        names = value if isinstance(value, list) else ()
+        if value is not None and not (isinstance(value, kind) and all(isinstance(item, str) for item in names)):
+            raise InputError(f"config.json: {name}={value!r} must be {KIND_WORDS[kind]}.")
+
+
 def refuse_unsupported(hf, allowed):
     """Raise InputError where config.json `hf` sets an option of `allowed` {name: values} to another value."""
     for name, values in allowed.items():
@@ -50,8 +73,10 @@ def refuse_unsupported(hf, allowed):
 def sizes(hf, *names):
     """The whole numbers above 0 that config.json `hf` gives for `names`; InputError where one lacks or is no such number."""
     for name in names:
-        if not isinstance(hf.get(name), int) or isinstance(hf[name], bool) or hf[name] < 1:
-            raise InputError(f"config.json: {name}={hf.get(name)!r} must be a whole number above 0.")
+        if not isinstance(hf.get(name), int) or isinstance(hf[name], bool) or not 1 <= hf[name] <= MOST_SIZE:
+            raise InputError(
+                f"config.json: {name}={hf.get(name)!r} must be a whole number above 0, at most {MOST_SIZE}."
+            )
     return [hf[name] for name in names]
 
 
@@ -59,7 +84,7 @@ def number(hf, name, default):
     """The number above 0 that config.json `hf` gives under `name`; InputError where it is another thing."""
     value = hf.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_NUMBER:
         raise InputError(f"config.json: {name}={value!r} must be a finite number above 0.")
     return value
 
@@ -70,16 +95,3 @@ def activation(hf, name, default):
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise InputError(f"config.json: {name}={value!r} is not supported; known: {', '.join(ACTIVATIONS)}.")
     return value
-
-
-def read_json(path, kind=dict):
-    """A JSON file that holds a `kind`; InputError where it is missing or malformed."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: a model's directory needs it.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(document, kind):
-        raise InputError(f"{path} holds a JSON {type(document).__name__}, not a {kind.__name__}.")
-    return document

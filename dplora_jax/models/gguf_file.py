@@ -1,29 +1,16 @@
 """One GGUF file as a checkpoint: its tensors under Hugging Face names, its metadata as a config.json and as a tokenizer.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; tensor names and metadata keys as llama.cpp's
-converter writes them. The header is parsed here, not by gguf.GGUFReader, which keeps an array object for each token and
-merge (seconds and hundreds of megabytes on a large vocabulary); the blocks are decoded by gguf.quants.
+Tensor names and metadata keys are as llama.cpp's converter writes them; the blocks are decoded by gguf.quants.
 """
 
-import math
-import mmap
 import re
-import struct
 
-import jax.numpy as jnp
 import numpy as np
 from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES
-from gguf.constants import GGMLQuantizationType as Type
 
 from dplora_jax.errors import InputError
 from dplora_jax.models import gguf_tokenizer
-
-ARCHITECTURES = ("llama", "qwen2")
-AS_STORED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: jnp.bfloat16}
-TYPES = (*AS_STORED, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q4_K, Type.Q6_K)
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+from dplora_jax.models.gguf_header import AS_STORED, SPECIAL_IDS, Header, Type, length
 
 MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER_MODULES = {
@@ -36,122 +23,12 @@ PLACED = re.compile(
     r"blk\.(\d+)\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias"
 )
 ROTARY = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
-SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-
-
-class _Header:
-    """What a GGUF file says before its data: `metadata` {key: value} and `tensors` {name: (type, shape, first byte)}."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            with open(path, "rb") as file:
-                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}): give a GGUF file.") from None
-        if self.bytes[:4] != b"GGUF":
-            raise InputError(f"{path} is no GGUF file: it starts with {self.bytes[:4]!r}; copy or download it again.")
-        self._at = 4
-        if len(self.bytes) < 24:
-            raise self._damaged(f"it has {len(self.bytes)} bytes")
-        version, tensors, keys = self._unpack("IQQ")
-        if version not in (2, 3):
-            raise InputError(f"{path}: GGUF version {version} is not read, only 2 and 3 with the lowest byte first.")
-        try:
-            self.metadata = {self._value(STRING): self._value(*self._unpack("I")) for _ in range(keys)}
-            stored = {self._value(STRING): self._tensor() for _ in range(tensors)}
-        except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
-            raise self._damaged(f"its header breaks off at byte {self._at}") from None
-        if self.metadata.get("split.count", 0) not in (0, 1):
-            raise InputError(f"{path} is one of several parts: join them first (llama-gguf-split --merge).")
-        self.tensors = self._placed(stored)
-
-    def _unpack(self, form):
-        values = struct.unpack_from("<" + form, self.bytes, self._at)
-        self._at += struct.calcsize("<" + form)
-        return values
-
-    def _value(self, kind):
-        if kind == STRING:
-            (length,) = self._unpack("Q")
-            return self._unpack(f"{length}s")[0].decode()
-        if kind != ARRAY:
-            return self._unpack(SCALARS[kind])[0]
-        kind, length = self._unpack("IQ")
-        if kind == STRING:
-            return [self._value(STRING) for _ in range(length)]
-        return list(self._unpack(f"{length}{SCALARS[kind]}"))
-
-    def _tensor(self):
-        dims = self._unpack("I")[0]
-        return tuple(reversed(self._unpack(f"{dims}Q"))), *self._unpack("IQ")
-
-    def _placed(self, stored):
-        """{name: (type, shape, first byte)}, checked against the types that are read and the file's length."""
-        alignment, known, tensors = self.metadata.get("general.alignment", 32), {t.value: t for t in Type}, {}
-        if not isinstance(alignment, int) or alignment < 1:
-            raise self._damaged(f"general.alignment={alignment!r}")
-        data = -(-self._at // alignment) * alignment
-        for name, (shape, number, offset) in stored.items():
-            kind = known.get(number)
-            if kind not in TYPES:
-                raise InputError(
-                    f"{self.path}: tensor {name} has the type {kind.name if kind else number}, which is not read: quantise "
-                    f"the model to one of {', '.join(t.name for t in TYPES)}."
-                )
-            block, _ = GGML_QUANT_SIZES[kind]
-            if not 1 <= len(shape) <= 2 or 0 in shape or shape[-1] % block or (len(shape) == 1 and block > 1):
-                raise self._damaged(f"tensor {name} has shape {shape}")
-            tensors[name] = kind, shape, data + offset
-            if data + offset + _length(kind, shape) > len(self.bytes):
-                raise self._damaged(f"tensor {name} ends behind the file's {len(self.bytes)} bytes")
-        return tensors
-
-    def _damaged(self, what):
-        return InputError(f"{self.path} is truncated or damaged: {what}; copy or download it again.")
-
-    def architecture(self):
-        """general.architecture; InputError for one that is not supported, and for a mixture of experts."""
-        name = self.metadata.get("general.architecture")
-        if name not in ARCHITECTURES:
-            raise InputError(
-                f"{self.path}: general.architecture={name!r} is not supported; known: {', '.join(ARCHITECTURES)}."
-            )
-        if self.metadata.get(f"{name}.expert_count", 0):
-            raise InputError(f"{self.path}: a mixture of experts ({name}.expert_count) is not supported.")
-        return name
-
-    def size(self, key, default=None):
-        """The whole number above 0 under {architecture}.`key`; a list of equal numbers, one a layer, counts as one."""
-        value = self.metadata.get(f"{self.architecture()}.{key}", default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{self.path}: {self.architecture()}.{key}={value!r} must be a whole number above 0.")
-        return value
-
-    def real(self, key, default=None):
-        """The finite number above 0 under {architecture}.`key`, in the fewest digits that give its float32."""
-        value = self.metadata.get(f"{self.architecture()}.{key}", default)
-        if not isinstance(value, (int, float)) or not 0 < np.float32(value) < np.inf:
-            raise InputError(f"{self.path}: {self.architecture()}.{key}={value!r} must be a finite number above 0.")
-        return float(str(np.float32(value)))
-
-    def special(self, name):
-        """The id of the "bos", "eos", "unk" or "pad" token, or None; InputError where no token has it."""
-        tokens = self.metadata.get("tokenizer.ggml.tokens") or ()
-        sentencepiece = self.metadata.get("tokenizer.ggml.model") == "llama"
-        default = {"unk": 0, "bos": 1, "eos": 2}.get(name) if sentencepiece else None
-        value = self.metadata.get(f"tokenizer.ggml.{SPECIAL_IDS[name]}_token_id", default)
-        if value is not None and not (isinstance(value, int) and 0 <= value < len(tokens)):
-            raise self._damaged(f"its {name} token id is {value!r} of {len(tokens)} tokens")
-        return value
-
-
-def _length(kind, shape):
-    """Bytes of a tensor."""
-    block, size = GGML_QUANT_SIZES[kind]
-    return math.prod(shape) // block * size
+# What would change a logit and is not done here: {key below the architecture's: the values that change none}.
+PLAIN_VALUES = {
+    "attention.causal": (True,), "attention.scale": (0.0,), "attention.clamp_kqv": (0.0,), "logit_scale": (1.0, 0.0),
+    "embedding_scale": (1.0, 0.0), "residual_scale": (1.0, 0.0), "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,), "rope.scaling.attn_factor": (1.0, 0.0),
+}  # fmt: skip
 
 
 class GgufCheckpoint:
@@ -189,7 +66,7 @@ class GgufCheckpoint:
         slice of the whole. InputError where the tensor is missing.
         """
         kind, shape, start = self._find(name)
-        rows_of_bytes = np.frombuffer(self._header.bytes, np.uint8, _length(kind, shape), start).reshape(shape[0], -1)
+        rows_of_bytes = np.frombuffer(self._header.bytes, np.uint8, length(kind, shape), start).reshape(shape[0], -1)
         projection = re.fullmatch(r".*\.self_attn\.([qk])_proj\.\w+", name)
         if self._permuted and projection:
             heads = self._heads[projection[1]]
@@ -213,7 +90,7 @@ class GgufCheckpoint:
 
 def _family_header(path):
     """The header of a file whose every tensor has a place in its family and one of its layers."""
-    header = _Header(path)
+    header = Header(path)
     name, layers = header.architecture(), header.size("block_count")
     for tensor in header.tensors:
         placed = PLACED.fullmatch(tensor)
@@ -245,6 +122,10 @@ def config(path):
     name = header.architecture()
     heads, width = header.size("attention.head_count"), header.size("embedding_length")
     head_dim = header.size("attention.key_length", width // heads)
+    for key, plain in PLAIN_VALUES.items():
+        value = header.metadata.get(f"{name}.{key}", plain[0])
+        if value not in plain:
+            raise InputError(f"{path}: {name}.{key}={value!r} is not supported, only {plain[0]!r}.")
     for key in ("attention.value_length", "rope.dimension_count"):
         if header.size(key, head_dim) != head_dim:
             raise InputError(f"{path}: {name}.{key}={header.size(key)} must be the width of a head, {head_dim}.")
@@ -300,5 +181,5 @@ def tokenizer(path):
     It adds BOS and EOS, knows its special tokens and has the chat template as the metadata says. Raises InputError on a
     damaged file and on a kind of tokenizer or pre-tokenizer that is not supported.
     """
-    header = _Header(path)
+    header = Header(path)
     return gguf_tokenizer.build(path, header.metadata, {name: header.special(name) for name in SPECIAL_IDS})

@@ -18,6 +18,7 @@ PRE_TOKENIZERS = {
 }
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # of `tokenizer.ggml.token_type`
 SPACE = "▁"
+MOST_CHARACTERS = 512  # of a SentencePiece token, which is cut at every place to find its merges
 
 
 def build(path, metadata, special):
@@ -38,7 +39,7 @@ def build(path, metadata, special):
     if kind == "gpt2" and pre not in tuple(PRE_TOKENIZERS):
         raise InputError(f"{path}: tokenizer.ggml.pre={pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}.")
     types = get("token_type") or [NORMAL] * len(tokens or ())
-    if not tokens or not len(set(tokens)) == len(tokens) == len(types):
+    if not tokens or not isinstance(types, list) or not len(set(tokens)) == len(tokens) == len(types):
         raise InputError(f"{path}: its tokens are missing, or not different, or not as many as their types.")
     names = {name: None if index is None else tokens[index] for name, index in special.items()}
     bos = get("add_bos_token", kind == "llama" or PRE_TOKENIZERS[pre].get("bos", False))
@@ -62,7 +63,7 @@ def build(path, metadata, special):
             add_bos_token=bos,
             add_eos_token=eos,
             chat_template=metadata.get("tokenizer.chat_template"),
-            model_max_length=length,
+            model_max_length=length if type(length) is int else None,
         )
     except Exception as error:  # the library's own have no class of their own
         raise InputError(f"{path}: its tokenizer cannot be built ({' '.join(str(error).split())}).") from None
@@ -107,6 +108,8 @@ def _merges(tokens, scores, types):
     SentencePiece merges the best-scored token that two neighbours make; equal pieces from different pairs go by the
     longer left part, as in transformers' converter.
     """
+    if any(len(token) > MOST_CHARACTERS for token in tokens):
+        raise ValueError(f"a token has more than {MOST_CHARACTERS} characters")
     normal = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == NORMAL}
     cuts = ((token, at) for token in normal for at in range(1, len(token)))
     pairs = [(token[:at], token[at:]) for token, at in cuts if token[:at] in normal and token[at:] in normal]

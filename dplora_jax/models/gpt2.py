@@ -15,6 +15,11 @@ from dplora_jax.models.decoder import Decoder, remember
 from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, split_heads
 
+ALIASES = {  # transformers' second names for sizes
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpt2Config:
@@ -144,6 +149,9 @@ class Gpt2(Decoder):
 def from_config(hf, num_labels):
     """Gpt2Config from Hugging Face's `config.json` (a dict); refuses by name what is not implemented."""
     refuse_unsupported(hf, {"add_cross_attention": (False, None)})
+    for alias, name in ALIASES.items():  # transformers takes whichever it meets last
+        if alias in hf and hf[alias] != hf.get(name):
+            raise InputError(f"config.json: {alias}={hf[alias]!r} beside {name}={hf.get(name)!r}: make the two agree.")
     vocab_size, width, num_layers, num_heads, max_positions = sizes(
         hf, "vocab_size", "n_embd", "n_layer", "n_head", "n_positions"
     )

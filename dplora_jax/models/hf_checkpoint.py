@@ -3,8 +3,8 @@
 Letters: I inputs, O outputs of a kernel.
 """
 
-import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import llama, quantized
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, is_plain, read_bytes, read_json, to_json
+from dplora_jax.models import llama, quantized, tokenizer_files
+from dplora_jax.models.family import sizes
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
 SHARD_BYTES = 5 * 10**9  # of one safetensors file, at most, unless a single tensor is larger
@@ -26,15 +27,16 @@ CLASSES = {  # model_type: transformers' (language model, classifier); ChatGLM's
     "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
     "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
 }
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Tensors that no logit depends on, but that the class which loads the checkpoint has: they go along as they are.
 BERT_POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
 CHATGLM_BUFFERS = ("transformer.rotary_pos_emb.inv_freq", "transformer.layers.{}.attention.rotary_emb.inv_freq")
 # What a tokenizer, generation and a licence lie in, beside the weights; code only where the config names it.
 SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "LICENSE*", "NOTICE*",
+    *tokenizer_files.NAMES, "generation_config.json",
+    *(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".txt", ".md")),
 )  # fmt: skip
+RELATIVE_IMPORT = re.compile(r"^\s*(?:import|from)\s+\.(\w+)", re.MULTILINE)
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -175,7 +177,7 @@ def _write_file(path, table):
         end = start + _nbytes(tensor)
         header[tensor.name] = {"dtype": DTYPES[str(tensor.dtype)], "shape": tensor.shape, "data_offsets": (start, end)}
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -185,7 +187,7 @@ def _write_file(path, table):
 
 def _write_json(path, document):
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_modules(directory, model, params, labels, source=None, max_length=None):
@@ -203,9 +205,11 @@ def save_modules(directory, model, params, labels, source=None, max_length=None)
     ]
     _write_json(directory / "modules.json", listed)
     own = "sentence_bert_config.json"
-    said = read_json(source / own) if source is not None and (source / own).exists() else {}
-    length = min(max_length or said.get("max_seq_length") or c.max_positions, c.max_positions)
-    _write_json(directory / own, {"max_seq_length": length, "do_lower_case": said.get("do_lower_case", False)})
+    said = read_json(source / own) if source is not None and find(source, own) else {}
+    if not max_length and said.get("max_seq_length"):
+        (max_length,) = sizes(said, "max_seq_length")
+    length = min(max_length or c.max_positions, c.max_positions)
+    _write_json(directory / own, {"max_seq_length": length, "do_lower_case": said.get("do_lower_case") is True})
     pooling = {"word_embedding_dimension": c.width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     pooling |= {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
     _write_json(directory / "1_Pooling" / "config.json", pooling)
@@ -218,7 +222,8 @@ def save_modules(directory, model, params, labels, source=None, max_length=None)
 
 
 def copy_side_files(source, directory, tokenizer: Any = None, with_code=False):
-    """Copy the tokenizer, the generation settings and the licence from the base's directory; from a GGUF file, save `tokenizer`.
+    """Copy the tokenizer, the generation settings and the licence from the base's directory, each a file known by its name: what
+    else lies there is nobody's to publish. From a GGUF file, save `tokenizer`.
 
     A `tokenizer` whose pad token the source's tokenizer_config.json does not name has it written there. `with_code` copies the
     Python files that config.json names too.
@@ -226,10 +231,26 @@ def copy_side_files(source, directory, tokenizer: Any = None, with_code=False):
     if source.is_file():
         tokenizer.save_pretrained(directory)
         return
-    for pattern in SIDE_FILES + (("*.py",) if with_code else ()):
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, directory / path.name)
+    for name in (*SIDE_FILES, *(_own_code(source) if with_code else ())):
+        path = find(source, name)
+        if path is not None:
+            shutil.copyfile(path, directory / name)
     path = directory / "tokenizer_config.json"
     if tokenizer is not None and path.exists() and not (document := read_json(path)).get("pad_token"):
         _write_json(path, document | {"pad_token": tokenizer.pad_token})
+
+
+def _own_code(source):
+    """The Python files of the classes that config.json and tokenizer_config.json name, and those that these import from there."""
+    settings = [read_json(source / name) for name in ("config.json", "tokenizer_config.json") if find(source, name)]
+    maps = [said["auto_map"] for said in settings if isinstance(said.get("auto_map"), dict)]
+    classes = [
+        name for named in maps for value in named.values() for name in (value if isinstance(value, list) else [value])
+    ]
+    wanted, found = [str(name).split(".")[0] for name in classes if name], {}
+    while wanted:
+        name = f"{wanted.pop()}.py"
+        if name not in found and is_plain(name) and (path := find(source, name)):
+            found[name] = path
+            wanted += RELATIVE_IMPORT.findall(read_bytes(path).decode("utf-8", "replace"))
+    return tuple(found)

@@ -177,12 +177,16 @@ def frequencies(hf, head_width):
     `linear` divides all by its factor (Chen et al. 2023); `llama3` only the slow ones, with a ramp between (Llama 3.1).
     `dynamic` is refused: it looks at the longest row of a batch, and no row may see another. Raises InputError on others.
     """
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise InputError(f"config.json: the rope scaling {scaling!r} is no set of options.")
+    # Of the two spellings, transformers takes the older, whole: nothing of the other adds to it, not even its rope_theta.
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise InputError(f"config.json: the rope scaling {scaling!r} is no set of options for all layers alike.")
     refuse_unsupported(scaling, {"partial_rotary_factor": (None, 1, 1.0)})  # where transformers 5 writes it
     theta = number(_given(hf, "rope_theta") | _given(scaling, "rope_theta"), "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    # A length beside the options wins over theirs; where neither has one, all positions count.
+    length = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | scaling
+    scaling = length | _given(hf, "original_max_position_embeddings")
     base = [theta ** (-2 * i / head_width) for i in range(head_width // 2)]
     try:
         if kind == "default":
@@ -193,7 +197,7 @@ def frequencies(hf, head_width):
             return tuple(f / divisor for f, divisor in zip(base, scaling["factors"], strict=True))
         if kind == "llama3":
             return tuple(_llama3(f, scaling) for f in base)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise InputError(f"config.json: the rope scaling {scaling} is incomplete.") from None
     raise InputError(f"config.json: rope_type={kind!r} is not supported, only default, linear or llama3.")
 

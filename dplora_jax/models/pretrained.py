@@ -4,14 +4,27 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import warnings
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import bert, chatglm, chatglm2, chatglm_shared, gguf_file, gpt2, llama, quantized
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, inside, read_json
+from dplora_jax.models import (
+    bert,
+    chatglm,
+    chatglm2,
+    chatglm_shared,
+    digests,
+    gguf_file,
+    gpt2,
+    labels,
+    llama,
+    sentence,
+    two_places,
+)
+from dplora_jax.models.family import check_kinds, sizes
+from dplora_jax.models.parameters import read_params
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
 FAMILIES = ("bert", "gpt2", "llama", "qwen2", "mistral", "chatglm")
@@ -22,7 +35,6 @@ HUB_IDS = {
     "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
 DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers
-CHUNK_BYTES = 64 << 20  # of a tensor, read at a time
 
 
 def locate(name_or_path):
@@ -30,7 +42,10 @@ def locate(name_or_path):
 
     Raises InputError when it is none of these or the hub cannot be reached.
     """
-    path = pathlib.Path(name_or_path).expanduser()
+    try:
+        path = pathlib.Path(name_or_path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name_or_path}: {error}") from None
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
@@ -45,6 +60,7 @@ def locate(name_or_path):
         found = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
         found = sorted(found, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
         if found:
+            digests.warn_of_other_files(short, found[0])
             return found[0]
     return _from_hub(HUB_IDS.get(short, str(name_or_path)), name_or_path)
 
@@ -71,58 +87,96 @@ def _from_hub(hub_id, name):
         ) from None
 
 
-def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=None):
+def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=None, label_names=None):
     """The model of a directory, GGUF file, package or hub id -> (model, params); params' leaves are `dtype`, stacked over layers.
 
     `num_labels` makes a classifier; None takes what the checkpoint is: a classifier if its architecture says so, else a
-    language model. A classifier's head that the checkpoint has is read; one that it lacks is zero. `quantize` ("int8" or "nf4")
+    language model. A classifier's head that the checkpoint has is read; one that it lacks is zero. `label_names` makes a
+    classifier of these labels: a head that the checkpoint has is put in their order, by the names in its config.json; where they
+    are not among these, the head is zero, and a warning says so. `quantize` ("int8" or "nf4")
     keeps the matrices that adapters may name in 8 or 4 bits, each as soon as it is read. Raises InputError on an
     unknown name, an unsupported config, and a missing, truncated or misshapen file.
     """
     place = locate(name_or_path)
-    hf = _config(place)
-    if num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
-        num_labels = len(hf.get("id2label") or (0, 1))
-    with (gguf_file.GgufCheckpoint if _in_gguf(place) else SafetensorsCheckpoint)(place) as checkpoint:
-        model = build(hf, checkpoint, num_labels, jnp.dtype(dtype))
-        params = read_params(model, checkpoint, quantize)
+    hf = config(place)
+    if label_names is not None:
+        num_labels = len(label_names)
+    elif num_labels is None and any("SequenceClassification" in name for name in hf.get("architectures") or ()):
+        num_labels = len(labels.names(hf))
+    with _opened(place) as checkpoint:
+        two_places.refuse_others(hf, checkpoint)
+        model = two_places.untied(build(hf, checkpoint, num_labels, jnp.dtype(dtype)), checkpoint)
+        stored = None if label_names is None else _stored_labels(model, checkpoint)
+        reader = model if stored is None else build(hf, checkpoint, stored, model.dtype)
+        params = read_params(reader, checkpoint, quantize)
         checkpoint.refuse_unread()
+    if stored is not None:
+        rows, said = labels.told(hf, label_names, stored)
+        if rows is None:
+            warnings.warn(f"{said}.", stacklevel=2)
+        params = {**params, "head": labels.aligned(params["head"], rows, num_labels)}
     return model, params
+
+
+def head_start(name_or_path, label_names):
+    """How a classifier of `label_names` made of this base begins, in words; None where its head is the base's own as it stands,
+    or the base has none."""
+    place = locate(name_or_path)
+    hf = config(place)
+    with _opened(place) as checkpoint:
+        stored = _stored_labels(build(hf, checkpoint, len(label_names), jnp.dtype(jnp.float32)), checkpoint)
+    return None if stored is None else labels.told(hf, label_names, stored)[1]
+
+
+def _opened(place):
+    return (gguf_file.GgufCheckpoint if _in_gguf(place) else SafetensorsCheckpoint)(place)
+
+
+def _stored_labels(model, checkpoint):
+    """How many outputs the classification head in `checkpoint` has; None where there is none."""
+    name = f"{model.head_name}.weight"
+    return checkpoint.shape(name)[0] if checkpoint.has(name) else None
 
 
 def model_type(name_or_path):
     """The family that a model's config names (one of FAMILIES, or another's); as `from_pretrained` looks for it."""
-    return _config(locate(name_or_path)).get("model_type")
+    return config(locate(name_or_path)).get("model_type")
 
 
 def depth(name_or_path):
     """How many layers the model has, by its config."""
-    hf = _config(locate(name_or_path))
-    return next(hf[name] for name in DEPTH if name in hf)
+    hf = config(locate(name_or_path))
+    return sizes(hf, next((name for name in DEPTH if name in hf), DEPTH[0]))[0]
+
+
+def file_digests(name_or_path):
+    """{file name: SHA-256 in hex} of the weights, config and tokenizer of a model, looked for as `from_pretrained` does: where
+    two parties' are equal, they start from the same base. Reads all weights. InputError as of `from_pretrained`."""
+    return digests.of_place(locate(name_or_path))
 
 
 def _in_gguf(place):
     return place.suffix == ".gguf" and place.is_file()
 
 
-def _config(place):
-    return gguf_file.config(place) if _in_gguf(place) else read_json(place / "config.json")
+def config(place):
+    """The config.json of a directory, or what the metadata of a `.gguf` file make of it; InputError where it is malformed."""
+    hf = gguf_file.config(place) if _in_gguf(place) else read_json(place / "config.json")
+    check_kinds(hf)
+    return hf
 
 
 def build(hf, checkpoint, num_labels, dtype):
     """The model that config.json `hf` describes; InputError where it is not supported."""
     kind = hf.get("model_type")
     if hf.get("quantization_config"):
-        method = dict(hf["quantization_config"]).get("quant_method")
+        method = hf["quantization_config"].get("quant_method")
         raise InputError(
             f"{checkpoint.directory}: config.json: quantization_config ({method}) is not supported: give unquantised weights, "
             "and quantize them here (int8 or nf4)."
         )
     if kind == "bert":
-        pooling, normalize = sentence_pooling(checkpoint.directory)
-        if pooling is None:
-            pooling = "pooler" if checkpoint.has("bert.pooler.dense.weight") else "mean"
-        return bert.Bert(bert.from_config(hf, num_labels, pooling, normalize), dtype)
+        return bert.Bert(bert.from_config(hf, num_labels, *_pooling(hf, checkpoint)), dtype)
     if kind == "gpt2":
         return gpt2.Gpt2(gpt2.from_config(hf, num_labels), dtype)
     if kind in ("llama", "qwen2", "mistral"):
@@ -138,20 +192,30 @@ def build(hf, checkpoint, num_labels, dtype):
     raise InputError(f"{checkpoint.directory}: model_type={kind!r} is not supported; known: {', '.join(FAMILIES)}.")
 
 
+def _pooling(hf, checkpoint):
+    """(pooling, normalize) of a BERT: a classifier of transformers' own reads its pooler, whatever else lies in the folder; else
+    as a sentence model's files say; else by the pooler, or the mean where there is none."""
+    pooling, normalize = sentence_pooling(checkpoint.directory)
+    has_pooler = checkpoint.has("bert.pooler.dense.weight")
+    theirs = any("SequenceClassification" in name for name in hf.get("architectures") or ())
+    if pooling is None or (theirs and has_pooler and checkpoint.has("classifier.weight")):
+        return ("pooler" if has_pooler else "mean"), False
+    return pooling, normalize
+
+
 def sentence_pooling(directory):
     """(pooling, normalize) that a sentence-transformers `modules.json` asks for; (None, False) where there is none."""
-    if not (directory / "modules.json").exists():
+    if find(directory, "modules.json") is None:
         return None, False
+    sentence.refuse_prompt(directory)
     pooling, normalize = None, False
     for module in read_json(directory / "modules.json", list):
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise InputError(f"{directory}/modules.json: {module!r} is no module with a type.")
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
-            modes = [
-                k
-                for k, on in read_json(directory / module["path"] / "config.json").items()
-                if on is True and k.startswith("pooling_mode")
-            ]
-            if modes != ["pooling_mode_mean_tokens"]:
+            modes = sentence.pooling_modes(read_json(inside(directory, module.get("path"), "config.json")))
+            if modes != ["mean"]:
                 raise InputError(
                     f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}."
                 )
@@ -161,70 +225,3 @@ def sentence_pooling(directory):
         elif kind != "Transformer":
             raise InputError(f"{directory}/modules.json: a {kind} module is not supported.")
     return pooling, normalize
-
-
-def read_params(model, checkpoint, quantize=None):
-    """Fill `model`'s parameters from `checkpoint`, each tensor straight into its place of the stacked layout, in pieces: the
-    host never holds more than the parameters and one piece."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    small = {("layers", *target.path) for target in model.targets.values()} if quantize else ()
-    params = {}
-    for weight in model.weights():
-        shape = _at(shapes, weight.path)
-        names = [weight.tensor.format(i) for i in range(shape.shape[0])] if "{}" in weight.name else None
-        if weight.optional and not checkpoint.has(weight.tensor):
-            value = jnp.zeros(shape.shape, shape.dtype)
-        elif weight.path in small:
-            rows = (_read_one(checkpoint, weight, name, shape) for name in names)
-            value = quantized.quantize_layers(rows, len(names), quantize)
-        else:
-            host = _aligned_empty(shape.shape, shape.dtype)
-            for row, name in zip(host if names else host[None], names or [weight.tensor], strict=True):
-                _read_into(row, checkpoint, weight, name)
-            value = jax.device_put(host)  # on a CPU this shares the memory
-        _put(params, weight.path, value)
-    return params
-
-
-def _read_one(checkpoint, weight, name, shape):
-    """One layer's matrix, as a numpy array of its own."""
-    row = np.empty(shape.shape[1:], shape.dtype)
-    _read_into(row, checkpoint, weight, name)
-    return row
-
-
-def _read_into(row, checkpoint, weight, name):
-    """Read tensor `name` into `row`, CHUNK_BYTES at a time, turned round where it is stored transposed."""
-    transposed = weight.part == "kernel"
-    shape = checkpoint.shape(name)
-    expected = row.shape[::-1] if transposed else row.shape
-    if shape != expected:
-        hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
-        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, expected {expected}{hint}.")
-    step = max(1, CHUNK_BYTES // max(1, 4 * row.size // shape[0]))
-    for start in range(0, shape[0], step):
-        piece = slice(start, min(start + step, shape[0]))
-        if transposed:
-            row[:, piece] = checkpoint.read(name, piece).T
-        else:
-            row[piece] = checkpoint.read(name, piece)
-
-
-def _aligned_empty(shape, dtype):
-    """An uninitialised array whose memory JAX's CPU backend can take over as it is: it asks for 64-byte alignment."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _at(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree, path, value):
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

@@ -59,7 +59,7 @@ def quantize(params, model, kind, donate=False):
     source is deleted once converted, so that `params` must not be used again. Raises ValueError on an unknown kind.
     """
     layers = params["layers"]
-    for path in sorted({target.path for target in model.targets.values()}):
+    for path in sorted({target.path for target in model.targets.values() if target.layered}):
         layers = _replace_at(layers, path, lambda kernel: _convert(kernel, kind, donate))
     return {**params, "layers": layers}
 

@@ -1,12 +1,14 @@
 """The safetensors files of a checkpoint's directory, one or sharded, read tensor by tensor under Hugging Face's names."""
 
 import re
+import warnings
 
 import safetensors
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import read_json
+from dplora_jax.files import find, inside, read_json
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Tensors that a model may leave unread: another task's head, and constants that some versions of a library saved along.
 IDLE = re.compile(
@@ -15,16 +17,28 @@ IDLE = re.compile(
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # of the first BERT checkpoints
 
 
+def weight_files(directory):
+    """The names of the files in `directory` that hold its tensors; none where it has none. InputError on a damaged index."""
+    index = find(directory, INDEX)
+    if find(directory, WHOLE):  # transformers reads it whatever an index beside it says
+        if index is not None:
+            warnings.warn(f"{directory} holds both {WHOLE}, which is read, and {INDEX}, which is not.", stacklevel=2)
+        return [WHOLE]
+    if index is None:
+        return []
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise InputError(f"{index}: weight_map must name the file of each tensor: copy or download it again.")
+    return sorted(set(placed.values()))
+
+
 class SafetensorsCheckpoint:
     """A directory's model*.safetensors, opened together; nothing is read before it is asked for."""
 
     def __init__(self, directory):
         self.directory = directory
-        index = directory / "model.safetensors.index.json"
-        names = (
-            sorted(set(read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-        )
-        if not index.exists() and not (directory / names[0]).exists():
+        names = weight_files(directory)
+        if not names:
             raise InputError(
                 f"{directory} holds no model.safetensors (a pytorch_model.bin is a pickle, which can run code, and is not read: "
                 "load it once with transformers and call save_pretrained, which writes safetensors)."
@@ -32,7 +46,7 @@ class SafetensorsCheckpoint:
         self._files, self._asked = {}, set()
         for name in names:
             try:
-                file = safetensors.safe_open(directory / name, "np")
+                file = safetensors.safe_open(inside(directory, name), "np")
             except (safetensors.SafetensorError, OSError) as error:
                 raise InputError(f"{directory / name} cannot be read ({error}): copy or download it again.") from None
             self._files.update(dict.fromkeys(file.keys(), file))

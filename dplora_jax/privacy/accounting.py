@@ -1,7 +1,8 @@
 """What a client's rounds cost, and the noise that a budget buys: dp_accounting's PLD of the truncated subsampled Gaussian.
 
 Neighbours: one record replaced by a null record (REPLACE_SPECIAL), so that a client's size, rate and capacity are public.
-Every epsilon here is an upper bound whatever the grid; a coarser grid only loosens it (1e-2 costs about 0.015 % at epsilon 8).
+Every epsilon here is an upper bound whatever the grid (a coarser one only loosens it, 1e-2 by about 0.015 % at epsilon 8) and
+whatever float64 rounds (`ROUNDING` is taken from delta first).
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ NEIGHBOURS = privacy_accountant.NeighboringRelation.REPLACE_SPECIAL
 GRID = 1e-3  # of the privacy losses that are reported
 CAPACITY_COST = 1e-3  # the share of epsilon that a batch's fixed capacity may cost
 NOISE_RANGE = (0.05, 1e4)
+ROUNDING = 2e-14  # what float64 may lose of delta, a composed event (PRIVACY.md, How epsilon is checked)
 # Between these, float32 squares gradients around a clip norm without underflow: a norm that reads 0 would clip nothing.
 CLIP_NORMS = (1e-6, 1e6)
 
@@ -94,7 +96,26 @@ def _after(mechanism, events, delta, grid):
     """epsilon after so many sampled Gaussian events: clients of one mechanism share what was reckoned for any of them."""
     if not events or mechanism.noise_multiplier == 0:
         return math.inf if events else 0.0
-    return float(step_loss(mechanism, grid).self_compose(events).get_epsilon_for_delta(delta))
+    return _at(step_loss(mechanism, grid).self_compose(events), delta, events)
+
+
+def _at(loss, delta, events):
+    """The epsilon of `loss`, of so many events, at what rounding leaves of `delta`; infinite where that is less than half."""
+    return math.inf if delta < least_delta(events) else float(loss.get_epsilon_for_delta(delta - ROUNDING * events))
+
+
+def least_delta(events):
+    """The smallest delta at which so many composed events have an epsilon: below, rounding could be half of it."""
+    return 2 * ROUNDING * events
+
+
+def check_delta(delta, events):
+    """Raise InputError where float64 cannot account for so many events at `delta`."""
+    if delta < least_delta(events):
+        raise InputError(
+            f"--delta={delta:g} is too small for {events} private steps: the accountant's 64-bit arithmetic may be off by "
+            f"{ROUNDING * events:.1g}; give {least_delta(events):.2g} or more."
+        )
 
 
 @functools.cache
@@ -105,7 +126,8 @@ def composed(parts, delta, grid=GRID):
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in parts):
         return math.inf
     losses = [step_loss(mechanism, grid).self_compose(mechanism.charged(steps)) for mechanism, steps in parts]
-    return float(functools.reduce(lambda x, y: x.compose(y), losses).get_epsilon_for_delta(delta))
+    events = sum(mechanism.charged(steps) for mechanism, steps in parts)
+    return _at(functools.reduce(lambda x, y: x.compose(y), losses), delta, events)
 
 
 @functools.cache
@@ -129,8 +151,9 @@ def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, 
 
     -> a list of Mechanism, in order; many distinct sizes are accounted in classes (`size_classes`). `adaptive` releases a
     centred count too, under noise of std `count_noise` (None chooses it, see `_with_count`). Raises InputError where no noise
-    multiplier in NOISE_RANGE would do.
+    multiplier in NOISE_RANGE would do, and where `delta` is below `least_delta`.
     """
+    check_delta(delta, -(-steps // bands))
     grid = min(1e-2, max(GRID, target / 400))
     classes = size_classes.of(sizes, expected_batch_size)
     found, guess, spread = {}, 1.0, None
@@ -155,7 +178,9 @@ def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, 
 
 def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adaptive=False, count_noise=None, bands=1):
     """Mechanisms of a given noise multiplier, each with the smallest capacity that costs under CAPACITY_COST of epsilon; many
-    distinct sizes in classes, as `calibrate` has them, unless there is no noise to account for."""
+    distinct sizes in classes, as `calibrate` has them, unless there is no noise to account for; InputError as of it."""
+    if noise_multiplier:
+        check_delta(delta, -(-steps // bands))
     exact = {size: (size, size) for size in sizes}
     classes = size_classes.of(sizes, expected_batch_size) if noise_multiplier else exact
     found, spread = {}, None
@@ -210,10 +235,9 @@ def _with_count(step, count_noise):
 
 
 def least_noise(records, rate, steps, target, delta):
-    """The least noise multiplier that keeps `steps` steps of plain Poisson sampling at `rate` within (target, delta).
-
-    Raises InputError where none in NOISE_RANGE would do.
-    """
+    """The least noise multiplier that keeps `steps` steps of plain Poisson sampling at `rate` within (target, delta); InputError
+    as of `calibrate`."""
+    check_delta(delta, steps)
     grid = min(1e-2, max(GRID, target / 400))
     cost = lambda noise: epsilon(Mechanism(records, rate, records, noise), steps, delta, grid)  # noqa: E731
     return _least_noise(cost, target, 1.0, 5e-4)

@@ -225,7 +225,8 @@ def epsilon_from_rates(false_positive, false_negative, mechanism, steps, delta):
 @functools.lru_cache(maxsize=256)
 def _curve(mechanism, steps):
     """delta of the composed mechanism at each of `LOSSES`: an upper bound."""
-    return tuple(accounting.step_loss(mechanism, 1e-2).self_compose(steps).get_delta_for_epsilon(list(LOSSES)))
+    found = accounting.step_loss(mechanism, 1e-2).self_compose(steps).get_delta_for_epsilon(list(LOSSES))
+    return tuple(found + accounting.ROUNDING * steps)
 
 
 def reach(delta, confidence=CONFIDENCE):

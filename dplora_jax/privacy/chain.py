@@ -13,6 +13,7 @@ import os
 import pathlib
 
 from dplora_jax.errors import InputError
+from dplora_jax.files import read_if_there, to_json
 from dplora_jax.privacy import secrets
 
 GENESIS = hashlib.sha256(b"dplora_jax privacy ledger, version 1").hexdigest()  # what the first line follows
@@ -26,7 +27,7 @@ def _hash(line):
 def _seal(secret, value):
     """The HMAC of a JSON object without its own "seal"."""
     bare = {key: item for key, item in value.items() if key != "seal"}
-    return secrets.digest(secret, "seal", json.dumps(bare)).hex()
+    return secrets.digest(secret, "seal", to_json(bare)).hex()
 
 
 def _sealed(secret, value):
@@ -46,10 +47,12 @@ def _is_count(value):
     return type(value) is int and value >= 0
 
 
-def replace_durably(path, content):
-    """Replace the file at `path` by `content` (text or bytes) as one step, durably, its directory's entries included."""
+def replace_durably(path, content, mode=0o666):
+    """Replace the file at `path` by `content` (text or bytes) as one step, durably, its directory's entries included. The new
+    file has `mode`, less what the process's umask takes, before anything is in it."""
     draft = path.with_name(f"{path.name}.draft")
-    with open(draft, "wb") as file:
+    draft.unlink(missing_ok=True)  # of a start that was killed: it would keep its own mode
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -88,14 +91,15 @@ class Chain:
         """(the head file's object, the bytes of the chain), read while neither changed."""
         while True:
             before = self._head_file()
-            data = self.path.read_bytes() if self.path.exists() else b""
+            data = read_if_there(self.path) or b""
             if self._head_file() == before:
                 return before, data
 
     def _head_file(self):
-        if not self.head_path.exists():
+        content = read_if_there(self.head_path)
+        if content is None:
             return {"entries": 0, "head": GENESIS}
-        head = _json_object(self.head_path.read_bytes())
+        head = _json_object(content)
         if head is None or not _is_count(head.get("entries")) or "head" not in head:
             raise InputError(f"{self.head_path} is damaged; {ADVICE}")
         return head
@@ -157,7 +161,7 @@ class Chain:
         """Add one line and make it durable, then promise it in the head file, durably too, before returning."""
         self.promise()
         value = _sealed(self._secret, {"previous": self.heads[-1], **entry})
-        line = json.dumps(value)
+        line = to_json(value)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -170,5 +174,5 @@ class Chain:
         """Let the head file know of every line, one whose promise a crash forestalled included: before what it announces runs."""
         if self._promised == len(self.entries):
             return
-        replace_durably(self.head_path, json.dumps(_sealed(self._secret, self.anchor)) + "\n")
+        replace_durably(self.head_path, to_json(_sealed(self._secret, self.anchor)) + "\n")
         self._promised = len(self.entries)

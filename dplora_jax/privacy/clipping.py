@@ -12,10 +12,9 @@ from dplora_jax import lora, per_row
 from dplora_jax.losses import ModelLoss, as_batch_of_one
 from dplora_jax.privacy import integers
 
-FORMS = ("auto", "vmap", "broadcast", "bookkeeping", "ghost")
+FORMS = ("auto", "vmap", "broadcast", "ghost")
 MODES = ("flat", "per_layer", "automatic")
-# Beyond this many bytes, what one backward pass would leave of all rows is too much, and `auto` takes ghost norms and a second
-# pass.
+# What one backward pass may leave of its rows, in bytes: where all rows would leave more, they go through a few at a time.
 ONE_PASS_BYTES = 4 << 30
 STABILITY = 0.01  # gamma of automatic clipping (Bu et al. 2023, section 4.2): how small a gradient keeps its size
 
@@ -31,20 +30,23 @@ def clipped_grad_sum(
     gradient is not finite adds nothing and reports norm inf.
 
     `form`: "vmap" is the definition, each example as a batch of one, for any loss_fn. The others need a `losses.ModelLoss`.
-    "broadcast" gets all rows' gradients from one batched backward pass. "bookkeeping" gets their norms from one such pass, and
-    the sum from what it kept of it (Bu et al. 2023, algorithm 1). "ghost" keeps nothing: norms in a first pass, the sum in a
-    second. "auto" takes for each matrix whichever of the first two leaves less, "ghost" where that is over ONE_PASS_BYTES in all,
-    and "vmap" for any other loss_fn.
+    "broadcast" gets all rows' gradients from one batched backward pass. "ghost" makes no row's gradient: norms, and then the sum,
+    come of the inputs and cotangents that such a pass leaves (ghost norms and book-keeping, Bu et al. 2023, algorithm 1). "auto"
+    takes for each matrix whichever of these two leaves less, and "vmap" for any other loss_fn. Where a pass over all rows would
+    leave more than ONE_PASS_BYTES, rows go through a few at a time.
+
+    In every form, what is kept of a row is the one source of its norm and of what it adds, and the norm is never too small
+    (`per_row.squared_norm`). A row whose norm is above 1e19 clip norms counts as not finite.
 
     `mode`: "flat" as above. "per_layer" cuts each of the m parts of `lora.groups` to clip_norm / sqrt(m) by its own norm, so
     that all together stay within clip_norm (McMahan et al. 2018, section 3.1). "automatic" scales every row, small ones too, to
     clip_norm |g| / (|g| + STABILITY) (Bu et al. 2023, equation 4.1). In each, a row moves the sum by at most `clip_norm`.
 
     With `bits`, the sum is a tree of int32 in units of clip_norm 2^-bits: each row is truncated to that grid, and moves the
-    sum by at most 2^bits units, in exact arithmetic (`integers.clipped_sum`). "ghost" and "bookkeeping" have no rows to truncate.
+    sum by at most 2^bits units, in exact arithmetic (`integers.clipped_sum`). "ghost" has no rows to truncate.
 
     With `owners` (owner [B] int32, how many K), the sums of each owner's rows come apart, leaves [K, ...].
-    Raises ValueError on an unknown form or mode, a fast form of another loss_fn, or "ghost" or "bookkeeping" with `bits`.
+    Raises ValueError on an unknown form or mode, a fast form of another loss_fn, or "ghost" with `bits` or `owners`.
     """
     if form not in FORMS:
         raise ValueError(f"unknown clipping form {form!r}; known: {', '.join(FORMS)}.")
@@ -52,45 +54,89 @@ def clipped_grad_sum(
         raise ValueError(f"unknown clipping mode {mode!r}; known: {', '.join(MODES)}.")
     if form not in ("auto", "vmap") and not isinstance(loss_fn, ModelLoss):
         raise ValueError(f"form {form!r} needs a loss made by dplora_jax.losses; form 'vmap' serves any other.")
-    if form in ("ghost", "bookkeeping") and (bits is not None or owners is not None):
-        raise ValueError(f"form {form!r} makes no rows' gradients, which integers and sums by owner are made of.")
+    if form == "ghost" and (bits is not None or owners is not None):
+        raise ValueError("form 'ghost' makes no rows' gradients, which integers and sums by owner are made of.")
     if bits is not None and owners is not None:
         raise ValueError("integers are not summed by owner.")
     rows = jax.tree.leaves(batch)[0].shape[0]
     weights = jnp.ones(rows, jnp.float32) if weights is None else weights.astype(jnp.float32)
-    form, slots = _chosen(form, loss_fn, adapter, batch, rows, bits is not None or owners is not None)
-    parts = lora.groups(adapter) if mode == "per_layer" else (1, jax.tree.map(lambda _: 0, adapter))
-    if form == "ghost":
-        return _ghost(loss_fn, adapter, batch, clip_norm, weights, mode, parts)
-    found, losses = _vmap(loss_fn, adapter, batch) if form == "vmap" else _one_pass(loss_fn, adapter, batch, slots)
-    factors, norms = _factors(_squares(found, parts), clip_norm, weights, mode)
-    if bits is not None:
-        factors = _spread(factors * (integers.MARGIN * 2.0**bits / clip_norm), parts)
-        return integers.clipped_sum(factors, found, bits), norms, losses
-    add = _weighted_sum if owners is None else functools.partial(_sums_by_owner, *owners)
-    return jax.tree.map(add, _spread(factors, parts), found), norms, losses
+    slots = _slots(form, loss_fn, adapter, batch, rows, bits is not None or owners is not None)
+
+    def of_rows(batch, weights):
+        kept, losses = _vmap(loss_fn, adapter, batch) if slots is None else _one_pass(loss_fn, adapter, batch, slots)
+        # Norm and sum are of these numbers: neither is worked out from anything before them.
+        kept = jax.lax.optimization_barrier(kept)
+        parts = lora.groups(adapter) if mode == "per_layer" else (1, jax.tree.map(lambda _: 0, adapter))
+        factors, norms = _factors(_squares(kept, parts, clip_norm), clip_norm, weights, mode)
+        if bits is not None:
+            factors = _spread(factors * (integers.MARGIN * 2.0**bits / clip_norm), parts)
+            return integers.clipped_sum(factors, kept, bits), norms, losses
+        add = _weighted_sum if owners is None else functools.partial(_sums_by_owner, *owners)
+        return jax.tree.map(add, _spread(factors, parts), kept), norms, losses
+
+    at_once = rows if slots is None or owners is not None else _rows_at_once(slots, rows)
+    if at_once < rows:
+        slots = _slots(form, loss_fn, adapter, batch, at_once, bits is not None)
+    return in_turns(of_rows, at_once, batch, weights)
+
+
+def clip_each(rows, clip_norm):
+    """Every row of a tree of [B, ...] scaled to L2 norm at most `clip_norm` over all its leaves together; one that is not finite
+    becomes 0."""
+    rows = jax.lax.optimization_barrier(rows)
+    parts = 1, jax.tree.map(lambda _: 0, rows)
+    squares = _squares(rows, parts, clip_norm)
+    factors = _factors(squares, clip_norm, jnp.ones(len(squares)), "flat")[0]
+    return jax.tree.map(_scaled, _spread(factors, parts), rows)
+
+
+def in_turns(of_rows, size, batch, weights):
+    """`of_rows(batch, weights) -> (sum, norms, losses)` over `size` rows of the batch at a time: sums add up, rows are set side
+    by side. The last turn is filled up with rows of weight 0."""
+    rows = weights.shape[0]
+    if size >= rows:
+        return of_rows(batch, weights)
+    turns = -(-rows // size)
+
+    def split(x):
+        x = jnp.pad(x, [(0, turns * size - rows), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(turns, size, *x.shape[1:])
+
+    def add(total, turn):
+        grad, norms, losses = of_rows(*turn)
+        return jax.tree.map(jnp.add, total, grad), (norms, losses)
+
+    turns = jax.tree.map(split, (batch, weights))
+    shapes = jax.eval_shape(of_rows, *jax.tree.map(lambda x: x[0], turns))[0]
+    total, by_row = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), turns)
+    return total, *(x.reshape(-1)[:rows] for x in by_row)
 
 
 def slots_of(form, loss_fn, adapter, batch):
     """What one backward pass leaves of all rows for `clipped_grad_sum`, as jax.ShapeDtypeStruct; None where it is no one pass."""
     rows = jax.tree.leaves(batch)[0].shape[0]
-    return jax.eval_shape(lambda: _chosen(form, loss_fn, adapter, batch, rows, False)[1])
+    return jax.eval_shape(lambda: _slots(form, loss_fn, adapter, batch, rows, False))
 
 
-def _chosen(form, loss_fn, adapter, batch, rows, by_row):
-    """The form that `form` stands for, and the slots that its one backward pass fills (None where it has none)."""
-    if form in ("vmap", "ghost") or not isinstance(loss_fn, ModelLoss):
-        return ("ghost" if form == "ghost" else "vmap"), None
+def _slots(form, loss_fn, adapter, batch, rows, by_row):
+    """The slots that one backward pass over `rows` rows fills in the form that `form` stands for; None for "vmap", which has
+    none. With `by_row` each row's gradient is made."""
+    if form == "vmap" or not isinstance(loss_fn, ModelLoss):
+        return None
     tokens, dtype = loss_fn.activations(batch) if "layers" in adapter else (None, None)
     whole = form == "broadcast" or by_row
 
     def kept(leaf):
         _, outputs, inputs = leaf.shape
-        return not whole and (form == "bookkeeping" or per_row.keeps_less(tokens, outputs, inputs, dtype))
+        return not whole and (form == "ghost" or per_row.keeps_less(tokens, outputs, inputs, dtype))
 
-    slots = per_row.zeros(adapter, rows, kept, tokens, dtype)
-    large = sum(slot.nbytes for slot in jax.tree.leaves(slots)) > ONE_PASS_BYTES and not by_row
-    return ("ghost", None) if form == "auto" and large else (form, slots)
+    return per_row.zeros(adapter, rows, kept, tokens, dtype)
+
+
+def _rows_at_once(slots, rows):
+    """How many of `rows` rows leave no more than ONE_PASS_BYTES, at least one; turns are of one size."""
+    most = max(1, ONE_PASS_BYTES * rows // max(1, sum(slot.nbytes for slot in jax.tree.leaves(slots))))
+    return -(-rows // -(-rows // most))
 
 
 def _spread(values, parts):
@@ -98,19 +144,21 @@ def _spread(values, parts):
     return jax.tree.map(lambda part: values[:, part], parts[1])
 
 
-def _squares(found, parts):
-    """Squared norms [B, m] of the parts of rows' gradients."""
-    leaves = jax.tree.leaves(found, is_leaf=_is_kept)
-    rows = leaves[0].squares.shape[1] if _is_kept(leaves[0]) else leaves[0].shape[0]
+def _squares(kept, parts, clip_norm):
+    """Squared norms [B, m] of the parts of rows' gradients, in units of clip_norm^2: what then vanishes is nothing beside it."""
+    leaves = jax.tree.leaves(kept, is_leaf=_is_kept)
+    rows = leaves[0].inputs.shape[1] if _is_kept(leaves[0]) else leaves[0].shape[0]
     squares = jnp.zeros((rows, parts[0]), jnp.float32)
     for part, leaf in zip(jax.tree.leaves(parts[1]), leaves, strict=True):
         by_layer = isinstance(part, slice)
         if _is_kept(leaf):
-            own = leaf.squares.T if by_layer else leaf.squares.sum(0)
+            by_row = per_row.kept_squares(leaf, clip_norm).T
+            by_row = by_row if by_layer else by_row.sum(1)
         else:
-            own = jnp.square(leaf.astype(jnp.float32)).reshape(*leaf.shape[: 1 + by_layer], -1).sum(-1)
-        squares = squares.at[:, part].add(own)
-    return squares
+            by_row = per_row.square_sum(per_row.wide(leaf) / clip_norm, 1 + by_layer)
+        squares = squares.at[:, part].add(by_row)
+    terms = 8 + sum(leaf.inputs.shape[0] if _is_kept(leaf) else 1 for leaf in leaves)
+    return squares * (1 + terms * per_row.ROUNDOFF)  # what adding up here, and factors, may round away
 
 
 def _is_kept(leaf):
@@ -118,33 +166,40 @@ def _is_kept(leaf):
 
 
 def _factors(squares, clip_norm, weights, mode):
-    """What each part [B, m] of a row's gradient is multiplied by, and the row's reported norm [B], from squared norms [B, m]."""
-    norms, own = jnp.sqrt(squares.sum(1)), jnp.sqrt(squares)
-    share = clip_norm / squares.shape[1] ** 0.5
-    factors = weights[:, None] * share / (own + STABILITY if mode == "automatic" else jnp.maximum(own, share))
+    """What each part [B, m] of a row's gradient is multiplied by, and the row's reported norm [B], from squared norms [B, m] in
+    units of clip_norm^2."""
+    norms = clip_norm * jnp.sqrt(squares.sum(1))
+    if mode == "automatic":
+        factors = clip_norm / (norms[:, None] + STABILITY)
+    else:  # of m parts each has clip_norm / sqrt(m)
+        factors = 1 / jnp.maximum(jnp.sqrt(squares * squares.shape[1]), 1)
     finite, counted = jnp.isfinite(norms), weights > 0
-    factors = jnp.where((finite & counted)[:, None], factors, 0)
+    factors = jnp.where((finite & counted)[:, None], weights[:, None] * factors, 0)
     return factors, jnp.where(counted, jnp.where(finite, norms, jnp.inf), 0)
 
 
 def _weighted_sum(factors, g):
-    """sum_i factors_i g_i for factors [B], or [B, L] over a stacked leaf; a factor of 0 silences whatever the row holds (0 * nan
-    is nan)."""
+    """sum_i factors_i g_i float32 for factors [B], or [B, L] over a stacked leaf; a factor of 0 silences whatever the row holds
+    (0 * nan is nan). It is not rounded to the leaf's own dtype: that would move it by more than a row's share."""
     if _is_kept(g):
         return per_row.kept_sum(factors, g)
     over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
-    kept = jnp.where(over > 0, g, 0).astype(jnp.float32)
+    g = jnp.where(over > 0, per_row.wide(g), 0)
     if factors.ndim == 1:
-        return jnp.tensordot(factors, kept, 1, precision=per_row.EXACT).astype(g.dtype)
-    return jnp.einsum("bl,bl...->l...", factors, kept, precision=per_row.EXACT).astype(g.dtype)
+        return jnp.tensordot(factors, g, 1, precision=per_row.EXACT)
+    return jnp.einsum("bl,bl...->l...", factors, g, precision=per_row.EXACT)
 
 
 def _sums_by_owner(owner, count, factors, g):
     """`_weighted_sum` of each owner's rows -> [count, ...]."""
-    over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
-    scaled = over * jnp.where(over > 0, g, 0).astype(jnp.float32)
     own = jax.nn.one_hot(owner, count, axis=0)
-    return jnp.tensordot(own, scaled, 1, precision=per_row.EXACT).astype(g.dtype)
+    return jnp.tensordot(own, _scaled(factors, g), 1, precision=per_row.EXACT)
+
+
+def _scaled(factors, g):
+    """Rows g [B, ...] times their factors, [B] or [B, L] over a stacked leaf; one of factor 0 becomes 0, whatever it holds."""
+    over = factors.reshape(*factors.shape, *[1] * (g.ndim - factors.ndim))
+    return over * jnp.where(over > 0, per_row.wide(g), 0)
 
 
 def _vmap(loss_fn, adapter, batch):
@@ -163,16 +218,3 @@ def _one_pass(loss_fn, adapter, batch, slots):
         return losses.sum(), losses
 
     return jax.grad(total, has_aux=True)(slots)
-
-
-def _ghost(loss_fn, adapter, batch, clip_norm, weights, mode, parts):
-    def forward(adapter, factors):
-        return loss_fn(per_row.with_slots(adapter, _spread(factors, parts)), batch)
-
-    zeros = jnp.zeros((weights.shape[0], parts[0]), jnp.float32)
-    losses, pull = jax.vjp(lambda slots: forward(adapter, slots), zeros)
-    (squares,) = pull(jnp.ones_like(losses))
-    factors, norms = _factors(squares, clip_norm, weights, mode)
-    _, pull = jax.vjp(lambda adapter: forward(adapter, factors), adapter)
-    (grads,) = pull(jnp.ones_like(losses))
-    return grads, norms, losses

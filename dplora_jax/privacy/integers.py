@@ -47,7 +47,8 @@ def clipped_sum(factors, grads, bits):
     should be at most 2^bits. A row whose integers' norm is above that, or might be, adds nothing: a row moves the integer sum by
     at most 2^bits for any factors and gradients. The sum is exact, in any order. Raises InputError beyond MOST_COORDINATES.
     """
-    rows = jax.tree.map(lambda f, g: _truncated(f, g, bits), factors, grads)
+    # The norm is of the very integers that are summed: neither is worked out from anything before them.
+    rows = jax.lax.optimization_barrier(jax.tree.map(lambda f, g: _truncated(f, g, bits), factors, grads))
     keep = _within(jax.tree.leaves(rows), bits)
     return jax.tree.map(lambda z: jnp.where(keep.reshape(-1, *[1] * (z.ndim - 1)), z, 0).sum(0, dtype=jnp.int32), rows)
 

@@ -1,7 +1,7 @@
 """The write-ahead ledger: one entry a dispatch, durable before it runs, committed after its checkpoint is.
 
 An entry is {"entry": "begin", "rounds": [a, b], "attempt": n, "local_steps": s, "clients": [what each client's steps are],
-"causes": {name: HMAC of a thing that decides the bits}, ...}, then {"entry": "commit", ...} of the same rounds and attempt, and
+"inputs": {name: HMAC of what the run works with}, ...}, then {"entry": "commit", ...} of the same rounds and attempt, and
 at last {"entry": "end"}; `chain` says how entries are kept from being changed. epsilon is recomputed from the begin entries
 alone: what was begun is paid for, whether or not it came back.
 """
@@ -14,7 +14,7 @@ from dplora_jax.privacy.chain import ADVICE, Chain
 
 FILE = "privacy_ledger.jsonl"
 KEYS = {
-    "begin": ("rounds", "attempt", "clients", "local_steps", "causes"),
+    "begin": ("rounds", "attempt", "clients", "local_steps", "inputs"),
     "commit": ("rounds", "attempt"),
     "end": (),
 }
@@ -95,16 +95,16 @@ class Ledger(Chain):
         used = [e["attempt"] for e in self.begun if e["rounds"][0] < rounds[1] and rounds[0] < e["rounds"][1]]
         return max(used, default=-1) + 1
 
-    def begin(self, rounds, attempt, mechanisms, local_steps, causes, **more):
-        """Charge a dispatch before it runs. `causes` {name: hex} covers everything that decides the bits of its uploads;
-        `more` is written along (JSON values)."""
+    def begin(self, rounds, attempt, mechanisms, local_steps, inputs, **more):
+        """Charge a dispatch before it runs. `inputs` {name: hex} are keyed digests of records and base model; `more` is written
+        along (JSON values)."""
         self.append(
             entry="begin",
             rounds=list(rounds),
             attempt=attempt,
             local_steps=local_steps,
             clients=[describe(mechanism) for mechanism in mechanisms],
-            causes=causes,
+            inputs=inputs,
             **more,
         )
 

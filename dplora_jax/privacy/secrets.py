@@ -13,6 +13,8 @@ import pathlib
 
 import numpy as np
 
+from dplora_jax.files import read_if_there, to_json
+
 PURPOSES = ("noise", "sampling")
 FILE = "secrets.json"
 
@@ -38,7 +40,7 @@ def load_or_create(private, clients):
     secrets = [os.urandom(32) for _ in range(clients)]
     draft = private / f"{FILE}.{os.getpid()}"
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump([secret.hex() for secret in secrets], file)
+        file.write(to_json([secret.hex() for secret in secrets]))
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
@@ -48,8 +50,7 @@ def load_or_create(private, clients):
 
 def load(private):
     """The secrets in `private`, a list of 32 bytes; None where there are none, or `destroy` was killed on its way."""
-    path = pathlib.Path(private) / FILE
-    text = path.read_bytes() if path.exists() else b""
+    text = read_if_there(pathlib.Path(private) / FILE)
     if not text or b"\0" in text:
         return None
     return [bytes.fromhex(secret) for secret in json.loads(text)]
@@ -79,6 +80,7 @@ def sync_directory(path):
 
 def digest(secret, *parts):
     """HMAC-SHA256 under `secret` of the parts, each told apart from its neighbours -> 32 bytes."""
+    # Not `to_json`: these bytes decide keys, and must stay what they are in every version.
     return hmac.new(secret, json.dumps(parts).encode(), hashlib.sha256).digest()
 
 

@@ -57,3 +57,45 @@ def test_a_clients_table_is_no_test_set(source, tmp_path):
     given = source(test_data=str(tmp_path / "copy.csv"))
     with pytest.raises(InputError, match="every training record"):
         folders.read(given, sources.load_public(given, True), "alder")
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "linked folder"])
+def test_one_file_is_not_two_clients(source, tmp_path, kind):
+    """Its records would be trained on twice, and each client's epsilon be that of one."""
+    own, other = tmp_path / "alder" / "train.csv", tmp_path / "birch" / "train.csv"
+    if kind == "linked folder":
+        other.unlink()
+        other.parent.rmdir()
+        other.parent.symlink_to(own.parent)
+    else:
+        other.unlink()
+        other.symlink_to(own) if kind == "symlink" else other.hardlink_to(own)
+    with pytest.raises(InputError, match=r"alder and .*birch hold one file"):
+        folders.names(source(), 2)
+
+
+def test_each_client_has_its_own_table_whatever_its_folder_is_called(tmp_path):
+    clients = ["bank1", "bank2", "bank?", "bank[12]", "bank*", "{bank1,bank2}"]
+    for name in clients:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text(f'words,mood\n"of {name}",good\n')
+    flags = {"text_column": "words", "label_column": "mood", "labels": ("good", "bad")}
+    given = sources.Source("csv", str(tmp_path), **flags)
+    corpus = sources.load_public(given, need_test=False)
+    found = [folders.read(given, corpus, name).texts for name in folders.names(given, len(clients))]
+    assert found == [(f"of {name}",) for name in sorted(clients)]
+
+
+def test_a_folder_that_the_machine_refuses_is_one_sentence(source, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    given = source()
+    corpus = sources.load_public(given, need_test=True)
+    monkeypatch.setattr(sources.Path, "is_file", refuse)
+    with pytest.raises(InputError, match=r"alder cannot be read \(Permission denied\)"):
+        folders.read(given, corpus, "alder")
+    assert folders.names(given, 2) == ["alder", "birch"]  # whose tables this process need not see
+    monkeypatch.setattr(sources.Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        folders.names(given, 2)

@@ -89,5 +89,12 @@ def test_what_cannot_be_dealt_is_one_sentence(spec, groups, clients, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dealt", [[[0, 1], [1, 2]], [[0], [2]], [[0, 1], [2, 3]]])
+def test_a_record_that_two_clients_would_have_or_none_stops_the_run(dealt, monkeypatch):
+    monkeypatch.setattr(module, "_by_group", lambda *_: [np.array(part) for part in dealt])
+    with pytest.raises(RuntimeError, match="to two clients, or to none"):
+        partition("column:bank", np.zeros(3), "aab", 2, 0)
+
+
 def test_docstring_example_is_true():
     assert doctest.testmod(module).failed == 0

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +62,13 @@ def test_own_table_takes_its_labels_from_the_public_test(tmp_path, dataset, suff
     assert corpus.test.labels.tolist() == [0, 1]
     assert corpus.test.groups is None
     assert not corpus.synthetic
+
+
+def test_labels_of_any_number_of_digits_are_in_their_order(tmp_path):
+    long = "9" * 6000
+    write(tmp_path, "train.csv", rows([long]))
+    write(tmp_path, "test.csv", rows([long, "10", "9"], start=5))
+    assert load(own(tmp_path)).label_names == ("9", "10", long)
 
 
 def test_labels_flag_gives_names_in_its_order_and_no_test_is_needed_for_training(tmp_path):
@@ -151,12 +156,12 @@ SECRET = MARKER.encode()
 MALFORMED = {
     "empty": (b"", "train.csv", "is empty"),
     "header alone": (b"words,mood\n", "train.csv", "no rows"),
-    "long row": (b"words,mood\nx,a\n" + SECRET + b",a,b\n", "train.csv", "cannot be read"),
-    "all rows long": (b"words,mood\n" + SECRET + b",x,a\n", "train.csv", "cannot be read"),
+    "long row": (b"words,mood\nx,a\n" + SECRET + b",a,b\n", "train.csv", "3 cells in the row that ends at line 3"),
+    "all rows long": (b"words,mood\n" + SECRET + b",x,a\n", "train.csv", "3 cells in the row that ends at line 2"),
     "short row": (b"words,mood\nx,a\n" + SECRET + b"\n", "train.csv", "1 rows with nothing in column 'mood'"),
     "no text": (b"words,mood\n" + SECRET + b",a\n ,b\n", "train.csv", "1 rows with nothing in column 'words'"),
-    "open quote": (b'words,mood\n"' + SECRET + b",a\ny,b\n", "train.csv", "cannot be read"),
-    "latin-1": (b"words,mood\n\xe9" + SECRET + b",a\n", "train.csv", "cannot be read"),
+    "open quote": (b'words,mood\n"' + SECRET + b",a\ny,b\n", "train.csv", "a quote in the row that begins at line 2"),
+    "latin-1": (b"words,mood\n\xe9" + SECRET + b",a\n", "train.csv", "not utf-8 at line 2; give its --encoding"),
     "no column": (
         b"words,feeling\n" + SECRET + b",a\n",
         "train.csv",
@@ -164,7 +169,11 @@ MALFORMED = {
     ),
     "no header": (SECRET + b",a\ny,b\n", "train.csv", "no column 'words'; it has 2"),
     "label": (b"words,mood\n" + SECRET + b"," + SECRET + b"\n", "train.csv", "1 rows .* known ones .a, b."),
-    "torn json": (b'{"words": "' + SECRET + b'", "mood": "a"}\n{"words": "' + SECRET, "train.jsonl", "cannot be read"),
+    "torn json": (
+        b'{"words": "' + SECRET + b'", "mood": "a"}\n{"words": "' + SECRET,
+        "train.jsonl",
+        "not JSON at line 2",
+    ),
     "missing key": (b'{"words": "' + SECRET + b'", "mood": "a"}\n{"words": "x"}\n', "train.jsonl", "column 'mood'"),
     "no string": (b'{"words": ["' + SECRET + b'"], "mood": "a"}\n', "train.jsonl", "not text"),
 }
@@ -226,29 +235,28 @@ def test_private_labels_are_never_learned_from_training_rows(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["\nx,up\n", '\n"x,up\n'], ids=["read", "malformed"])
-def test_no_cache_keeps_private_text(tmp_path, ending):
-    home, temp, data = (tmp_path / name for name in ("home", "temp", "data"))
-    for folder in (home, temp, data):
+def test_the_table_alone_is_opened_and_nothing_is_written(tmp_path, ending):
+    """A folder's name is no pattern: its neighbours' tables would be another client's records."""
+    home, temp = tmp_path / "home", tmp_path / "temp"
+    data, neighbour = tmp_path / "bank?", tmp_path / "bank1"
+    for folder in (home, temp, data, neighbour):
         folder.mkdir()
-    (data / "train.csv").write_text(f"words,mood\n{MARKER},down{ending}")
+        (folder / "train.csv").write_text(f"words,mood\n{MARKER},down{ending}")
     done = run_python(
         f"""
-        import tempfile
+        import sys
         from dplora_jax.data.sources import Source, load
         from dplora_jax.errors import InputError
-        made = []
-        make = tempfile.mkdtemp
-        def watched(*args, **kwargs):
-            made.append(make(*args, **kwargs))
-            import os
-            assert os.stat(made[-1]).st_mode & 0o777 == 0o700
-            return made[-1]
-        tempfile.mkdtemp = watched
+        opened = []
+        def watch(event, arguments):
+            if event == "open" and {str(tmp_path)!r} in str(arguments[0]):
+                opened.append(str(arguments[0]))
+        sys.addaudithook(watch)
         try:
             load(Source("csv", {str(data)!r}, None, "words", "mood", labels=("up", "down")), need_test=False)
         except InputError:
             pass
-        assert made
+        assert opened == [{str(data / "train.csv")!r}], opened
         """,
         HF_HOME=home,
         TMPDIR=temp,
@@ -256,19 +264,4 @@ def test_no_cache_keeps_private_text(tmp_path, ending):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout + done.stderr == ""
-    assert [path for folder in (home, temp) for path in folder.rglob("*") if path.is_file()] == []
-
-
-def test_what_a_killed_process_left_is_deleted_and_a_living_ones_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    left, living = tmp_path / f"dplora-{ended.pid}-x", tmp_path / f"dplora-{os.getppid()}-x"
-    for folder in (left, living):
-        folder.mkdir()
-        (folder / "table").write_text(MARKER)
-    write(tmp_path, "train.csv", [{"text": "profit rose", "label": "good"}])
-    load(Source(dataset="csv", data_dir=str(tmp_path), text_column="text", label_column="label", labels=("good", "bad")),
-         need_test=False)  # fmt: skip
-    assert not left.exists()
-    assert living.exists()
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4

@@ -8,7 +8,7 @@ import pytest
 from dplora_jax.data import demos, sources, tasks
 from dplora_jax.data.records import Records
 from dplora_jax.data.sources import Source, benchmark, load
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, Refused
 
 
 def lines(folder, name, rows):
@@ -165,10 +165,12 @@ def test_a_benchmark_that_holds_the_private_texts_is_refused_whatever_else_stand
     lines(tmp_path, "validation.jsonl", table)
     held = [f"s{i}" for i in range(20)]
     for whole in ([of(*held)], [of("s0", "s1", "s1"), of("s2")]):
-        with pytest.raises(InputError, match=f"--benchmarks={name} holds every training record, and"):
+        with pytest.raises(InputError, match=f"--benchmarks={name} is refused as a public test set"):
             benchmark(name, str(tmp_path), private=whole)
-    with pytest.raises(InputError, match="every training record of a client"):
+    with pytest.raises(Refused) as caught:
         benchmark(name, str(tmp_path), private=[of("another"), of(*held[:8], "s1")])
+    assert "every training record of a client" in caught.value.reason
+    assert "client" not in str(caught.value)
     few = [of(*held[:7]), of(*held, "another")]
     assert len(benchmark(name, str(tmp_path), private=few)) == 20
 
@@ -177,7 +179,7 @@ def test_questions_alone_are_no_copy_where_the_answers_are_ones_own(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(20)]
     lines(tmp_path, "test.jsonl", rows)
     questions, answers = zip(*((row["question"], row["answer"]) for row in rows[:9]), strict=True)
-    with pytest.raises(InputError, match="holds every training record"):
+    with pytest.raises(InputError, match="is refused as a public test set"):
         benchmark("medquad", str(tmp_path), private=[of(*questions, answers=answers)])
     own = [of(*questions, answers=("mine",) * 9), of(*("q",) * 9, answers=answers)]
     for one in own:

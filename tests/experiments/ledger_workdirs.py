@@ -16,9 +16,9 @@ def write_run(tmp_path):
     """A run that lost one attempt at rounds 3 and 4, and its secrets -> its working directory."""
     kept = Ledger(tmp_path / "privacy_ledger.jsonl")
     kept.seal_with(b"".join(SECRETS))
-    for rounds, attempt, mesh in ((1, 3), 0, "one"), ((3, 5), 0, "one"), ((3, 5), 1, "two"):
-        kept.begin(rounds, attempt, MECHANISMS, 2, {"mesh": mesh, "code": "same"}, release="for release")
-        if mesh == "two" or rounds == (1, 3):
+    for rounds, attempt in ((1, 3), 0), ((3, 5), 0), ((3, 5), 1):
+        kept.begin(rounds, attempt, MECHANISMS, 2, {"data": "d0", "base": "b0"}, release="for release")
+        if (rounds, attempt) != ((3, 5), 0):
             write_checkpoint(tmp_path, rounds[1] - 1, kept.anchor)
             kept.commit(rounds, attempt)
     kept.append(entry="end", round=4)

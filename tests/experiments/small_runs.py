@@ -24,6 +24,24 @@ def lines_of(path):
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
+def strict_json_files(folder):
+    """The names of the files below `folder` that hold JSON; ValueError where a strict parser would fail."""
+
+    def refuse(word):
+        raise ValueError(f"{path} holds {word}")
+
+    names = []
+    for path in sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if not content.startswith((b"{", b"[")):
+            continue
+        pieces = content.splitlines() if path.suffix == ".jsonl" else [content]
+        for piece in pieces:
+            json.loads(piece, parse_constant=refuse)
+        names.append(path.name)
+    return names
+
+
 def crash_before(monkeypatch, module, name):
     """Make the first call of `module.<name>` end the run as a crash would."""
 

@@ -199,7 +199,7 @@ def test_a_configuration_is_audited_with_several_canaries_a_client(command, tmp_
 
 def test_membership_is_attacked_with_and_without_privacy(command, tmp_path, capsys):
     assert audit.main([*command, "--membership", "--audit_seed=1"]) == 0
-    lines = json.loads((tmp_path / "audit" / "membership.json").read_text())
+    lines = json.loads((tmp_path / "audit" / "membership.json").read_text())["runs"]
     assert [line["run"] for line in lines] == ["no privacy", "as configured"]
     assert all(line["members"] == 60 and line["others"] == 30 and 0 <= line["auc"] <= 1 for line in lines)
     assert "TPR at 0.1% FPR" in capsys.readouterr().out

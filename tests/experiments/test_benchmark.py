@@ -31,11 +31,11 @@ def test_products_in_loops_count_as_often_as_they_run_and_dead_ones_do_not():
     assert flops.count(lambda x, a, b: jax.lax.cond(x, lambda: (a @ b).sum(), lambda: 0.0), True, A, B) == 210
 
 
-@pytest.mark.parametrize("name", ["plain", "broadcast", "bookkeeping"])
+@pytest.mark.parametrize("name", ["plain", "broadcast", "ghost"])
 def test_what_is_counted_in_a_step_is_what_is_compiled(tiny_bert, name):
     case = benchmark_steps.Case(str(tiny_bert), None, 4, 8, 2, ("q", "v"), False, "classification", "float32", False)
     model, params, adapter, batch = benchmark_steps.arguments(case)
-    step = benchmark_steps.functions(case, model, ["broadcast", "bookkeeping"])[name]
+    step = benchmark_steps.functions(case, model, ["broadcast", "ghost"])[name]
     compiled = jax.jit(step).lower(params, adapter, batch).compile()
     # What is multiplied with a single number may be compiled as no product, and a product of few numbers as a sum.
     assert flops.count(step, params, adapter, batch) == pytest.approx(
@@ -127,7 +127,7 @@ def test_a_roofline_takes_no_weights_and_exact_products_are_the_noisy_steps_alon
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--forms=quick"], "--forms=quick is not known: auto, vmap, broadcast, bookkeeping, ghost"),
+        (["--forms=quick"], "--forms=quick is not known: auto, vmap, broadcast, ghost"),
         (["--vary=speed=1|2"], "needs FLAG=VALUE"),
         (["--chips=abacus", "--measure=roofline", "--model=gpt2"], "--chips=abacus is not known: h100, v5e"),
         (["--model=gpt2", "--layers=1", "--batch=1", "--length=4", "--peers", "--targets=o"], "--peers"),

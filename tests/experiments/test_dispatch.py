@@ -15,12 +15,12 @@ MECHANISMS = [Mechanism(100, 0.2, 35, 1.1)]
 
 @pytest.fixture
 def keys(tmp_path):
-    """`keys(name, *causes, seed=None)`: of the newest of so many charged dispatches, each of rounds 1 and 2."""
+    """`keys(name, *nonces, seed=None)`: of the newest of so many charged dispatches, each of rounds 1 and 2."""
 
-    def draw(name, *causes, seed=None):
+    def draw(name, *nonces, seed=None):
         kept = Ledger(tmp_path / f"{name}.jsonl")
-        for attempt, cause in enumerate(causes):
-            kept.begin((1, 3), attempt, MECHANISMS, 1, {"mesh": cause})
+        for attempt, nonce in enumerate(nonces):
+            kept.begin((1, 3), attempt, MECHANISMS, 1, {}, nonce=nonce)
         job = types.SimpleNamespace(
             secrets=[b"s" * 32], paid=None, ledger=kept, config=flags.RunConfig(seed=seed, clients=1), prepared=None
         )
@@ -29,8 +29,8 @@ def keys(tmp_path):
     return draw
 
 
-def test_a_replay_draws_the_same_keys_and_another_history_never_does(keys):
-    """The second ledger is what a workdir that was put back to its start, and then ran on another mesh, would write."""
+def test_an_entry_has_keys_of_its_own_and_another_history_never_draws_them(keys):
+    """The second ledger is what a workdir that was put back to its start would write."""
     first = keys("first", "one")
     assert np.array_equal(first, keys("first"))
     assert not np.isin(first, keys("second", "two")).any()
@@ -45,17 +45,19 @@ def test_a_seeds_keys_depend_on_nothing_else(keys):
 def job(tmp_path):
     """`job(mechanisms, **flags)`: a run of four rounds that nothing was charged for yet."""
 
-    def make(mechanisms=MECHANISMS, **changes):
+    def make(mechanisms=MECHANISMS, data=b"d" * 32, base=b"b" * 32, **changes):
         config = flags.RunConfig(
             **{"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
             | changes
         )
         local = types.SimpleNamespace(bits=None)
         prepared = types.SimpleNamespace(
-            causes={"data": b"d" * 32, "code": b"c" * 32}, mechanisms=mechanisms, facts={"release": "for release"},
+            inputs={"data": data, "base": base}, mechanisms=mechanisms, facts={"release": "for release"},
             federation=types.SimpleNamespace(local=local),
         )  # fmt: skip
         ledger = Ledger(tmp_path / "charged.jsonl")
+        if not ledger.begun:
+            (tmp_path / "config.json").write_text('{"federation": {"features": [1]}}')
         return types.SimpleNamespace(
             secrets=[b"s" * 32], paid=None, ledger=ledger, config=config, prepared=prepared, folder=tmp_path
         )
@@ -63,20 +65,29 @@ def job(tmp_path):
     return make
 
 
-def test_a_lost_dispatch_is_replayed_only_from_the_very_state_that_it_began_with(job):
-    state = {"adapter": np.zeros(3, np.float32)}
-    assert dispatch.charge(job(), 0, state) == ((1, 3), 0)
-    assert dispatch.charge(job(), 0, state) == ((1, 3), 0)
+def test_a_lost_dispatch_stays_paid_for_and_draws_new_keys_whatever_is_the_same(job, capsys):
+    keys = []
+    for attempt in range(2):
+        begun = job()
+        assert dispatch.charge(begun, 0) == ((1, 3), attempt)
+        assert begun.ledger.charged_rounds() == 2 * (attempt + 1)
+        keys.append(dispatch.round_keys(begun, (1, 3), attempt)["noise"])
+    assert not np.isin(*keys).any()
+    assert "rounds 1 to 2 were lost: they stay paid for, and new noise is drawn" in capsys.readouterr().err
+    assert dispatch.charge(job(), 0) is None  # four rounds are paid for: the budget is at its end
+
+
+def test_with_a_seed_a_lost_dispatch_is_run_again_as_it_was(job):
+    for _ in range(2):
+        assert dispatch.charge(job(seed=1), 0) == ((1, 3), 0)
     assert job().ledger.charged_rounds() == 2
-    assert dispatch.charge(job(), 0, {"adapter": np.full(3, 0.5, np.float32)}) == ((1, 3), 1)
-    assert job().ledger.charged_rounds() == 4
 
 
 def test_the_same_charge_in_another_history_has_other_keys(job, tmp_path):
-    state, seen = {"adapter": np.zeros(3, np.float32)}, []
+    seen = []
     for _ in range(2):
         begun = job()
-        dispatch.charge(begun, 0, state)
+        dispatch.charge(begun, 0)
         seen.append(dispatch.round_keys(begun, (1, 3), 0)["noise"])
         for path in tmp_path.iterdir():  # as a disk that is put back to its state before
             path.unlink()
@@ -86,12 +97,31 @@ def test_the_same_charge_in_another_history_has_other_keys(job, tmp_path):
 def test_no_round_begins_that_would_take_a_client_past_its_epsilon(job):
     loud = job([Mechanism(100, 0.2, 35, 0.3)])
     with pytest.raises(InputError, match=r"rounds 1 to 2 would take a client to epsilon .* past 8;"):
-        dispatch.charge(loud, 0, {})
+        dispatch.charge(loud, 0)
     assert loud.ledger.entries == []
 
 
 def test_other_noise_than_the_ledgers_is_refused(job):
-    dispatch.charge(job(), 0, {})
+    dispatch.charge(job(), 0)
     dispatch.check_past(job())
     with pytest.raises(InputError, match="other sampling or noise than the ledger"):
         dispatch.check_past(job([Mechanism(100, 0.2, 35, 1.0)]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"), [({"data": b"e" * 32}, "the records"), ({"base": b"e" * 32}, "the base model")]
+)
+def test_other_records_or_another_base_than_the_ledgers_are_refused(job, inputs, words):
+    dispatch.charge(job(), 0)
+    with pytest.raises(InputError, match=rf"{words} .* began with"):
+        dispatch.check_past(job(**inputs))
+
+
+def test_another_config_json_than_the_one_that_was_charged_by_is_refused(job, tmp_path):
+    """Whatever it says: what a restart takes from there, the features' centre say, no later edit may change."""
+    dispatch.charge(job(), 0)
+    (tmp_path / "config.json").write_text('{ "federation":\n {"features": [1]}}\n')  # laid out another way
+    dispatch.check_past(job())
+    (tmp_path / "config.json").write_text('{"federation": {"features": [2]}}')
+    with pytest.raises(InputError, match=r"config\.json is not the one that the ledger was charged by"):
+        dispatch.check_past(job())

@@ -12,7 +12,7 @@ import safetensors.numpy
 from conftest import GOLDEN
 
 from dplora_jax import lora, models, peft
-from experiments import export, flags, setup, summary, workdir
+from experiments import export, flags, model_card, setup, summary, workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -149,6 +149,20 @@ def test_the_base_as_a_classifier_takes_as_many_labels_as_the_adapters_head(tmp_
     batch = exported.inputs_of("llama") | {"attention_mask": np.ones((3, 13), np.int32)}
     np.testing.assert_allclose(logits_of(read, merged, batch), logits_of(model, params, batch, tree), atol=2e-5)
     assert read.config.num_labels == 2
+
+
+def test_the_adapters_head_and_labels_count_whatever_head_the_base_has(tmp_path, recwarn):
+    base, adapter, out = GOLDEN / "bert_tiny_classifier", tmp_path / "adapter", tmp_path / "out"  # of three labels
+    model, params = models.from_pretrained(base, label_names=("good", "bad"))
+    tree = exported.draw(0, model, params, lora.LoraConfig(2, 4))
+    peft.save(adapter, model, tree, lora.LoraConfig(2, 4))
+    (adapter / "README.md").write_text(model_card.of_adapter(model, "the end", ("good", "bad")))
+    recwarn.clear()
+    assert export.main([f"--model={base}", f"--adapter={adapter}", f"--out={out}"]) == 0
+    assert not recwarn.list
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "good", "1": "bad"}
+    _, merged = models.from_pretrained(out)
+    np.testing.assert_array_equal(merged["head"]["kernel"], tree["head"]["kernel"])
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys):

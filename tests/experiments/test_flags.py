@@ -4,7 +4,7 @@ import pytest
 
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
-from experiments import flags
+from experiments import flagfiles, flags
 
 
 def test_flagfile_is_read_and_later_flags_win():
@@ -90,7 +90,7 @@ def test_processes_need_no_number_where_the_cluster_gives_it():
     assert flags.parse(["--epsilon=8", "--coordinator=auto"]).process is None
 
 
-PAPER = sorted(path.name for path in (flags.SHIPPED / "flagfiles").glob("paper_*.flags"))
+PAPER = sorted(path.name for path in (flagfiles.SHIPPED / "flagfiles").glob("paper_*.flags"))
 
 
 def test_there_is_a_federation_of_the_papers_for_each_model_and_domain_that_it_can_have():

@@ -27,9 +27,9 @@ def test_show_tells_every_dispatch_and_every_clients_epsilon(workdir, capsys, mo
     code, out, _ = run(capsys, "show", workdir)
     assert code == 0
     for words in (
-        "1 to 2 │ 0 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ committed │ │",
-        "3 to 4 │ 0 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ lost, paid for │ │",
-        "3 to 4 │ 1 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ committed │ mesh │",
+        "1 to 2 │ 0 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ committed │",
+        "3 to 4 │ 0 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ lost, paid for │",
+        "3 to 4 │ 1 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ committed │",
         "run finished; 6 entries: 3 dispatches begun, 2 committed; 6 rounds charged",
         "the chain holds against privacy_ledger.head and checkpoint 2 and checkpoint 4",
         "seals fit the run's secrets",

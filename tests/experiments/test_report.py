@@ -8,6 +8,7 @@ import sys
 import pytest
 from report_pages import SCORES, config, metrics, page
 
+from dplora_jax.errors import InputError
 from experiments import report
 
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=y>'
@@ -72,6 +73,23 @@ def test_many_clients_are_summarised(tmp_path):
         assert f'<th scope="row">{title}</th><td>{records}</td>' in text
 
 
+def test_the_bases_files_are_told_by_their_digests(tmp_path):
+    told = config()
+    told["federation"]["base_files"] = {"model.safetensors": "53aa" * 16}
+    assert ">SHA-256 of the base&#x27;s model.safetensors</th><td>" + "53aa" * 16 in page(
+        tmp_path, told, metrics(**SCORES)
+    )
+    assert f"- SHA-256 of the base's model.safetensors: {'53aa' * 16}\n" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_document_of_absurd_depth_is_one_sentence(tmp_path, name):
+    page(tmp_path, config(), metrics(**SCORES))
+    (tmp_path / name).write_text('{"a":' * 100_000 + "}")
+    with pytest.raises(InputError, match=name):
+        report.write(tmp_path)
+
+
 def test_escapes_whatever_the_files_say(tmp_path):
     told = config(model=HOSTILE, dataset=HOSTILE, targets=HOSTILE, **{HOSTILE: HOSTILE})
     told["federation"]["data"]["description"] = HOSTILE
@@ -79,7 +97,7 @@ def test_escapes_whatever_the_files_say(tmp_path):
         told["federation"][name] = [HOSTILE]
     for name in ("release", "command", "accounting"):
         told["federation"][name] = HOSTILE
-    told["federation"]["environment"] = {HOSTILE: HOSTILE}
+    told["federation"]["environment"] = told["federation"]["base_files"] = {HOSTILE: HOSTILE}
     told["federation"]["clients"][0]["records"] = HOSTILE
     text = page(tmp_path, told, metrics(**SCORES, **{HOSTILE: (0.1, 0.2, 0.3)}))
     assert "<script" not in text
@@ -167,6 +185,15 @@ def test_perplexity_takes_the_place_of_accuracy(tmp_path):
     text = page(tmp_path, config(), metrics(perplexity=(51.0, 30.0, 21.54)))
     assert tile(text, "test perplexity") == "21.54"
     assert "accuracy" not in text
+
+
+def test_a_metric_that_is_not_finite_is_shown_as_what_it_is(tmp_path):
+    """`files.plain` writes "nan", an earlier version wrote NaN; neither may look like a round that was not evaluated."""
+    for last in ("nan", float("nan"), "inf"):
+        scores = {"accuracy": (0.311, 0.652, last), "perplexity": (30.0, "inf", last)}
+        text = page(tmp_path, config(), metrics(**scores))
+        assert f'<div class="value">{last}</div>' in text
+        assert f"| {last} |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_line_being_written_is_left_out(tmp_path):

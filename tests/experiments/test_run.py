@@ -6,10 +6,10 @@ import stat
 
 import numpy as np
 import pytest
-from small_runs import adapter_of, arguments, lines_of
+from small_runs import adapter_of, arguments, lines_of, strict_json_files
 
 import experiments.report
-from dplora_jax import checkpoint
+from dplora_jax import checkpoint, models
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, rebuild
 from experiments import ledger, progress, run, setup
@@ -36,6 +36,7 @@ def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert config["rank"] == 2
     assert config["epsilon"] == 8
+    assert config["federation"]["base_files"] == models.file_digests(config["model"])
     assert (folder / "report.html").exists()
     assert set(adapter_of(folder)) >= {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
     assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
@@ -100,12 +101,21 @@ def test_frozen_layers_may_run_once_a_record_or_at_each_step(command, tmp_path):
 
 
 def test_trust_none_says_so_and_costs_infinity(command, tmp_path, capsys):
-    assert run.main([*command, "--epsilon=inf"]) == 0
+    assert run.main([*command, "--epsilon=inf", "--clip_norm=inf", "--private_diagnostics"]) == 0
     assert "NO PRIVACY" in capsys.readouterr().out
     assert lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["epsilon_max"] == "inf"
     for name in ("metrics.jsonl", "privacy_ledger.jsonl", "adapter/README.md"):
         assert "NO PRIVACY" in (tmp_path / "run" / name).read_text(), name
     assert "no privacy" in (tmp_path / "run" / "report.html").read_text().lower()
+    written = {
+        "config.json",
+        "metrics.jsonl",
+        "privacy_ledger.jsonl",
+        "diagnostics.jsonl",
+        "metadata",
+        "adapter_config.json",
+    }
+    assert written <= set(strict_json_files(tmp_path / "run"))  # infinite as its epsilon and its clip norm are
 
 
 def test_all_evaluation_counts_as_work_and_not_as_waiting(command, monkeypatch):

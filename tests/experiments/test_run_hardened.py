@@ -73,10 +73,10 @@ def test_an_unknown_noise_is_refused_by_the_known_ones(command):
 def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):
     config, adapter = flags.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
     assert program.bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
-    with pytest.raises(InputError, match="hundredth of --delta"):
+    with pytest.raises(InputError, match="more than the accountant sets aside"):
         program.bits(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
 
 
 def test_the_generators_distance_is_far_below_delta():
-    """The largest job that fits: a thousand rounds of 2^26 parameters at epsilon 8."""
-    assert host_noise.excess_log2(1000 * 2**26, 8) < np.log2(1e-5 * 1e-20)
+    """And below what the accountant sets aside. The largest job that fits: a thousand rounds of 2^26 parameters at epsilon 8."""
+    assert host_noise.excess_log2(1000 * 2**26, 8) < np.log2(accounting.ROUNDING * 1e-11)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import stat
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +226,7 @@ def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_
     own = ["--prompt_column=question", "--answer_column=answer", f"--test_data={tmp_path / 'held.jsonl'}"]
     more = [*own, "--benchmarks=medquad", f"--benchmarks_dir={tmp_path / 'public'}"]
     assert run.main(job(base, tmp_path / "mine", tmp_path / "copy", *more)) == 2
-    assert "--benchmarks=medquad holds every training record" in capsys.readouterr().err
+    assert "--benchmarks=medquad is refused as a public test set" in capsys.readouterr().err
     (tmp_path / "mine").rename(tmp_path / "medquad")
     more = [*own, "--benchmarks=medquad", f"--benchmarks_dir={tmp_path}"]
     assert run.main(job(base, tmp_path / "medquad", tmp_path / "same", *more)) == 2
@@ -240,7 +241,7 @@ def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_
         f"--benchmarks_dir={tmp_path / 'public'}",
     ]
     assert run.main(job(base, tmp_path / "wards", tmp_path / "folders", *more)) == 2
-    assert "--benchmarks=medquad holds every training record" in capsys.readouterr().err
+    assert "--benchmarks=medquad is refused as a public test set" in capsys.readouterr().err
     more = [*own, "--benchmarks=boolq", f"--benchmarks_dir={tmp_path / 'public'}"]
     assert run.main(job(base, tmp_path / "medquad", tmp_path / "none", *more)) == 2
     assert f"wants a folder {tmp_path / 'public' / 'boolq'}, which is not there" in capsys.readouterr().err
@@ -252,7 +253,12 @@ def test_a_test_set_with_all_records_of_a_client_is_refused(base, tmp_path, caps
     lines(tmp_path / "all" / "test.jsonl", [row for row in rows if row["ward"] == NOUNS[1]])
     own = ["--prompt_column=question", "--answer_column=answer", "--partition=column:ward", "--clients=4"]
     assert run.main(job(base, tmp_path / "all", tmp_path / "run", *own)) == 2
-    assert "the test table holds every training record of a client" in capsys.readouterr().err
+    said, reason = capsys.readouterr(), tmp_path / "run" / "private" / "refused.json"
+    assert "the test table is refused as a public test set" in said.err
+    assert str(reason) in said.err
+    assert "record of a client" not in said.out + said.err, "whoever supplied the table learns whose records it holds"
+    assert "holds every training record of a client" in json.loads(reason.read_text())["reason"]
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (reason, reason.parent)] == [0o600, 0o700]
 
 
 def test_bert_predicts_no_next_token(tiny_bert, tables, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import flags, run, setup, streaming
+from experiments import run, streaming
 
 
 def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(
@@ -30,24 +30,6 @@ def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(
         np.testing.assert_allclose(streamed[name], value, atol=1e-5)
     lines = (tmp_path / "streamed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3]
-
-
-def test_another_layout_is_another_cause_and_draws_new_keys(tiny_bert, finance_table, monkeypatch):
-    """Where records lie follows the device's memory, which no flag tells: else a lost round would run again under its own keys in
-    another program, which rounds otherwise."""
-    argv = [
-        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
-        "--max_length=8", "--clients=3", "--expected_batch_size=8", "--noise_multiplier=1", "--delta=1e-3", "--eval_every=0",
-        "--mesh=1x1",
-    ]  # fmt: skip
-    found = []
-    for wanted in (False, True):
-        monkeypatch.setattr(streaming, "wanted", lambda *_, wanted=wanted: wanted)
-        prepared = setup.prepare(flags.parse(argv))
-        assert (prepared.stream is not None) == wanted
-        assert prepared.federation.local.pool > 0
-        found.append(prepared.causes)
-    assert [name for name in found[0] if found[0][name] != found[1][name]] == ["config"]
 
 
 def test_the_next_item_is_made_while_the_caller_works_and_no_further():

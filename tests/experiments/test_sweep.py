@@ -188,6 +188,15 @@ def test_a_case_without_a_budget_stands_at_every_budget(tmp_path):
     assert sweep_report.body(lines + deltas).count("<table>") == 2
 
 
+def test_a_cell_without_a_finite_metric_stands_in_the_table_and_is_no_best(tmp_path):
+    found = [("nan", 1), (0.5, 2), (0.7, 3)]
+    lines = [{"case": "one", "seed": seed, "config": "a", "metrics": {"accuracy": value}} for value, seed in found]
+    assert "| one | nan ± nan |" in sweep_report.markdown(lines)
+    assert sweep_report.spread([float("inf"), 1.0]) == "inf ± nan"
+    assert sweep._better({"accuracy": float("nan")}) < sweep._better({"accuracy": 0.0})
+    assert sweep._better({"perplexity": float("nan")}) < sweep._better({"perplexity": 1e9})
+
+
 def test_values_stand_in_their_order_whenever_they_were_run():
     line = {"case": "A", "seed": 1, "metrics": {"accuracy": 0.5}}
     lines = [line | {"rank": rank, "epsilon": e} for rank in ("4", "2") for e in ("8", "inf", "2", "any", "10")]

@@ -10,7 +10,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, secrets, size_classes
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import flags, program, run, trust_modes
+from experiments import accounted, flags, run, trust_modes
 
 SIZES = (400, 60, 900)
 DISTRIBUTED = ["--trust=distributed", "--clients=3", "--rounds=10", "--epsilon=4"]
@@ -18,7 +18,7 @@ CLIENT = ["--trust=client", "--clients=30", "--client_rate=0.3", "--rounds=10", 
 
 
 def mechanisms(config, sizes=SIZES, stored=None):
-    return trust_modes.settled(config, program.mechanisms(config, sizes, stored))
+    return accounted.kept(stored, sizes) if stored else accounted.mechanisms(config, sizes)
 
 
 def test_distributed_noise_is_one_for_all_and_the_client_that_needs_most_spends_its_budget():

@@ -12,8 +12,7 @@ import pytest
 import small
 from test_round_noise import chi_square_bounds
 
-from dplora_jax.federation import aggregation
-from dplora_jax.privacy import noise
+from dplora_jax.privacy import clipping, noise
 
 TOTAL = small.Setup(local_steps=1, trust="distributed")
 TRUSTED = small.Setup(trust="client")
@@ -192,6 +191,6 @@ def test_without_a_transcript_no_upload_leaves_the_program(setup):
 
 def test_clipping_is_of_the_whole_update_over_all_its_leaves():
     uploads = {"a": np.array([[3.0], [0.3], [np.nan], [0.0]]), "b": np.array([[4.0], [0.4], [1.0], [0.0]])}
-    clipped = aggregation.clip_each(uploads, 1.0)
+    clipped = clipping.clip_each(uploads, 1.0)
     np.testing.assert_allclose(clipped["a"].ravel(), [0.6, 0.3, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(clipped["b"].ravel(), [0.8, 0.4, 0, 0], rtol=1e-6)

@@ -74,6 +74,26 @@ def q4_1(block):
     return [half(block[:2]) * q + half(block[2:4]) for q in nibbles]
 
 
+def fifths(block, at):
+    """The 5-bit numbers of a block: nibbles behind four bytes of high bits at `at`."""
+    high = int.from_bytes(block[at : at + 4].tobytes(), "little")
+    nibbles = [int(q) & 15 for q in block[at + 4 :]] + [int(q) >> 4 for q in block[at + 4 :]]
+    return [q | (high >> i & 1) << 4 for i, q in enumerate(nibbles)]
+
+
+def q5_0(block):
+    return [half(block[:2]) * (q - 16) for q in fifths(block, 2)]
+
+
+def q5_1(block):
+    return [half(block[:2]) * q + half(block[2:4]) for q in fifths(block, 4)]
+
+
+def iq4_nl(block):
+    table = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    return [half(block[:2]) * table[q] for q in [int(q) & 15 for q in block[2:]] + [int(q) >> 4 for q in block[2:]]]
+
+
 def q4_k(block):
     """Eight groups of 32, each with a 6-bit scale and a 6-bit minimum, packed in 12 bytes."""
     s, quarters = [int(b) for b in block[4:16]], block[16:].reshape(4, 32)
@@ -107,13 +127,16 @@ def random_blocks(rows, kind):
     """[rows, bytes] of two valid blocks a row, each with small scales."""
     size = gguf.GGML_QUANT_SIZES[kind][1]
     blocks = RNG.integers(0, 256, (rows, 2, size), dtype=np.uint8)
-    at = slice(0, 4) if kind is Type.Q4_K else slice(208, 210)
+    at = {Type.Q4_K: slice(0, 4), Type.IQ4_NL: slice(0, 2)}.get(kind, slice(208, 210))
     count = (at.stop - at.start) // 2
     blocks[..., at] = RNG.uniform(0.01, 0.1, (rows, 2, count)).astype(np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 
-PLAIN = {Type.Q8_0: q8_0, Type.Q4_0: q4_0, Type.Q4_1: q4_1, Type.Q4_K: q4_k, Type.Q6_K: q6_k}
+PLAIN = {
+    Type.Q8_0: q8_0, Type.Q4_0: q4_0, Type.Q4_1: q4_1, Type.Q5_0: q5_0, Type.Q5_1: q5_1, Type.Q4_K: q4_k, Type.Q6_K: q6_k,
+    Type.IQ4_NL: iq4_nl,
+}  # fmt: skip
 
 
 # The tokenizers: all bytes in GPT-2's spelling, three merges of digits, a word that no merge makes, special tokens; and a

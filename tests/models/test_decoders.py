@@ -14,7 +14,7 @@ from conftest import GOLDEN
 
 from dplora_jax import lora, models
 from dplora_jax.errors import InputError
-from dplora_jax.models import layers, llama, pretrained
+from dplora_jax.models import layers, llama, parameters, pretrained
 from dplora_jax.models.chatglm import Glm
 from dplora_jax.models.chatglm2 import Glm2
 from dplora_jax.models.decoder import Decoder
@@ -197,7 +197,7 @@ def test_chatglm_positions_by_hand(ids, positions, block):
 @goldens
 def test_every_tensor_is_read_whatever_the_size_of_the_pieces(name, monkeypatch):
     model, params = load(name)[:2]
-    monkeypatch.setattr(pretrained, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(parameters, "CHUNK_BYTES", 1000)
     jax.tree.map(np.testing.assert_array_equal, models.from_pretrained(GOLDEN / name)[1], params)
     files = [safetensors.numpy.load_file(path) for path in (GOLDEN / name).glob("*.safetensors")]
     held = sum(tensor.size for file in files for key, tensor in file.items() if not key.endswith("inv_freq"))
@@ -273,7 +273,7 @@ def refusal(tmp_path, name, changes=(), **options):
         (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads=3"),
         ("variants/qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
         (LLAMA, {"num_key_value_heads": "2"}, "num_key_value_heads='2'"),
-        (LLAMA, {"rope_parameters": [1]}, "rope scaling [1]"),
+        (LLAMA, {"rope_parameters": [1]}, "rope_parameters=[1]"),
         (LLAMA, {"rope_parameters": None, "rope_theta": "1e4"}, "rope_theta='1e4'"),
         (LLAMA, {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
         ("variants/qwen2", {"mlp_bias": True}, "mlp_bias=True"),

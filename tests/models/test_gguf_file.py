@@ -43,7 +43,7 @@ def refusal(call, *args):
 def test_a_quantised_tensor_is_what_its_blocks_say(tmp_path, kind):
     size = gguf.GGML_QUANT_SIZES[kind][1]
     values = normal(5, 64)
-    only_decodes = kind in (Type.Q4_K, Type.Q6_K)  # the library cannot write them
+    only_decodes = kind in (Type.Q4_K, Type.Q6_K, Type.IQ4_NL)  # the library cannot write them
     stored = random_blocks(5, kind) if only_decodes else gguf.quants.quantize(values, kind)
     expected = [[v for block in row.reshape(-1, size) for v in PLAIN[kind](block)] for row in stored]
     with gguf_file.GgufCheckpoint(write(tmp_path / "m.gguf", {"output.weight": (stored, kind)})) as checkpoint:
@@ -206,7 +206,11 @@ def test_rotary_factors_are_passed_on(tmp_path):
         ({"tensors": TENSORS | {"blk.0.attn_q_norm.weight": normal(HEAD)}}, "tensor blk.0.attn_q_norm.weight"),
         ({"tensors": TENSORS | {"blk.0.attn_norm.bias": normal(WIDTH)}}, "tensor blk.0.attn_norm.bias"),
         ({"tensors": {"output_norm.weight": normal(WIDTH)}}, "no tensor token_embd.weight"),
-        ({"tensors": {"output.weight": (np.zeros((2, 176), np.uint8), Type.Q5_K)}}, "output.weight has the type Q5_K"),
+        ({"tensors": {"output.weight": (np.zeros((2, 64), np.int8), Type.I8)}}, "output.weight has the type I8"),
+        ({"llama.attention.causal": False}, "llama.attention.causal=False is not supported, only True"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale=0.5"),
+        ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping=30.0"),
+        ({"llama.embedding_scale": 12.0}, "llama.embedding_scale=12.0"),
         ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.eos_token_id": 1}, "eos token id is 1 of 1"),
     ],
 )

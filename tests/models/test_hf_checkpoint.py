@@ -237,7 +237,14 @@ def test_the_tokenizer_and_the_licence_go_along_but_neither_weights_nor_code(tmp
     source.mkdir()
     out.mkdir()
     write_tokenizer(source)
-    for name in ("vocab.txt", "tokenizer.model", "LICENSE", "generation_config.json", "model.safetensors", "model.py"):
+    for name in (
+        "vocab.txt",
+        "tokenizer.model",
+        "LICENSE",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.model",
+    ):
         (source / name).write_text(name)
     hf_checkpoint.copy_side_files(source, out)
     kept = {
@@ -250,8 +257,24 @@ def test_the_tokenizer_and_the_licence_go_along_but_neither_weights_nor_code(tmp
     }
     assert {path.name for path in out.iterdir()} == kept
     assert (out / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+
+
+def test_of_a_models_own_code_what_config_names_goes_along_and_what_that_imports(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    named = {
+        "AutoModel": "modeling_own.Own",
+        "AutoTokenizer": ["tokenization_own.Own", None],
+        "AutoConfig": "../secret.Own",
+    }
+    (source / "config.json").write_text(json.dumps({"auto_map": named}))
+    (source / "modeling_own.py").write_text("import os\nfrom .blocks import Block\n    from .modeling_own import Own\n")
+    for name in ("blocks.py", "tokenization_own.py", "train_on_our_data.py", "os.py"):
+        (source / name).touch()
+    (tmp_path / "secret.py").touch()
     hf_checkpoint.copy_side_files(source, out, with_code=True)
-    assert (out / "model.py").exists()
+    assert {path.name for path in out.iterdir()} == {"modeling_own.py", "blocks.py", "tokenization_own.py"}
 
 
 def test_a_pad_token_that_stands_in_is_written_down(tmp_path):

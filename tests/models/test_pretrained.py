@@ -64,7 +64,7 @@ def test_shards_give_the_same_parameters(reference, tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     (shard(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors cannot be read" in refusal(tmp_path)
+    assert "model-00002-of-00002.safetensors does not exist" in refusal(tmp_path)
 
 
 def test_a_bfloat16_checkpoint_is_read(reference, tmp_path):
@@ -205,8 +205,8 @@ def sentence_modules(directory, kinds=("Transformer", "Pooling", "Normalize"), m
 
 @pytest.mark.parametrize("kinds", [("Transformer", "Pooling", "Normalize"), ("Transformer", "Pooling")])
 def test_a_sentence_models_own_pooling_is_taken(tmp_path, kinds):
-    sentence_modules(write(tmp_path), kinds)
-    model, params = models.from_pretrained(tmp_path)
+    sentence_modules(write(tmp_path, architectures=["BertModel"]), kinds)
+    model, params = models.from_pretrained(tmp_path, num_labels=3)
     assert model.config.pooling == "mean"
     assert model.config.normalize == ("Normalize" in kinds)
     assert "pooler" not in params
@@ -221,6 +221,13 @@ def test_a_checkpoint_without_pooler_is_mean_pooled(reference, tmp_path):
 
 def test_another_pooling_or_module_is_refused(tmp_path):
     sentence_modules(write(tmp_path / "max"), mode="max_tokens")
-    assert "pooling_mode_max_tokens" in refusal(tmp_path / "max")
+    assert "only mean pooling is supported, not max." in refusal(tmp_path / "max")
     sentence_modules(write(tmp_path / "dense"), kinds=("Transformer", "Pooling", "Dense"))
     assert "a Dense module" in refusal(tmp_path / "dense")
+
+
+def test_a_classifier_of_transformers_reads_its_pooler_though_a_sentence_models_files_lie_beside_it(
+    reference, tmp_path
+):
+    sentence_modules(write(tmp_path))  # fine-tuned in a sentence model's folder
+    assert_same(models.from_pretrained(tmp_path), reference)

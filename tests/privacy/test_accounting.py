@@ -200,7 +200,7 @@ def test_an_expected_batch_above_the_records_takes_all_of_them(calibrated):
 @pytest.mark.parametrize("target", [1e-7, 1e-5])
 def test_an_unreachable_budget_is_refused_in_one_sentence(target):
     with pytest.raises(InputError, match="out of reach"):
-        accounting.calibrate((20,), 64, 5000, target, 1e-12)
+        accounting.calibrate((20,), 64, 5000, target, 1e-9)
 
 
 def test_the_curve_rises_with_the_steps_and_starts_at_nothing():

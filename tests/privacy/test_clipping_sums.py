@@ -57,7 +57,7 @@ class Wide:
         return jax.lax.scan(layer, 0.0, adapter["layers"]["q"])[1][0]
 
 
-@pytest.mark.parametrize("form", ["broadcast", "bookkeeping", "ghost", "auto"])
+@pytest.mark.parametrize("form", ["broadcast", "ghost", "auto"])
 @pytest.mark.parametrize("off", [1e-3, 1e-5, 0.0])
 def test_a_record_of_tokens_that_cancel_is_cut_all_the_same(form, off):
     """Two tokens alike but for their sign, and each number the same: float32 sums of 2304 such numbers err in one direction."""
@@ -69,7 +69,7 @@ def test_a_record_of_tokens_that_cancel_is_cut_all_the_same(form, off):
     assert norm(grad) <= 1 + 1e-3
 
 
-@pytest.mark.parametrize("form", ["ghost", "bookkeeping"])
+@pytest.mark.parametrize("form", ["ghost"])
 def test_sums_by_owner_need_rows_of_their_own(form):
     with pytest.raises(ValueError, match="by owner"):
         clipped_grad_sum(toy(None), HEAD, {"x": jnp.ones((2, 3))}, 1.0, form=form, owners=(np.zeros(2), 1))

@@ -39,7 +39,7 @@ def test_other_noise_later_on_is_composed_with_the_first(path):
     ledger = Ledger(path)
     begin(ledger, (1, 4))
     other = Mechanism(100, 0.2, 35, 2.0)
-    ledger.begin((4, 6), 0, [other, MECHANISMS[1]], 2, {"code": "f0"})
+    ledger.begin((4, 6), 0, [other, MECHANISMS[1]], 2, {"data": "f0"})
     first, second = ledger.epsilons(DELTA)
     assert first == accounting.composed(((MECHANISMS[0], 6), (other, 4)), DELTA)
     assert second == expected(5)[1]
@@ -47,9 +47,9 @@ def test_other_noise_later_on_is_composed_with_the_first(path):
 
 def test_an_entry_is_open_from_begin_to_commit(path):
     ledger = Ledger(path)
-    begin(ledger, (1, 4), causes="abc")
+    begin(ledger, (1, 4), data="abc")
     entry = Ledger(path).open_entry()
-    assert (entry["rounds"], entry["attempt"], entry["causes"], entry["local_steps"]) == ([1, 4], 0, {"code": "abc"}, 2)
+    assert (entry["rounds"], entry["attempt"], entry["inputs"], entry["local_steps"]) == ([1, 4], 0, {"data": "abc"}, 2)
     assert entry["clients"][0] == {
         "kind": "truncated_poisson_gaussian", "records": 100, "sampling_rate": 0.2, "capacity": 35, "noise_multiplier": 1.1,
         "count_noise": 0.0, "bands": 1,
@@ -95,15 +95,15 @@ def test_a_mechanism_of_a_kind_that_is_not_known_is_refused(path):
     assert [ledger_module.rebuild(ledger_module.describe(m)) for m in MECHANISMS] == MECHANISMS
 
 
-def test_a_replay_is_charged_once_and_a_new_attempt_again(path):
+def test_a_lost_attempt_stays_charged_and_a_new_one_is_charged_again(path):
     begin(Ledger(path), (1, 4))
-    replay = Ledger(path)  # after a crash: the open entry is run under its own keys, with no second begin
-    assert replay.open_entry()["attempt"] == 0
-    assert replay.epsilons(DELTA) == expected(3)
-    begin(replay, (1, 4), attempt=replay.next_attempt((1, 4)), causes="f1")
-    assert replay.open_entry()["attempt"] == 1
-    assert replay.charged_rounds() == 6
-    assert replay.epsilons(DELTA) == expected(6)
+    again = Ledger(path)  # after a crash
+    assert again.open_entry()["attempt"] == 0
+    assert again.epsilons(DELTA) == expected(3)
+    begin(again, (1, 4), attempt=again.next_attempt((1, 4)))
+    assert again.open_entry()["attempt"] == 1
+    assert again.charged_rounds() == 6
+    assert again.epsilons(DELTA) == expected(6)
     assert all(twice > once for twice, once in zip(expected(6), expected(3), strict=True))
 
 

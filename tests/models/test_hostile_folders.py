@@ -1,0 +1,280 @@
+"""A model's folder made by an enemy: it reads nothing outside itself, and every damage is one sentence."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from checkpoints import CONFIG, TENSORS, write
+from conftest import GOLDEN, write_tokenizer
+
+from dplora_jax import models
+from dplora_jax.errors import InputError
+from dplora_jax.models import digests, hf_checkpoint, pretrained, safetensors_file
+from experiments import plan_models
+
+
+def refusal(call, *args):
+    """The one sentence with which `call` is refused."""
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder with private weights, beside a model's folder without any."""
+    write(tmp_path / "private")
+    write(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    return tmp_path / "private" / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["../private/model.safetensors", "{absolute}", "sub/../../private/model.safetensors"])
+def test_an_index_reads_no_weights_elsewhere(outside, tmp_path, name):
+    named = name.format(absolute=outside)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(TENSORS, named)})
+    )
+    for call in (models.from_pretrained, models.file_digests):
+        assert "only a plain name" in refusal(call, tmp_path / "model")
+
+
+def test_a_link_reads_no_weights_elsewhere(outside, tmp_path):
+    (tmp_path / "model" / "model.safetensors").symlink_to(outside)
+    for call in (models.from_pretrained, models.file_digests):
+        assert "is a link" in refusal(call, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "model.safetensors.index.json"])
+def test_a_link_reads_no_document_elsewhere(tmp_path, name):
+    folder = write(tmp_path / "model")
+    (tmp_path / "private.json").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../private.json")
+    assert "is a link" in refusal(models.from_pretrained, folder)
+
+
+def test_a_plan_reads_nothing_elsewhere(tmp_path):
+    folder = write(tmp_path / "model")
+    (tmp_path / "private.json").write_text('{"model_type": "bert"}')
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("../private.json")
+    assert "is a link" in refusal(plan_models.default_task, folder)
+
+
+def modules(directory, *listed):
+    (directory / "modules.json").write_text(json.dumps(listed))
+    return directory
+
+
+@pytest.mark.parametrize("path", ["../private", "{absolute}", "linked", "", ".", None, 5, "1_Pooling\n"])
+def test_a_sentence_models_module_lies_in_its_folder(tmp_path, path):
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    folder = write(tmp_path / "model")
+    (folder / "linked").symlink_to(private)
+    path = path.format(absolute=private) if isinstance(path, str) else path
+    refusal(pretrained.sentence_pooling, modules(folder, {"type": "a.Pooling", "path": path}))
+
+
+@pytest.mark.parametrize("module", [{}, [], 5, {"type": 5}, {"type": None, "path": "1_Pooling"}, {"type": "a.Pooling"}])
+def test_a_module_of_another_kind_is_one_sentence(tmp_path, module):
+    refusal(pretrained.sentence_pooling, modules(tmp_path, module))
+
+
+@pytest.mark.parametrize("placed", [None, [], 5, "x", {}, {"a": 5}, {"a": ["b"]}, {"a": None}])
+def test_a_weight_map_of_another_kind_is_one_sentence(tmp_path, placed):
+    path = write(tmp_path) / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": placed}))
+    assert "weight_map must name" in refusal(safetensors_file.weight_files, tmp_path)
+
+
+WRONG = (5, "x", [], {}, [1], {"a": 1}, True, -1, 0.5, math.nan, math.inf, 10**400, 2**31, [None], {"factor": 10**400})
+
+
+@pytest.mark.parametrize(
+    "family", ["bert_tiny_classifier", "gpt2_tiny", "variants/qwen2", "chatglm_tiny", "chatglm2_tiny"]
+)
+def test_a_value_of_another_kind_is_one_sentence_or_harmless(family):
+    with safetensors_file.SafetensorsCheckpoint(GOLDEN / family) as checkpoint:
+        hf, refused = json.loads((GOLDEN / family / "config.json").read_text()), 0
+        for name in hf:
+            for value in WRONG:
+                try:
+                    document = hf | {name: value}
+                    pretrained.check_kinds(document)
+                    pretrained.build(document, checkpoint, None, np.float32)
+                except InputError:
+                    refused += 1
+    assert refused > len(WRONG)
+
+
+@pytest.mark.parametrize("value", [5, "BertForSequenceClassification", [5], [["a"]], {"a": 1}])
+def test_a_config_is_checked_before_any_of_it_is_used(tmp_path, value):
+    assert "architectures" in refusal(models.from_pretrained, write(tmp_path, architectures=value))
+    assert "id2label" in refusal(models.from_pretrained, write(tmp_path, id2label=[value]))
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size"])
+def test_no_memory_is_taken_for_what_config_alone_says_is_there(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(pretrained, "_aligned_empty", None)
+    assert "tensor" in refusal(models.from_pretrained, write(tmp_path, **{name: 12 * 2**18, "num_attention_heads": 12}))
+
+
+def test_a_number_of_layers_is_one_sentence_where_it_lacks(tmp_path):
+    for value in (None, "x", 2**40):
+        assert "num_hidden_layers" in refusal(pretrained.depth, write(tmp_path, num_hidden_layers=value, n_layer=None))
+
+
+def header(text):
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2**63), header(b"[" * 100_000), header(b'{"a":' * 100_000),
+     header(b"\xff"),
+     header(b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 4], "data_offsets": [0, 0]}}'), header(b'{"a": 5}')],
+)  # fmt: skip
+def test_a_hostile_header_of_weights_is_one_sentence(tmp_path, content):
+    (write(tmp_path) / "model.safetensors").write_bytes(content)
+    refusal(models.from_pretrained, tmp_path)
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path):
+    import os
+
+    (write(tmp_path) / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "is not a file" in refusal(models.from_pretrained, tmp_path)
+
+
+SECRETS = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nhunter2\n"
+
+
+@pytest.fixture
+def secret_vocabulary(tmp_path):
+    (tmp_path / "id_rsa").write_text(SECRETS)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder, tmp_path / "id_rsa"
+
+
+@pytest.mark.parametrize("settings", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("option", ["vocab", "vocab_file", "tokenizer_file", "gguf_file", "name_or_path"])
+def test_a_tokenizers_settings_name_no_file(secret_vocabulary, settings, option):
+    folder, secret = secret_vocabulary
+    said = {"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    (folder / settings).write_text(json.dumps(said | {option: str(secret)}))
+    assert "holds no tokenizer" in refusal(models.load_tokenizer, folder)
+
+
+def test_a_tokenizers_class_gets_no_arguments_from_its_settings(secret_vocabulary):
+    folder, secret = secret_vocabulary
+    said = {
+        "tokenizer_class": "BertTokenizer",
+        "init_inputs": [str(secret)],
+        "fast_tokenizer_files": ["tokenizer.../../id_rsa"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    assert "holds no tokenizer" in refusal(models.load_tokenizer, folder)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json"])
+def test_a_tokenizers_file_is_no_link(secret_vocabulary, name):
+    folder, secret = secret_vocabulary
+    write_tokenizer(folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    assert "is a link" in refusal(models.load_tokenizer, folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"[]", b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_a_tokenizers_malformed_document_is_one_sentence(tmp_path, name, content):
+    (tmp_path / "config.json").write_text("{}")
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    assert name in refusal(models.load_tokenizer, tmp_path)
+
+
+def test_an_export_copies_no_file_that_it_does_not_know(tmp_path):
+    source, out = write(tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(source)
+    for name in (
+        "tokenizer_notes",
+        "vocab.private",
+        "customers.model",
+        "LICENSE_KEY",
+        "chat_template_log",
+        "NOTICE.key",
+    ):
+        (source / name).write_text("TOP SECRET")
+    hf_checkpoint.copy_side_files(source, out)
+    assert {path.name for path in out.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "generation_config.json"])
+def test_an_export_copies_nothing_from_elsewhere(tmp_path, name):
+    source, out = write(tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "id_rsa").write_text("TOP SECRET")
+    (source / name).symlink_to("../id_rsa")
+    assert "is a link" in refusal(hf_checkpoint.copy_side_files, source, out)
+    assert not list(out.iterdir())
+
+
+def test_the_files_of_a_model_are_told_by_their_digests(tmp_path):
+    folder = write(tmp_path / "model")
+    write_tokenizer(folder)
+    (folder / "README.md").write_text("decides nothing")
+    found = models.file_digests(folder)
+    assert set(found) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    safetensors.numpy.save_file(TENSORS | {"classifier.bias": np.ones(3, np.float32)}, folder / "model.safetensors")
+    changed = models.file_digests(folder)
+    assert {name for name in found if found[name] != changed[name]} == {"model.safetensors"}
+    for call in (models.file_digests, models.from_pretrained):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        refusal(call, folder)
+
+
+def test_a_packages_model_that_is_another_is_warned_of_with_both_digests(tmp_path, monkeypatch, recwarn):
+    package = tmp_path / "bank_bert_carrier"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    folder = write(package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(pretrained.PACKAGES, "bank", ("bank_bert_carrier", "model"))
+    (found,) = {models.file_digests(folder)["model.safetensors"]}
+    monkeypatch.setitem(digests.PINNED, "bank", {"model.safetensors": found})
+    assert pretrained.locate("bank") == folder
+    assert not recwarn.list
+    monkeypatch.setitem(digests.PINNED, "bank", {"model.safetensors": "0" * 64, "tokenizer.json": "1" * 64})
+    assert pretrained.locate("bank") == folder
+    weights, tokenizer = (str(warning.message) for warning in recwarn.list)
+    assert str(folder / "model.safetensors") in weights
+    assert found in weights
+    assert "0" * 64 in weights
+    assert "tokenizer.json" in tokenizer
+    assert "no such file" in tokenizer
+
+
+@pytest.mark.parametrize("name", digests.PINNED)
+def test_what_an_installed_package_carries_is_what_is_pinned(name, recwarn):
+    import importlib.util
+
+    if importlib.util.find_spec(pretrained.PACKAGES[name][0]) is None:
+        pytest.skip("not installed")
+    place = pretrained.locate(name)
+    assert not recwarn.list
+    assert digests.PINNED[name].items() <= models.file_digests(place).items()
