@@ -19,6 +19,10 @@ NEIGHBOURS = privacy_accountant.NeighboringRelation.REPLACE_SPECIAL
 GRID = 1e-3  # of the privacy losses that are reported
 CAPACITY_COST = 1e-3  # the share of epsilon that a batch's fixed capacity may cost
 NOISE_RANGE = (0.05, 1e4)
+MOST_NOISE = 1e9  # of a multiplier that is flagged or kept in a ledger
+MOST_STEPS = 10**6  # of a client in all rounds
+# Of a step's losses, and of the composed ones by `_coarser`'s measure: a second's work, and some hundred megabytes.
+MOST_POINTS = (10**5, 4 * 10**8)
 # Between these, float32 squares gradients around a clip norm without underflow: a norm that reads 0 would clip nothing.
 CLIP_NORMS = (1e-6, 1e6)
 
@@ -94,7 +98,16 @@ def _after(mechanism, events, delta, grid):
     """epsilon after so many sampled Gaussian events: clients of one mechanism share what was reckoned for any of them."""
     if not events or mechanism.noise_multiplier == 0:
         return math.inf if events else 0.0
+    grid = _coarser(mechanism, events, grid)
     return float(step_loss(mechanism, grid).self_compose(events).get_epsilon_for_delta(delta))
+
+
+def _coarser(mechanism, events, grid):
+    """`grid`, or a coarser one where so many events of so little noise would need more than MOST_POINTS: an upper bound still."""
+    if events > 4 * MOST_STEPS:  # repeated attempts included
+        raise InputError(f"{events} steps are more than the accountant composes: at most {4 * MOST_STEPS}.")
+    mu = 1 / mechanism.accounted_noise  # a record that displaces another moves the sum by twice that
+    return max(grid, (4 * mu**2 + 40 * mu) / MOST_POINTS[0], events * 20 * mu / MOST_POINTS[1])
 
 
 @functools.cache
@@ -104,7 +117,9 @@ def composed(parts, delta, grid=GRID):
         return epsilon(*parts[0], delta, grid)
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in parts):
         return math.inf
-    losses = [step_loss(mechanism, grid).self_compose(mechanism.charged(steps)) for mechanism, steps in parts]
+    events = [(mechanism, mechanism.charged(steps)) for mechanism, steps in parts if steps]
+    grid = max(_coarser(*part, grid) for part in events)
+    losses = [step_loss(mechanism, grid).self_compose(count) for mechanism, count in events]
     return float(functools.reduce(lambda x, y: x.compose(y), losses).get_epsilon_for_delta(delta))
 
 
@@ -265,9 +280,9 @@ def _least_capacity(size, rate, cost, spread):
     limit = cost(size) * (1 + CAPACITY_COST)
     fits = functools.cache(lambda capacity: capacity >= size or cost(capacity) <= limit)
     capacity = min(size, math.ceil(mean + (spread or 5.5) * deviation))
-    while not fits(capacity):
-        capacity += 1
     stride = max(1, round(deviation / 2))
+    while not fits(capacity):
+        capacity += stride
     while stride:
         while capacity - stride > mean and fits(capacity - stride):
             capacity -= stride
