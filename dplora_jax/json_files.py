@@ -121,7 +121,7 @@ def list_of(check, most=MOST_PARTS, least=0):
 
     def checked(value):
         if type(value) is not list or not least <= len(value) <= most:
-            raise Unfit(f"is no list of {least} to {most}")
+            raise Unfit(f"is no list of {least}{f' to {most}' if most > least else ''}")
         try:
             return [check(item) for item in value]
         except Unfit as error:
