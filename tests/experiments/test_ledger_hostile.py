@@ -1,5 +1,6 @@
 """Whatever stands in a workdir's files, `verify` and `show` end with a verdict or with one sentence."""
 
+import copy
 import json
 import os
 import shutil
@@ -24,13 +25,24 @@ def pristine(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_made_durable(monkeypatch):
+    """Forging takes no durability, and most of a test's time otherwise."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
 def workdir(pristine, tmp_path):
     return shutil.copytree(pristine, tmp_path / "hostile")
 
 
+def _hangs(*_):
+    raise AssertionError(f"no verdict in {BOUND} seconds")
+
+
 def verdict(capsys, command, workdir):
     """The exit code, and that it says one sentence where that is 2; SIGALRM ends what never ends."""
+    signal.signal(signal.SIGALRM, _hangs)
     signal.alarm(BOUND)
     try:
         code, out, err = run(capsys, command, workdir)
@@ -85,6 +97,20 @@ def test_any_value_in_any_field_is_a_verdict_or_one_sentence(pristine, tmp_path_
 def lasting(entry):
     """An entry without what a chain writes itself."""
     return {k: v for k, v in entry.items() if k not in ("previous", "seal")} if isinstance(entry, dict) else {}
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])  # a begin, a commit and the end
+def test_each_field_of_an_entry_is_of_its_type(workdir, capsys, number):
+    path = workdir / "privacy_ledger.jsonl"
+    kept = [lasting(json.loads(line)) for line in path.read_text().splitlines()]
+    names = {place[-1]: place for place in places(kept[number]) if place[-1] != "code"}
+    for name, place in names.items():
+        for value in ([[1]], {"a": {"b": []}}, "x" * 300, 10**400, -1):
+            entries = copy.deepcopy(kept)
+            put(entries[number], place, value)
+            rest = iter(entries)
+            reforge(workdir, lambda _, rest=rest: next(rest))
+            assert "line" in verdict(capsys, "verify", workdir)[1], (name, value)
 
 
 @pytest.mark.parametrize("name", ["privacy_ledger.jsonl", "privacy_ledger.head", "config.json", "metrics.jsonl"])
