@@ -1,14 +1,16 @@
 """What a run needs to go on after it was killed: the state of the rounds and the lines it has shown, saved by orbax."""
 
-import json
 import logging
 import os
 import pathlib
+import re
 
-from dplora_jax import errors
+from dplora_jax import errors, json_files
 from dplora_jax.errors import InputError
 from dplora_jax.files import plain
-from dplora_jax.privacy import secrets
+from dplora_jax.privacy import chain, secrets
+
+NOTES = json_files.record({"ledger": chain.ANCHOR}, rest=json_files.anything)
 
 
 def anchors(directory):
@@ -17,16 +19,12 @@ def anchors(directory):
     Read from the notes, which orbax keeps as plain JSON and which become visible in one step with the rest; needs no JAX.
     """
     found = []
-    folders = [
-        path for path in pathlib.Path(directory).glob("[0-9]*") if path.name.isdigit()
-    ]  # others are being written
+    whole = re.compile("[0-9]{1,9}")  # others are being written
+    folders = [path for path in pathlib.Path(directory).glob("[0-9]*") if whole.fullmatch(path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name)):
         try:
-            anchor = json.loads((folder / "notes" / "metadata").read_bytes())["ledger"]
-            anchor["entries"], anchor["head"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            if lost := errors.storage(error):
-                raise lost from None
+            anchor = json_files.load(folder / "notes" / "metadata", NOTES)["ledger"]
+        except (FileNotFoundError, json_files.Unfit):
             # A running program keeps two and has just removed it, or was killed while it removed it: a newer one is whole.
             if not folder.exists() or int(folder.name) < max(int(path.name) for path in folders):
                 continue

@@ -8,11 +8,10 @@ import os
 import pathlib
 import re
 
+from dplora_jax import json_files
 from dplora_jax.errors import InputError
 
 MOST_BYTES = 64 << 20  # of a file that is read whole: the largest tokenizer.json in use has half of it
-MOST_CONTAINERS = 2**21  # lists and objects in a JSON file
-DEEPEST = 64
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # what the hub's cache calls a file's bytes
 
 
@@ -86,28 +85,13 @@ def read_json(path, kind=dict):
 
 def parse_json(content, path, kind=dict):
     """The JSON in the bytes `content` of `path`, which is named in the errors; InputError as of `read_json`."""
-    if content.count(b"[") + content.count(b"{") > MOST_CONTAINERS:
-        raise InputError(f"{path} is not valid JSON for this program (it holds more than {MOST_CONTAINERS} lists).")
     try:
-        document = json.loads(content.decode("utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:  # no UTF-8, no JSON, a number of 5,000 digits, absurd depth
-        raise InputError(f"{path} is not valid JSON ({error}).") from None
+        document = json_files.parse(content, json_files.anything, MOST_BYTES)
+    except json_files.Unfit as error:
+        raise InputError(f"{path} is not valid JSON for this program: {error}.") from None
     if not isinstance(document, kind):
         raise InputError(f"{path} holds a JSON {type(document).__name__}, not a {kind.__name__}.")
-    level = [document]
-    for _ in range(DEEPEST):
-        level = [item for one in level for item in _items(one) if isinstance(item, dict | list)]
-        if not level:
-            return document
-    raise InputError(f"{path} is not valid JSON for this program (it is nested more than {DEEPEST} deep).")
-
-
-def _items(container):
-    return container.values() if isinstance(container, dict) else container
+    return document
 
 
 def sha256(path):
@@ -121,15 +105,6 @@ def sha256(path):
 
 
 _DIGESTS = {}
-
-
-def read_if_there(path):
-    """The bytes of the file at `path`, or None where there is none. Never `path.exists()` first: to some versions of Python a
-    file in a folder that was lost, or may not be read, is as none, and a ledger or a secret would be begun anew."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def plain(value):

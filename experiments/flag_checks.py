@@ -3,14 +3,17 @@
 `config` is a `flags.RunConfig` as given.
 """
 
+import dataclasses
 import math
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting
+from dplora_jax.privacy.accounting import MOST_NOISE, MOST_STEPS
 from experiments import aggregation_checks
 
 # The flags of one trust mode alone, and what they are when not given.
 DISTRIBUTED = {"survivors": lambda config: config.clients, "colluding": lambda _: 1}
+MOST_PLACES = 5 * 10**7  # of the schedule of who is in which round
 CLIENT = {"client_rate": lambda _: 1.0}
 
 
@@ -20,6 +23,13 @@ def parties(config, trust):
     given = {name: getattr(config, name) for name in own}
     settled = {name: default(config) if given[name] is None else given[name] for name, default in own.items()}
     return settled | ({"dropout": config.dropout or 0.0} if trust == "distributed" else {})
+
+
+def settled(config, trust):
+    """`config` with what follows from its flags for those that are not given."""
+    head_lr = config.client_lr if config.head_lr is None else config.head_lr
+    bands = (config.bands or config.local_steps) if config.noise == "banded" else None
+    return dataclasses.replace(config, **parties(config, trust), bands=bands, head_lr=head_lr)
 
 
 def refuse(config, trust, budget, sigma):
@@ -94,8 +104,8 @@ def _ranges(config, trust, budget, sigma):
         f"--epsilon={budget} must lie above 0, at most 1000 (inf for no privacy).",
     )
     yield (
-        sigma is None or 0.05 <= sigma < math.inf,
-        f"--noise_multiplier={sigma} must be 0.05 or more; --trust=none runs without noise.",
+        sigma is None or 0.05 <= sigma <= MOST_NOISE,
+        f"--noise_multiplier={sigma} must be 0.05 to {MOST_NOISE:g}; --trust=none runs without noise.",
     )
     yield 0 < config.delta < 1, f"--delta={config.delta} must lie between 0 and 1."
     yield config.clip_norm > 0, f"--clip_norm={config.clip_norm} must be above 0."
@@ -108,6 +118,10 @@ def _ranges(config, trust, budget, sigma):
     for name in ("rounds", "local_steps", "clients", "rank", "dispatch_rounds", "wave", "max_length"):
         value = getattr(config, name)
         yield value is None or value >= 1, f"--{name}={value} must be 1 or more."
+    yield (
+        config.rounds * config.local_steps <= MOST_STEPS and config.rounds * config.clients <= MOST_PLACES,
+        f"--rounds={config.rounds} must be at most {MOST_STEPS} over --local_steps, and {MOST_PLACES} over --clients.",
+    )
     for name in ("microbatch", "last_layers", "train_records", "test_records", "benchmark_records", "new_tokens"):
         yield (
             getattr(config, name) is None or getattr(config, name) >= 1,
@@ -183,7 +197,10 @@ def _variants(config, trust):
     yield 0 < config.clip_rate <= 5, f"--clip_rate={config.clip_rate} must lie above 0, at most 5."
     count = config.count_noise_multiplier
     yield count is None or adaptive, "--count_noise_multiplier belongs to --clipping=adaptive."
-    yield count is None or 0 < count < math.inf, f"--count_noise_multiplier={count} must be a number above 0."
+    yield (
+        count is None or 0.03 <= count <= MOST_NOISE,
+        f"--count_noise_multiplier={count} must be 0.03 to {MOST_NOISE:g}: less would spend any budget.",
+    )
     yield config.bands is None or banded, "--bands belongs to --noise=banded."
     yield not banded or trust != "none", "--noise=banded is noise, and --trust=none has none."
     yield (

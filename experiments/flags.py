@@ -86,7 +86,4 @@ def resolve(config):
 
         if config.quantize not in KINDS:
             raise InputError(f"--quantize={config.quantize} is not known: {' or '.join(KINDS)}.")
-    head_lr = config.client_lr if config.head_lr is None else config.head_lr
-    bands = (config.bands or config.local_steps) if config.noise == "banded" else None
-    settled = flag_checks.parties(config, trust) | {"bands": bands, "head_lr": head_lr}
-    return dataclasses.replace(config, trust=trust, epsilon=budget, noise_multiplier=sigma, **settled)
+    return dataclasses.replace(flag_checks.settled(config, trust), trust=trust, epsilon=budget, noise_multiplier=sigma)

@@ -13,7 +13,7 @@ from dplora_jax import checkpoint
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import exits, guard, ledger_checks
+from experiments import exits, guard, ledger_checks, run_files
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
@@ -23,13 +23,13 @@ class Verdict(NamedTuple):
     """A ledger that holds: its entries, the run's flags, what anchors it, and what was found of its seals."""
 
     ledger: Ledger
-    config: dict
+    told: run_files.Told
     anchors: list  # names
     seals: str
 
     @property
     def private(self):
-        return self.config["trust"] != "none"
+        return self.told.flags.private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""
@@ -48,33 +48,31 @@ class Verdict(NamedTuple):
 def verify(workdir):
     """The Verdict on `workdir`, or InputError with what does not hold."""
     workdir = pathlib.Path(workdir)
-    config, path = ledger_checks.read_config(workdir), workdir / FILE
-    lines = ledger_checks.read_metrics(workdir)  # before the ledger, which a running program writes first
+    told, path = run_files.read_config(workdir), workdir / FILE
+    lines = run_files.read_metrics(workdir)  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
     for name, anchor in anchors:
         ledger.check(anchor, name)
     if not ledger.entries:
         raise InputError(f"{path} has no entries: nothing was charged there yet.")
-    ledger_checks.check_config(workdir / "config.json", config, ledger)
-    seals = _seals(workdir, config, ledger)
-    ledger_checks.check_metrics(workdir / "metrics.jsonl", config, ledger, lines)
+    ledger_checks.check_config(workdir / "config.json", told, ledger)
+    seals = _seals(workdir, told.flags, ledger)
+    ledger_checks.check_metrics(workdir / "metrics.jsonl", told, ledger, lines)
     names = [ledger.head_path.name, *(name for name, _ in anchors)]
-    return Verdict(ledger, config, names, seals)
+    return Verdict(ledger, told, names, seals)
 
 
 def _seals(workdir, config, ledger):
     """Check the seals where the secrets are there to do it -> words."""
-    if config["seed"] is not None:
-        parties = config["clients"] + (config["trust"] == "client")  # there, the server has a secret too
-        ledger.seal_with(b"".join(secrets.from_seed(config["seed"], parties)))
+    parties = config.clients + (config.trust == "client")  # there, the server has a secret too
+    if config.seed is not None:
+        ledger.seal_with(b"".join(secrets.from_seed(config.seed, parties)))
         return "fit, but anyone who knows --seed can make them"
     try:
         held = secrets.load(workdir / "private")
     except OSError:  # not ours to read
         held = None
-    except ledger_checks.DAMAGES:
-        raise InputError(f"{workdir / 'private' / secrets.FILE} is damaged: restore it.") from None
     if held is None:
         return "cannot be checked: the secrets are destroyed, or not here"
     ledger.seal_with(b"".join(held))
@@ -85,7 +83,7 @@ def show(verdict, console):
     """Print the dispatches, the clients and the state of the chain."""
     from rich.table import Table
 
-    ledger, delta = verdict.ledger, verdict.config["delta"]
+    ledger, delta = verdict.ledger, verdict.told.flags.delta
     table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state")
     for entry in ledger.begun:
         state = "committed" if ledger.committed(entry) else "open" if entry is ledger.open_entry() else "lost, paid for"

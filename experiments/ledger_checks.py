@@ -1,205 +1,180 @@
-"""config.json and metrics.jsonl, read as files that anyone may have edited, and held against the ledger; no JAX."""
+"""config.json and metrics.jsonl (`run_files`), held against their own flags and against the ledger; no JAX."""
 
-import dataclasses
 import itertools
-import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 
-from dplora_jax import errors
 from dplora_jax.errors import InputError
-from dplora_jax.federation import participation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild, steps_of
+from experiments import accounted, participants
 
 # By which a recomputed epsilon may exceed the one shown: another version of the accountant, another machine.
 SLACK = 1e-3
-DAMAGES = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)  # of a file's JSON
+NOISE_SLACK = 2e-3  # of a recalibrated noise, likewise
+MOST_EPSILONS = 1000  # that are reckoned anew of the lines of metrics.jsonl
 
 
-class Line(NamedTuple):
-    """What a line of metrics.jsonl says of privacy."""
-
-    number: int
-    epsilon: list  # a float a client
-    largest: float
-    release: str | None
-
-
-def read_config(workdir):
-    """config.json, with every field there that is held against the ledger."""
-    path = workdir / "config.json"
+def _check_flags(path, told):
+    """Every client's mechanism is the one that the flags and the clients' sizes decide: sampling, capacity, bands, noise."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        facts, budget, noise = config["federation"], config["epsilon"], config["noise_multiplier"]
-        mechanisms(config), [(_real(row["epsilon"]), row["records"]) for row in facts["clients"]]
-        sound = (
-            config["trust"] in ("local", "distributed", "client", "none")
-            and 0 < _real(config["delta"]) < 1
-            and all(type(config[name]) is int and config[name] > 0 for name in ("clients", "rounds", "local_steps"))
-            and (config["seed"] is None or type(config["seed"]) is int)
-            and all(value is None or _real(value) > 0 for value in (budget, noise))
-            and (facts["release"] is None or isinstance(facts["release"], str))
-            and len(facts["clients"]) == config["clients"]
+        made = accounted.mechanisms(told.flags, told.records)
+    except InputError as error:
+        raise InputError(f"{path} does not hold: {error}") from None
+    except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
+        raise InputError(f"{path} does not hold: no mechanism can be made of its flags and sizes.") from None
+    for client, (said, decided) in enumerate(zip(told.mechanisms, made, strict=True)):
+        if other := _differ(said, decided):
+            raise InputError(
+                f"{path} does not hold: client {client}'s {', '.join(other)} cannot follow from its flags and the clients' sizes."
+            )
+
+
+def _differ(said, decided):
+    """Names of the fields in which two mechanisms differ by more than another machine's arithmetic explains."""
+    names = [name for name in ("records", "sampling_rate", "bands") if getattr(said, name) != getattr(decided, name)]
+    mean = decided.part * decided.join_rate
+    if abs(said.capacity - decided.capacity) > 2 + math.sqrt(mean * (1 - decided.join_rate)) / 10:
+        names.append("capacity")
+    for name in ("noise_multiplier", "count_noise"):
+        if not math.isclose(getattr(said, name), getattr(decided, name), rel_tol=NOISE_SLACK):
+            names.append(name)
+    return names
+
+
+def _reached(config):
+    """int [rounds + 1, K]: the steps of the mechanism that each client takes up to each round, by the public schedule."""
+    taken = np.cumsum(participants.schedule(config), 0, np.int32)
+    return np.concatenate([np.zeros((1, config.clients), np.int32), taken]) * np.int32(config.steps_per_round)
+
+
+def check_config(path, told, ledger):
+    """Release, guarantee, mechanisms and steps of every begin entry are those of config.json, its mechanisms are those of its
+    flags, and the epsilon that it plans for each client is what these come to."""
+    _check_entries(path, told, ledger)
+    _check_flags(path, told)
+    _check_planned(path, told)
+
+
+def _check_entries(path, told, ledger):
+    """Every begin entry is of what config.json says."""
+    config, reached = told.flags, _reached(told.flags)
+    follows = ("for release" if config.seed is None else "NOT FOR RELEASE") if config.private else "NO PRIVACY"
+    if not told.release.startswith(follows):
+        raise InputError(
+            f"{path} does not hold: it says {told.release!r}, and by its trust and seed the run is {follows}."
         )
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the workdir of a run that has started.") from None
-    except DAMAGES as error:
-        if lost := errors.storage(error):
-            raise lost from None
-        sound = False
-    if not sound:
-        raise InputError(f"{path} is damaged: restore it.")
-    return config
-
-
-def _real(value):
-    """The number of a JSON value, where "inf" is infinity; ValueError for anything else."""
-    if value == "inf":
-        return math.inf
-    if type(value) not in (int, float):
-        raise ValueError(value)
-    return float(value)
-
-
-def mechanisms(config):
-    """Each client's mechanism as config.json (a dict) has it: what an earlier version did not write is at its default."""
-    names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
-    # The rows tell the clients' own records. The mechanism's are more where there are null ones; in mode `client`, the clients.
-    own = (lambda row: config["clients"]) if config["trust"] == "client" else (lambda row: row["records"])
-    return [
-        accounting.Mechanism(
-            **{name: row[name] for name in names if name in row} | {"records": row.get("sampled_from", own(row))}
-        )
-        for row in config["federation"]["clients"]
-    ]
-
-
-def _charged(ledger):
-    """Each client's mechanism as the ledger has it: one and the same in all its entries, once `check_config` has passed."""
-    return [rebuild(client) for client in ledger.begun[0]["clients"]]
-
-
-def _steps(config):
-    """Steps of the mechanism in a round: in mode `client` a whole update is one."""
-    return 1 if config["trust"] == "client" else config["local_steps"]
-
-
-def _scheduled_steps(config):
-    """Steps of the mechanism [rounds, K] of each client in each round, by the public schedule."""
-    spec, seed = config.get("participation", "all"), config.get("split_seed", 0)
-    return participation.schedule(spec, config["clients"], config["rounds"], seed) * _steps(config)
-
-
-def check_config(path, config, ledger):
-    """Release, guarantee, mechanisms and steps of every begin entry are those of config.json, and the epsilon that it plans
-    for each client is what these come to."""
-    planned_for, steps, seed = mechanisms(config), _steps(config), config["seed"]
-    in_rounds = _scheduled_steps(config)
-    private, release = config["trust"] != "none", config["federation"]["release"] or "NO PRIVACY"
-    follows = ("for release" if seed is None else "NOT FOR RELEASE") if private else "NO PRIVACY"
-    if not release.startswith(follows):
-        raise InputError(f"{path} does not hold: it says {release!r}, and by its trust and seed the run is {follows}.")
+    same = {
+        "release": told.release,
+        "trust": config.trust,
+        "delta": config.delta,
+        "local_steps": config.steps_per_round,
+        "config": told.digest,
+    }
+    checked = None  # the clients of the entry before, which a ledger holds once
     for number, entry in enumerate(ledger.entries, 1):
         if entry["entry"] != "begin":
             continue
-        own = {"release": release, "trust": config["trust"], "delta": config["delta"], "local_steps": steps}
-        other = [name for name, value in own.items() if entry.get(name, value) != value]
-        other += ["seed"] if "nonce" in entry and seed is not None else []
-        other += ["rounds"] if entry["rounds"][1] - 1 > config["rounds"] else []
-        between = in_rounds[entry["rounds"][0] - 1 : entry["rounds"][1] - 1].sum(0).tolist()
-        other += ["clients in its rounds"] if steps_of(entry) != between else []
-        other += ["sampling or noise"] if [rebuild(client) for client in entry["clients"]] != planned_for else []
+        first, end = entry["rounds"]
+        other = [name for name, value in same.items() if entry.get(name, value) != value]
+        other += ["seed"] if "nonce" in entry and config.seed is not None else []
+        if end - 1 > config.rounds:
+            other += ["rounds"]
+        elif steps_of(entry) != (reached[end - 1] - reached[first - 1]).tolist():
+            other += ["clients in its rounds"]
+        if entry["clients"] is not checked and [rebuild(client) for client in entry["clients"]] != told.mechanisms:
+            other += ["sampling or noise"]
         if other:
             raise InputError(f"{path} does not agree with the ledger: entry {number} has other {', '.join(other)}.")
-    sigma = config["noise_multiplier"]
-    budget = math.inf if config["epsilon"] is None else _real(config["epsilon"])
-    for client, (row, mechanism) in enumerate(zip(config["federation"]["clients"], _charged(ledger), strict=True)):
-        least = accounting.epsilon(mechanism, int(in_rounds[:, client].sum()), config["delta"]) * (1 - SLACK)
-        planned = _real(row["epsilon"])
-        never = not private and not in_rounds[:, client].any()  # and so not without privacy either
-        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (private or never):
+        checked = entry["clients"]
+
+
+def _check_planned(path, told):
+    """The epsilon that config.json plans for each client is what its mechanism and steps come to, and within the budget."""
+    config, steps = told.flags, participants.total_steps(told.flags).tolist()
+    budget = math.inf if config.epsilon is None else config.epsilon
+    for client, (planned, mechanism) in enumerate(zip(told.epsilons, told.mechanisms, strict=True)):
+        least = accounting.epsilon(mechanism, steps[client], config.delta) * (1 - SLACK)
+        never = not config.private and not steps[client]  # and so not without privacy either
+        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (config.private or never):
             raise InputError(
                 f"{path} does not agree with the ledger: client {client}'s epsilon does not follow from it."
             )
-        if sigma is not None and sigma != mechanism.noise_multiplier:
+        if config.noise_multiplier is not None and config.noise_multiplier != mechanism.noise_multiplier:
             raise InputError(f"{path} does not agree with the ledger: noise_multiplier is not client {client}'s.")
 
 
-def read_metrics(workdir):
-    """The Lines of metrics.jsonl; none where there is no such file yet."""
-    path = workdir / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        lines = [
-            Line(v["round"], [_real(e) for e in v["epsilon"]], _real(v["epsilon_max"]), v.get("release")) for v in lines
-        ]
-        sound = all(type(line.number) is int for line in lines)
-    except DAMAGES as error:
-        if lost := errors.storage(error):
-            raise lost from None
-        sound = False
-    if not sound:
-        raise InputError(f"{path} is damaged: run the same command again to rebuild it, or restore it.")
-    return lines
-
-
-def check_metrics(path, config, ledger, lines):
+def check_metrics(path, told, ledger, lines):
     """Every line of metrics.jsonl is one that the run can have written when it had been charged as the ledger says."""
-    wrong = _wrong_metrics(config, ledger, lines)
+    wrong = _wrong_metrics(told, ledger, lines)
     if wrong:
         raise InputError(f"{path} does not agree with the ledger: it {wrong}.")
 
 
-def _wrong_metrics(config, ledger, lines):
+def _wrong_metrics(told, ledger, lines):
     """What no honest run writes, in words, or None."""
-    committed = {r for entry in ledger.begun if ledger.committed(entry) for r in range(*entry["rounds"])}
-    if early := sorted({line.number for line in lines} - committed - {0}):
-        return f"shows round {early[0]}, which was never committed"
-    if [line.number for line in lines] != list(range(len(lines))):
+    config, reached = told.flags, _reached(told.flags)
+    last = _last_committed(ledger)
+    if early := next((line.number for line in lines if line.number > last), None):
+        return f"shows round {early}, which was never committed"
+    if any(line.number != index for index, line in enumerate(lines)):
         return "does not show each round from 0 on once, in order"
-    private, release = config["trust"] != "none", config["federation"]["release"] or "NO PRIVACY"
-    in_rounds = _scheduled_steps(config)
     for line in lines:
         # Without privacy, all that follows a client's first round is infinite.
-        free = [not private and bool(own) for own in in_rounds[: line.number].sum(0)]
-        if len(line.epsilon) != config["clients"] or free != [not math.isfinite(value) for value in line.epsilon]:
+        free = [not config.private and bool(own) for own in reached[line.number]]
+        if len(line.epsilon) != config.clients or free != [not math.isfinite(value) for value in line.epsilon]:
             return f"has no epsilon for each client in round {line.number}"
         if line.largest != max(line.epsilon):
             return f"has another epsilon_max in round {line.number} than its largest epsilon"
-        if line.release not in (None, release):
-            return f"says {line.release!r} of round {line.number}, and the ledger {release!r}"
-    if wrong := _understated(config, ledger, lines):
+        if line.release not in (None, told.release):
+            return f"says {line.release!r} of round {line.number}, and the ledger {told.release!r}"
+    if wrong := _understated(told, _charged_when_shown(ledger, reached, lines), lines):
         return wrong
     if ledger.ended:
         last = next(entry for entry in ledger.entries if entry["entry"] == "end").get("round")
         if not lines or lines[-1].number != last:
             return f"does not end with round {last}, the run's last"
-        if private and not _reaches(lines[-1].epsilon, ledger.epsilons(config["delta"])):
+        if config.private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.delta)):
             return "shows less epsilon than was charged"
     return None
 
 
-def _understated(config, ledger, lines):
-    """Which line shows less epsilon than its round had been charged when it was first committed, or less than a line before it,
-    in words; else None. (A charge that came later, for a round lost and run again, is in the last line alone.)"""
-    in_rounds = _scheduled_steps(config)
-    charged, total = {0: np.zeros(config["clients"], int)}, np.zeros(config["clients"], int)
+def _last_committed(ledger):
+    """The last round before which, and with which, all were committed."""
+    last = 0
+    for entry in ledger.begun:
+        if ledger.committed(entry) and entry["rounds"][0] <= last + 1:
+            last = max(last, entry["rounds"][1] - 1)
+    return last
+
+
+def _charged_when_shown(ledger, reached, lines):
+    """int [K] for each of the lines of rounds 0, 1, ...: the steps that each client had been charged when the round was first
+    committed. (A charge that came later, for a round lost and run again, is in the last line alone.)"""
+    charged, total = [reached[0].astype(np.int64)], np.zeros(reached.shape[1], np.int64)
     for entry in ledger.begun:
         first, end = entry["rounds"]
-        if ledger.committed(entry):
-            for number in range(first, end):
-                charged.setdefault(number, total + in_rounds[first - 1 : number].sum(0))
-        total = total + in_rounds[first - 1 : end - 1].sum(0)
-    counts = np.array([charged[line.number] for line in lines]).T.tolist()
+        if ledger.committed(entry) and first <= len(charged):
+            fresh = range(len(charged), min(end, len(lines)))
+            charged += [total + reached[number] - reached[first - 1] for number in fresh]
+        total = total + reached[end - 1] - reached[first - 1]
+    return charged
+
+
+def _understated(told, charged, lines):
+    """Which line shows less epsilon than its round had been `charged`, or less than a line before it, in words; else None.
+
+    Of many lines some are reckoned, evenly spread; the others lie between these."""
+    stride = max(1, math.ceil(len(lines) * len(set(told.mechanisms)) / MOST_EPSILONS))
+    some = lines[::-stride][::-1]
+    counts = np.array([charged[line.number] for line in some]).T.tolist()
     # Lines within a dispatch may show more: they are reckoned on a coarser grid, every one of which is an upper bound.
     least = [
-        accounting.epsilon_curve(mechanism, tuple(own), config["delta"])
-        for mechanism, own in zip(_charged(ledger), counts, strict=bool(lines))
+        accounting.epsilon_curve(mechanism, tuple(own), told.flags.delta)
+        for mechanism, own in zip(told.mechanisms, counts, strict=bool(lines))
     ]
-    for index, line in enumerate(lines):
+    for index, line in enumerate(some):
         if not _reaches(line.epsilon, [curve[index] for curve in least]):
             return f"shows less epsilon than was charged up to round {line.number}"
     for before, line in itertools.pairwise(lines):

@@ -62,7 +62,7 @@ class RunConfig:
     )
     dataset: str = flag(
         "finance_demo",
-        "finance_demo, medical_demo, general_demo (embedded, synthetic); a public table by name (docs/data.md, Tasks); or your own: "
+        "finance_demo, medical_demo, general_demo (embedded, synthetic); a public table by name (docs/data.md); or your own: "
         "csv, jsonl, parquet, text",
     )
     data_dir: str | None = flag(None, "directory with train.* (and test.*) of --dataset")
@@ -186,7 +186,8 @@ class RunConfig:
     )
     new_tokens: int = flag(48, "tokens of such an answer, at most")
     benchmarks: str | None = flag(
-        None, "comma-separated public tasks (docs/data.md, Tasks) to evaluate on before the first round and after the last"
+        None,
+        "comma-separated public tasks (docs/data.md) to evaluate on before the first round and after the last",
     )
     benchmarks_dir: str | None = flag(None, "folder with a folder for each of --benchmarks; default: the hub")
     benchmark_records: int | None = flag(None, "records of each of --benchmarks, drawn by --split_seed; default: all")

@@ -10,7 +10,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import json
+import logging
 import pathlib
+import sys
+import threading
+import warnings
 
 import jax
 import numpy as np
@@ -43,6 +47,21 @@ TINY = {
     "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 16, "type_vocab_size": 2,
     "hidden_act": "gelu", "layer_norm_eps": 1e-12,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def unguarded():
+    """What a command switches off for the rest of its process (`guard.begin`) is on again for the next test."""
+    before = (
+        logging.root.manager.disable,
+        warnings.showwarning,
+        sys.excepthook,
+        threading.excepthook,
+        sys.unraisablehook,
+    )
+    yield
+    logging.disable(before[0])
+    warnings.showwarning, sys.excepthook, threading.excepthook, sys.unraisablehook = before[1:]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dplora_jax import files
+from dplora_jax import files, json_files
 from dplora_jax.errors import LONGEST, InputError
 
 
@@ -178,7 +178,7 @@ def test_size_is_bounded_before_anything_is_parsed(tmp_path):
     with open(path, "wb") as file:
         file.truncate(10 << 30)  # takes no room on the disk
     assert "more than 64 MiB" in refusal(files.read_json, path)
-    path.write_bytes(b'{"a": [' + b"[]," * (files.MOST_CONTAINERS + 1) + b"[]]}")
+    path.write_bytes(b'{"a": [' + b"[]," * (json_files.MOST_PARTS + 1) + b"[]]}")
     assert "lists" in refusal(files.read_json, path)
 
 

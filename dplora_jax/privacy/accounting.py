@@ -21,6 +21,10 @@ GRID = 1e-3  # of the privacy losses that are reported
 CAPACITY_COST = 1e-3  # the share of epsilon that a batch's fixed capacity may cost
 NOISE_RANGE = (0.05, 1e4)
 ROUNDING = 2e-14  # what float64 may lose of delta, a composed event (PRIVACY.md, How epsilon is checked)
+MOST_NOISE = 1e9  # of a multiplier that is flagged or kept in a ledger
+MOST_STEPS = 10**6  # of a client in all rounds
+# Of a step's losses, and of the composed ones by `_coarser`'s measure: a second's work, and some hundred megabytes.
+MOST_POINTS = (10**5, 4 * 10**8)
 # Between these, float32 squares gradients around a clip norm without underflow: a norm that reads 0 would clip nothing.
 CLIP_NORMS = (1e-6, 1e6)
 
@@ -96,6 +100,7 @@ def _after(mechanism, events, delta, grid):
     """epsilon after so many sampled Gaussian events: clients of one mechanism share what was reckoned for any of them."""
     if not events or mechanism.noise_multiplier == 0:
         return math.inf if events else 0.0
+    grid = _coarser(mechanism, events, grid)
     return _at(step_loss(mechanism, grid).self_compose(events), delta, events)
 
 
@@ -118,6 +123,14 @@ def check_delta(delta, events):
         )
 
 
+def _coarser(mechanism, events, grid):
+    """`grid`, or a coarser one where so many events of so little noise would need more than MOST_POINTS: an upper bound still."""
+    if events > 4 * MOST_STEPS:  # repeated attempts included
+        raise InputError(f"{events} steps are more than the accountant composes: at most {4 * MOST_STEPS}.")
+    mu = 1 / mechanism.accounted_noise  # a record that displaces another moves the sum by twice that
+    return max(grid, (4 * mu**2 + 40 * mu) / MOST_POINTS[0], events * 20 * mu / MOST_POINTS[1])
+
+
 @functools.cache
 def composed(parts, delta, grid=GRID):
     """epsilon at `delta` of several mechanisms on the same records: `parts` is a tuple of (Mechanism, steps)."""
@@ -125,9 +138,10 @@ def composed(parts, delta, grid=GRID):
         return epsilon(*parts[0], delta, grid)
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in parts):
         return math.inf
-    losses = [step_loss(mechanism, grid).self_compose(mechanism.charged(steps)) for mechanism, steps in parts]
-    events = sum(mechanism.charged(steps) for mechanism, steps in parts)
-    return _at(functools.reduce(lambda x, y: x.compose(y), losses), delta, events)
+    events = [(mechanism, mechanism.charged(steps)) for mechanism, steps in parts if steps]
+    grid = max(_coarser(*part, grid) for part in events)
+    losses = [step_loss(mechanism, grid).self_compose(count) for mechanism, count in events]
+    return _at(functools.reduce(lambda x, y: x.compose(y), losses), delta, sum(count for _, count in events))
 
 
 @functools.cache
@@ -289,9 +303,9 @@ def _least_capacity(size, rate, cost, spread):
     limit = cost(size) * (1 + CAPACITY_COST)
     fits = functools.cache(lambda capacity: capacity >= size or cost(capacity) <= limit)
     capacity = min(size, math.ceil(mean + (spread or 5.5) * deviation))
-    while not fits(capacity):
-        capacity += 1
     stride = max(1, round(deviation / 2))
+    while not fits(capacity):
+        capacity += stride
     while stride:
         while capacity - stride > mean and fits(capacity - stride):
             capacity -= stride

@@ -8,16 +8,20 @@ HMAC too (a seal): while the secret exists, nobody else can write a chain that p
 
 import hashlib
 import hmac
-import json
+import io
 import os
 import pathlib
 
+from dplora_jax import json_files
 from dplora_jax.errors import InputError
-from dplora_jax.files import read_if_there, to_json
+from dplora_jax.files import to_json
 from dplora_jax.privacy import secrets
 
 GENESIS = hashlib.sha256(b"dplora_jax privacy ledger, version 1").hexdigest()  # what the first line follows
 ADVICE = "restore it, or start a new --workdir."
+MOST_ENTRIES = 1 << 22
+ANCHOR = json_files.record({"entries": json_files.whole(0, MOST_ENTRIES), "head": json_files.hexadecimal()})
+LINK = {"previous": json_files.hexadecimal()}  # what each line has
 
 
 def _hash(line):
@@ -34,17 +38,11 @@ def _sealed(secret, value):
     return value if secret is None else value | {"seal": _seal(secret, value)}
 
 
-def _json_object(line):
-    """The JSON object of a line of bytes, or None."""
+def _is_object(line):
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or absurdly deep
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _is_count(value):
-    return type(value) is int and value >= 0
+        return type(json_files.parse(line, json_files.anything)) is dict
+    except json_files.Unfit:
+        return False
 
 
 def replace_durably(path, content, mode=0o666):
@@ -62,25 +60,28 @@ def replace_durably(path, content, mode=0o666):
 
 class Chain:
     """The lines of one file. `entries` holds their objects, `heads[i]` the hash of what line i follows, and `torn` says whether
-    an unpromised rest lies, or lay, behind them. With `mend` that rest is cut off; without, nothing is written."""
+    an unpromised rest lies, or lay, behind them. With `mend` that rest is cut off; without, nothing is written. Each line is held
+    against the schema `entry` (`json_files`)."""
+
+    entry = staticmethod(json_files.record(LINK))
 
     def __init__(self, path, mend=True):
         self.path, self.head_path = pathlib.Path(path), pathlib.Path(path).with_suffix(".head")
         self._secret = None
         promised, data = self._stored()
-        end = data.rfind(b"\n") + 1
-        lines = data[:end].split(b"\n")[:-1]
-        count = promised["entries"]
-        if len(lines) == count + 1 and _json_object(lines[-1]) is None:  # a block of garbage that ends as a line does
-            end -= len(lines.pop()) + 1
-        self.torn = end < len(data)
-        self.entries, self.heads = self._linked(lines)
-        self.check(promised, self.head_path.name)
-        if len(lines) > count + 1:
+        end, count, lines = data.rfind(b"\n") + 1, promised["entries"], data.count(b"\n")
+        if lines > count + 1:
             raise InputError(
-                f"{self.path} has {len(lines)} entries, and {self.head_path.name} beside it knows of {count}: "
+                f"{self.path} has {lines} entries, and {self.head_path.name} beside it knows of {count}: "
                 f"that file is gone or old; {ADVICE}"
             )
+        if lines == count + 1:
+            last = data.rfind(b"\n", 0, end - 1) + 1
+            if not _is_object(data[last:end]):  # a block of garbage that ends as a line does
+                end = last
+        self.torn = end < len(data)
+        self.entries, self.heads = self._linked(io.BytesIO(data[:end]))
+        self.check(promised, self.head_path.name)
         if mend and self.torn:
             with open(self.path, "r+b") as file:
                 file.truncate(end)
@@ -91,26 +92,34 @@ class Chain:
         """(the head file's object, the bytes of the chain), read while neither changed."""
         while True:
             before = self._head_file()
-            data = read_if_there(self.path) or b""
+            try:
+                data = json_files.read(self.path)
+            except FileNotFoundError:
+                data = b""
+            except json_files.Unfit as error:
+                raise InputError(f"{self.path} is damaged: {error}; {ADVICE}") from None
             if self._head_file() == before:
                 return before, data
 
     def _head_file(self):
-        content = read_if_there(self.head_path)
-        if content is None:
+        try:
+            return json_files.load(self.head_path, ANCHOR)
+        except FileNotFoundError:
             return {"entries": 0, "head": GENESIS}
-        head = _json_object(content)
-        if head is None or not _is_count(head.get("entries")) or "head" not in head:
-            raise InputError(f"{self.head_path} is damaged; {ADVICE}")
-        return head
+        except json_files.Unfit as error:
+            raise InputError(f"{self.head_path} is damaged: {error}; {ADVICE}") from None
 
     def _linked(self, lines):
         """(entries, heads) of the lines, each of which must follow the one before."""
         entries, heads = [], [GENESIS]
         for number, line in enumerate(lines, 1):
-            entry = _json_object(line)
-            if entry is None or "previous" not in entry:
-                raise InputError(f"{self.path} is damaged: line {number} is no entry; {ADVICE}")
+            line = line[:-1]
+            try:
+                entry = json_files.parse(line, self.entry)
+            except json_files.Unfit as error:
+                raise InputError(
+                    f"{self.path} is damaged: line {number} is no entry this version knows: {error}; {ADVICE}"
+                ) from None
             if entry["previous"] != heads[-1]:
                 raise InputError(
                     f"{self.path} does not hold: entry {number} does not follow from the one before it, so one of them was "
@@ -131,9 +140,10 @@ class Chain:
 
     def check(self, anchor, name):
         """InputError unless the entries that `anchor` speaks of, which is kept in `name`, are all here and unchanged."""
-        count = anchor["entries"]
-        if not _is_count(count):
-            raise InputError(f"{name} is damaged: what it knows of {self.path} is no count of entries; {ADVICE}")
+        try:
+            count = ANCHOR(anchor)["entries"]
+        except json_files.Unfit as error:
+            raise InputError(f"{name} is damaged: what it knows of {self.path} {error}; {ADVICE}") from None
         if count > len(self.entries):
             raise InputError(
                 f"{self.path} does not hold: it ends after entry {len(self.entries)}, and {name} knows of {count}, so its "
@@ -162,6 +172,11 @@ class Chain:
         self.promise()
         value = _sealed(self._secret, {"previous": self.heads[-1], **entry})
         line = to_json(value)
+        size = self.path.stat().st_size if self.entries else 0
+        if len(line) > json_files.MOST_TEXT or size + len(line) >= json_files.MOST_BYTES:
+            raise InputError(
+                f"{self.path} would outgrow what is read of it: raise --dispatch_rounds, in a new --workdir."
+            )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()

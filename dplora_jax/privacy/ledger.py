@@ -6,18 +6,45 @@ at last {"entry": "end"}; `chain` says how entries are kept from being changed. 
 alone: what was begun is paid for, whether or not it came back.
 """
 
+import bisect
 import dataclasses
 
 from dplora_jax.errors import InputError
+from dplora_jax.json_files import Unfit, hexadecimal, list_of, mapping_of, one_of, real, record, text, whole
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.chain import ADVICE, Chain
+from dplora_jax.privacy.chain import ADVICE, LINK, Chain
 
 FILE = "privacy_ledger.jsonl"
-KEYS = {
-    "begin": ("rounds", "attempt", "clients", "local_steps", "inputs"),
-    "commit": ("rounds", "attempt"),
-    "end": (),
-}
+_steps = whole(0, accounting.MOST_STEPS)
+
+
+def _rounds(value):
+    first, end = list_of(whole(1, accounting.MOST_STEPS + 1), 2, 2)(value)
+    if first >= end:
+        raise Unfit("has no round")
+    return value
+
+
+MECHANISM = {  # `describe`d
+    "kind": text(), "records": whole(1, 10**12), "sampling_rate": real(0, 1, above=True), "capacity": whole(1, 10**12),
+    "noise_multiplier": real(0, accounting.MOST_NOISE),
+}  # fmt: skip
+LATER = {
+    "count_noise": real(0, 10**12),
+    "bands": whole(1, accounting.MOST_STEPS),
+}  # that the first version did not write
+SEALED = LINK | {"entry": one_of("begin", "commit", "end")}
+DISPATCH = SEALED | {"rounds": _rounds, "attempt": whole(0, 10**9)}
+SCHEMAS = {
+    "begin": record(
+        DISPATCH | {"local_steps": whole(1, accounting.MOST_STEPS), "clients": list_of(record(MECHANISM, LATER), 10**6, 1),
+                    "inputs": mapping_of(hexadecimal())},
+        {"steps": list_of(_steps), "trust": text(), "delta": real(0, 1, above=True), "release": text(), "nonce": hexadecimal(),
+         "config": hexadecimal()},
+    ),
+    "commit": record(DISPATCH),
+    "end": record(SEALED, {"round": _steps}),
+}  # fmt: skip
 KINDS = {"truncated_poisson_gaussian": accounting.Mechanism}  # kind -> a frozen dataclass that accounting composes
 
 
@@ -29,12 +56,12 @@ def describe(mechanism):
 
 def rebuild(description):
     """The mechanism of a `describe`d object; InputError for one that this version does not know."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "kind"}
+    fields = {name: value for name, value in description.items() if name != "kind"}
     try:
         return KINDS[description["kind"]](**fields)
     except (KeyError, TypeError):
         raise InputError(
-            f"the ledger speaks of a mechanism that this version does not know ({description}): use the version that wrote it."
+            "the ledger speaks of a mechanism that this version does not know: use the version that wrote it."
         ) from None
 
 
@@ -44,29 +71,64 @@ def steps_of(entry):
     return entry.get("steps", [rounds * entry["local_steps"]] * len(entry["clients"]))
 
 
+def _entry(value):
+    """The check of an entry of any kind."""
+    kind = value.get("entry") if type(value) is dict else None
+    checked = (SCHEMAS[kind] if type(kind) is str and kind in SCHEMAS else record(SEALED))(value)
+    if len(checked.get("steps", checked.get("clients", ()))) != len(checked.get("clients", ())):
+        raise Unfit("steps are not one for each client")
+    return checked
+
+
+def _dispatch(entry):
+    """The rounds and the attempt of an entry: no two begin entries have the same."""
+    return (*entry["rounds"], entry["attempt"])
+
+
+class _Begun:
+    """The rounds that were begun under each attempt number, and the dispatches that wait for their commit."""
+
+    def __init__(self):
+        self._of, self.open, self.clients = {}, set(), None
+
+    def begin(self, entry):
+        """What is wrong with a begin entry, in words, or None."""
+        (first, end), spans = entry["rounds"], self._of.setdefault(entry["attempt"], [])
+        place = bisect.bisect(spans, (first, end))
+        if (place and spans[place - 1][1] > first) or (place < len(spans) and spans[place][0] < end):
+            return "begins rounds whose keys an earlier entry used"
+        spans.insert(place, (first, end))
+        self.open.add(_dispatch(entry))
+        if self.clients is not None and len(entry["clients"]) != len(self.clients):
+            return "has another number of clients than the one before"
+        if entry["clients"] == self.clients:
+            entry["clients"] = self.clients  # held once
+        self.clients = entry["clients"]
+        return None
+
+    def commit(self, entry):
+        """What is wrong with a commit entry, in words, or None."""
+        if _dispatch(entry) not in self.open:
+            return "commits what was not begun"
+        self.open.discard(_dispatch(entry))
+        return None
+
+
 class Ledger(Chain):
     """The entries of one file, read at the start and appended to durably."""
 
+    entry = staticmethod(_entry)
+
     def __init__(self, path, mend=True):
         super().__init__(path, mend)
-        begun, open_, ended = set(), set(), False
+        begun, ended = _Begun(), False
+        follows = {"begin": begun.begin, "commit": begun.commit, "end": lambda _: None}
         for number, entry in enumerate(self.entries, 1):
-            kind = entry.get("entry")
-            if kind not in KEYS or not all(key in entry for key in KEYS[kind]):
-                raise InputError(f"{self.path} is damaged: line {number} is no entry; {ADVICE}")
-            wrong = "stands after the end of the run" if ended else None
-            if kind == "begin":
-                used = {(r, entry["attempt"]) for r in range(*entry["rounds"])}
-                wrong = wrong or ("begins rounds whose keys an earlier entry used" if used & begun else None)
-                begun |= used
-                open_.add((*entry["rounds"], entry["attempt"]))
-            elif kind == "commit":
-                done = (*entry["rounds"], entry["attempt"])
-                wrong = wrong or (None if done in open_ else "commits what was not begun")
-                open_.discard(done)
-            ended = ended or kind == "end"
+            wrong = "stands after the end of the run" if ended else follows[entry["entry"]](entry)
             if wrong:
                 raise InputError(f"{self.path} does not hold: entry {number} {wrong}; {ADVICE}")
+            ended = entry["entry"] == "end"
+        self._committed = {_dispatch(entry) for entry in self._of("commit")}
 
     def _of(self, kind):
         return [entry for entry in self.entries if entry["entry"] == kind]
@@ -83,7 +145,7 @@ class Ledger(Chain):
 
     def committed(self, entry):
         """Whether a commit followed the begin entry `entry`."""
-        return any((e["rounds"], e["attempt"]) == (entry["rounds"], entry["attempt"]) for e in self._of("commit"))
+        return _dispatch(entry) in self._committed
 
     def open_entry(self):
         """The newest begin entry if no commit followed it, else None."""
@@ -111,6 +173,7 @@ class Ledger(Chain):
     def commit(self, rounds, attempt):
         """Say that the dispatch's checkpoint is durable."""
         self.append(entry="commit", rounds=list(rounds), attempt=attempt)
+        self._committed.add((*rounds, attempt))
 
     def charged_rounds(self):
         """How many rounds have been paid for, repeated attempts included."""

@@ -13,10 +13,13 @@ import pathlib
 
 import numpy as np
 
-from dplora_jax.files import read_if_there, to_json
+from dplora_jax import json_files
+from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
 
 PURPOSES = ("noise", "sampling")
 FILE = "secrets.json"
+SECRETS = json_files.list_of(json_files.hexadecimal(64, 64), 10**6)
 
 
 def from_seed(seed, clients):
@@ -50,10 +53,15 @@ def load_or_create(private, clients):
 
 def load(private):
     """The secrets in `private`, a list of 32 bytes; None where there are none, or `destroy` was killed on its way."""
-    text = read_if_there(pathlib.Path(private) / FILE)
-    if not text or b"\0" in text:
+    path = pathlib.Path(private) / FILE
+    try:
+        text = json_files.read(path)
+        held = [] if not text or b"\0" in text else json_files.parse(text, SECRETS)
+    except FileNotFoundError:
         return None
-    return [bytes.fromhex(secret) for secret in json.loads(text)]
+    except json_files.Unfit as error:
+        raise InputError(f"{path} is damaged: {error}; restore it.") from None
+    return [bytes.fromhex(secret) for secret in held] or None
 
 
 def destroy(private):

@@ -1,14 +1,18 @@
 """The public files of a run of two clients that lost an attempt, as the program leaves them, and ways to damage them."""
 
+import dataclasses
 import json
 
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger, describe
-from experiments import ledger
+from experiments import accounted, flags, ledger
+from experiments.workdir import write_config
 
-MECHANISMS = [Mechanism(100, 0.2, 35, 1.1), Mechanism(50, 0.4, 50, 1.3)]
 DELTA = 1e-3
+CONFIG = flags.resolve(
+    flags.RunConfig(epsilon=8, delta=DELTA, clients=2, rounds=4, local_steps=2, expected_batch_size=20)
+)
+MECHANISMS = accounted.mechanisms(CONFIG, [100, 50])
 SECRETS = [b"a" * 32, b"b" * 32]
 
 
@@ -26,11 +30,7 @@ def write_run(tmp_path):
     clients = [
         describe(m) | {"client": k, "epsilon": e} for k, (m, e) in enumerate(zip(MECHANISMS, planned, strict=True))
     ]
-    facts = {
-        "delta": DELTA, "trust": "local", "seed": None, "clients": 2, "rounds": 4, "local_steps": 2, "epsilon": 40.0,
-        "noise_multiplier": None, "federation": {"clients": clients, "release": "for release"},
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(facts))
+    write_config(tmp_path, CONFIG, {"clients": clients, "release": "for release"})
     paid = (
         (0, 1e-3),
         (2, 1e-2),
@@ -62,6 +62,21 @@ def write_checkpoint(workdir, number, anchor):
     folder = workdir / "checkpoints" / str(number) / "notes"
     folder.mkdir(parents=True)
     (folder / "metadata").write_text(json.dumps({"lines": [], "ledger": anchor}))
+
+
+def reflag(workdir, change=lambda mechanism: mechanism, sizes=(100, 50), **flagged):
+    """Make the workdir that of an unfinished run with other flags, whose clients are charged for `change(their mechanism)`."""
+    config = flags.resolve(dataclasses.replace(CONFIG, **flagged))
+    made = [change(mechanism) for mechanism in accounted.mechanisms(config, list(sizes))]
+    steps = config.rounds * config.steps_per_round
+    rows = [
+        describe(m) | {"records": n, "sampled_from": m.records, "epsilon": accounting.epsilon(m, steps, config.delta)}
+        for m, n in zip(made, sizes, strict=True)
+    ]
+    write_config(workdir, config, {"clients": rows, "release": "for release"})
+    more = {"clients": [describe(m) for m in made], "local_steps": config.steps_per_round}
+    reforge(workdir, lambda entry: None if entry["entry"] == "end" else newer(**more)(entry))
+    (workdir / "metrics.jsonl").unlink()
 
 
 def edit(path, change):

@@ -31,14 +31,14 @@ def keys(tmp_path):
 
 def test_an_entry_has_keys_of_its_own_and_another_history_never_draws_them(keys):
     """The second ledger is what a workdir that was put back to its start would write."""
-    first = keys("first", "one")
+    first = keys("first", "01")
     assert np.array_equal(first, keys("first"))
-    assert not np.isin(first, keys("second", "two")).any()
-    assert not np.isin(first, keys("third", "two", "one")).any()
+    assert not np.isin(first, keys("second", "02")).any()
+    assert not np.isin(first, keys("third", "02", "01")).any()
 
 
 def test_a_seeds_keys_depend_on_nothing_else(keys):
-    assert np.array_equal(keys("first", "one", seed=1), keys("second", "two", "one", seed=1))
+    assert np.array_equal(keys("first", "01", seed=1), keys("second", "02", "01", seed=1))
 
 
 @pytest.fixture

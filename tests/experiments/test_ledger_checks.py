@@ -9,6 +9,7 @@ from ledger_workdirs import (
     edit_lines,
     facts,
     newer,
+    reflag,
     reforge,
     run,
     unfinished,
@@ -18,9 +19,7 @@ from ledger_workdirs import (
 )
 
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.accounting import Mechanism
-from dplora_jax.privacy.ledger import describe
-from experiments import ledger
+from experiments import ledger, run_files
 
 
 @pytest.fixture
@@ -47,10 +46,15 @@ def spent(number, *values):
 TAMPERINGS = {
     "release, from its seed": (facts(release="NOT FOR RELEASE: --seed"), "it says 'NOT FOR RELEASE"),
     "seed and release": (lambda w: (config(seed=3)(w), facts(release="NOT FOR RELEASE")(w)), "entry 1 has other release"),
-    "trust to none": (config(trust="none"), "by its trust and seed the run is NO PRIVACY"),
-    "trust to none, release": (lambda w: (config(trust="none")(w), facts(release=None)(w)), "entry 1 has other release"),
+    "trust to none": (config(trust="none", epsilon=None), "by its trust and seed the run is NO PRIVACY"),
+    "trust to none, release": (
+        lambda w: (config(trust="none", epsilon=None)(w), facts(release=None)(w)), "entry 1 has other release"
+    ),
     "trust to distributed": (
-        lambda w: (reforge(w, newer(trust="local")), config(trust="distributed")(w)), "entry 1 has other trust"
+        lambda w: (
+            reforge(w, newer(trust="local")), config(trust="distributed", local_steps=1, survivors=2, colluding=1)(w),
+        ),
+        "entry 1 has other trust",
     ),
     "delta, a little": (lambda w: (reforge(w, newer(delta=DELTA)), config(delta=DELTA * 1.001)(w)), "entry 1 has other delta"),
     "seed of a nonce": (
@@ -62,17 +66,17 @@ TAMPERINGS = {
     ),
     "local_steps": (config(local_steps=1), "entry 1 has other local_steps"),
     "rounds": (config(rounds=3), "entry 3 has other rounds"),
-    "budget": (config(epsilon=0.1), "client 0's epsilon does not follow"),
-    "sigma": (config(noise_multiplier=9.0), "noise_multiplier is not client 0's"),
+    "budget": (config(epsilon=0.1), "client 0's noise_multiplier cannot follow from its flags"),
+    "sigma": (config(noise_multiplier=9.0, epsilon=None), "client 0's noise_multiplier cannot follow from its flags"),
     "planned epsilon": (row(epsilon=0.1), "client 1's epsilon does not follow"),
-    "planned epsilon NaN": (row(epsilon=math.nan), "client 1's epsilon does not follow"),
+    "planned epsilon NaN": (row(epsilon=math.nan), "epsilon is no number from 0 to inf"),
     "no noise_multiplier": (lambda w: edit(w / "config.json", lambda c: c["federation"]["clients"][0].pop("noise_multiplier")),
                             "config.json is damaged"),
     "delta x": (config(delta="x"), "config.json is damaged"),
     "rows that are no objects": (facts(clients=[1, 2]), "config.json is damaged"),
     "a row too few": (lambda w: edit(w / "config.json", lambda c: c["federation"]["clients"].pop()), "is damaged"),
     "epsilon_max": (line(3, epsilon_max=0.1), "another epsilon_max in round 3"),
-    "epsilon NaN": (spent(4, math.nan, math.nan), "no epsilon for each client in round 4"),
+    "epsilon NaN": (spent(4, math.nan, math.nan), "epsilon has one that is no number from 0 to inf"),
     "epsilon inf": (spent(4, "inf", "inf"), "no epsilon for each client in round 4"),
     "a client too few": (spent(3, 40.0), "no epsilon for each client in round 3"),
     "an earlier round": (spent(1, 0.01, 0.01), "less epsilon than was charged up to round 1"),
@@ -87,7 +91,7 @@ TAMPERINGS = {
     "a line's release": (line(3, release="NOT FOR RELEASE"), "of round 3, and the ledger"),
     "no epsilon_max": (lambda w: edit_lines(w, lambda lines: lines[1].pop("epsilon_max")), "metrics.jsonl is damaged"),
     "an epsilon too large for a float": (line(1, epsilon=[10**400, 1]), "metrics.jsonl is damaged"),
-    "an anchor's text": (lambda w: write_checkpoint(w, 5, {"entries": "5", "head": "0"}), "checkpoint 5 is damaged"),
+    "an anchor's text": (lambda w: write_checkpoint(w, 5, {"entries": "5", "head": "0"}), "checkpoints/5 is damaged"),
     "a seal that is not ASCII": (
         lambda w: edit(w / "privacy_ledger.head", lambda h: h.update(seal="é\ud800")), "seal does not fit"
     ),
@@ -131,9 +135,8 @@ def test_an_unfinished_run_cannot_show_another_delta(workdir, capsys):
 
 def test_within_a_dispatch_the_grid_is_coarser_and_epsilon_never_falls(workdir, capsys):
     """Small epsilons show it: the bound on the coarse grid is above the fine one at the dispatch's end, which caps it."""
-    quiet = Mechanism(100, 0.2, 35, 40.0)
-    reforge(workdir, newer(clients=[describe(quiet)] * 2))
-    facts(clients=[describe(quiet) | {"epsilon": accounting.epsilon(quiet, 8, DELTA)}] * 2)(workdir)
+    reflag(workdir, sizes=(100, 100), epsilon=None, noise_multiplier=40.0)
+    quiet = run_files.read_config(workdir).mechanisms[0]
     (one, five), (two, six) = (
         accounting.epsilon_curve(quiet, c, DELTA, g) for c, g in (((2, 10), 1e-2), ((4, 12), 1e-3))
     )

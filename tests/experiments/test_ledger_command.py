@@ -24,12 +24,13 @@ def workdir(tmp_path):
 def test_show_tells_every_dispatch_and_every_clients_epsilon(workdir, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    noise = " to ".join(f"{m.noise_multiplier:.5g}" for m in MECHANISMS)
     code, out, _ = run(capsys, "show", workdir)
     assert code == 0
     for words in (
-        "1 to 2 │ 0 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ committed │",
-        "3 to 4 │ 0 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ lost, paid for │",
-        "3 to 4 │ 1 │ 2 │ 1.1 to 1.3 │ 0.2 to 0.4 │ committed │",
+        f"1 to 2 │ 0 │ 2 │ {noise} │ 0.2 to 0.4 │ committed │",
+        f"3 to 4 │ 0 │ 2 │ {noise} │ 0.2 to 0.4 │ lost, paid for │",
+        f"3 to 4 │ 1 │ 2 │ {noise} │ 0.2 to 0.4 │ committed │",
         "run finished; 6 entries: 3 dispatches begun, 2 committed; 6 rounds charged",
         "the chain holds against privacy_ledger.head and checkpoint 2 and checkpoint 4",
         "seals fit the run's secrets",
@@ -38,7 +39,7 @@ def test_show_tells_every_dispatch_and_every_clients_epsilon(workdir, capsys, mo
     for client, mechanism in enumerate(MECHANISMS):
         rounded = ledger._upwards(accounting.epsilon(mechanism, 12, DELTA))
         values = (
-            f"{mechanism.records} │ {mechanism.sampling_rate} │ {mechanism.capacity} │ {mechanism.noise_multiplier}"
+            f"{mechanism.records} │ {mechanism.sampling_rate} │ {mechanism.capacity} │ {mechanism.noise_multiplier:.5g}"
         )
         assert f"│ {client} │ {values} │ {rounded} │" in out
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -92,7 +93,7 @@ def rewrite(workdir, seal):
             lambda w: edit(w / "config.json", lambda c: c["federation"]["clients"][1].update(noise_multiplier=2.0)),
             "entry 1",
         ),
-        (lambda w: edit(w / "config.json", lambda c: c.update(delta=1e-9)), "epsilon does not follow"),
+        (lambda w: edit(w / "config.json", lambda c: c.update(delta=1e-9)), "cannot follow from its flags"),
         (lambda w: write_lines(w, [{"round": 5, "epsilon": [9, 9], "epsilon_max": 9}]), "never committed"),
         (lambda w: (w / "metrics.jsonl").write_text("{"), "metrics.jsonl is damaged"),
         (lambda w: (w / "checkpoints" / "4" / "notes" / "metadata").write_text("{}"), "4 is damaged"),

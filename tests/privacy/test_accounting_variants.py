@@ -76,6 +76,6 @@ def test_running_sums_carry_less_noise_at_the_same_budget():
 def test_the_ledger_keeps_every_field_of_a_mechanism(tmp_path):
     book = ledger.Ledger(tmp_path / "ledger.jsonl")
     mechanisms = [Mechanism(50, 0.5, 50, 4.0, count_noise=3.0), Mechanism(50, 0.25, 25, 4.0, bands=2)]
-    book.begin((1, 4), 0, mechanisms, 2, "00")
+    book.begin((1, 4), 0, mechanisms, 2, {})
     again = ledger.Ledger(tmp_path / "ledger.jsonl").epsilons(DELTA)
     assert again == [accounting.epsilon(m, 6, DELTA) for m in mechanisms]
