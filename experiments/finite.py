@@ -69,13 +69,12 @@ def _check_metrics(line, of):
     each = [value for name in found for value in (found[name], *line.get(f"{name}_by_client", ()))]
     if not each or any(math.isfinite(files.number(value)) for value in each):
         return
-    named = f"{' and '.join(found)} of {of}"
+    told = f"no metric of {of} is finite ({', '.join(found)})"
     if not line.get("round"):
         raise InputError(
-            f"before any training, no {named} is finite: check the weights of --model, its config.json and its tokenizer. "
-            "Nothing was charged."
+            f"before any training, {told}: check the weights of --model, its config.json and its tokenizer. Nothing was charged."
         )
     raise NotFiniteError(
-        f"no {named} is finite after round {line['round']}: the adapter is of no use, most often since the learning rates are "
-        f"too large. {SAVED}; start a new --workdir with smaller ones."
+        f"after round {line['round']}, {told}: the adapter is of no use, most often since the learning rates are too large. "
+        f"{SAVED}; start a new --workdir with smaller ones."
     )
