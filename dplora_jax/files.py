@@ -90,11 +90,7 @@ def parse_json(content, path, kind=dict):
         raise InputError(f"{path} is not valid JSON for this program (it holds more than {MOST_CONTAINERS} lists).")
     try:
         document = json.loads(content.decode("utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ) as error:  # no UTF-8, no JSON, a number of 5,000 digits, absurd depth
+    except (ValueError, RecursionError, MemoryError) as error:  # no UTF-8, no JSON, 5,000 digits, absurd depth
         raise InputError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(document, kind):
         raise InputError(f"{path} holds a JSON {type(document).__name__}, not a {kind.__name__}.")
