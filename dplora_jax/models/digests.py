@@ -3,6 +3,7 @@
 import warnings
 
 from dplora_jax import files
+from dplora_jax.errors import InputError
 from dplora_jax.models import safetensors_file
 
 PINNED = {  # of the models in pretrained.PACKAGES
@@ -24,7 +25,10 @@ def of_place(place):
     weights, its config and its tokenizer. All weights are read once; InputError where there are none."""
     if place.is_file():
         return {place.name: files.sha256(place)}
-    names = [*safetensors_file.weight_files(place), *(name for name in DECIDING if files.find(place, name))]
+    weights = safetensors_file.weight_files(place)
+    if not weights:
+        raise InputError(f"{place} holds no {safetensors_file.WHOLE}: give a model's directory.")
+    names = [*weights, *(name for name in DECIDING if files.find(place, name))]
     return {name: files.sha256(files.inside(place, name)) for name in sorted(names)}
 
 
