@@ -149,8 +149,8 @@ def test_no_other_link_in_the_hubs_cache_is_followed(snapshot):
 
 DEEP = {"lists": b"[" * 100_000, "objects": b'{"a":' * 100_000, "closed": b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"}
 MALFORMED = {
-    "no JSON": b"{", "no UTF-8": b'{"a": "\xff\xfe"}', "UTF-16": '{"a": 1}'.encode("utf-16"), "digits": b'{"a": ' + b"9" * 5000 + b"}",
-    "list": b"[1]", "nothing": b"", "zeros": bytes(100), **DEEP,
+    "no JSON": b"{", "no UTF-8": b'{"a": "\xff\xfe"}', "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "digits": b'{"a": ' + b"9" * 5000 + b"}", "list": b"[1]", "nothing": b"", "zeros": bytes(100), **DEEP,
 }  # fmt: skip
 
 
