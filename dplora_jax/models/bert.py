@@ -153,9 +153,8 @@ class Bert:
         """One feature vector a row, float32 [B, D]; `pair` adapts the pooler."""
         if self.config.pooling == "pooler":
             pooled = Dense(self.config.width).apply({"params": params["pooler"]}, x[:, :1])
-            if (
-                pair is not None
-            ):  # over all tokens, as every adapted matrix: clipping takes their number to be the rows'
+            # Over all tokens, as every adapted matrix: clipping takes their number to be the rows'.
+            if pair is not None:
                 pooled = pooled + lora.product(x, jax.tree.map(lambda p: p[0], pair))[:, :1]
             pooled = jnp.tanh(pooled)[:, 0].astype(jnp.float32)
         else:

@@ -53,9 +53,9 @@ def nbytes(tree):
 
 
 def quantize(params, model, kind, donate=False):
-    """`params` with the kernel [L, I, O] of every matrix in `model.targets` replaced by a `Quantized` one of `kind`.
+    """`params` with the kernel [L, I, O] of every layer's matrices in `model.targets` replaced by a `Quantized` one of `kind`.
 
-    The rest (embeddings, norms, biases, head) is untouched. Kernels are converted one layer at a time; with `donate`, each
+    The rest (embeddings, norms, pooler, head) is untouched. Kernels are converted one layer at a time; with `donate`, each
     source is deleted once converted, so that `params` must not be used again. Raises ValueError on an unknown kind.
     """
     layers = params["layers"]
