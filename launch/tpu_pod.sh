@@ -3,6 +3,7 @@
 # It copies the project's last commit (nothing else: no run, no secrets, no data), installs it and runs in the foreground; if the
 # line breaks, or a host is preempted, start it again and the run goes on. To stop it, saved:
 #   gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command='pkill -TERM -f experiments.run'
+# The hosts do not ask each other who they are, nor encrypt: let a firewall keep others off the slice's network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
