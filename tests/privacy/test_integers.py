@@ -108,9 +108,8 @@ def test_integer_sums_are_the_float_ones_and_no_row_is_beyond_clip_norm(form, mo
 
 def test_the_ghost_form_is_refused():
     model, params, adapter, batch = setup("classifier")
-    for form in ("ghost", "bookkeeping"):
-        with pytest.raises(ValueError, match=form):
-            clipped_grad_sum(loss_of(model, params), adapter, batch, 1.0, form=form, bits=BITS)
+    with pytest.raises(ValueError, match="no rows' gradients"):
+        clipped_grad_sum(loss_of(model, params), adapter, batch, 1.0, form="ghost", bits=BITS)
 
 
 @pytest.mark.parametrize(("capacity", "sigma"), [(110, 0.743), (1900, 8.5), (2046, 0.1), (2048, 0.1), (100_000, 2.0)])
