@@ -109,7 +109,13 @@ def load(path, model, params):
     document, file = read_json(_file(path, "adapter_config.json")), _file(path, "adapter_model.safetensors")
     try:
         tensors = safetensors.numpy.load_file(file)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a type that numpy lacks
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        safetensors.SafetensorError,
+    ) as error:  # a type that numpy lacks
         raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
     described = PeftConfig(path, document, (getattr(model, "head_name", None), "classifier", "score"))
     found = _matrices(path, model, tensors, described)

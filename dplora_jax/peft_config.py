@@ -22,6 +22,29 @@ OTHERS = (
     "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out", "megatron_core", "qalora_group_size",
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
+ANY_PARENT = r"(.*\.)?"  # before a name's end
+MOST_PATTERNS = 1024
+
+
+def _is_name(value):
+    return isinstance(value, str)
+
+
+def _is_rank(value):
+    return type(value) is int and 1 <= value < MOST_NUMBER
+
+
+def _is_alpha(value):
+    return type(value) in (int, float) and abs(value) < MOST_NUMBER
+
+
+# Options that hold one thing or a list of them, and what each must be; of a pattern before the layer's number, a plain name.
+LISTS = {
+    "target_modules": _is_name,
+    "exclude_modules": _is_name,
+    "layers_to_transform": lambda value: type(value) is int,
+    "layers_pattern": lambda value: _is_name(value) and re.fullmatch(r"[\w.]*", value) is not None,
+}
 
 
 class PeftConfig:
@@ -47,8 +70,14 @@ class PeftConfig:
             )
         for option, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
             pattern = document.get(option) or {}
-            if not isinstance(pattern, dict) or not all(map(fits, pattern.values())):
+            if not isinstance(pattern, dict) or len(pattern) > MOST_PATTERNS or not all(map(fits, pattern.values())):
                 raise InputError(f"{path}: {option}={pattern!r} must give a number for each of its modules.")
+        for option, fits in LISTS.items():
+            value = document.get(option)
+            listed = value if isinstance(value, list) else [value]
+            if value is not None and not (len(listed) <= MOST_PATTERNS and all(map(fits, listed))):
+                raise InputError(f"{path}: {option}={value!r} must be one of its kind or a list of them.")
+        self._matchers = {}
         self.rank, self.alpha, self.stabilised = rank, alpha, document.get("use_rslora") is True
 
     def scale(self, alpha, rank):
@@ -62,7 +91,7 @@ class PeftConfig:
 
     def _by_pattern(self, option, module, default):
         pattern = self._document.get(option) or {}
-        return next((value for key, value in pattern.items() if self._matches(rf"(.*\.)?({key})", module)), default)
+        return next((value for key, value in pattern.items() if self._matches(key, module, ANY_PARENT)), default)
 
     def adapts(self, module):
         """Whether PEFT adapts `module`, by target_modules, exclude_modules and layers_to_transform."""
@@ -87,16 +116,30 @@ class PeftConfig:
             return self._matches(names, module)
         return any(module == name or module.endswith(f".{name}") for name in names)
 
-    def _matches(self, pattern, module):
-        try:
-            return re.fullmatch(pattern, module) is not None
-        except (re.error, TypeError):
-            raise InputError(f"{self._path}: {pattern!r} in adapter_config.json is no regular expression.") from None
+    def _matches(self, pattern, module, before=""):
+        """Whether the regular expression, with that of `before` it, matches the whole name."""
+        if (before, pattern) not in self._matchers:
+            try:
+                self._matchers[before, pattern] = _matcher(before, pattern)
+            except (re.error, ValueError, OverflowError, RecursionError):
+                raise InputError(
+                    f"{self._path}: {pattern!r} in adapter_config.json is no regular expression that is read here: only those of "
+                    "RE2 are, without look-ahead and back-references."
+                ) from None
+        return self._matchers[before, pattern](module)
 
 
-def _is_rank(value):
-    return type(value) is int and 1 <= value < MOST_NUMBER
+def _matcher(before, pattern):
+    """A function that says whether `pattern` behind `before` matches the whole of a name. Python's `re` takes time that is
+    exponential in the name's length on patterns such as (a|a)*b, which a file may hold; RE2 does not, but costs more a call."""
+    re.compile(pattern)
+    if not re.search(r"[*+?{(|]", pattern):
+        return re.compile(before + pattern).fullmatch
+    import pyarrow
+    from pyarrow import compute
 
+    def matches(name):
+        return compute.match_substring_regex(pyarrow.scalar(name), f"^{before}(?:{pattern})$").as_py()
 
-def _is_alpha(value):
-    return type(value) in (int, float) and abs(value) < MOST_NUMBER
+    matches("")  # raises where RE2 does not know the pattern
+    return matches

@@ -119,7 +119,7 @@ def charge(job, done):
     _stay_within(job, rounds)
     more = {"steps": participants.steps(config, rounds).sum(0).tolist()} if participants.scheduled(config) else {}
     more |= {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
-    more["config"] = workdir.digest(job.folder)
+    more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or workdir.digest(job.folder)
     if (
         config.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one

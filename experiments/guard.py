@@ -45,14 +45,15 @@ def _dump_no_core():
 def show(error):
     """Print where `error` and what it came from were raised, and their types, to stderr."""
     chain = [error]
-    while (
-        before := chain[-1].__cause__ or (not chain[-1].__suppress_context__ and chain[-1].__context__)
-    ) not in chain:
-        if not before:
-            break
+    while (before := _before(chain[-1])) is not None and before not in chain:
         chain.append(before)
     for one in reversed(chain):
-        print(*traceback.format_tb(one.__traceback__), f"{_name(type(one))}: {_said(one)}", sep="", file=sys.stderr)
+        place = traceback.format_tb(one.__traceback__)
+        print(*place, _name(type(one)), ": " if one.args else "", _said(one), sep="", file=sys.stderr)
+
+
+def _before(error):
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _said(error):
@@ -62,7 +63,9 @@ def _said(error):
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     said = str(error) if type(error).__name__ == "JaxRuntimeError" else ""
-    return said.splitlines()[0] if said.startswith("RESOURCE_EXHAUSTED") else WITHHELD
+    if said.startswith("RESOURCE_EXHAUSTED"):
+        return said.splitlines()[0]
+    return WITHHELD if error.args else ""
 
 
 def _show_warning(message, category, filename, line, *_):

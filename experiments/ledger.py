@@ -49,7 +49,9 @@ def verify(workdir):
     """The Verdict on `workdir`, or InputError with what does not hold."""
     workdir = pathlib.Path(workdir)
     told, path = run_files.read_config(workdir), workdir / FILE
-    lines = run_files.read_metrics(workdir)  # before the ledger, which a running program writes first
+    lines = run_files.read_metrics(
+        workdir, told.flags.rounds
+    )  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
     for name, anchor in anchors:

@@ -33,5 +33,5 @@ def reasons_in(folder):
         private = pathlib.Path(folder) / "private"
         private.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         write(private / REASON, {"reason": error.reason})
-        error.args = (f"{error}; why is in {private / REASON}, for the records' owner alone.",)
+        error.args = (f"{str(error).rstrip('.')}; why is in {private / REASON}, for the records' owner alone.",)
         raise

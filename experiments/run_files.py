@@ -99,14 +99,14 @@ def _refuse(config):
         raise Unfit(f"no run has its flags ({str(error).rstrip('.')})") from None
 
 
-def read_metrics(folder):
-    """The Lines of metrics.jsonl; none where there is no such file yet."""
+def read_metrics(folder, rounds):
+    """The Lines of metrics.jsonl, of at most so many `rounds`; none where there is no such file yet."""
     path, lines = folder / "metrics.jsonl", []
     try:
         for text_line in io.BytesIO(read(path)):
             value = parse(text_line, LINE)
             lines.append(Line(value["round"], value["epsilon"], value["epsilon_max"], value.get("release")))
-            if len(lines) > accounting.MOST_STEPS + 1:
+            if len(lines) > rounds + 1:
                 raise Unfit("it has more lines than rounds")
     except FileNotFoundError:
         pass

@@ -89,6 +89,28 @@ def test_a_tensor_of_another_kind_is_one_sentence(base, adapter, name, dtype, sh
     refusal(peft.load, adapter, *base)
 
 
+EXPONENTIAL = ("(.|.)*!", "(.*)*!", "(.|.)" * 60 + "!", "(.?){60}!", ".*" * 30 + "!")
+
+
+@pytest.mark.parametrize("pattern", EXPONENTIAL)
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_takes_no_exponential_time(base, adapter, option, pattern):
+    path = adapter / "adapter_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {option: {pattern: 4} if option.endswith("pattern") else pattern}))
+    if option == "target_modules":
+        refusal(peft.load, adapter, *base)
+    else:
+        peft.load(adapter, *base)
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?!x).*", "(a)\\1", "(" * 2000, "\ud800*"])
+def test_a_pattern_that_is_not_read_is_one_sentence(base, adapter, pattern):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": pattern}))
+    assert "no regular expression" in refusal(peft.load, adapter, *base)
+
+
 def test_an_empty_head_does_not_say_how_many_labels_an_export_has(adapter):
     header = json.dumps(
         {"base_model.model.score.weight": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}}

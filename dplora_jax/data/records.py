@@ -202,7 +202,7 @@ def refuse_copy(parts, columns, what: str = "the test table"):
     for sets, whose in [(whole, ""), *((sets, " of a client") for sets in several)]:
         if any(sets) and all(not own or any(own <= cells for cells in held) for own in sets):
             raise Refused(
-                f"{what} is refused as a public test set: give another",
+                f"{what} is refused as a public test set: give another.",
                 f"{what} holds every training record{whose}, and these are private.",
             )
 

@@ -19,7 +19,7 @@ from dplora_jax.privacy import secrets
 
 GENESIS = hashlib.sha256(b"dplora_jax privacy ledger, version 1").hexdigest()  # what the first line follows
 ADVICE = "restore it, or start a new --workdir."
-MOST_ENTRIES = 1 << 22
+MOST_ENTRIES = 1 << 18
 ANCHOR = json_files.record({"entries": json_files.whole(0, MOST_ENTRIES), "head": json_files.hexadecimal()})
 LINK = {"previous": json_files.hexadecimal()}  # what each line has
 
@@ -173,7 +173,8 @@ class Chain:
         value = _sealed(self._secret, {"previous": self.heads[-1], **entry})
         line = to_json(value)
         size = self.path.stat().st_size if self.entries else 0
-        if len(line) > json_files.MOST_TEXT or size + len(line) >= json_files.MOST_BYTES:
+        full = len(self.entries) >= MOST_ENTRIES
+        if full or len(line) > json_files.MOST_TEXT or size + len(line) >= json_files.MOST_BYTES:
             raise InputError(
                 f"{self.path} would outgrow what is read of it: raise --dispatch_rounds, in a new --workdir."
             )

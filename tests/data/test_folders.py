@@ -55,7 +55,7 @@ def test_a_clients_table_is_no_test_set(source, tmp_path):
         sources.load_public(source(test_data=str(tmp_path / "birch" / "train.csv")), True)
     (tmp_path / "copy.csv").write_text("words,mood\nlow,bad\nhigh,good\n")
     given = source(test_data=str(tmp_path / "copy.csv"))
-    with pytest.raises(InputError, match="every training record"):
+    with pytest.raises(InputError, match="is refused as a public test set"):
         folders.read(given, sources.load_public(given, True), "alder")
 
 

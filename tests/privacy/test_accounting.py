@@ -260,3 +260,13 @@ def test_the_papers_form_is_no_guarantee():
 def test_least_noise_keeps_plain_sampling_within_its_budget_and_spends_it(records, rate, steps, target):
     noise = accounting.least_noise(records, rate, steps, target, DELTA)
     assert 0.998 * target < accounting.epsilon(Mechanism(records, rate, records, noise), steps, DELTA) <= target
+
+
+def test_steps_that_need_too_many_points_are_reckoned_on_a_coarser_grid_which_is_an_upper_bound():
+    """Full batches, which have an exact curve. More steps than any run has are refused."""
+    for noise, steps in ((0.05, 1), (40.0, 1_000_000)):
+        assert accounting._coarser(Mechanism(100, 1.0, 100, noise), steps, accounting.GRID) > accounting.GRID
+        exact = analytic_gaussian(noise / math.sqrt(steps), 1e-5)
+        assert exact <= accounting.epsilon(Mechanism(100, 1.0, 100, noise), steps, 1e-5) <= exact * 1.01
+    with pytest.raises(InputError, match="more than the accountant composes"):
+        accounting.epsilon(Mechanism(100, 1.0, 100, 1e3), 10**9, 1e-5)

@@ -5,8 +5,9 @@ import json
 import pytest
 from ledgers import DELTA, MECHANISMS, begin, expected
 
+from dplora_jax import json_files
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, chain
 from dplora_jax.privacy import ledger as ledger_module
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
@@ -224,3 +225,16 @@ def test_each_entry_is_one_line_of_json(path):
     begin(ledger, (1, 4))
     ledger.append(entry="end", round=3)
     assert [json.loads(line) for line in path.read_text().splitlines()] == ledger.entries
+
+
+def test_a_ledger_is_never_written_longer_than_it_is_read(path, monkeypatch):
+    ledger = three(path)
+    for module, name in ((chain, "MOST_ENTRIES"), (json_files, "MOST_BYTES"), (json_files, "MOST_TEXT")):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                module, name, {"MOST_ENTRIES": 5, "MOST_BYTES": path.stat().st_size + 9, "MOST_TEXT": 9}[name]
+            )
+            with pytest.raises(InputError, match="would outgrow"):
+                ledger.append(entry="end")
+    ledger.append(entry="end")
+    assert Ledger(path).ended

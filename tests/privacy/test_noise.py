@@ -106,3 +106,19 @@ def test_add_adds_in_float32():
     total = noise.add(tree, {"x": jnp.array([0.25], jnp.float32)})
     assert total["x"].dtype == jnp.float32
     assert total["x"][0] == 256.25
+
+
+@pytest.mark.parametrize(("steps", "bands"), [(4, 4), (6, 2), (9, 3), (24, 8), (25, 5)])
+def test_undone_correlation_leaves_a_record_no_more_than_its_turns_are_charged_as(steps, bands):
+    """C, of what is really added: a record's steps, one in `bands`, meet in no row of it, and each comes to norm 1."""
+    made = noise.banded(steps, bands)
+
+    def step(memory, draw):
+        drawn, memory = made.multiply_next(draw, memory)
+        return memory, drawn
+
+    inverse = jax.jit(lambda draws: jax.lax.scan(step, made.init_multiply(draws[0]), draws)[1])(jnp.eye(steps))
+    c = np.linalg.inv(np.asarray(inverse, float))
+    np.testing.assert_allclose(np.linalg.norm(c, axis=0), 1, rtol=1e-6)
+    rows, columns = np.indices(c.shape)
+    np.testing.assert_allclose(c[(rows < columns) | (rows >= columns + bands)], 0, atol=1e-6)
