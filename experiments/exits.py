@@ -1,19 +1,26 @@
 """What a command says and exits with when something is wrong: one sentence on stderr, and the error's code."""
 
 import functools
+import os
 import sys
 
 from dplora_jax import errors
 
 
+def known(error, folder=None):
+    """The InputError that `error` is or stands for, as of `told`; None for a fault of the program. An InputError stays what it
+    is, whatever it came from."""
+    return error if isinstance(error, errors.InputError) else errors.storage(error, folder)
+
+
 def told(error, folder=None):
     """Say what `error` is, if it is one that a user can mend -> exit code; else raise it. `folder` is one whose files the command
     needs to the end."""
-    known = error if isinstance(error, errors.InputError) else errors.storage(error, folder)
-    if known is None:
+    what = known(error, folder)
+    if what is None:
         raise error
-    print(f"error: {known}", file=sys.stderr)
-    return known.code
+    print(f"error: {what}", file=sys.stderr)
+    return what.code
 
 
 def guarded(main):
@@ -26,6 +33,9 @@ def guarded(main):
             code = main(*arguments)
             sys.stdout.flush()
             return code
+        except BrokenPipeError as error:  # who read what is printed, `head` say, has gone; nor can the rest be flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return told(errors.StorageError(f"what is printed cannot be written ({error.strerror})."))
         except Exception as error:
             return told(error)
 

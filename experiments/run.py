@@ -11,7 +11,6 @@ import signal
 import sys
 from typing import Any, NamedTuple
 
-from dplora_jax import errors
 from dplora_jax.errors import InputError
 from experiments import allocator, exits
 
@@ -34,7 +33,7 @@ def main(argv=None):
             return code
     except Exception as error:
         if processes.count() > 1:
-            processes.fail(errors.storage(error, folder) or error)  # ends them all
+            processes.fail(exits.known(error, folder) or error)  # ends them all
         return exits.told(error, folder)
 
 

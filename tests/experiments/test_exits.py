@@ -9,11 +9,11 @@ import pytest
 from report_pages import config, metrics
 
 from dplora_jax import checkpoint
-from dplora_jax.errors import InputError, NotFiniteError, StorageError
+from dplora_jax.errors import InputError, NotFiniteError, Refused, StorageError
 from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import budget, dispatch, exits, ledger, report, run, sweep, workdir
+from experiments import budget, dispatch, exits, ledger, processes, report, run, sweep, workdir
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
 
@@ -34,6 +34,28 @@ def test_each_error_has_its_code_and_one_sentence(error, code, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+def test_bad_input_stays_what_it_is_where_several_processes_are_told(tmp_path, monkeypatch):
+    """What an error came from, or quotes, makes no other code of it, and a Refused stays one."""
+    wrong = Refused("m/config.json cannot be read (Permission denied).", "the reason")
+    wrong.__context__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "m/config.json")
+    ended = []
+    monkeypatch.setattr(run, "run", fail(wrong))
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "fail", ended.append)
+    run.main(["--epsilon=8", f"--workdir={tmp_path}"])
+    assert ended == [wrong]
+
+
+def test_a_reader_that_goes_away_is_told_in_a_sentence(capfd, monkeypatch):
+    """As in `verify ... | head -0`: the end of the process flushes nothing more."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert exits.guarded(lambda: print("it holds."))() == 74
+    assert capfd.readouterr().err == "error: what is printed cannot be written (Broken pipe).\n"
 
 
 def test_a_fault_of_the_program_stays_a_fault():
@@ -92,11 +114,11 @@ def test_a_charge_that_could_not_be_written_is_no_charge(tmp_path, monkeypatch):
     """Neither half a line nor a whole one that was not promised counts when there is room again."""
     kept = Ledger(tmp_path / "ledger.jsonl")
     mechanisms = [Mechanism(100, 0.2, 35, 1.1)]
-    kept.begin((1, 3), 0, mechanisms, 1, {"mesh": "one"})
+    kept.begin((1, 3), 0, mechanisms, 1, {"base": "0b"})
     kept.commit((1, 3), 0)
     monkeypatch.setattr(os, "fsync", fail())
     with pytest.raises(OSError, match="No space"):
-        kept.begin((3, 5), 0, mechanisms, 1, {"mesh": "one"})
+        kept.begin((3, 5), 0, mechanisms, 1, {"base": "0b"})
     monkeypatch.undo()
     with open(tmp_path / "ledger.jsonl", "a") as file:
         file.write('{"previous": "half of')
