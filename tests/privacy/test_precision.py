@@ -13,8 +13,9 @@ X, WEIGHT, G = jnp.ones((2, 5, 3)), jnp.ones((4, 3)), jnp.ones((2, 5, 4))
 
 
 def products(function, *arguments):
-    """(output shape, whether it is exact) of every matrix product that `function` traces."""
+    """(output shape, whether it is exact) of every matrix product that `function` traces, in the bodies of its loops too."""
     equations = jax.make_jaxpr(function)(*arguments).jaxpr.eqns
+    equations += [inner for e in equations if e.primitive.name == "scan" for inner in e.params["jaxpr"].jaxpr.eqns]
     exact = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
     return [(e.outvars[0].aval.shape, e.params["precision"] == exact) for e in equations if "precision" in e.params]
 
