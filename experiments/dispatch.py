@@ -15,7 +15,7 @@ from dplora_jax.federation import mesh, round
 from dplora_jax.files import to_json
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import draws, participants, processes, streaming, tensorboard, workdir
+from experiments import draws, participants, private_files, processes, streaming, tensorboard, workdir
 
 
 def restore(job):
@@ -229,14 +229,13 @@ def show_metrics(job, lines):
 def _write_diagnostics(job, rounds, shown):
     """Append exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
     private = job.folder / "private"
-    private.mkdir(mode=0o700, exist_ok=True)
-    note = "PRIVATE: exact statistics of the records, outside the guarantee"
+    private.mkdir(mode=private_files.FOLDER_MODE, exist_ok=True)
     rows = [
-        {"round": number, "note": note}
+        {"round": number, "note": private_files.NOTE}
         | {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
         for index, number in enumerate(range(*rounds))
     ]
-    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, private_files.MODE), "r+b") as file:
         file.seek(
             file.read().rfind(b"\n") + 1
         )  # behind the last whole line: a kill or a full disk may have cut one off
