@@ -196,6 +196,10 @@ def test_a_tokenizers_settings_name_no_file(secret_vocabulary, settings, option)
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
     (folder / settings).write_text(json.dumps(said | {option: str(secret)}))
     assert "holds no tokenizer" in refusal(models.load_tokenizer, folder)
+    (folder / "vocab.txt").write_text(SECRETS.replace("hunter2", "profit"))
+    words = models.load_tokenizer(folder).get_vocab()
+    assert "profit" in words
+    assert "hunter2" not in words
 
 
 def test_a_tokenizers_class_gets_no_arguments_from_its_settings(secret_vocabulary):

@@ -13,17 +13,11 @@ X, WEIGHT, G = jnp.ones((2, 5, 3)), jnp.ones((4, 3)), jnp.ones((2, 5, 4))
 
 
 def products(function, *arguments):
-    """(output shape, whether it is exact) of every matrix product that `function` traces, within its loops too."""
+    """(output shape, whether it is exact) of every matrix product that `function` traces, in the bodies of its loops too."""
+    equations = jax.make_jaxpr(function)(*arguments).jaxpr.eqns
+    equations += [inner for e in equations if e.primitive.name == "scan" for inner in e.params["jaxpr"].jaxpr.eqns]
     exact = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
-
-    def within(jaxpr):
-        for e in jaxpr.eqns:
-            if "precision" in e.params:
-                yield e.outvars[0].aval.shape, e.params["precision"] == exact
-            if e.primitive.name == "scan":
-                yield from within(e.params["jaxpr"].jaxpr)
-
-    return list(within(jax.make_jaxpr(function)(*arguments).jaxpr))
+    return [(e.outvars[0].aval.shape, e.params["precision"] == exact) for e in equations if "precision" in e.params]
 
 
 def test_the_sum_of_clipped_gradients_is_exact():
