@@ -17,6 +17,7 @@ from dplora_jax import errors
 MOST_BYTES = 256 << 20  # of a file
 MOST_TEXT = 16 << 20  # of one line of it
 MOST_PARTS = 1 << 21  # objects and lists of one JSON text: each takes a hundred times its brackets
+MOST_ITEMS = 1 << 23  # commas of it: a number of two bytes takes twenty, and a name of three a hundred
 DEEPEST = 64
 
 
@@ -47,6 +48,8 @@ def parse(data, check, most=MOST_TEXT):
         raise Unfit("it is too large")
     if data.count(b"[") + data.count(b"{") > MOST_PARTS:
         raise Unfit(f"it holds more than {MOST_PARTS} lists and objects")
+    if data.count(b",") > MOST_ITEMS:
+        raise Unfit(f"it holds more than {MOST_ITEMS} commas")
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, MemoryError):  # no UTF-8, no JSON, a number of 5,000 digits, absurdly deep

@@ -60,10 +60,6 @@ def check_past(job):
         raise InputError(
             f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new --workdir."
         )
-    if last.get("config", told := workdir.digest(job.folder)) != told:
-        raise InputError(
-            f"{job.folder}/config.json is not the one that the ledger was charged by: restore it, or start a new --workdir."
-        )
 
 
 def _keyed_inputs(job):
@@ -233,13 +229,13 @@ def show_metrics(job, lines):
 def _write_diagnostics(job, rounds, shown):
     """Append exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
     private = job.folder / "private"
-    private.mkdir(mode=0o700, exist_ok=True)
+    private.mkdir(mode=private_files.FOLDER_MODE, exist_ok=True)
     rows = [
         {"round": number, "note": private_files.NOTE}
         | {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
         for index, number in enumerate(range(*rounds))
     ]
-    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, private_files.MODE), "r+b") as file:
         # Behind the last whole line: a kill or a full disk may have cut one off.
         file.seek(file.read().rfind(b"\n") + 1)
         file.truncate()

@@ -33,9 +33,7 @@ def guarded(main):
             code = main(*arguments)
             sys.stdout.flush()
             return code
-        except (
-            BrokenPipeError
-        ) as error:  # who read what is printed, `head` say, has gone; nor can the rest be flushed at the end
+        except BrokenPipeError as error:  # who read what is printed has gone; at the end it would be flushed again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return told(errors.StorageError(f"what is printed cannot be written ({error.strerror})."))
         except Exception as error:

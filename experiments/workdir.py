@@ -53,11 +53,15 @@ def stored_config(workdir, config):
 
 
 def charged_config(workdir, stored, ledger):
-    """`stored` where its run was charged already, else None: all that it says is then made anew, from flags and records. What an
-    earlier start saved by it before the first round goes."""
+    """`stored` where its run was charged already, by it and no other; else None: all that it says is then made anew, from flags
+    and records. What an earlier start saved by it before the first round goes."""
     if ledger.begun and stored is None:
         raise InputError(
             f"{workdir}/config.json is gone, and rounds were charged by it: restore it, or start a new --workdir."
+        )
+    if ledger.begun and ledger.begun[-1].get("config", told := digest_of(stored)) != told:
+        raise InputError(
+            f"{workdir}/config.json is not the one that the ledger was charged by: restore it, or start a new --workdir."
         )
     if ledger.begun or ledger.ended:
         return stored

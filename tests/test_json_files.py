@@ -58,6 +58,8 @@ def test_a_text_of_too_many_parts_or_bytes_is_not_parsed(monkeypatch):
         parse(b" " * 11, anything, 10)
     with pytest.raises(Unfit, match="more than"):
         parse(b"[" + b"[]," * json_files.MOST_PARTS + b"[]]", anything, 1 << 30)
+    with pytest.raises(Unfit, match="commas"):  # of one list only: 256 MiB of it took minutes and gigabytes
+        parse(b"[" + b"1," * (json_files.MOST_ITEMS + 1) + b"1]", anything, 1 << 30)
 
 
 def test_no_more_than_the_bound_is_read(tmp_path, monkeypatch):

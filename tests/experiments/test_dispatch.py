@@ -115,13 +115,3 @@ def test_other_records_or_another_base_than_the_ledgers_are_refused(job, inputs,
     dispatch.charge(job(), 0)
     with pytest.raises(InputError, match=rf"{words} .* began with"):
         dispatch.check_past(job(**inputs))
-
-
-def test_another_config_json_than_the_one_that_was_charged_by_is_refused(job, tmp_path):
-    """Whatever it says: what a restart takes from there, the features' centre say, no later edit may change."""
-    dispatch.charge(job(), 0)
-    (tmp_path / "config.json").write_text('{ "federation":\n {"features": [1]}}\n')  # laid out another way
-    dispatch.check_past(job())
-    (tmp_path / "config.json").write_text('{"federation": {"features": [2]}}')
-    with pytest.raises(InputError, match=r"config\.json is not the one that the ledger was charged by"):
-        dispatch.check_past(job())

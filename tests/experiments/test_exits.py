@@ -80,15 +80,26 @@ def test_an_output_that_cannot_be_written_is_told_of_every_command(tmp_path, mon
 
 
 def test_a_folder_that_is_lost_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch, capsys):
-    lost = fail(OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(tmp_path)))
-    monkeypatch.setattr("pathlib.Path.read_text", lost)
-    assert ledger.main(["verify", str(tmp_path)]) == 74
-    assert report.main([str(tmp_path)]) == 74
-    assert "Stale file handle" in capsys.readouterr().err
-    (tmp_path / "1" / "notes").mkdir(parents=True)
-    monkeypatch.setattr("pathlib.Path.read_bytes", lost)
-    with pytest.raises(StorageError):
-        checkpoint.anchors(tmp_path)
+    for file in tmp_path / "config.json", tmp_path / "1" / "notes" / "metadata":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(tmp_path))
+
+    def losing(opened):
+        return lambda path, *more, **named: (fail(stale) if str(tmp_path) in str(path) else opened)(
+            path, *more, **named
+        )
+
+    monkeypatch.setattr("os.open", losing(os.open))
+    monkeypatch.setattr("builtins.open", losing(open))
+    for command in (
+        lambda: ledger.main(["verify", str(tmp_path)]),
+        lambda: report.main([str(tmp_path)]),
+        exits.guarded(lambda: checkpoint.anchors(tmp_path)),
+    ):
+        assert command() == 74
+        assert "Stale file handle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])

@@ -54,3 +54,19 @@ def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path,
     (tmp_path / "config.json").unlink()
     assert run.main(command) == 2
     assert "config.json is gone, and rounds were charged by it" in capsys.readouterr().err
+
+
+def test_another_config_json_than_the_one_that_was_charged_by_is_refused_before_it_is_used(tmp_path):
+    """Whatever it says: what a restart takes from there, the mechanisms and the features' centre say, no later edit may change or
+    break."""
+    config = flags.parse(["--epsilon=2"])
+    workdir.write_config(tmp_path, config, {"clients": [], "features": [1]})
+    ledger, path = Ledger(tmp_path / "privacy_ledger.jsonl"), tmp_path / "config.json"
+    ledger.begin((1, 2), 0, [Mechanism(100, 0.2, 35, 1.1)], 1, {}, config=workdir.digest(tmp_path))
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written))  # laid out another way
+    assert workdir.charged_config(tmp_path, workdir.stored_config(tmp_path, config), ledger) == written
+    for federation in {"clients": [], "features": [2]}, {"clients": [{}], "features": [1]}, {"clients": 5}:
+        path.write_text(json.dumps(written | {"federation": federation}))
+        with pytest.raises(InputError, match=r"config\.json is not the one that the ledger was charged by"):
+            workdir.charged_config(tmp_path, workdir.stored_config(tmp_path, config), ledger)
