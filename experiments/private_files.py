@@ -21,7 +21,9 @@ def write(path, document):
 
 def open_to_append(path):
     """The text file `path`, to write at its end."""
-    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, MODE), "a", encoding="utf-8")
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, MODE)
+    os.fchmod(number, MODE)  # an older file may be open to others
+    return open(number, "a", encoding="utf-8")
 
 
 @contextlib.contextmanager

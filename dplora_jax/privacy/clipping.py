@@ -33,7 +33,7 @@ def clipped_grad_sum(
     "broadcast" gets all rows' gradients from one batched backward pass. "ghost" makes no row's gradient: norms, and then the sum,
     come of the inputs and cotangents that such a pass leaves (ghost norms and book-keeping, Bu et al. 2023, algorithm 1). "auto"
     takes for each matrix whichever of these two leaves less, and "vmap" for any other loss_fn. Where a pass over all rows would
-    leave more than ONE_PASS_BYTES, rows go through a few at a time.
+    leave more than ONE_PASS_BYTES, rows go through a few at a time (not with `owners`: a pool is cut to size by its caller).
 
     In every form, what is kept of a row is the one source of its norm and of what it adds, and the norm is never too small
     (`per_row.squared_norm`). A row whose norm is above 1e19 clip norms counts as not finite.

@@ -24,7 +24,7 @@ def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     tmp_path,
     monkeypatch,
 ):
-    """In dispatches as short as the noise's memory asks; the first is lost before its checkpoint and replayed."""
+    """In dispatches as short as the noise's memory asks; the first is lost before its checkpoint, and under a seed run again."""
     monkeypatch.setattr(host_noise, "DISPATCH_BYTES", 1)
     hardened = [*command, "--noise=hardened", "--seed=3", "--rounds=3", "--eval_every=3"]
     assert run.main([*hardened, f"--workdir={tmp_path / 'whole'}"]) == 0

@@ -87,7 +87,7 @@ def test_sums_over_clients_steps_or_rounds_lose_no_noise(silent):
             assert low < np.sqrt((total**2).mean()) < high, (axis, name)
 
 
-def test_a_replay_repeats_the_noise_bit_by_bit_and_another_attempt_does_not(silent):
+def test_the_same_keys_repeat_the_noise_bit_by_bit_and_another_attempt_does_not(silent):
     again = small.run(attempt=3, join_below=0)[1]
     jax.tree.map(np.testing.assert_array_equal, again, silent[3])
     jax.tree.map(lambda x, y: pytest.fail("shared") if (x == y).mean() > 0.01 else None, silent[3], silent[4])

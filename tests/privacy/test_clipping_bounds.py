@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipping_attack import DTYPES, FORMS, KINDS, moves, records, step
+from clipping_attack import DTYPES, FORMS, KINDS, moves, moves_among_others, records, step
 
 from dplora_jax import per_row
 from dplora_jax.privacy import clipping
@@ -21,8 +21,10 @@ def test_no_record_moves_the_sum_by_more_than_the_clip_norm(form, dtype, shape):
     for first in KINDS:
         for second in KINDS:
             adapter, batch = records(rng, (first, second), shape)
-            move = moves(run, adapter, batch, 10.0 ** rng.uniform(-6, 3)).max()
+            clip_norm = 10.0 ** rng.uniform(-6, 3)
+            move = moves(run, adapter, batch, clip_norm).max()
             assert move <= BOUND, (first, second)
+            assert moves_among_others(run, adapter, batch, clip_norm).max() <= 1 + 1e-5, (first, second)
             reached = max(reached, move)
     assert reached > 0.9  # the clip norm is met, so that the bound was tried
 

@@ -125,7 +125,7 @@ def test_no_two_of_client_round_step_attempt_leaf_and_purpose_share_a_key(monkey
     assert {len(key) for key in keys} == {32}
 
 
-def test_a_replay_repeats_every_draw_and_other_secrets_do_not():
+def test_the_same_secrets_repeat_every_draw_and_others_do_not():
     first, again, other = draws(), draws(), draws(secrets.from_seed(1, 3))
     for x, y, z in zip(*(d["noise"].values() for d in (first, again, other)), strict=True):
         np.testing.assert_array_equal(x, y)
