@@ -14,6 +14,7 @@ from dplora_jax import evaluation, files
 from dplora_jax.data import encoding, records, tasks
 from dplora_jax.errors import InputError, NotFiniteError
 from dplora_jax.federation import aggregation
+from experiments import released
 
 SENTENCE = "The bank said that profit rose in the first quarter, and the patient recovered within 3 days."
 METRICS = ("accuracy", "macro_f1", "perplexity")  # of the regular evaluation
@@ -33,24 +34,26 @@ def check_weights(name, params):
             )
 
 
-def check_sentence(config, classifies, model, params, adapter, grid, tokenizer):
-    """Raise InputError unless the logits of a public sentence are finite: where no public test set is evaluated on."""
+def sentence(config, classifies, model, params, sizes, grid, tokenizer):
+    """A function of a `round.State` -> the metrics of its released adapter on a public sentence, for a run that evaluates on
+    nothing else. They tell no more than whether the logits are finite."""
     if classifies:
         one = records.Records((SENTENCE,), np.zeros(1, np.int32))
         table = encoding.classification(tokenizer, one, config.max_length)
-        found = evaluation.classifier(model, grid, params, table)(adapter)
+        evaluate = evaluation.classifier(model, grid, params, table)
     else:
         table = encoding.right_answers(tokenizer, [tasks.Asked(("",), (SENTENCE,))], config.max_length)
-        found = evaluation.perplexity(model, grid, params, table)(adapter)
-    _check_metrics(found | {"round": 0}, "a public sentence")
+        evaluate = evaluation.perplexity(model, grid, params, table)
+    return lambda state: released.metrics(config, sizes, evaluate, state)
 
 
-def check(state, lines):
-    """Raise NotFiniteError (InputError before the first round) where the newest `state` or metrics `lines` are not finite."""
+def check(state, lines, probe=None):
+    """Raise NotFiniteError (InputError before the first round) where the newest `state`, the metrics `lines` or, of a run that
+    evaluates on nothing else, the metrics `probe(state)` of a public sentence are not finite."""
     last = lines[-1]
     if not _finite(state):
         raise NotFiniteError(
-            f"the adapter is not finite after round {last.get('round')}: the learning rates are too large. {SAVED}; start a new "
+            f"the adapter is not finite after round {last['round']}: the learning rates are too large. {SAVED}; start a new "
             "--workdir with smaller ones."
         )
     if last.get("finished") == 0 and last.get("dropped"):
@@ -60,7 +63,10 @@ def check(state, lines):
         )
     for line in reversed(lines):
         if any(name in line for name in METRICS):
-            return _check_metrics(line, "the public test set")
+            _check_metrics(line, "the public test set")
+            break
+    if probe is not None:
+        _check_metrics(probe(state) | {"round": last["round"]}, "a public sentence")
 
 
 def _check_metrics(line, of):

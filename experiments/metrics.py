@@ -9,7 +9,7 @@ from experiments import dispatch, participants, processes, trust_modes
 def of_dispatch(job, rounds, attempt, seconds, shown):
     """The metrics lines of rounds [a, b): everything in them is public; `shown` is `execute`'s."""
     if not processes.primary():
-        return [{"epsilon_max": 0.0}]  # nobody sees it
+        return [{"round": rounds[1] - 1, "epsilon_max": 0.0}]  # nobody sees it
     config, sent = job.config, job.prepared.facts["communication"]
     length = rounds[1] - rounds[0]
     epsilons = _epsilons(job, rounds)

@@ -153,7 +153,7 @@ def train(job):
     done, state, lines = dispatch.restore(job)
     with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
         while True:
-            finite.check(state, lines)
+            finite.check(state, lines, job.prepared.probe)
             stopped = processes.any_of(stop)
             if stopped or (todo := dispatch.agreed_charge(job, done)) is None:
                 break
@@ -206,7 +206,7 @@ def _finish(job, done, state, lines):
     from experiments import dispatch, finite, model_card, processes, released, report, summary
 
     p, lines = job.prepared, _settled(job, done, state, lines)
-    finite.check(state, lines)
+    finite.check(state, lines, p.probe)
     parts = released.fetched(job.config, p.params, state)
     if not processes.primary():
         return

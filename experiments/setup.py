@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
     mechanisms: list
     state: round.State
     evaluate: Callable
+    probe: Callable | None  # in its place for `finite.check`, where it evaluates nothing
     facts: dict  # what config.json says under "federation"
     inputs: dict  # {"base", "data"}: digests of the base model and of all records, to be keyed before they are shown
     records: dict  # {client: digest of its records}, of this process's own clients
@@ -99,13 +100,13 @@ def prepare(config, stored=None, memo=None, dealt=None):
     if streamed:
         stream = streaming.Stream(federation.local, mesh.fetch(placement.clients), shards, grid)
     state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
-    evaluate = lambda state, ends=False: {}  # noqa: E731
+    evaluate, probe = lambda state, ends=False: {}, None
     if config.eval_every:
         private = records.by_client(table, shares)
         evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
     else:
         whole, classifies = dataclasses.replace(model, start=0), aim.kind == objective.CLASSIFIER
-        finite.check_sentence(config, classifies, whole, params, state.adapter, grid, tokenizer)
+        probe = finite.sentence(config, classifies, whole, params, sizes, grid, tokenizer)
     told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
     if labels is not None and (start := pretrained.head_start(config.model, labels)):
         told["method"].append(start)
@@ -118,7 +119,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
             f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
         )
     made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
-    return Prepared(*made, evaluate, told, inputs, digest_of)
+    return Prepared(*made, evaluate, probe, told, inputs, digest_of)
 
 
 def _warn_of_delta(config, largest):

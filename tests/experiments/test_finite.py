@@ -94,14 +94,28 @@ def test_nothing_is_charged_once_no_metric_is_finite(monkeypatch, done, metrics,
     charged = []
     monkeypatch.setattr(dispatch, "agreed_charge", lambda *_: charged.append(1))
     with pytest.raises(kind):
-        run.train(types.SimpleNamespace(config=flags.RunConfig(rounds=4)))
+        run.train(job())
     assert charged == []
 
 
 def test_a_run_whose_last_evaluation_is_not_finite_does_not_end_as_done(monkeypatch):
     monkeypatch.setattr(run, "_settled", lambda job, done, state, lines: [line(4, accuracy=math.nan)])
     with pytest.raises(NotFiniteError):
-        run._finish(types.SimpleNamespace(prepared=None), 4, state(), [line(4)])
+        run._finish(job(), 4, state(), [line(4)])
+
+
+def job(probe=None):
+    return types.SimpleNamespace(config=flags.RunConfig(rounds=4), prepared=types.SimpleNamespace(probe=probe))
+
+
+@pytest.mark.parametrize(("done", "kind"), [(0, InputError), (2, NotFiniteError)])
+def test_without_a_test_set_a_public_sentence_decides_before_each_charge(monkeypatch, done, kind):
+    """An adapter may be finite, and too large for any logit."""
+    monkeypatch.setattr(dispatch, "check_past", lambda job: None)
+    monkeypatch.setattr(dispatch, "restore", lambda job: (done, state(), [line(done)]))
+    monkeypatch.setattr(dispatch, "agreed_charge", lambda *_: pytest.fail("charged"))
+    with pytest.raises(kind, match="of a public sentence is finite"):
+        run.train(job(lambda state: {"accuracy": math.nan}))
 
 
 def bert_with(tiny_bert, folder, change):
@@ -126,7 +140,6 @@ def spoilt(name, value):
     [
         (spoilt("word_embeddings.weight", np.nan), "weights embed/word"),
         (spoilt("layer.1.output.dense.bias", np.inf), "weights layers/down/bias"),
-        (spoilt("embeddings.LayerNorm.weight", 1e30), "of a public sentence is finite"),  # finite, and overflows
     ],
 )
 def test_a_base_that_cannot_give_finite_logits_is_refused_before_there_is_a_ledger(
@@ -136,6 +149,14 @@ def test_a_base_that_cannot_give_finite_logits_is_refused_before_there_is_a_ledg
     words_of = small_runs.arguments(model, finance_table, tmp_path)
     with pytest.raises(InputError, match=words):
         setup.prepare(flags.parse([*words_of, "--eval_every=0"]))
+
+
+def test_finite_weights_that_overflow_give_no_finite_metric_of_a_sentence(tiny_bert, finance_table, tmp_path):
+    for change, is_nan in ((lambda tensors: None, False), (spoilt("embeddings.LayerNorm.weight", 1e30), True)):
+        model = bert_with(tiny_bert, tmp_path / str(is_nan), change)
+        words = small_runs.arguments(model, finance_table, tmp_path)
+        prepared = setup.prepare(flags.parse([*words, "--eval_every=0", "--last_layers=1"]))
+        assert {math.isnan(value) for value in prepared.probe(prepared.state).values()} == {is_nan}
 
 
 def test_a_tokenizer_beyond_the_embeddings_is_refused_by_a_run(tiny_bert, finance_table, tmp_path):
