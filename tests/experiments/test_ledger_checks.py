@@ -87,7 +87,7 @@ TAMPERINGS = {
     ),
     "an earlier round above a later one": (spent(2, 90.0, 90.0), "less epsilon in round 3 than in round 2"),
     "a round missing": (lambda w: edit_lines(w, lambda lines: lines.pop(2)), "once, in order"),
-    "a round doubled": (lambda w: edit_lines(w, lambda lines: lines.insert(2, lines[2])), "once, in order"),
+    "a round doubled": (lambda w: edit_lines(w, lambda lines: (lines.pop(), lines.insert(2, lines[2]))), "once, in order"),
     "the last round missing": (lambda w: edit_lines(w, lambda lines: lines.pop()), "does not end with round 4"),
     "a line's release": (line(3, release="NOT FOR RELEASE"), "of round 3, and the ledger"),
     "no epsilon_max": (lambda w: edit_lines(w, lambda lines: lines[1].pop("epsilon_max")), "metrics.jsonl is damaged"),
