@@ -14,6 +14,7 @@ EXACT = jax.lax.Precision.HIGHEST
 ROUNDOFF = 2.0**-24  # of float32
 SLACK = 1 + 2.0**-8  # for the rounding of what bounds the rounding
 PIECE = 512
+LONG = 1 << 14  # numbers of an axis, from which it is summed in pieces
 LARGEST = 126  # 2^126 and 2^-126 are normal float32 numbers, which no backend flushes to zero
 
 
@@ -88,14 +89,17 @@ def wide(y):
 def square_sum(y, axes=1):
     """Sum of squares of `y` float32 over all but its first `axes` axes, never too small: [B, ...] -> [B], or more axes.
 
-    n numbers add up to within n ROUNDOFF, in any order (Higham 2002, section 3.1). The last axis is summed first, so that n is
-    the sum of two sizes and not their product, and what rounding may have taken is added.
+    n numbers add up to within n ROUNDOFF, in any order (Higham 2002, section 3.1). One axis is summed after the other, a long one
+    in pieces, so that n is a sum of sizes and not their product; and what rounding may have taken is added.
     """
-    y = y[..., None] if y.ndim == axes else y
-    first = jax.lax.optimization_barrier(jnp.square(y).sum(-1))
-    total = first.reshape(*y.shape[:axes], -1).sum(-1) if first.ndim > axes else first
-    terms = y.shape[-1] + first.size // max(1, total.size) + 2
-    return total * (1 + terms * ROUNDOFF * SLACK)
+    y, terms = jnp.square(y), 2
+    while y.ndim > axes:
+        size = y.shape[-1]
+        if size > LONG:
+            y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, -size % PIECE)]).reshape(*y.shape[:-1], -1, PIECE)
+        terms += y.shape[-1]
+        y = jax.lax.optimization_barrier(y.sum(-1))
+    return y * (1 + terms * ROUNDOFF * SLACK)
 
 
 def squared_norm(g, x, unit=1.0):
