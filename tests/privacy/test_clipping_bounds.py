@@ -77,8 +77,8 @@ def test_a_norm_beyond_float32_is_infinite_and_the_row_adds_nothing(value):
 
 
 def test_many_equal_squares_do_not_stand_still():
-    """2^25 equal numbers, added up one by one in float32, come to half of what they are; and little is added for rounding, however
-    long an axis is."""
+    """2^25 equal numbers, added up one by one in float32, come to half of what they are; and little is added for rounding,
+    however long an axis is."""
     for shape in (1, 2**12, 2**13), (1, 2**25):
         squares = per_row.square_sum(jnp.ones(shape))
         assert 2**25 <= float(squares[0]) <= 2**25 * 1.005
