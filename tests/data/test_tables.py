@@ -1,6 +1,7 @@
 """Reading the very file that was found, whatever its path, its compression or its encoding."""
 
 import codecs
+import errno
 import gzip
 import json
 
@@ -9,7 +10,7 @@ import pytest
 from dplora_jax.data import tables
 from dplora_jax.data.sources import Source, benchmark, load
 from dplora_jax.data.tables import TextFormat, read_file
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, StorageError
 
 WANTED = ("text", "label")
 NAMES = [
@@ -46,8 +47,8 @@ def texts(path, **form):
     return read_file(path, WANTED, form=TextFormat(**form)).columns["text"]
 
 
-def said(path, **form):
-    with pytest.raises(InputError) as caught:
+def said(path, kind=InputError, **form):
+    with pytest.raises(kind) as caught:
         read_file(path, WANTED, form=TextFormat(**form))
     assert caught.value.__context__ is None
     return str(caught.value)
@@ -162,10 +163,13 @@ def test_what_the_machine_refuses_is_not_the_tables_fault(tmp_path, monkeypatch)
     path = write(tmp_path / "train.csv", csv_text("one"))
 
     def refuse(*_):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(type(path), "open", refuse)
-    assert "cannot be read (Permission denied)" in said(path)
+    assert f"{path} cannot be read (Stale file handle)" in said(path, kind=StorageError)
+    monkeypatch.setattr(type(path), "is_file", refuse)
+    with pytest.raises(StorageError, match="cannot be read"):
+        tables.find(str(tmp_path), "train", (".csv",))
 
 
 def test_a_fault_of_the_program_is_not_called_one_of_the_file(tmp_path, monkeypatch):
