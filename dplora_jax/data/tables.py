@@ -177,9 +177,9 @@ def _read_text(file, suffix, wanted, every, form):
     except UnicodeDecodeError:
         pass
     file.seek(0)
+    wanted = "another --encoding" if form.encoding else "its --encoding (cp1252 is common of Excel on Windows)"
     raise UnreadableError(
-        f"is not {encoding} at line {_first_bad_line(file.read(), encoding)}; give its --encoding (cp1252 is common of Excel "
-        "on Windows), or save it in UTF-8."
+        f"is not {encoding} at line {_first_bad_line(file.read(), encoding)}; give {wanted}, or save it in UTF-8."
     )
 
 
