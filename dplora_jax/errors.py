@@ -44,6 +44,11 @@ class StorageError(InputError):
     code = 74  # EX_IOERR
 
 
+def unreadable(error, message):
+    """The InputError `message` about an exception that came of reading a file; a StorageError where the machine is at fault."""
+    return (StorageError if storage(error) else InputError)(message)
+
+
 # A disk that is full or broken, a folder that may not be written, a network's folder that is lost.
 FAILURES = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,

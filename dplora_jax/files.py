@@ -9,7 +9,7 @@ import pathlib
 import re
 
 from dplora_jax import json_files
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, storage, unreadable
 
 MOST_BYTES = 64 << 20  # of a file that is read whole: the largest tokenizer.json in use has half of it
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # what the hub's cache calls a file's bytes
@@ -36,7 +36,9 @@ def find(folder, *names):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, a folder that may not be entered
-        raise InputError(f"{path} cannot be read ({type(error).__name__}): put the file itself there.") from None
+        raise storage(error) or InputError(
+            f"{path} cannot be read ({type(error).__name__}): put the file itself there."
+        ) from None
     if real != expected and not _is_blob(expected.parent, real):
         raise InputError(
             f"{path} is a link that leads out of its folder, and is not followed: put the file itself there, or link the whole "
@@ -72,7 +74,7 @@ def read_bytes(path):
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+        raise unreadable(error, f"{path} cannot be read ({error.strerror}).") from None
     if len(content) > MOST_BYTES:
         raise InputError(f"{path} has more than {MOST_BYTES >> 20} MiB, which no file of its kind has.")
     return content

@@ -1,5 +1,6 @@
 """Of a folder that someone else made, only its own files are opened, and their JSON is read within bounds."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from dplora_jax import files, json_files
-from dplora_jax.errors import LONGEST, InputError
+from dplora_jax.errors import LONGEST, InputError, StorageError
 
 
 def refusal(call, *args):
@@ -196,3 +197,15 @@ def test_what_a_message_quotes_moves_no_cursor_and_has_an_end():
     assert len(said) < LONGEST + 100
     assert said.endswith("; copy it again.")
     assert str(InputError("naïve Ω 中文 fehlt.")) == "naïve Ω 中文 fehlt."
+
+
+def test_a_lost_folder_is_no_fault_of_the_file(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "config.json")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StorageError, match=os.strerror(errno.ESTALE)):
+        files.read_bytes(folder / "config.json")
+    monkeypatch.setattr(type(folder), "resolve", refuse)
+    with pytest.raises(StorageError, match=os.strerror(errno.ESTALE)):
+        files.find(folder, "config.json")

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from dplora_jax.data import records, sources, tables
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, unreadable
 
 
 def names(source, clients):
@@ -29,7 +29,7 @@ def names(source, clients):
     try:
         found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        raise InputError(f"{root} cannot be read ({error.strerror}); let this process read it.") from None
+        raise unreadable(error, f"{root} cannot be read ({error.strerror}); let this process read it.") from None
     if len(found) != clients:
         raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give --clients={len(found)}.")
     _refuse_shared(root, found, sources.OWN_TABLES[source.dataset])

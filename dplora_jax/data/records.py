@@ -97,7 +97,7 @@ def _need(table, names, private=False):
     for name in names:
         if name not in table.columns:
             known = (
-                f"it has {len(table.names)} (is the header line there?)"
+                f"it has {len(table.names)} (is the name spelled so, and, in CSV, the header line there?)"
                 if private
                 else f"its columns are {', '.join(sorted(table.names))}"
             )

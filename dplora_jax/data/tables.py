@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dplora_jax.data import csv_table, json_table
 from dplora_jax.data.cells import UnreadableError
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, unreadable
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")  # all but .parquet also with .gz behind them
 MARKS = {  # byte-order marks; the longer ones first, since one begins as another does
@@ -95,7 +95,7 @@ def find(folder: str, stem: str, suffixes: Collection[str]) -> Path | None:
             raise InputError(f"--data_dir={folder} is not a folder; give the folder that holds the tables.")
         found = [root / (stem + suffix) for suffix in (*suffixes, *zipped) if (root / (stem + suffix)).is_file()]
     except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}); let this process read it.") from None
+        raise unreadable(error, f"{folder} cannot be read ({error.strerror}); let this process read it.") from None
     if len(found) > 1:
         raise InputError(f"{folder} has more than one {stem} table ({', '.join(p.name for p in found)}); keep one.")
     return found[0] if found else None
@@ -115,11 +115,12 @@ def read_file(path: Path, wanted: Collection[str], every: bool = False, form: Te
         with path.open("rb") as file:
             return Table(str(path), *_read(file, suffix, wanted, every, form))
     except UnreadableError as error:
-        problem = str(error)
+        problem = InputError(f"{path} {error}")
     except OSError as error:
-        problem = f"cannot be read ({error.strerror or type(error).__name__}); see to it that this process can read it."
+        reason = error.strerror or type(error).__name__
+        problem = unreadable(error, f"{path} cannot be read ({reason}); see to it that this process can read it.")
     # Raised outside the handlers, so that not even the error's context holds what a parser quoted of a record.
-    raise InputError(f"{path} {problem}")
+    raise problem
 
 
 def _read(file, suffix, wanted, every, form):
@@ -176,9 +177,9 @@ def _read_text(file, suffix, wanted, every, form):
     except UnicodeDecodeError:
         pass
     file.seek(0)
+    wanted = "another --encoding" if form.encoding else "its --encoding (cp1252 is common of Excel on Windows)"
     raise UnreadableError(
-        f"is not {encoding} at line {_first_bad_line(file.read(), encoding)}; give its --encoding (cp1252 is common of Excel "
-        "on Windows), or save it in UTF-8."
+        f"is not {encoding} at line {_first_bad_line(file.read(), encoding)}; give {wanted}, or save it in UTF-8."
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, storage
 from dplora_jax.models import gguf_reader
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -36,7 +36,7 @@ class Header:
             with open(path, "rb") as file:
                 self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}): give a GGUF file.") from None
+            raise storage(error) or InputError(f"{path} cannot be read ({error}): give a GGUF file.") from None
         if self.bytes[:4] != b"GGUF":
             raise InputError(f"{path} is no GGUF file: it starts with {self.bytes[:4]!r}; copy or download it again.")
         if len(self.bytes) < 24:

@@ -5,7 +5,7 @@ import warnings
 
 import safetensors
 
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, storage
 from dplora_jax.files import find, inside, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,7 +48,9 @@ class SafetensorsCheckpoint:
             try:
                 file = safetensors.safe_open(inside(directory, name), "np")
             except (safetensors.SafetensorError, OSError) as error:
-                raise InputError(f"{directory / name} cannot be read ({error}): copy or download it again.") from None
+                raise storage(error) or InputError(
+                    f"{directory / name} cannot be read ({error}): copy or download it again."
+                ) from None
             self._files.update(dict.fromkeys(file.keys(), file))
 
     def __enter__(self):

@@ -1,6 +1,7 @@
 """Reading the very file that was found, whatever its path, its compression or its encoding."""
 
 import codecs
+import errno
 import gzip
 import json
 
@@ -9,7 +10,7 @@ import pytest
 from dplora_jax.data import tables
 from dplora_jax.data.sources import Source, benchmark, load
 from dplora_jax.data.tables import TextFormat, read_file
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, StorageError
 
 WANTED = ("text", "label")
 NAMES = [
@@ -46,8 +47,8 @@ def texts(path, **form):
     return read_file(path, WANTED, form=TextFormat(**form)).columns["text"]
 
 
-def said(path, **form):
-    with pytest.raises(InputError) as caught:
+def said(path, kind=InputError, **form):
+    with pytest.raises(kind) as caught:
         read_file(path, WANTED, form=TextFormat(**form))
     assert caught.value.__context__ is None
     return str(caught.value)
@@ -134,7 +135,7 @@ def test_bytes_of_another_encoding_name_their_line_and_the_flag_and_no_letter(tm
     path = write(tmp_path / "train.csv", csv_text("plain\nx,good\nsecr\xe9t").encode("cp1252"))
     assert "is not utf-8 at line 4; give its --encoding (cp1252" in said(path)
     assert "secr" not in said(path)
-    assert "is not ascii at line 4" in said(path, encoding="ascii")
+    assert "is not ascii at line 4; give another --encoding, or" in said(path, encoding="ascii")
     bare = write(tmp_path / "bare.csv", csv_text("one").encode("utf-16-le"))
     assert "give --encoding=utf-16-le" in said(bare)
     assert "has no byte-order mark; give --encoding=utf-16-le or --encoding=utf-16-be" in said(bare, encoding="utf-16")
@@ -162,10 +163,13 @@ def test_what_the_machine_refuses_is_not_the_tables_fault(tmp_path, monkeypatch)
     path = write(tmp_path / "train.csv", csv_text("one"))
 
     def refuse(*_):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(type(path), "open", refuse)
-    assert "cannot be read (Permission denied)" in said(path)
+    assert f"{path} cannot be read (Stale file handle)" in said(path, kind=StorageError)
+    monkeypatch.setattr(type(path), "is_file", refuse)
+    with pytest.raises(StorageError, match="cannot be read"):
+        tables.find(str(tmp_path), "train", (".csv",))
 
 
 def test_a_fault_of_the_program_is_not_called_one_of_the_file(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Which types of a GGUF file's tensors are read."""
 
 import contextlib
+import errno
 
 import gguf
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf_writing import write
 
-from dplora_jax.models import gguf_file
+from dplora_jax.errors import StorageError
+from dplora_jax.models import gguf_file, safetensors_file
 from dplora_jax.models.gguf_header import AS_STORED, TYPES
 
 
@@ -36,3 +38,17 @@ def test_what_the_library_quantises_comes_back(tmp_path, kind):
     stored = gguf.quants.quantize(values.astype(np.float32), kind)
     with gguf_file.GgufCheckpoint(write(tmp_path / "m.gguf", {"output.weight": (stored, kind)})) as checkpoint:
         np.testing.assert_allclose(checkpoint.read("lm_head.weight"), values, atol=0.07)
+
+
+def test_what_the_machine_refuses_is_not_the_weights_fault(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch()
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(StorageError):
+        gguf_file.config(tmp_path / "m.gguf")
+    monkeypatch.setattr(safetensors_file.safetensors, "safe_open", refuse)
+    with pytest.raises(StorageError):
+        safetensors_file.SafetensorsCheckpoint(tmp_path)
