@@ -32,7 +32,7 @@ def modes(monkeypatch):
 
     monkeypatch.setattr(os, "open", watched)
     monkeypatch.setattr(os, "chmod", None)
-    monkeypatch.setattr(os, "fchmod", None)
+    monkeypatch.setattr(os, "fchmod", lambda *_: None)  # of older files alone
     before = os.umask(0)
     yield made
     os.umask(before)
@@ -89,3 +89,10 @@ def test_other_files_keep_the_modes_that_the_umask_gives(tmp_path, modes):
     os.umask(0o027)
     chain.replace_durably(tmp_path / "public", "x")
     assert mode_of(tmp_path / "public") == 0o640
+
+
+def test_an_older_file_that_others_may_read_is_closed_to_them(tmp_path):
+    (tmp_path / "cells.jsonl").write_text("{}\n")
+    (tmp_path / "cells.jsonl").chmod(0o644)
+    private_files.open_to_append(tmp_path / "cells.jsonl").close()
+    assert mode_of(tmp_path / "cells.jsonl") == 0o600

@@ -61,7 +61,7 @@ def test_a_process_draws_from_one_ledger_entry_once(group, monkeypatch):
     """A process 0 that names an entry again, for the same rounds or others, would have their noise cancel."""
     told = iter([[[1, 3], 0, "first"], [[3, 5], 0, "second"], None, [[1, 4], 1, "first"]])
     monkeypatch.setattr(processes, "gather", lambda _: [next(told)])
-    draw = lambda: dispatch.agreed_charge(types.SimpleNamespace(config=flags.RunConfig()), 0, None)  # noqa: E731
+    draw = lambda: dispatch.agreed_charge(types.SimpleNamespace(config=flags.RunConfig()), 0)  # noqa: E731
     assert draw() == ((1, 3), 0, "first")
     assert draw() == ((3, 5), 0, "second")
     assert draw() is None
