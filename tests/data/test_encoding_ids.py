@@ -29,8 +29,12 @@ def edited(place, change):
 
 
 def test_a_tokenizer_of_as_many_ids_as_rows_or_fewer_fits(place):
-    encoding.check_ids(model(20), models.load_tokenizer(place))
-    encoding.check_ids(model(128), models.load_tokenizer(place))  # rows padded to a multiple
+    tokenizer = models.load_tokenizer(place)
+    assert max(tokenizer.get_vocab().values()) == 19  # so that the next row count below is refused
+    encoding.check_ids(model(20), tokenizer)
+    encoding.check_ids(model(128), tokenizer)  # rows padded to a multiple
+    with pytest.raises(InputError, match="19 rows"):
+        encoding.check_ids(model(19), tokenizer)
 
 
 def test_words_added_without_resizing_are_refused_with_both_numbers(place):
