@@ -48,7 +48,7 @@ def of_adapters(config, model, line, labels=()):
     """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
     client."""
     note = of_adapter(model, line, labels)
-    if config.aggregation != "fedsa":
+    if config.aggregation.method != "fedsa":
         return [(".", note)]
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"
     own = [

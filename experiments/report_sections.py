@@ -3,12 +3,12 @@
 import pathlib
 import statistics
 
+from dplora_jax.config import RESULT, deciding
+from dplora_jax.federation.workdir import with_defaults
 from dplora_jax.files import read_json
 from experiments.report_figures import SERIES, figure
 from experiments.report_text import as_epsilon, show, show_bytes
-from experiments.run_config import FREE_ON_RESUME
 from experiments.summary import sent_uploads
-from experiments.workdir import with_defaults
 
 CLIENT_COLUMNS = {
     "client": "client",
@@ -24,7 +24,7 @@ CLIENT_COLUMNS = {
 VARIED = ("rounds", "bytes_up")  # shown where clients differ
 MOST_CLIENTS, FIRST_CLIENTS = 50, 20
 # Flags that an audit may have otherwise than the run.
-NOT_AUDITED = {*FREE_ON_RESUME, "seed", "auto", "data_dir", "test_data"}
+AUDITED = set(deciding(RESULT)) - {"seed", "auto", "data_dir", "test_data"}
 
 
 def table(head: list[str], body: list[list[str]], foot: list[list[str]] = ()) -> str:
@@ -147,7 +147,7 @@ def _other_flags(found: dict, config: dict) -> str:
     if not audited:
         what = "is of a small built-in model, not of this run" if "flags" in found else "does not say of which flags"
         return f" The audit {what}."
-    names = [name for name in audited if name in config and name not in NOT_AUDITED and audited[name] != config[name]]
+    names = [name for name in audited if name in config and name in AUDITED and audited[name] != config[name]]
     told = ", ".join(f"{name} {audited[name]} (here {config[name]})" for name in names)
     return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {told}." if told else ""
 

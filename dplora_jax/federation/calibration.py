@@ -1,0 +1,91 @@
+"""What is accounted: each client's mechanism, as flags and public sizes decide it. A run and `ledger verify` ask here; no JAX."""
+
+import dataclasses
+
+import numpy as np
+
+from dplora_jax.errors import InputError
+from dplora_jax.federation import participants
+from dplora_jax.privacy import accounting, size_classes
+
+LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
+
+
+def mechanisms(config, sizes):
+    """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
+    if config.privacy.trust == "client":
+        return _of_clients(config)
+    steps, made = planned_steps(participants.total_steps(config), sizes), [None] * len(sizes)
+    for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
+        own = [client for client, of_client in enumerate(steps) if of_client == count]
+        for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
+            made[client] = mechanism
+    return _of_one_noise(made) if config.privacy.trust == "distributed" else made
+
+
+def kept(stored, sizes):
+    """The mechanisms that config.json (`stored`, a dict) has of a run that was charged already; InputError for other sizes."""
+    began = [row["records"] for row in stored["federation"]["clients"]]
+    if began != list(sizes):
+        raise InputError(
+            f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
+            "planned for; restore them, or start a new `workdir`."
+        )
+    return written(stored)
+
+
+def written(stored):
+    """Each client's mechanism as config.json (a dict) has it: what an earlier version did not write is at its default."""
+    names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
+    # The rows tell the clients' own records. The mechanism's are more where there are null ones; in mode `client`, the clients.
+    own = (lambda row: stored["clients"]) if stored["trust"] == "client" else (lambda row: row["records"])
+    return [
+        accounting.Mechanism(
+            **{name: row[name] for name in names if name in row} | {"records": row.get("sampled_from", own(row))}
+        )
+        for row in stored["federation"]["clients"]
+    ]
+
+
+def planned_steps(steps, sizes):
+    """The steps that each client's noise is calibrated to, at least its own `steps` (int [K]): its own, or, where clients differ
+    in more ways than are calibrated one by one, the next of a few (LEVELS) counts."""
+    if len(set(zip(steps.tolist(), sizes, strict=True))) <= size_classes.MOST or len(set(steps.tolist())) <= LEVELS:
+        return steps
+    levels = np.ceil(np.linspace(steps.min(), steps.max(), LEVELS + 1)[1:]).astype(int)
+    return levels[np.searchsorted(levels, steps)]
+
+
+def _planned(config, sizes, steps):
+    """The mechanisms of clients of `sizes` records that take `steps` local steps each."""
+    options = config.privacy.mechanism_options
+    if config.privacy.epsilon is not None:
+        return accounting.calibrate(
+            sizes, config.schedule.expected_batch_size, steps, config.privacy.epsilon, config.privacy.delta, **options
+        )
+    sigma = config.privacy.noise_multiplier or 0.0
+    return accounting.with_noise(
+        sizes, config.schedule.expected_batch_size, steps, sigma, config.privacy.delta, **options
+    )
+
+
+def _of_clients(config):
+    """Mode `client`'s one mechanism, once for each client: a sample of the clients, one whole update being the record."""
+    noise = config.privacy.noise_multiplier
+    if noise is None:
+        noise = accounting.least_noise(
+            config.schedule.clients,
+            config.privacy.client_rate,
+            config.schedule.rounds,
+            config.privacy.epsilon,
+            config.privacy.delta,
+        )
+    return [
+        accounting.Mechanism(config.schedule.clients, config.privacy.client_rate, config.schedule.clients, noise)
+    ] * config.schedule.clients
+
+
+def _of_one_noise(made):
+    """Mode `distributed`'s: all clients' records hide in one and the same noise, that of the client which needs most."""
+    most = max(m.noise_multiplier for m in made)
+    return [dataclasses.replace(m, noise_multiplier=most) for m in made]

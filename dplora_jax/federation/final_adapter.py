@@ -1,0 +1,63 @@
+"""What a run gives away in the end: the adapter that metrics and files speak of, whatever the aggregation makes of it.
+
+Metrics are of its head on features as the run prepares them (`models.features`), files of the same on those of the base."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dplora_jax import lora, peft
+from dplora_jax.federation import exact, mesh, methods
+from dplora_jax.models import features
+
+
+def adapter(config, state):
+    """The adapter of the released model: the average where there is one."""
+    return state.average.mean if config.aggregation.ema else state.adapter
+
+
+def metrics(config, sizes, evaluate, state):
+    """The public metrics of `state` (a `round.State`), by `evaluate(adapter, residual)`; where every client keeps its own B, the
+    mean over the clients' own models, by their shares of the mean, and each one's."""
+    if config.aggregation.method != "fedsa":
+        return evaluate(adapter(config, state), state.residual)
+    each = [
+        evaluate(methods.with_own(state.adapter, jax.tree.map(lambda b, k=client: b[k], state.own)), ())
+        for client in range(config.schedule.clients)
+    ]
+    shares = np.array(sizes) / sum(sizes)
+    means = {name: float(np.dot(shares, [found[name] for found in each])) for name in each[0]} if each[0] else {}
+    return means | {f"{name}_by_client": [found[name] for found in each] for name in each[0]}
+
+
+class Released(NamedTuple):
+    """What the files are made of, on the host: the adapter with every A, the change folded into the base, each client's own B."""
+
+    adapter: Any
+    residual: Any
+    own: Any
+
+
+def fetched(config, params, state):
+    """The Released of `state`, its head on features as the base model makes them; where there are several processes, all must
+    call it."""
+    found = Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
+    if features.KEY not in params:
+        return found
+    head = features.outward(found.adapter["head"], mesh.fetch(params[features.KEY]))
+    return found._replace(adapter=found.adapter | {"head": head})
+
+
+def save(folder, config, model, lora_config, parts, base):
+    """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where
+    every client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
+    whole = parts.adapter
+    if config.aggregation.method in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
+        whole, rank = exact.whole(whole, parts.residual)
+        lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
+    peft.save(folder, model, whole, lora_config, base)
+    if config.aggregation.method == "fedsa":
+        for client in range(config.schedule.clients):
+            own = methods.with_own(whole, {name: b[client] for name, b in parts.own.items()})
+            peft.save(folder / "clients" / str(client), model, own, lora_config, base)

@@ -1,0 +1,62 @@
+"""The lines of metrics.jsonl: what a dispatch of rounds cost and did, all of it public. `job` is a `run.Run`."""
+
+import numpy as np
+
+from dplora_jax.federation import dispatch, participants, processes, trust_modes
+from dplora_jax.privacy import accounting
+
+
+def of_dispatch(job, rounds, attempt, seconds, shown):
+    """The metrics lines of rounds [a, b): everything in them is public; `shown` is `execute`'s."""
+    if not processes.primary():
+        return [{"round": rounds[1] - 1, "epsilon_max": 0.0}]  # nobody sees it
+    config, sent = job.config, job.prepared.facts["communication"]
+    length = rounds[1] - rounds[0]
+    epsilons = _epsilons(job, rounds)
+    sizes = [client["records"] for client in job.prepared.facts["clients"]]
+    share = np.mean(participants.schedule(config)[rounds[0] - 1 : rounds[1] - 1]) if participants.partial(config) else 1
+    rate = float(length * share * trust_modes.examples(config, sizes, job.prepared.mechanisms) / seconds)
+    lines, senders = [], trust_modes.senders(config, dispatch.paid_secrets(job), range(*rounds), attempt)
+    for index in range(length):
+        lines.append(
+            {
+                "round": rounds[0] + index,
+                "epsilon": epsilons[index],
+                "epsilon_max": max(epsilons[index]),
+                "seconds": seconds / length,
+                "examples_per_second": rate,
+                "release": job.prepared.facts["release"] or "NO PRIVACY",
+                "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
+                "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
+                **senders[index],
+                **({} if shown[1] is None else _finished(job, rounds[0] + index, attempt, shown[1][index])),
+            }
+        )
+    return lines
+
+
+def _epsilons(job, rounds):
+    """What each client has spent after each of rounds [a, b), lost attempts included: a list of K floats a round."""
+    config = job.config
+    own = participants.steps(config, rounds)
+    before = job.ledger.charged_steps(config.schedule.clients) - own.sum(0)  # this dispatch is charged already
+    counts = before + np.cumsum(own, 0)
+    spent = []
+    for mechanism, of_client in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
+        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.privacy.delta)
+        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.privacy.delta, 1e-2)
+        spent.append([*(min(value, end) for value in coarse), end])  # no round costs more than a later one
+    return [list(column) for column in zip(*spent, strict=True)]
+
+
+def _finished(job, number, attempt, valid):
+    """Where not every client's upload counted in round `number`, as all can see in modes `local` and `none`: how many did, and
+    whose was dropped for numbers that are not finite. `valid` [K'] is the program's flag for each."""
+    config = job.config
+    valid = valid[: config.schedule.clients]
+    if valid.all():
+        return {}
+    sent = np.ones(config.schedule.clients, bool)
+    if participants.partial(config):
+        sent = participants.joins(config, dispatch.paid_secrets(job), range(number, number + 1), attempt)[0] > 0
+    return {"finished": int(valid.sum()), "dropped": np.flatnonzero(sent & ~valid).tolist()}

@@ -1,0 +1,67 @@
+"""The records that a run's flags name, dealt to its clients; no model and no JAX."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dplora_jax.data import folders, partition, records, sources
+
+
+class Dealt(NamedTuple):
+    """Who has which records: what is public of them (`corpus`; its `train` is the whole table, where that was read to be dealt),
+    and `read`: numbers of clients -> (their Records, {client: its indices into those}), which raises InputError where the public
+    test set holds all of a client's."""
+
+    corpus: sources.Corpus
+    read: Callable
+
+
+def deal(config):
+    """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
+    those that it asks for."""
+    source = sources.Source(
+        dataset=config.data.dataset, data_dir=config.data.data_dir, test_data=config.data.test_data, text_column=config.data.text_column,
+        label_column=config.data.label_column, prompt_column=config.data.prompt_column, answer_column=config.data.answer_column,
+        group_column=partition.group_column(config.data.partition), labels=config.data.labels or None, test_fraction=config.data.test_fraction,
+        split_seed=config.schedule.split_seed, train_records=config.data.train_records, test_records=config.data.test_records,
+        encoding=config.data.encoding, separator=config.data.separator,
+    )  # fmt: skip
+    need_test = config.execution.eval_every > 0
+    if config.data.partition == partition.FOLDERS:
+        found = folders.names(source, config.schedule.clients)
+        corpus = sources.load_public(source, need_test)
+        return Dealt(corpus, lambda own: _together({k: folders.read(source, corpus, found[k]) for k in own}))
+    corpus = sources.load(source, need_test)
+    train = corpus.train
+    parties = config.data.parties or config.schedule.clients
+    shares = partition.partition(
+        config.data.partition, train.labels, train.groups, parties, config.schedule.split_seed
+    )[config.data.party :]
+
+    def read(own):
+        own = {k: records.take(train, shares[k]) for k in own}
+        if corpus.test is not None:
+            records.refuse_copy(list(own.values()), records.columns_of(corpus.test))
+        return _together(own)
+
+    return Dealt(corpus, read)
+
+
+def by_client(table, shares):
+    """What `Dealt.read` gave, as a list of Records: one a client."""
+    return [records.take(table, share) for share in shares.values()]
+
+
+def load(config):
+    """The corpus, and each client's indices into its training records."""
+    dealt = deal(config)
+    train, shares = dealt.read(range(config.schedule.clients))
+    return dealt.corpus._replace(train=train), [shares[k] for k in range(config.schedule.clients)]
+
+
+def _together(by_client):
+    """Several clients' records as one table, and where each one's are in it."""
+    ends = np.cumsum([0, *(len(of.labels) for of in by_client.values())])
+    places = {k: np.arange(start, end) for k, start, end in zip(by_client, ends[:-1], ends[1:], strict=True)}
+    return records.together(by_client.values()), places

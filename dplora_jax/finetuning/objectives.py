@@ -1,0 +1,73 @@
+"""What a run trains for: a classifier's labels, or the answers of a language model; and the arrays and the loss of either."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dplora_jax import losses
+from dplora_jax.data import encoding, tasks
+from dplora_jax.errors import InputError
+from dplora_jax.models import pretrained
+
+AUTO, CLASSIFIER, LANGUAGE_MODEL = "auto", "classifier", "language_model"
+
+
+class Objective(NamedTuple):
+    """How records become arrays (`train` for the loss, `test` for the metrics), and the loss of a model on them."""
+
+    kind: str
+    train: Callable
+    test: Callable
+    loss: Callable  # (model, params) -> losses.ModelLoss
+
+
+def kind(config, task):
+    """CLASSIFIER or LANGUAGE_MODEL, for `config` on `task`: as `objective` says; `auto` classifies by BERT alone.
+
+    Raises InputError where the task has no labels for a classifier, or the model does not read from left to right.
+    """
+    chosen = config.data.objective
+    if config.data.chat and task.kind == tasks.TEXT:
+        raise InputError(f"`chat` is for prompts, and dataset={config.data.dataset} has none: leave it out.")
+    bidirectional = pretrained.model_type(config.base.name) == "bert"
+    if chosen == AUTO:
+        chosen = CLASSIFIER if bidirectional or config.lora.head_only else LANGUAGE_MODEL
+    if chosen == CLASSIFIER and task.kind != tasks.LABELS:
+        raise InputError(
+            f"dataset={config.data.dataset} has no labels to classify by: give `label_column`, or a language model "
+            "(model=SmolLM2-135M-Instruct, say) instead of BERT, objective=classifier or `head_only`."
+        )
+    if chosen == LANGUAGE_MODEL and (bidirectional or config.lora.head_only):
+        raise InputError(
+            "objective=language_model needs a model that reads from left to right, and no `head_only`: BERT predicts no next "
+            "token, and a language model has no head of its own."
+        )
+    return chosen
+
+
+def make(config, task, tokenizer):
+    """The Objective of `config` on `task`."""
+    if kind(config, task) == CLASSIFIER:
+        arrays = functools.partial(encoding.classification, tokenizer, max_length=config.data.max_length)
+        return Objective(CLASSIFIER, arrays, arrays, losses.classification)
+
+    def rows(encode, **options):
+        return lambda records: encode(
+            tokenizer,
+            tasks.asked(task, records, config.data.chat),
+            config.data.max_length,
+            chat=config.data.chat,
+            **options,
+        )
+
+    right = rows(encoding.right_answers, ends=task.kind == tasks.ANSWERS)
+    if task.kind != tasks.LABELS:
+        return Objective(LANGUAGE_MODEL, right, right, losses.language_model)
+    words = task.ask({"text": "", "label": 0})
+    bound, least = encoding.most_tokens(tokenizer, [words], config.data.chat)  # public, as the labels are
+    if least > config.data.max_length:
+        raise InputError(
+            f"max_length={config.data.max_length} leaves no room for a text: a prompt without one has {least}."
+        )
+    loss = functools.partial(losses.language_model, max_targets=bound)
+    return Objective(LANGUAGE_MODEL, right, rows(encoding.all_answers), loss)

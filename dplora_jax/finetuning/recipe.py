@@ -1,0 +1,103 @@
+"""Settings that do well, from what is public: how many records each client has, how many clients, epsilon, and the objective.
+
+`auto` fills with them whatever flags are not given, and says what it chose. Why, in short (BUILD_NOTES.md, The recipe):
+
+- Expected batches of a fifth of a client's records: less noise on the mean than smaller batches at the same epsilon; larger
+  ones cost time and gain little.
+- Thirty rounds (ten of a language model), one local step each. At a fixed epsilon, noise grows as the root of the rounds, so the
+  noise in where training ends depends on learning rate times rounds (the way gone) and hardly on either alone.
+- That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): noise falls as 1 / x,
+  and with signal S and noise N / x a quadratic loss is least at S^2 / (S^2 + (N / x)^2) of the way to its optimum. A head on
+  centred features takes x / (x + HEAD_HALF) of a longer one, which fits what was measured.
+- Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
+- A head's features are centred and scaled by public text, where there is some: of what noise leaves, more then tells texts apart.
+- The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled); a
+  language model's, of a mean over tokens, near a tenth.
+- Momentum 0.9 at the server and an average of the released adapters, both free.
+"""
+
+import math
+import statistics
+import warnings
+
+from dplora_jax.errors import InputError, InputWarning
+
+SHARE = 0.2  # of a client's records, in an expected batch
+BATCHES = 8, 256  # the least and the most of that
+HALF = 1700  # n_k epsilon sqrt(K), where half the way is best
+HEAD_HALF = 19_000  # the same of a head on centred features, which can use all the way that there is
+PUBLIC = 20  # public test records, from which on their text tells where the features' centre is
+COMMON = {
+    "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
+}  # fmt: skip
+CENTRED = "classifier with `feature_norm`"
+CLASSIFIER = {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3}
+BY_OBJECTIVE = {
+    "classifier": CLASSIFIER,
+    CENTRED: CLASSIFIER | {"head_lr": 3.0, "feature_norm": 8.0},
+    "language_model": {
+        "clip_norm": 0.1,
+        "client_lr": 48.0,
+        "head_lr": None,
+        "last_layers": 6,
+        "rounds": 10,
+        "ema": 0.5,
+    },
+}
+
+
+def chosen(sizes, clients, epsilon, objective):
+    """{flag: value} for `clients` clients of `sizes` records each, at `epsilon` (None or inf: without privacy).
+
+    >>> chosen([775] * 5, 5, 8.0, "classifier")["expected_batch_size"]
+    155.0
+    """
+    records = statistics.median(sizes)
+    least, most = BATCHES
+    found = COMMON | BY_OBJECTIVE[objective]
+    found["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
+    if epsilon is not None and math.isfinite(epsilon):
+        x = records * epsilon * math.sqrt(clients)
+        way = 1 / (1 + (HALF / x) ** 2)
+        ways = {"client_lr": way, "head_lr": x / (x + HEAD_HALF) if objective == CENTRED else way}
+        found |= {name: float(f"{found[name] * ways[name]:.3g}") for name in ways if found[name] is not None}
+    return found
+
+
+def for_run(config, given):
+    """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
+    from dplora_jax.data import tasks
+    from dplora_jax.finetuning import dealing, objectives
+    from dplora_jax.models import pretrained
+
+    if config.data.partition == "folders":
+        raise InputError(
+            "`auto` reads how many records each client has, which with partition=folders no process knows of all: give "
+            "`expected_batch_size` and the learning rates."
+        )
+    if config.privacy.trust in ("distributed", "client"):
+        raise InputError(f"`auto` knows what to set for trust=local and none, not for trust={config.privacy.trust}.")
+    epsilon, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
+    if sigma is not None and config.privacy.trust != "none":
+        raise InputError("`auto` goes by `epsilon`: give that in place of `noise_multiplier`.")
+    dealt = dealing.deal(config)
+    _, places = dealt.read(range(config.schedule.clients))
+    sizes = [len(places[k]) for k in range(config.schedule.clients)]
+    private = epsilon if config.privacy.trust != "none" else None
+    kind = objectives.kind(config, dealt.corpus.task)
+    if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
+        warnings.warn(
+            "`auto` knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
+            "label is common (BUILD_NOTES.md).",
+            InputWarning,
+            stacklevel=1,
+        )
+    public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
+    able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.base.name) == "bert"
+    if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
+        kind = CENTRED
+    found = chosen(sizes, config.schedule.clients, private, kind)
+    found["last_layers"] = min(found["last_layers"], pretrained.depth(config.base.name))
+    if config.aggregation.method != "fedavg":  # the others want A trained, or have their own way with it
+        del found["freeze_a"]
+    return {name: value for name, value in found.items() if name not in given}
