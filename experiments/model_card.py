@@ -53,7 +53,7 @@ def of_adapters(config, model, line, labels=()):
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"
     own = [
         f"{note}\nThis is client {k}'s own model: the shared A with its B. {OWN_MODELS}.\n"
-        for k in range(config.clients)
+        for k in range(config.schedule.clients)
     ]
     return [(".", shared), *((f"clients/{k}", text) for k, text in enumerate(own))]
 

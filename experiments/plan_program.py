@@ -16,9 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import losses
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, mesh, participants, program, round, trust_modes
+from dplora_jax.federation import calibration, frozen_layers, mesh, participants, program, round, trust_modes
 from dplora_jax.federation.aggregation import CLIENTS
-from dplora_jax.finetuning import frozen_layers
 from dplora_jax.privacy import secrets
 from experiments import plan_hlo, plan_models
 
@@ -60,7 +59,7 @@ def abstract(config, devices, sizes, task, classes):
     mechanisms = calibration.mechanisms(config, sizes)
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
-    wave = program.wave(config, grid, model, adapter)
+    wave = program.wave(config, grid, model, adapter, config.data.max_length)
     shards = [
         {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
     ]
@@ -74,7 +73,7 @@ def abstract(config, devices, sizes, task, classes):
 
     clients, data = jax.eval_shape(place)
     loss = losses.classification if task == "classification" else losses.language_model
-    federation = program.federation(config, model, loss, mechanisms, adapter, limits[0], wave)
+    federation = program.federation(config, model, loss, mechanisms, adapter, limits[0], config.data.max_length, wave)
     state = jax.eval_shape(lambda adapter: federation.init(adapter, config.schedule.clients), adapter)
     count = clients.size.shape[0]
     keys = _keys(config, federation.local, adapter, count)
@@ -101,9 +100,8 @@ def _rows(config, model, task, records):
     length, integers = (config.data.max_length,), np.int32
     row = {"attention_mask": (length, integers)}
     row |= {"labels": ((), integers)} if task == "classification" else {"loss_mask": (length, integers)}
-    depth = model.config.num_layers
-    start = depth if config.lora.head_only else depth - (config.lora.last_layers or depth)
-    fits = 4 * records * config.data.max_length * model.config.width <= frozen_layers.CACHE_BYTES
+    start = frozen_layers.first_adapted(config, model)
+    fits = frozen_layers.fit_in_memory(model, records, config.data.max_length)
     if start and config.execution.cache_frozen and fits and task == "classification":
         hidden = ((*length, model.config.width), model.dtype)
         return dataclasses.replace(model, start=start), row | {"hidden": hidden}

@@ -1,18 +1,17 @@
-"""What `config.json` and the report say of a run beyond its flags."""
+"""What config.json and the report say of a run beyond its fields."""
 
 import dataclasses
 
 import jax
-import numpy as np
 
-from dplora_jax import lora, models
+from dplora_jax import lora
 from dplora_jax.federation import participants, round_bytes, trust_modes
 from dplora_jax.privacy import accounting, integers, paper_bound
 
 
-def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
-    """What `config.json` and the report say beyond the flags; all of it public."""
-    total, steps = sum(sizes), participants.steps(config).sum(0).tolist()
+def describe(config, sizes, mechanisms, model, adapter, grid):
+    """What config.json and the report say of a run beyond its fields; all of it public."""
+    steps = participants.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, count, config.privacy.delta) for m, count in zip(mechanisms, steps, strict=True)]
     up, down = round_bytes.of_run(config, adapter)
@@ -26,14 +25,6 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,
-        "data": {
-            "description": corpus.description,
-            "synthetic": corpus.synthetic,
-            "train_records": total,
-            "test_records": len(corpus.test.texts) if corpus.test else 0,
-            "labels": list(corpus.label_names),
-            "commonest_label": _commonest(corpus),
-        },
         "trust": list(trust_modes.statements(config)),
         "release": _release(config),
         "communication": {
@@ -59,25 +50,15 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
     }
 
 
-def of_base(config):
-    """{file name: SHA-256} of the base's weights, config and tokenizer, by which parties see that they start from the same."""
-    return {"base_files": models.file_digests(config.base.name)}
-
-
 def _method(config, mechanisms):
     """How the run trains, in words."""
     method = [
         *trust_modes.method(config),
         "head alone, no LoRA"
         if config.lora.head_only
-        else f"LoRA rank {config.lora.rank} on {config.lora.targets}"
+        else f"LoRA rank {config.lora.rank} on {','.join(config.lora.targets)}"
         + (", A frozen (FFA-LoRA)" if config.lora.freeze_a else ""),
     ]
-    if config.base.feature_norm:
-        method.append(
-            f"the head's features centred, and scaled to norm {config.base.feature_norm:g}, by the text of the public test set that "
-            "the metrics are of (its labels unused)"
-        )
     if config.privacy.noise == "banded":
         method.append(
             f"noise correlated over {config.privacy.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
@@ -93,15 +74,8 @@ def _method(config, mechanisms):
     )
 
 
-def _commonest(corpus):
-    """The accuracy on the public test set of saying its commonest label each time; None where there are no labels, or no test."""
-    if not corpus.label_names or corpus.test is None:
-        return None
-    return float(np.bincount(corpus.test.labels).max() / len(corpus.test.labels))
-
-
 def _release(config):
     """Whether the outputs may leave the house; None where there is no privacy to speak of."""
     if not config.privacy.private:
         return None
-    return "for release" if config.privacy.seed is None else "NOT FOR RELEASE: `seed` makes the noise reproducible"
+    return "for release" if config.privacy.seed is None else "NOT FOR RELEASE: a seed makes the noise reproducible"

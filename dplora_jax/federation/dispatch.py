@@ -1,52 +1,38 @@
-"""One dispatch of rounds after another: charged to the ledger, run, saved, committed, and only then shown.
-
-`job` is a `run.Run`.
-"""
+"""One dispatch of rounds after another: charged to the ledger, run, saved, committed, and only then shown."""
 
 import os
 import sys
 import time
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dplora_jax import private_files
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming, workdir
-from dplora_jax.files import to_json
+from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import tensorboard
 
 
-def restore(job):
-    """(rounds done, state, metrics lines) from the newest checkpoint, or from the base model, which is evaluated and saved."""
-    processes.at("the newest checkpoint")
-    restored = job.checkpoints.restore(job.prepared.state)
-    if restored is None:
-        line = {
-            "round": 0,
-            "epsilon": [0.0] * job.config.schedule.clients,
-            "epsilon_max": 0.0,
-            "seconds": 0.0,
-            "bytes_up_per_client": 0,
-            "bytes_down_per_client": 0,
-        }
-        with job.clock.busy():
-            line |= job.prepared.evaluate(job.prepared.state, ends=True)
-        anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
-        state, done, notes = job.prepared.state, 0, {"lines": [line], "ledger": anchor}
-        job.checkpoints.save(0, state, notes)
-        job.checkpoints.wait(processes.meet)
-    else:
-        done, state, notes = restored
-    if not processes.primary():
-        return done, state, notes["lines"]
-    entry = job.ledger.open_entry()
-    if entry and entry["rounds"][1] - 1 <= done:  # killed between the checkpoint and its commit
-        job.ledger.commit(entry["rounds"], entry["attempt"])
-    workdir.write_metrics(job.folder, notes["lines"])
-    return done, state, notes["lines"]
+class Job(NamedTuple):
+    """A run under way: its configuration, what was prepared of it, where it is kept, the parties' secrets, the digests of what it
+    works with, and the programs that are compiled already {shapes: program}. `paid` is the hash of the entry that paid for the
+    dispatch under way (None: the ledger's last)."""
+
+    config: Any
+    prepared: Any
+    storage: Any
+    secrets: list
+    inputs: dict
+    description: dict
+    clock: Any
+    programs: dict
+    paid: str | None = None
+
+    @property
+    def ledger(self):
+        """Process 0's ledger; None in the others."""
+        return self.storage.ledger
 
 
 def check_past(job):
@@ -55,20 +41,21 @@ def check_past(job):
         return
     last = job.ledger.begun[-1]
     for name, words in ("data", "the records are not those"), ("base", "the base model is not the one"):
-        if last["inputs"][name] != _keyed_inputs(job)[name]:
-            raise InputError(f"{words} that {job.folder} began with: restore what was there, or start a new `workdir`.")
+        if last["inputs"][name] != job.inputs[name]:
+            raise InputError(
+                f"{words} that {job.storage.directory} began with: restore what was there, or start a new `workdir`."
+            )
     if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
         raise InputError(
-            f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new `workdir`."
+            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new `workdir`."
         )
 
 
-def _keyed_inputs(job):
-    """The inputs' digests under the run's secrets: a plain hash would tell whose records are in."""
-    key = b"".join(job.secrets)
-    return {
-        name: secrets.digest(key, "input", name, digest.hex()).hex() for name, digest in job.prepared.inputs.items()
-    }
+def keyed_inputs(keys, base_digest, record_digest):
+    """{"base", "data"}: the digests of what a run works with, keyed by all parties' secrets `keys`: a plain hash would tell whose
+    records are in."""
+    key, digests = b"".join(keys), {"base": base_digest, "data": record_digest}
+    return {name: secrets.digest(key, "input", name, digest.hex()).hex() for name, digest in digests.items()}
 
 
 def agreed_charge(job, done):
@@ -118,14 +105,14 @@ def charge(job, done):
     more |= {
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
-        "release": job.prepared.facts["release"] or "NO PRIVACY",
+        "release": job.description["release"] or "NO PRIVACY",
     }
-    more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or workdir.digest(job.folder)
+    more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or job.storage.config_digest()
     if (
         config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
         more["nonce"] = os.urandom(16).hex()
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, _keyed_inputs(job), **more)
+    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, job.inputs, **more)
     return rounds, attempt
 
 
@@ -175,10 +162,10 @@ def round_keys(job, rounds, attempt):
 
 def _most_rounds(job):
     """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
-    config, local = job.config, job.prepared.federation.local
+    config, local = job.config, job.prepared.rounds.local
     if local.bits is None:
         return config.execution.dispatch_rounds
-    sent = job.prepared.facts["communication"]["adapter_parameters"]
+    sent = job.description["communication"]["adapter_parameters"]
     return min(
         config.execution.dispatch_rounds,
         host_noise.most_rounds(config.schedule.clients, config.schedule.local_steps, sent, local.records),
@@ -203,48 +190,29 @@ def _call(job, state, keys, length):
     """One call of the program of `length` rounds, compiled if it is the first -> (state, (private, valid), seconds)."""
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
-    if length not in job.programs:
-        program = round.make(p.federation, p.mesh, diagnostics=job.config.execution.private_diagnostics)
-        with job.clock.busy():
-            job.programs[length] = program.lower(*arguments).compile()
-    start = time.perf_counter()
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+    key = (p.rounds.local, p.rounds.rule, length, shapes)
     with job.clock.busy():
-        state, (_, private, valid) = jax.block_until_ready(job.programs[length](*arguments))
+        if key not in job.programs:
+            program = round.make(p.rounds, p.mesh, diagnostics=job.config.execution.private_diagnostics)
+            job.programs[key] = program.lower(*arguments).compile()
+        start = time.perf_counter()
+        state, (_, private, valid) = jax.block_until_ready(job.programs[key](*arguments))
     return state, (private, valid), time.perf_counter() - start
 
 
-def commit(job, done, state, lines, shown, begun):
+def commit(job, done, state, lines, shown, charged):
     """Make the dispatch durable, then say so in the ledger, and only then release its metrics. The checkpoint anchors the ledger
     as it stands, the dispatch's own begin entry included."""
     processes.at(f"the checkpoint of round {done}")
-    job.checkpoints.save(done, state, {"lines": lines, "ledger": job.ledger.anchor if job.ledger else None})
-    job.checkpoints.wait(processes.meet)
+    job.storage.save(done, state, {"lines": lines, "ledger": job.ledger.anchor if job.ledger else None})
     if not processes.primary():
         return
-    job.ledger.commit(*begun)
-    show_metrics(job, lines)
+    job.ledger.commit(*charged)
+    job.storage.release(lines)
     if shown[0] is not None:
-        _write_diagnostics(job, begun[0], shown[0])
-
-
-def show_metrics(job, lines):
-    """Release the metrics `lines`, also to TensorBoard where that is asked for."""
-    workdir.write_metrics(job.folder, lines)
-    if job.config.output.tensorboard:
-        tensorboard.write(job.folder)
-
-
-def _write_diagnostics(job, rounds, shown):
-    """Append exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
-    private = job.folder / "private"
-    private.mkdir(mode=private_files.FOLDER_MODE, exist_ok=True)
-    rows = [
-        {"round": number, "note": private_files.NOTE}
-        | {name: value[index][: job.config.schedule.clients].tolist() for name, value in shown.items()}
-        for index, number in enumerate(range(*rounds))
-    ]
-    with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, private_files.MODE), "r+b") as file:
-        # Behind the last whole line: a kill or a full disk may have cut one off.
-        file.seek(file.read().rfind(b"\n") + 1)
-        file.truncate()
-        file.write("".join(to_json(row) + "\n" for row in rows).encode())
+        job.storage.keep_private(
+            {"round": number}
+            | {name: value[index][: job.config.schedule.clients].tolist() for name, value in shown[0].items()}
+            for index, number in enumerate(range(*charged[0]))
+        )

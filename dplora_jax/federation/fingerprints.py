@@ -15,7 +15,7 @@ import dplora_jax
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "jax_privacy")
 
 
-def of_arrays(tree):
+def digest_arrays(tree):
     """SHA-256 of the leaves' places, shapes, types and bytes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -25,12 +25,12 @@ def of_arrays(tree):
     return digest.digest()
 
 
-def of_base(model, params):
+def digest_base(model, params):
     """SHA-256 of a model's config and parameters."""
-    return hashlib.sha256(repr((model.config, of_arrays(params))).encode()).digest()
+    return hashlib.sha256(repr((model.config, digest_arrays(params))).encode()).digest()
 
 
-def of_installation():
+def digest_installation():
     """SHA-256 of this program's code and the versions of its libraries: processes of one run must have the same."""
     digest = hashlib.sha256(repr([importlib.metadata.version(name) for name in LIBRARIES]).encode())
     for package in (dplora_jax,):

@@ -8,14 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dplora_jax import evaluation, files
-from dplora_jax.data import encoding, records, tasks
+from dplora_jax import files
 from dplora_jax.errors import InputError, NotFiniteError
-from dplora_jax.federation import aggregation, final_adapter
+from dplora_jax.federation import aggregation
 
-SENTENCE = "The bank said that profit rose in the first quarter, and the patient recovered within 3 days."
 METRICS = ("accuracy", "macro_f1", "perplexity")  # of the regular evaluation
 SAVED = "Nothing more was charged, and all that was saved stays"
 
@@ -31,19 +28,6 @@ def check_weights(name, params):
                 f"model={name}: its weights {where} hold numbers that are not finite: the checkpoint is damaged, or was saved "
                 "when its own training had failed; take another."
             )
-
-
-def sentence(config, classifies, model, params, sizes, grid, tokenizer):
-    """A function of a `round.State` -> the metrics of its released adapter on a public sentence, for a run that evaluates on
-    nothing else. They tell no more than whether the logits are finite."""
-    if classifies:
-        one = records.Records((SENTENCE,), np.zeros(1, np.int32))
-        table = encoding.classification(tokenizer, one, config.data.max_length)
-        evaluate = evaluation.classifier(model, grid, params, table)
-    else:
-        table = encoding.right_answers(tokenizer, [tasks.Asked(("",), (SENTENCE,))], config.data.max_length)
-        evaluate = evaluation.perplexity(model, grid, params, table)
-    return lambda state: final_adapter.metrics(config, sizes, evaluate, state)
 
 
 def check(state, lines, probe=None):

@@ -42,7 +42,7 @@ def adapter(config, model, params):
     return fresh, params, lora_config
 
 
-def federation(config, model, loss, mechanisms, adapter, placement, wave=1, streamed=False):
+def federation(config, model, loss, mechanisms, adapter, placement, length, wave=1, streamed=False):
     """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says, `wave` at a time."""
     plain = config.privacy.trust == "client"  # there, clipping and noise are the server's
     local = LocalConfig(
@@ -59,7 +59,7 @@ def federation(config, model, loss, mechanisms, adapter, placement, wave=1, stre
         bits=bits(config, mechanisms, adapter),
         ranks=config.lora.ranks is not None,
         upload_bits=config.aggregation.upload_bits,
-        pool=_pool(config, mechanisms, model, adapter, wave),
+        pool=_pool(config, mechanisms, model, adapter, wave, length),
     )
     method = methods.BY_NAME[config.aggregation.method]
     if config.lora.ranks is not None and config.aggregation.method == "fedavg":
@@ -85,24 +85,23 @@ def _robust(spec):
     return {"none": None, "median": robust.median, "trimmed_mean": robust.trimmed_mean(float(share or 0))}[kind]
 
 
-def wave(config, grid, model, adapter):
+def wave(config, grid, model, adapter, length):
     """How many clients a device computes at a time: as flagged, else, where they can pool their rows, as many as it has, in waves
     of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
     if config.execution.wave is not None:
         return min(config.execution.wave, config.schedule.clients)
-    if not _poolable(config, model, adapter):
+    if not _poolable(config, model, adapter, length):
         return 1
     each = -(-config.schedule.clients // grid.shape[aggregation.CLIENTS])
     most = max(1, min(MOST_POOLED, POOLED_BYTES // (4 * lora.count(adapter))))
     return -(-each // -(-each // most))
 
 
-def _poolable(config, model, adapter):
+def _poolable(config, model, adapter, length):
     """Whether all clients' rows of a round go through one adapter, and are clipped to one norm (else the round refuses a pool),
     and rows' gradients, which pooled rows have, are the better way to every matrix's sum."""
     kept = (
-        per_row.keeps_less(config.data.max_length, *leaf.shape[1:], model.dtype)
-        for leaf in jax.tree.leaves(adapter.get("layers", {}))
+        per_row.keeps_less(length, *leaf.shape[1:], model.dtype) for leaf in jax.tree.leaves(adapter.get("layers", {}))
     )
     return not any(kept) and (
         config.schedule.local_steps == 1
@@ -116,9 +115,9 @@ def _poolable(config, model, adapter):
     )
 
 
-def _pool(config, mechanisms, model, adapter, wave):
+def _pool(config, mechanisms, model, adapter, wave, length):
     """The rows that a wave's clients fill together, the fullest wave's; None where they do not pool them."""
-    if wave == 1 or not _poolable(config, model, adapter):
+    if wave == 1 or not _poolable(config, model, adapter, length):
         return None
     waves = (mechanisms[first : first + wave] for first in range(0, len(mechanisms), wave))
     rows = max(map(pool.rows, waves))

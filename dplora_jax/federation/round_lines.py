@@ -1,21 +1,38 @@
-"""The lines of metrics.jsonl: what a dispatch of rounds cost and did, all of it public. `job` is a `run.Run`."""
+"""The lines of metrics.jsonl: what a dispatch of rounds cost and did, all of it public. `job` is a `dispatch.Job`."""
 
 import numpy as np
 
 from dplora_jax.federation import dispatch, participants, processes, trust_modes
 from dplora_jax.privacy import accounting
 
+# What a line has beside metrics on the public test set.
+FIELDS = (
+    "round", "epsilon", "epsilon_max", "seconds", "examples_per_second", "release", "bytes_up_per_client",
+    "bytes_down_per_client", "survivors", "void", "finished", "dropped", "clip_norm",
+)  # fmt: skip
 
-def of_dispatch(job, rounds, attempt, seconds, shown):
+
+def base_line(clients):
+    """The line of round 0, the base model, before it is evaluated."""
+    return {
+        "round": 0,
+        "epsilon": [0.0] * clients,
+        "epsilon_max": 0.0,
+        "seconds": 0.0,
+        "bytes_up_per_client": 0,
+        "bytes_down_per_client": 0,
+    }
+
+
+def dispatch_lines(job, rounds, attempt, seconds, shown):
     """The metrics lines of rounds [a, b): everything in them is public; `shown` is `execute`'s."""
     if not processes.primary():
         return [{"round": rounds[1] - 1, "epsilon_max": 0.0}]  # nobody sees it
-    config, sent = job.config, job.prepared.facts["communication"]
+    config, sent = job.config, job.description["communication"]
     length = rounds[1] - rounds[0]
     epsilons = _epsilons(job, rounds)
-    sizes = [client["records"] for client in job.prepared.facts["clients"]]
     share = np.mean(participants.schedule(config)[rounds[0] - 1 : rounds[1] - 1]) if participants.partial(config) else 1
-    rate = float(length * share * trust_modes.examples(config, sizes, job.prepared.mechanisms) / seconds)
+    rate = float(length * share * trust_modes.examples(config, job.prepared.sizes, job.prepared.mechanisms) / seconds)
     lines, senders = [], trust_modes.senders(config, dispatch.paid_secrets(job), range(*rounds), attempt)
     for index in range(length):
         lines.append(
@@ -25,7 +42,7 @@ def of_dispatch(job, rounds, attempt, seconds, shown):
                 "epsilon_max": max(epsilons[index]),
                 "seconds": seconds / length,
                 "examples_per_second": rate,
-                "release": job.prepared.facts["release"] or "NO PRIVACY",
+                "release": job.description["release"] or "NO PRIVACY",
                 "bytes_up_per_client": sent["bytes_up_per_client_per_round"],
                 "bytes_down_per_client": sent["bytes_down_per_client_per_round"],
                 **senders[index],

@@ -1,6 +1,5 @@
 """What a run is measured by: its task's metrics on the public test set, and other public tasks before and after."""
 
-import dataclasses
 import pathlib
 
 import numpy as np
@@ -8,28 +7,41 @@ import numpy as np
 from dplora_jax import evaluation
 from dplora_jax.data import encoding, records, sources, tables, tasks
 from dplora_jax.errors import InputError
-from dplora_jax.federation import final_adapter
 from dplora_jax.finetuning import objectives
 
+SENTENCE = "The bank said that profit rose in the first quarter, and the patient recovered within 3 days."
 STEP = 32  # lengths of benchmarks are rounded up to a multiple of it
 
 
-def evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test):
-    """A function (state, ends=False) -> the public metrics of a `round.State`; with `ends`, which is for the first and the last,
-    those too that take longer: written answers, and `benchmarks`. `test` is `aim.test(corpus.test)`, through the frozen layers
-    where these are run once. `private` is a list of Records, those of each client that this process trains for:
-    no public task may hold them all, or one client's."""
-    whole = dataclasses.replace(model, start=0)
-    regular = _regular(aim, corpus, model, params, grid, test)
-    closing = _closing(config, aim, corpus, private, whole, params, grid, tokenizer)
+def evaluator(config, aim, corpus, private, tokenizer, test, prepared):
+    """A function (adapter, residual, ends) -> public metrics of a `federation.Prepared` run; with `ends`, which is for the first and
+    the last, those too that take longer: written answers, and `benchmarks`. `test` is `aim.test(corpus.test)`. `private` is a list
+    of Records, those of each client that this process trains for: no public task may hold them all, or one client's."""
+    model, params, grid = prepared.model, prepared.params, prepared.mesh
+    regular = _regular(aim, corpus, model, params, grid, None if test is None else prepared.rows(test))
+    closing = _closing(config, aim, corpus, private, prepared.whole_model, params, grid, tokenizer)
 
-    def evaluate(state, ends=False):
-        found = final_adapter.metrics(config, sizes, regular, state)
-        for prefix, of in closing.items() if ends else ():
-            found |= {prefix + name: value for name, value in final_adapter.metrics(config, sizes, of, state).items()}
-        return found
+    def evaluate(adapter, residual, ends=False):
+        metrics = regular(adapter, residual)
+        for prefix, measure in closing.items() if ends else ():
+            metrics |= {prefix + name: value for name, value in measure(adapter, residual).items()}
+        return metrics
 
     return evaluate
+
+
+def probe(config, classifies, tokenizer, prepared):
+    """A function (adapter, residual, ends) -> metrics on a public sentence, for a run that is evaluated on nothing else. They tell no
+    more than whether the logits are finite."""
+    model, params, grid = prepared.whole_model, prepared.params, prepared.mesh
+    if classifies:
+        one = records.Records((SENTENCE,), np.zeros(1, np.int32))
+        table = encoding.classification(tokenizer, one, config.data.max_length)
+        measure = evaluation.classifier(model, grid, params, table)
+    else:
+        table = encoding.right_answers(tokenizer, [tasks.Asked(("",), (SENTENCE,))], config.data.max_length)
+        measure = evaluation.perplexity(model, grid, params, table)
+    return lambda adapter, residual, ends=False: measure(adapter, residual)
 
 
 def _regular(aim, corpus, model, params, grid, test):

@@ -172,6 +172,13 @@ class Chain:
         self.promise()
         value = _sealed(self._secret, {"previous": self.heads[-1], **entry})
         line = to_json(value)
+        self._write(line)
+        self.entries.append(value)
+        self.heads.append(_hash(line.encode()))
+        self.promise()
+
+    def _write(self, line):
+        """Add `line` to the file, durably."""
         size = self.path.stat().st_size if self.entries else 0
         full = len(self.entries) >= MOST_ENTRIES
         if full or len(line) > json_files.MOST_TEXT or size + len(line) >= json_files.MOST_BYTES:
@@ -182,9 +189,6 @@ class Chain:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.entries.append(value)
-        self.heads.append(_hash(line.encode()))
-        self.promise()
 
     def promise(self):
         """Let the head file know of every line, one whose promise a crash forestalled included: before what it announces runs."""

@@ -11,7 +11,7 @@ import dataclasses
 
 from dplora_jax.errors import InputError
 from dplora_jax.json_files import Unfit, hexadecimal, list_of, mapping_of, one_of, real, record, text, whole
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, chain
 from dplora_jax.privacy.chain import ADVICE, LINK, Chain
 
 FILE = "privacy_ledger.jsonl"
@@ -196,3 +196,26 @@ class Ledger(Chain):
         for (client, mechanism), count in steps.items():
             spent.setdefault(client, []).append((mechanism, count))
         return [accounting.composed(tuple(spent[client]), delta) for client in sorted(spent)]
+
+
+class InMemoryLedger(Ledger):
+    """The ledger of a run that nothing is kept of: the same entries and checks, in no file."""
+
+    def __init__(self):
+        super().__init__("the ledger in memory")
+
+    def _head_file(self):
+        return {"entries": 0, "head": chain.GENESIS}
+
+    def _stored(self):
+        return self._head_file(), b""
+
+    def seal_with(self, secret):
+        """Seal what is appended from now on."""
+        self._secret = secret
+
+    def _write(self, line):
+        """Nothing is written."""
+
+    def promise(self):
+        """Nothing is promised."""

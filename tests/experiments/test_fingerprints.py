@@ -25,15 +25,17 @@ MODEL = types.SimpleNamespace(config="two layers")
     ],
 )
 def test_another_base_model_is_another_digest(model, params):
-    assert fingerprints.of_base(MODEL, PARAMS) == fingerprints.of_base(MODEL, {"kernel": np.ones((2, 3), np.float32)})
-    assert fingerprints.of_base(model, params) != fingerprints.of_base(MODEL, PARAMS)
+    assert fingerprints.digest_base(MODEL, PARAMS) == fingerprints.digest_base(
+        MODEL, {"kernel": np.ones((2, 3), np.float32)}
+    )
+    assert fingerprints.digest_base(model, params) != fingerprints.digest_base(MODEL, PARAMS)
 
 
 @pytest.mark.parametrize("name", fingerprints.LIBRARIES)
 def test_another_version_of_a_library_is_another_program(monkeypatch, name):
-    before, real = fingerprints.of_installation(), importlib.metadata.version
+    before, real = fingerprints.digest_installation(), importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.0.0" if n == name else real(n))
-    assert fingerprints.of_installation() != before
+    assert fingerprints.digest_installation() != before
 
 
 def test_a_changed_line_of_code_is_another_program(monkeypatch, tmp_path):
@@ -41,6 +43,6 @@ def test_a_changed_line_of_code_is_another_program(monkeypatch, tmp_path):
     (tmp_path / "privacy").mkdir()
     module = tmp_path / "privacy" / "noise.py"
     module.write_text("SCALE = 1\n")
-    before = fingerprints.of_installation()
+    before = fingerprints.digest_installation()
     module.write_text("SCALE = 2\n")
-    assert fingerprints.of_installation() != before
+    assert fingerprints.digest_installation() != before

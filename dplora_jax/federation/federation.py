@@ -1,0 +1,402 @@
+"""The federation as an object: `plan` says what it will cost, `fit` runs it, `save` writes what it released.
+
+    federation = Federation(model, params, losses.classification, FederationConfig(privacy=Privacy(epsilon=8.0)))
+    print(federation.plan([775] * 5))
+    for round in federation.fit(shards, "runs/mine"):
+        print(round.number, max(round.epsilon))
+    federation.save("adapter")
+
+There is one way through, for every command and every notebook, and one place that charges (`dispatch.charge`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dplora_jax import config_checks, lora
+from dplora_jax.config import FederationConfig
+from dplora_jax.errors import InputError, InputWarning
+from dplora_jax.federation import (
+    calibration,
+    description,
+    dispatch,
+    final_adapter,
+    fingerprints,
+    finite,
+    frozen_layers,
+    mesh,
+    participants,
+    processes,
+    program,
+    round,
+    round_lines,
+    storage,
+    streaming,
+    trust_modes,
+)
+from dplora_jax.federation.clock import Clock
+from dplora_jax.privacy import accounting, secrets
+
+
+class ClientPlan(NamedTuple):
+    """What a run will do with one client's records, and what that costs it."""
+
+    records: int
+    sampling_rate: float
+    capacity: int
+    noise_multiplier: float
+    rounds: int
+    epsilon: float
+
+
+class Plan(NamedTuple):
+    """What a run will cost each client, at `delta`."""
+
+    clients: list[ClientPlan]
+    delta: float
+
+    def __str__(self):
+        lines = [f"{'client':>6}{'records':>9}{'q':>9}{'capacity':>10}{'sigma':>9}{'rounds':>8}{'epsilon':>9}"]
+        for k, c in enumerate(self.clients):
+            lines.append(
+                f"{k:6}{c.records:9}{c.sampling_rate:9.4f}{c.capacity:10}{c.noise_multiplier:9.4f}{c.rounds:8}{c.epsilon:9.4f}"
+            )
+        return "\n".join([*lines, f"at delta {self.delta:g}"])
+
+
+class Round(NamedTuple):
+    """A finished round; number 0 is the base model. All of it is public."""
+
+    number: int
+    epsilon: list[float]  # what each client has spent, in all
+    metrics: dict  # on the public test set, where this round was evaluated
+    line: dict  # its line of metrics.jsonl: these, and seconds, bytes and who took part
+
+
+class Prepared(NamedTuple):
+    """A federation whose records lie on its mesh, ready to run."""
+
+    model: Any  # above the frozen layers, where these ran once
+    params: Any
+    lora_config: lora.LoraConfig
+    rounds: round.Federation  # the static part of the compiled program
+    mesh: Any
+    placement: mesh.Placement
+    stream: Any  # streaming.Stream, or None where the records lie on the devices
+    mechanisms: list
+    sizes: list
+    state: round.State
+    adapter: Any
+    rows: Callable  # takes a table of tokens through the frozen layers, as the records went
+    base_digest: bytes
+    record_digests: dict  # {client: SHA-256 of its records}, of this process's clients
+
+    @property
+    def whole_model(self):
+        """The model from its first layer on."""
+        return dataclasses.replace(self.model, start=0)
+
+
+class Federation:
+    """Clients who fine-tune one frozen language model together, each under its own (epsilon, delta).
+
+    `model` and `params` are of `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
+    (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled rounds, and
+    `memo` what the frozen layers made of records: given the same dicts, federations of like shapes share them. `base_name` is what
+    others know the base model by, for the adapter's files.
+
+    Raises InputError where the configuration has no guarantee, or no meaning.
+    """
+
+    def __init__(self, model, params, loss, config=None, *, base_name=None, programs=None, memo=None):
+        self.config = config_checks.settle(config or FederationConfig())
+        self.model, self.params, self.loss = model, params, loss
+        self.mesh = mesh.make(self.config.execution.mesh, self.config.schedule.clients, model)
+        self._programs, self._memo = {} if programs is None else programs, memo
+        self.base_name, self.stopped, self._released = base_name, False, None
+        self.history, self.prepared, self.clock = [], None, Clock()
+
+    def plan(self, sizes):
+        """The Plan for clients of `sizes` records, which are public: nothing runs, and no record is looked at."""
+        config = self.config
+        self._check_count(sizes)
+        mechanisms, steps = calibration.mechanisms(config, list(sizes)), participants.total_steps(config).tolist()
+        clients = [
+            ClientPlan(
+                n, m.sampling_rate, m.capacity, m.noise_multiplier, count // config.steps_per_round,
+                accounting.epsilon(m, count, config.privacy.delta),
+            )
+            for n, m, count in zip(sizes, mechanisms, steps, strict=True)
+        ]  # fmt: skip
+        return Plan(clients, config.privacy.delta)
+
+    def local_clients(self, length):
+        """The numbers of the clients whose records this process must give to `fit`, of rows of `length` tokens: all, where there is
+        one process."""
+        _, _, _, wave = self._adapter_and_wave(length)
+        return mesh.own_clients(self.mesh, self.config.schedule.clients, wave)
+
+    def fit(self, shards, workdir=None, *, evaluate=None, probe=None, describe=None, stop=lambda: False):
+        """Run all rounds, or those that an earlier start in `workdir` left -> an iterator of `Round`, those of earlier starts first.
+
+        `shards` has for each client a dict of [n_k, ...] arrays: `input_ids` and `attention_mask` [n_k, T] int32, and what the loss
+        reads (`labels` [n_k]; `loss_mask` [n_k, T]); None for a client whose records another process holds. Each dispatch of rounds
+        is charged before it runs, saved, committed, and only then yielded. Without a `workdir` (a path, or a `storage.Workdir`) the
+        run is kept in memory, and a warning says that nothing of it is durable.
+
+        Where the run of `workdir` has ended already, its rounds are yielded as they were. `evaluate(prepared)` gives a function (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every
+        `execution.eval_every` rounds; `probe` likewise one that only tells whether a run that is not evaluated still has finite
+        logits. `describe(prepared)` gives what config.json says beyond the configuration. Where `stop()` holds after a dispatch,
+        the run ends there with `stopped` set, and everything saved.
+
+        Raises InputError for records that a run cannot have or is not to go on with, NotFiniteError where training diverged.
+        """
+        with self._open(workdir) as kept:
+            if kept.finished:
+                self.history = kept.lines()
+                yield from map(_round, self.history)
+                return
+            prepared = self.prepare(shards, kept.stored)
+            job = self._job(prepared, kept, describe)
+            yield from self._run(job, *self._evaluators(prepared, evaluate, probe), stop)
+
+    def save(self, directory):
+        """Write the released adapter to `directory` in PEFT's format (with aggregation=fedsa each client's own beside it).
+
+        Raises InputError before `fit` has ended, and where its run had ended before: its `workdir` holds the adapter then."""
+        if self._released is None:
+            raise InputError("there is no adapter here: iterate over `fit` to its end, or look into its `workdir`.")
+        final_adapter.save(
+            pathlib.Path(directory), self.config, self.model, self.prepared.lora_config, self._released, self.base_name
+        )
+
+    @property
+    def adapter(self):
+        """The released adapter (a pytree on the host), once `fit` has ended."""
+        return self._released and self._released.adapter
+
+    def prepare(self, shards, stored=None):
+        """Calibrate, run the frozen layers, and place everything on the mesh -> Prepared. `stored` is the config.json (a dict) of a
+        run that was charged already, whose mechanisms are kept. Raises InputError."""
+        config, count = self.config, self.config.schedule.clients
+        self._check_count(shards)
+        held = {k: shard for k, shard in enumerate(shards) if shard is not None}
+        sizes = _all_sizes({k: len(shard["attention_mask"]) for k, shard in held.items()}, count)
+        if not held:
+            raise InputError("this process holds no client's records: start fewer processes than there are clients.")
+        table = {name: np.concatenate([shard[name] for shard in held.values()]) for name in next(iter(held.values()))}
+        length = table["attention_mask"].shape[1]
+        adapter, params, lora_config, wave = self._adapter_and_wave(length)
+        self._check_delta(max(sizes))
+        mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
+        digests = {k: fingerprints.digest_arrays(shard) for k, shard in held.items()}
+        streamed = processes.agree(lambda: streaming.wanted(config, self.mesh, table, sizes))
+        base_digest = fingerprints.digest_base(self.model, params)
+        on_mesh = mesh.put(params, mesh.base_sharding(self.mesh, params))
+        # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
+        local = on_mesh if processes.count() == 1 else params
+        model, rows = frozen_layers.split(config, self.model, local, sum(sizes), length, self._memo)
+        table = rows(table)
+        placed = _shards(table, sizes, held)
+        parts = trust_modes.own(config, sizes, mechanisms)
+        placement = mesh.place(
+            self.mesh, placed, parts, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed
+        )
+        rounds = program.federation(config, model, self.loss, mechanisms, adapter, placement, length, wave, streamed)
+        stream = streaming.Stream(rounds.local, mesh.fetch(placement.clients), placed, self.mesh) if streamed else None
+        state = mesh.put(rounds.init(adapter, count), NamedSharding(self.mesh, PartitionSpec()))
+        self.prepared = Prepared(
+            model, on_mesh, lora_config, rounds, self.mesh, placement, stream, mechanisms, sizes, state, adapter, rows,
+            base_digest, digests,
+        )  # fmt: skip
+        return self.prepared
+
+    def _check_count(self, values):
+        if len(values) != self.config.schedule.clients:
+            raise InputError(f"there are {len(values)} clients' records, and clients={self.config.schedule.clients}.")
+
+    def _check_delta(self, largest):
+        """Warn where delta is no small matter to a client of `largest` records."""
+        privacy = self.config.privacy
+        if privacy.private and privacy.delta * largest >= 1:
+            warnings.warn(
+                f"delta={privacy.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
+                "count as private.",
+                InputWarning,
+                stacklevel=2,
+            )
+
+    def _adapter_and_wave(self, length):
+        adapter, params, lora_config = program.adapter(self.config, self.model, self.params)
+        return adapter, params, lora_config, program.wave(self.config, self.mesh, self.model, adapter, length)
+
+    @contextlib.contextmanager
+    def _open(self, workdir):
+        """Where the run is kept, as a context."""
+        if isinstance(workdir, str | pathlib.Path):
+            with storage.open_workdir(workdir, self.config) as opened:
+                yield opened
+            return
+        if workdir is None:
+            warnings.warn(
+                "there is no workdir: nothing of this run is durable, its ledger included.", InputWarning, stacklevel=4
+            )
+        yield workdir or storage.InMemory()
+
+    def _job(self, prepared, kept, describe):
+        """The Job of a run that is kept in `kept`: described, its secrets at hand, its ledger sealed."""
+        config = self.config
+        told = description.describe(
+            config, prepared.sizes, prepared.mechanisms, prepared.model, prepared.adapter, self.mesh
+        )
+        more = describe(prepared) if describe else {}
+        told |= more | {"method": [*told["method"], *more.get("method", ())]}
+        if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
+            raise InputError(
+                f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
+            )
+        kept.describe(config, told)
+        keys = kept.secrets(config)
+        if kept.ledger is not None:
+            kept.ledger.seal_with(b"".join(keys))
+            kept.ledger.promise()
+        inputs = dispatch.keyed_inputs(keys, prepared.base_digest, _all_records(prepared, keys))
+        return dispatch.Job(config, prepared, kept, keys, inputs, told, self.clock, self._programs)
+
+    def _evaluators(self, prepared, evaluate, probe):
+        """(state, ends) -> metrics, and state -> metrics of the probe, or None."""
+        config, sizes = self.config, prepared.sizes
+
+        def over(made):
+            return lambda state, ends=False: final_adapter.metrics(
+                config, sizes, functools.partial(made, ends=ends), state
+            )
+
+        nothing = lambda state, ends=False: {}  # noqa: E731
+        evaluated = bool(config.execution.eval_every and evaluate)
+        return over(evaluate(prepared)) if evaluated else nothing, over(probe(prepared)) if probe else None
+
+    def _run(self, job, evaluate, probe, stop):
+        """Dispatch after dispatch until the rounds, or the budget, are at their end; yields each finished Round."""
+        config = self.config
+        processes.agree(lambda: dispatch.check_past(job))
+        done, state, self.history = self._restored(job, evaluate)
+        yield from map(_round, self.history)
+        while True:
+            finite.check(state, self.history, probe)
+            self.stopped = processes.any_of(stop())
+            if self.stopped or (todo := dispatch.agreed_charge(job, done)) is None:
+                break
+            *(rounds, attempt), paid = todo
+            job = job._replace(paid=paid)
+            state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
+            done = rounds[1] - 1
+            fresh = round_lines.dispatch_lines(job, rounds, attempt, seconds, shown)
+            if len(state.clip_norms):
+                fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
+            last = done == config.schedule.rounds
+            if config.execution.eval_every and (done % config.execution.eval_every == 0 or last):
+                with job.clock.busy():
+                    fresh[-1] |= evaluate(state, ends=last)
+            if last:
+                fresh[-1] |= _charged(job)
+            self.history = [*self.history, *fresh]
+            dispatch.commit(job, done, state, self.history, shown, (rounds, attempt))
+            yield from map(_round, fresh)
+        self.stopped &= done < config.schedule.rounds
+        if not self.stopped:
+            yield from self._finish(job, state, evaluate, probe)
+
+    def _restored(self, job, evaluate):
+        """(rounds done, state, metrics lines) of the newest checkpoint, or of the base model, which is evaluated and saved."""
+        processes.at("the newest checkpoint")
+        restored = job.storage.restore(job.prepared.state)
+        if restored is None:
+            state = jax.tree.map(jax.numpy.copy, job.prepared.state)  # it is donated, and shares the head with the base
+            line = round_lines.base_line(job.config.schedule.clients)
+            with job.clock.busy():
+                line |= evaluate(state, ends=True)
+            anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
+            done, notes = 0, {"lines": [line], "ledger": anchor}
+            job.storage.save(0, state, notes)
+        else:
+            done, state, notes = restored
+        if processes.primary():
+            entry = job.ledger.open_entry()
+            if entry and entry["rounds"][1] - 1 <= done:  # killed between the checkpoint and its commit
+                job.ledger.commit(entry["rounds"], entry["attempt"])
+            job.storage.release(notes["lines"])
+        return done, state, notes["lines"]
+
+    def _finish(self, job, state, evaluate, probe):
+        """Settle the last line, write the adapter, close the ledger and destroy the secrets; yields the last Round once more where
+        only now it was evaluated."""
+        config, last = self.config, dict(self.history[-1])
+        if config.execution.eval_every and not any(name in last for name in finite.METRICS):
+            last |= evaluate(state, ends=True)  # `eval_every` was 0 until this start, or the budget ended early
+        if processes.primary():
+            last |= _charged(job)
+        changed = last != self.history[-1]
+        self.history = [*self.history[:-1], last]
+        finite.check(state, self.history, probe)
+        self._released = final_adapter.fetched(config, job.prepared.params, state)
+        if processes.primary():
+            job.storage.release(self.history)
+            if job.storage.directory is not None:
+                self.save(job.storage.directory / "adapter")
+            job.ledger.append(entry="end", round=last["round"])
+            job.storage.finish()
+        if changed:
+            yield _round(last)
+
+
+def _round(line):
+    metrics = {name: value for name, value in line.items() if name not in round_lines.FIELDS}
+    return Round(line["round"], line.get("epsilon", []), metrics, line)
+
+
+def _charged(job):
+    """What the ledger says that each client has spent, every attempt that was begun included."""
+    if not job.config.privacy.private or job.ledger is None or not job.ledger.begun:
+        return {}
+    spent = job.ledger.epsilons(job.config.privacy.delta)
+    return {"epsilon": spent, "epsilon_max": max(spent)}
+
+
+def _shards(table, sizes, held):
+    """`table`, the rows of the clients that are `held`, in their order, as a list of one dict a client (the others' empty)."""
+    shards, start = [], 0
+    for client, size in enumerate(sizes):
+        end = start + size if client in held else start
+        shards.append({name: array[start:end] for name, array in table.items()})
+        start = end
+    return shards
+
+
+def _all_sizes(sizes, clients):
+    """Every client's n_k, which are public, from the processes that hold their records ({client: n_k} of this one)."""
+    known = {int(k): n for part in processes.gather(sizes) for k, n in part.items()}
+    return [known[k] for k in range(clients)]
+
+
+def _all_records(prepared, keys):
+    """The digest of all clients' records, whoever holds them. Between processes go keyed digests alone: a plain one would tell the
+    network who is in. Raises InputError where processes have different models or programs."""
+    keyed = {k: secrets.digest(keys[k], "records", digest.hex()).hex() for k, digest in prepared.record_digests.items()}
+    same = {"base model": prepared.base_digest.hex(), "program": fingerprints.digest_installation().hex()}
+    gathered = processes.gather({"records": keyed, **same})
+    for name in same:  # else one process would train another model, and nothing would say so
+        for number, process in enumerate(gathered):
+            if process[name] != gathered[0][name]:
+                raise InputError(f"process {number} has another {name} than process 0: give all the same.")
+    merged = {int(k): digest for process in gathered for k, digest in process["records"].items()}
+    return fingerprints.digest_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])

@@ -1,0 +1,67 @@
+"""The layers below the adapted ones, run once for each record and not at each step."""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+
+from dplora_jax import evaluation
+from dplora_jax.federation import fingerprints
+
+CHUNK = 128  # rows at a time
+CACHE_BYTES = 4 << 30  # of their outputs, at most
+
+
+def first_adapted(config, model):
+    """The first layer that training changes: those below it always give the same."""
+    depth = model.config.num_layers
+    return depth if config.lora.head_only else depth - (config.lora.last_layers or depth)
+
+
+def fit_in_memory(model, rows, length):
+    """Whether the outputs for `rows` rows of `length` tokens are no more than CACHE_BYTES."""
+    return 4 * rows * length * model.config.width <= CACHE_BYTES
+
+
+def split(config, model, params, rows, length, memo=None):
+    """The model above the frozen layers, and a function that takes a table {name: [N, ...]} through them, once for each row -> (model,
+    run), where `config` lets `rows` rows of `length` tokens be kept; else (model, what leaves a table as it is).
+
+    `run` gives a table with `hidden`, which for a classifier takes the place of `input_ids`. `memo`, a dict, carries what was made
+    of a table to the next call.
+    """
+    start = first_adapted(config, model)
+    if not start or not config.execution.cache_frozen:
+        return model, lambda table: table
+    if not fit_in_memory(model, rows, length):
+        print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
+        return model, lambda table: table
+    prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
+    base = None if memo is None else fingerprints.digest_base(model, params)
+
+    def run(table):
+        inputs = {name: table[name] for name in ("input_ids", "attention_mask")}
+        if len(inputs["input_ids"]):
+            hidden = remembered(memo, (base, start), prefix, params, inputs)
+        else:
+            hidden = np.zeros((0, length, model.config.width), model.dtype)
+        above = {"hidden": hidden, **table}
+        if "labels" in table:  # a language model's targets are its tokens
+            del above["input_ids"]
+        return above
+
+    return dataclasses.replace(model, start=start), run
+
+
+def remembered(memo, named, run, params, inputs):
+    """`run(params, batch)` of all rows of `inputs` {name: [N, ...]}, N > 0, on the host; `memo` (a dict, or None) keeps it
+    for the next call with the same rows and the same `named`, which says all else."""
+    key = None if memo is None else (named, fingerprints.digest_arrays(inputs))
+    if key is not None and key in memo:
+        return memo[key]
+    chunks = [np.asarray(run(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
+    outputs = np.concatenate(chunks)[: len(inputs["input_ids"])]
+    if key is not None:
+        memo[key] = outputs
+    return outputs

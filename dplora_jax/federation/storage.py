@@ -1,0 +1,181 @@
+"""Where a run keeps what it must not lose: in a working directory, or nowhere (`InMemory`).
+
+Both have one interface: the ledger, `stored` (an earlier start's config.json, or None), `finished`, `secrets`, `describe`, `restore`,
+`save`, `release`, `keep_private` and `finish`. Of several processes only process 0 has the ledger and writes; all save their parts of
+a checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+
+from dplora_jax import checkpoint, private_files
+from dplora_jax.errors import InputError
+from dplora_jax.federation import processes, trust_modes, workdir
+from dplora_jax.files import to_json
+from dplora_jax.privacy import ledger as ledgers
+from dplora_jax.privacy import secrets
+
+
+class InMemory:
+    """A run that is kept nowhere: when the process ends, nothing is left of it but what was saved by hand."""
+
+    stored, finished, directory = None, False, None
+
+    def __init__(self):
+        self.ledger = ledgers.InMemoryLedger() if processes.primary() else None
+
+    def secrets(self, config):
+        """Each party's secret, 32 bytes."""
+        parties = trust_modes.parties(config)
+        if config.privacy.seed is not None:
+            return secrets.from_seed(config.privacy.seed, parties)
+        if processes.count() > 1:
+            raise InputError("several processes need a workdir, where process 0 leaves the secrets for the others.")
+        return [os.urandom(32) for _ in range(parties)]
+
+    def describe(self, config, description):
+        """Keep what the run is (config.json)."""
+
+    def config_digest(self):
+        """What each begin entry says of config.json; None where there is none."""
+
+    def restore(self, like):
+        """(rounds done, state, notes) of the newest checkpoint, or None; `like` gives shapes, dtypes and shardings."""
+
+    def save(self, done, state, notes):
+        """Keep the state after `done` rounds; it is durable on return."""
+
+    def release(self, lines):
+        """Show the public metrics `lines`."""
+
+    def keep_private(self, rows):
+        """Append `rows` (dicts) of exact private statistics to what only their owner may read."""
+
+    def finish(self):
+        """Destroy the secrets: no round follows."""
+
+
+class Workdir:
+    """A run in a working directory (DESIGN: config.json, metrics.jsonl, privacy_ledger.jsonl, checkpoints/, private/)."""
+
+    def __init__(self, directory, ledger, stored, finished):
+        self.directory, self.ledger, self.stored, self.finished = directory, ledger, stored, finished
+        self._checkpoints = None
+
+    def secrets(self, config):
+        """Each party's secret: process 0 makes them where there are none, the others read its file."""
+        parties, private, made = trust_modes.parties(config), self.directory / "private", None
+        if processes.primary():
+            if (
+                not self.ledger.entries
+            ):  # nothing ran under secrets that an earlier start left, or nothing tells what did
+                secrets.destroy(private)
+            made = secrets.load_or_create(private, parties) if config.privacy.seed is None else None
+        processes.meet()
+        if config.privacy.seed is not None:
+            return secrets.from_seed(config.privacy.seed, parties)
+        held = made or secrets.load(private)
+        if held is None:
+            raise InputError(
+                f"{private} has no secrets that this process can read: `workdir` must be one shared folder for all."
+            )
+        return held
+
+    def describe(self, config, description):
+        """Write config.json, unless an earlier start, which was charged by it, did."""
+        if processes.primary() and self.stored is None:
+            workdir.write_config(self.directory, config, description)
+
+    def config_digest(self):
+        """SHA-256 of config.json, which each begin entry of the ledger has."""
+        return workdir.digest(self.directory)
+
+    def restore(self, like):
+        """(rounds done, state, notes) of the newest checkpoint, or None; `like` gives shapes, dtypes and shardings."""
+        return self._opened().restore(like)
+
+    def save(self, done, state, notes):
+        """Write a checkpoint of the state after `done` rounds; it is durable on return."""
+        self._opened().save(done, state, notes)
+        self._opened().wait(processes.meet)
+
+    def _opened(self):
+        if self._checkpoints is None:
+            self._checkpoints = checkpoint.Checkpoints(self.directory / "checkpoints")
+        return self._checkpoints
+
+    def release(self, lines):
+        """Write metrics.jsonl anew: the public metrics `lines`."""
+        workdir.write_metrics(self.directory, lines)
+
+    def lines(self):
+        """The public metrics of a finished run, a dict a round."""
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
+    def keep_private(self, rows):
+        """Append `rows` (dicts) of exact private statistics to private/diagnostics.jsonl, labelled as what they are."""
+        private = self.directory / "private"
+        private.mkdir(mode=private_files.FOLDER_MODE, exist_ok=True)
+        with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, private_files.MODE), "r+b") as file:
+            # Behind the last whole line: a kill or a full disk may have cut one off.
+            file.seek(file.read().rfind(b"\n") + 1)
+            file.truncate()
+            file.write("".join(to_json({"note": private_files.NOTE} | row) + "\n" for row in rows).encode())
+
+    def finish(self):
+        """Destroy the secrets: no round follows."""
+        secrets.destroy(self.directory / "private")
+        self.finished = True
+
+    def close(self):
+        """Finish pending saves."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+
+@contextlib.contextmanager
+def open_workdir(directory, config):
+    """The Workdir of `config` (settled) at `directory`, made where there is none, held for this process until the context ends.
+
+    Raises InputError where another process holds it, where its run has other fields that decide the result, or where its ledger
+    does not hold.
+    """
+    held = workdir.locked(directory) if processes.primary() else contextlib.nullcontext(pathlib.Path(directory))
+    with held as folder:
+        ledgers_here = []  # process 0's
+
+        def look():
+            stored = workdir.stored_config(folder, config)
+            ledgers_here.append(_checked_ledger(config, folder))
+            stored = workdir.charged_config(folder, stored, ledgers_here[0])
+            return {"finished": ledgers_here[0].ended, "stored": stored}
+
+        seen = processes.agree(look)
+        opened = Workdir(folder, ledgers_here[0] if ledgers_here else None, seen["stored"], seen["finished"])
+        try:
+            yield opened
+        finally:
+            # Closing waits for the other processes, who may be gone.
+            if processes.count() == 1 or sys.exc_info()[0] is None:
+                opened.close()
+
+
+def _checked_ledger(config, folder):
+    """The ledger of `folder`, held against the checkpoints; a finished one's secrets are destroyed."""
+    ledger, private = ledgers.Ledger(folder / ledgers.FILE), folder / "private"
+    for name, anchor in checkpoint.anchors(folder / "checkpoints"):
+        ledger.check(anchor, name)
+    seeded = config.privacy.seed is not None
+    if ledger.ended:
+        held = secrets.from_seed(config.privacy.seed, trust_modes.parties(config)) if seeded else secrets.load(private)
+        if held:  # an end that someone else wrote must not cost the secrets
+            ledger.seal_with(b"".join(held))
+        secrets.destroy(private)
+    elif not (private / secrets.FILE).exists() and ledger.entries and not seeded:
+        raise InputError(
+            f"{folder} has a ledger but its secrets are gone: its noise cannot go on; start a new `workdir`."
+        )
+    return ledger
