@@ -201,7 +201,7 @@ def _largest(unknown, config, sizes):
 
     def cost(value):
         tried = replace(config, **{unknown: value})
-        rate = accounting.sampling_rate(sizes[0], tried.expected_batch_size)
+        rate = accounting.sampling_rate(sizes[0], tried.schedule.expected_batch_size)
         plain = accounting.Mechanism(sizes[0], rate, sizes[0], config.privacy.noise_multiplier)
         return accounting.epsilon(plain, _steps(tried), config.privacy.delta)
 

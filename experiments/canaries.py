@@ -108,9 +108,10 @@ def of_config(config):
             raise InputError(f"--{name}={field_value(config, name)} cannot be audited yet, only {audited}.")
     if config.optimizer.client_optimizer != "sgd":
         raise InputError("--client_optimizer=adam cannot be audited: its uploads do not tell the noisy sums.")
-    prepared = setup.prepare(replace(config, cache_frozen=False, stream=False, eval_every=0))
+    job = setup.prepare(replace(config, cache_frozen=False, stream=False, eval_every=0))
+    prepared = job.federation.prepare(job.shards)
     return Subject(
-        dataclasses.replace(prepared.federation, loss=scaled(prepared.federation.loss)),
+        dataclasses.replace(prepared.rounds, loss=scaled(prepared.rounds.loss)),
         prepared.mesh,
         prepared.params,
         prepared.state.adapter,

@@ -1,7 +1,6 @@
 """Membership inference against a finished adapter: does a record's loss tell that it was trained on?"""
 
-import dataclasses
-import os
+import collections
 
 import jax
 import numpy as np
@@ -9,9 +8,8 @@ import numpy as np
 from dplora_jax import evaluation, models
 from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from dplora_jax.federation import final_adapter, trust_modes, unsaved
+from dplora_jax.federation import storage
 from dplora_jax.finetuning import dealing, objectives, setup
-from dplora_jax.privacy import secrets
 from experiments import canaries
 
 ROWS = 64  # at a time through the model
@@ -27,12 +25,13 @@ def attack(config, seed=None):
     for name, attacked in canaries.PLAIN:
         if (field_value(config, name) or None) != (attacked or None):
             raise InputError(f"--{name}={field_value(config, name)} cannot be attacked yet, only {attacked}.")
-    prepared = setup.prepare(replace(config, eval_every=config.execution.eval_every or 1))
-    trained = _train(config, prepared, seed)
+    job = setup.prepare(replace(config, eval_every=0, seed=config.privacy.seed if seed is None else seed))
+    collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
     aim, tables = _tables(config)
-    full = dataclasses.replace(prepared.model, start=0)
+    prepared = job.federation.prepared
     before, after = (
-        [_losses(aim.loss, full, prepared.params, adapter, table) for table in tables] for adapter in (None, trained)
+        [_losses(aim.loss, prepared.whole_model, prepared.params, adapter, table) for table in tables]
+        for adapter in (None, job.federation.adapter)
     )
     members, others = (x - y for x, y in zip(before, after, strict=True))
     return rates(members, others)
@@ -45,13 +44,6 @@ def rates(members, others):
     auditor = auditing.CanaryScoreAuditor(members, others)
     found = {f"tpr_at_{rate:g}": float(auditor.tpr_at_given_fpr(rate)) for rate in (1e-3, 1e-2)}
     return found | {"auc": float(auditor.attack_auroc()), "members": len(members), "others": len(others)}
-
-
-def _train(config, prepared, seed):
-    """The adapter that the run releases."""
-    count = trust_modes.parties(config)
-    held = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
-    return final_adapter.adapter(config, unsaved.train(config, prepared, held))
 
 
 def _tables(config):

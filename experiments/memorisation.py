@@ -9,7 +9,7 @@ canary's beginning, greedily. Nothing of a run is saved but `memorisation.json` 
 Every copy of a canary is a record: a guarantee is for one of them, and c copies are protected by the rules of groups alone.
 """
 
-import dataclasses
+import functools
 import sys
 from typing import NamedTuple
 
@@ -149,9 +149,8 @@ def results(config, own):
     """(name, what was found) of the base model, of training without privacy, and of training as configured."""
     from dplora_jax import models
     from dplora_jax.data import tasks
-    from dplora_jax.federation import final_adapter, trust_modes, unsaved
+    from dplora_jax.federation import storage
     from dplora_jax.finetuning import dealing, objectives, setup
-    from dplora_jax.privacy import secrets
     from experiments import canaries as canary_program
 
     bare = replace(
@@ -167,25 +166,24 @@ def results(config, own):
             f"--dataset={config.data.dataset} trains no language model on text or answers: there is nothing to memorise."
         )
     dealt = with_canaries(dealing.deal(config), found, own.copies)
-    measure = None
     for name, one in (("no privacy", bare), ("as configured", config)):
-        settings = replace(one, eval_every=0)
-        prepared = setup.prepare(settings, dealt=dealt)
-        if measure is None:
-            measure = _measure(config, own, task, prepared, tokenizer, found)
-            yield "base model", measure(final_adapter.adapter(settings, prepared.state)) | {"epsilon": "-"}
-        held = secrets.from_seed(own.seed, trust_modes.parties(settings))
-        trained = final_adapter.adapter(settings, unsaved.train(settings, prepared, held))
-        spent = max(client["epsilon"] for client in prepared.facts["clients"])
-        yield name, measure(trained) | {"epsilon": f"{spent:.3f}" if one.private else "inf"}
+        job = setup.prepare(replace(one, eval_every=0, seed=own.seed), dealt=dealt)
+        measure = functools.partial(_measure, config, own, task, tokenizer, found)
+        if name == "no privacy":
+            job.federation.prepare(job.shards)
+            yield "base model", job.federation.evaluate(measure) | {"epsilon": "-"}
+        *_, last = job.federation.fit(job.shards, storage.InMemory())
+        spent = f"{max(last.epsilon):.3f}" if one.privacy.private else "inf"
+        yield name, job.federation.evaluate(measure) | {"epsilon": spent}
 
 
-def _measure(config, own, task, prepared, tokenizer, found):
-    """A function of an adapter -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were trained on."""
+def _measure(config, own, task, tokenizer, found, prepared):
+    """A function (adapter, residual, ends) -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were trained
+    on."""
     from dplora_jax import evaluation, generation
     from dplora_jax.data import encoding, tasks
 
-    whole = dataclasses.replace(prepared.model, start=0)
+    whole = prepared.whole_model
     rng = np.random.default_rng((own.seed, 1))
     asked, begun = [], []
     for canary in found:
@@ -208,7 +206,7 @@ def _measure(config, own, task, prepared, tokenizer, found):
     likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)
     prompts = encoding.prompts(tokenizer, begun, longest, config.data.chat)
 
-    def measure(adapter):
+    def measure(adapter, residual, ends):
         nats = likelihoods(adapter).reshape(len(found), -1)
         ranks = 1 + (nats[:, 1:] >= nats[:, :1]).sum(1)
         written = generation.generate(

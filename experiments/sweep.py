@@ -12,6 +12,8 @@ deviations over seeds, and writes it with plots beside --out, as .md and .html. 
 74 a file cannot be written.
 """
 
+import collections
+import contextlib
 import math
 import os
 import subprocess
@@ -141,25 +143,22 @@ def _better(metrics):
 
 def _trained(config, kind, memo, programs):
     """(metrics, facts) of one run of `config`, or of its base model."""
-    from dplora_jax.federation import trust_modes, unsaved
-    from dplora_jax.federation.round import make
+    from dplora_jax.federation import storage
     from dplora_jax.finetuning import setup
-    from dplora_jax.privacy import secrets
 
-    prepared = setup.prepare(replace(config, eval_every=config.execution.eval_every or 1), memo=memo)
-    state = prepared.state
-    if kind != BASE:
-        like = (
-            replace(config, seed=0, split_seed=0, party=0),
-            prepared.federation.local,
-            prepared.federation.rule,
-        )
-        if like not in programs:
-            programs.clear()  # one case at a time
-            programs[like] = make(prepared.federation, prepared.mesh)
-        held = secrets.from_seed(config.privacy.seed, trust_modes.parties(config))
-        state = unsaved.train(config, prepared, held, programs[like])
-    return prepared.evaluate(state, ends=True), prepared.facts
+    like = replace(config, seed=0, split_seed=0, party=0)
+    if like not in programs:
+        programs.clear()  # one case at a time
+        programs[like] = {}
+    # Nothing is evaluated on the way, and everything at the end.
+    config = replace(config, eval_every=config.schedule.rounds)
+    job = setup.prepare(config, memo=memo, programs=programs[like])
+    if kind == BASE:
+        job.federation.prepare(job.shards)
+    else:
+        with contextlib.suppress(errors.NotFiniteError):  # its metrics are nan, and its row says so
+            collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
+    return job.federation.evaluate(job.evaluate), job.federation.describe(job.describe)
 
 
 if __name__ == "__main__":

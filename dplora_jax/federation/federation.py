@@ -124,6 +124,7 @@ class Federation:
         self._programs, self._memo = {} if programs is None else programs, memo
         self.base_name, self.stopped, self._released = base_name, False, None
         self.history, self.prepared, self.clock = [], None, Clock()
+        self._state = None
 
     def plan(self, sizes):
         """The Plan for clients of `sizes` records, which are public: nothing runs, and no record is looked at."""
@@ -167,7 +168,10 @@ class Federation:
                 return
             prepared = self.prepare(shards, kept.stored)
             job = self._job(prepared, kept, describe)
-            yield from self._run(job, *self._evaluators(prepared, evaluate, probe), stop)
+            evaluated = (
+                self._measuring(prepared, evaluate) if self.config.execution.eval_every and evaluate else _nothing
+            )
+            yield from self._run(job, evaluated, self._measuring(prepared, probe) if probe else None, stop)
 
     def save(self, directory):
         """Write the released adapter to `directory` in PEFT's format (with aggregation=fedsa each client's own beside it).
@@ -178,6 +182,20 @@ class Federation:
         final_adapter.save(
             pathlib.Path(directory), self.config, self.model, self.prepared.lora_config, self._released, self.base_name
         )
+
+    def describe(self, describe=None):
+        """What config.json says under "federation", with what `describe(prepared)` (see `fit`) adds; needs `prepare` before."""
+        p = self.prepared
+        told = description.describe(self.config, p.sizes, p.mechanisms, p.model, p.adapter, self.mesh)
+        more = describe(p) if describe else {}
+        return told | more | {"method": [*told["method"], *more.get("method", ())]}
+
+    def evaluate(self, evaluate):
+        """The metrics that `evaluate(prepared)` (see `fit`) gives of the adapter as it stands: the base model's before `fit`.
+
+        Everything is measured, also what takes longer. It needs `prepare` or `fit` before."""
+        state = self.prepared.state if self._state is None else self._state
+        return self._measuring(self.prepared, evaluate)(state, ends=True)
 
     @property
     def adapter(self):
@@ -254,12 +272,7 @@ class Federation:
 
     def _job(self, prepared, kept, describe):
         """The Job of a run that is kept in `kept`: described, its secrets at hand, its ledger sealed."""
-        config = self.config
-        told = description.describe(
-            config, prepared.sizes, prepared.mechanisms, prepared.model, prepared.adapter, self.mesh
-        )
-        more = describe(prepared) if describe else {}
-        told |= more | {"method": [*told["method"], *more.get("method", ())]}
+        config, told = self.config, self.describe(describe)
         if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
             raise InputError(
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
@@ -272,18 +285,12 @@ class Federation:
         inputs = dispatch.keyed_inputs(keys, prepared.base_digest, _all_records(prepared, keys))
         return dispatch.Job(config, prepared, kept, keys, inputs, told, self.clock, self._programs)
 
-    def _evaluators(self, prepared, evaluate, probe):
-        """(state, ends) -> metrics, and state -> metrics of the probe, or None."""
-        config, sizes = self.config, prepared.sizes
-
-        def over(made):
-            return lambda state, ends=False: final_adapter.metrics(
-                config, sizes, functools.partial(made, ends=ends), state
-            )
-
-        nothing = lambda state, ends=False: {}  # noqa: E731
-        evaluated = bool(config.execution.eval_every and evaluate)
-        return over(evaluate(prepared)) if evaluated else nothing, over(probe(prepared)) if probe else None
+    def _measuring(self, prepared, evaluate):
+        """A function (state, ends) -> metrics of what `evaluate(prepared)` measures."""
+        measure = evaluate(prepared)
+        return lambda state, ends=False: final_adapter.metrics(
+            self.config, prepared.sizes, functools.partial(measure, ends=ends), state
+        )
 
     def _run(self, job, evaluate, probe, stop):
         """Dispatch after dispatch until the rounds, or the budget, are at their end; yields each finished Round."""
@@ -292,6 +299,7 @@ class Federation:
         done, state, self.history = self._restored(job, evaluate)
         yield from map(_round, self.history)
         while True:
+            self._state = state
             finite.check(state, self.history, probe)
             self.stopped = processes.any_of(stop())
             if self.stopped or (todo := dispatch.agreed_charge(job, done)) is None:
@@ -348,7 +356,7 @@ class Federation:
         changed = last != self.history[-1]
         self.history = [*self.history[:-1], last]
         finite.check(state, self.history, probe)
-        self._released = final_adapter.fetched(config, job.prepared.params, state)
+        self._state, self._released = state, final_adapter.fetched(config, job.prepared.params, state)
         if processes.primary():
             job.storage.release(self.history)
             if job.storage.directory is not None:
@@ -357,6 +365,11 @@ class Federation:
             job.storage.finish()
         if changed:
             yield _round(last)
+
+
+def _nothing(state, ends=False):
+    """The metrics of a run that is not evaluated."""
+    return {}
 
 
 def _round(line):

@@ -11,7 +11,7 @@ def of_rounds(config, prepared, held, rounds, attempt):
     if config.privacy.noise != "hardened":
         keys = secrets.round_keys(held, numbers, attempt, config.schedule.clients, trust_modes.joining(config))
     else:
-        local = prepared.federation.local
+        local = prepared.rounds.local
         stds = [m.noise_multiplier * 2.0**local.bits for m in prepared.mechanisms]
         adapter = prepared.state.adapter
         keys = host_noise.round_draws(held, numbers, attempt, local.local_steps, adapter, stds, local.records)
