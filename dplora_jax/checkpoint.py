@@ -28,7 +28,7 @@ def anchors(directory):
             # A running program keeps two and has just removed it, or was killed while it removed it: a newer one is whole.
             if not folder.exists() or int(folder.name) < max(int(path.name) for path in folders):
                 continue
-            raise InputError(f"{folder} is damaged: restore it, or start a new --workdir.") from None
+            raise InputError(f"{folder} is damaged: restore it, or start a new `workdir`.") from None
         found.append((f"checkpoint {folder.name}", anchor))
     return found
 

@@ -4,17 +4,19 @@ Exit codes: 0 no bound exceeds its claim, 1 one does (the mechanism is broken; w
 probability 0.001 at most, however many claims are audited), 2 bad input, 74 a file cannot be written.
 """
 
-import dataclasses
 import sys
 from typing import NamedTuple
 
 import numpy as np
 from absl import flags as absl_flags
 
+from dplora_jax import guard, private_files
+from dplora_jax.config import replace, to_flat
 from dplora_jax.errors import InputError
+from dplora_jax.federation import workdir
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
-from experiments import exits, flags, guard, private_files, workdir
+from experiments import cli, exits
 from experiments.canaries import audit, of_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
@@ -73,9 +75,9 @@ def _parse(argv):
     if rest or not all(0 < x <= 100 for x in epsilons):
         raise InputError(f"--epsilons={','.join(values.epsilons)}: each must lie above 0, at most 100.")
     run_flags = [arg for arg in others if not arg.lstrip("-").startswith("workdir")]
-    config = flags.parse(others) if run_flags else None
+    config = cli.parse(others) if run_flags else None
     named = next((arg.partition("=")[2] for arg in others if arg.lstrip("-").startswith("workdir=")), None)
-    folder = named or (f"{config.workdir}-audit" if config else "runs/audit")
+    folder = named or (f"{config.output.workdir}-audit" if config else "runs/audit")
     own = Own(values.runs, values.canaries, epsilons, values.audit_seed, values.membership, values.help, folder)
     return own, config
 
@@ -85,7 +87,7 @@ def _audits(own, config, folder):
 
     claims = len(own.epsilons) or (1 if config else len(EPSILONS))
     confidence = 1 - (1 - auditing.CONFIDENCE) / claims  # of each claim, so that the exit code has CONFIDENCE
-    least, highest = auditing.reach(config.delta if config else 1e-5, confidence)
+    least, highest = auditing.reach(config.privacy.delta if config else 1e-5, confidence)
     beaten = f"a claim of 1 is beaten by {least} right of {least}" if least else "no claim of 1 is beaten"
     print(
         f"All bounds together hold with confidence {auditing.CONFIDENCE:.1%}: those of each of {claims} claims with "
@@ -125,7 +127,7 @@ def _flags(own, config):
     if config is None:
         return None
     budget = ("epsilon", "noise_multiplier") if own.epsilons else ()
-    return {name: value for name, value in plain(dataclasses.asdict(config)).items() if name not in budget}
+    return {name: value for name, value in plain(to_flat(config)).items() if name not in budget}
 
 
 def _subjects(own, config):
@@ -133,7 +135,7 @@ def _subjects(own, config):
         return (small(epsilon) for epsilon in own.epsilons or EPSILONS)
     if not own.epsilons:
         return (of_config(config),)
-    return (of_config(dataclasses.replace(config, epsilon=value, noise_multiplier=None)) for value in own.epsilons)
+    return (of_config(replace(config, epsilon=value, noise_multiplier=None)) for value in own.epsilons)
 
 
 def _membership(own, config, folder):
@@ -142,11 +144,11 @@ def _membership(own, config, folder):
 
     if config is None:
         raise InputError("--membership needs a configuration: give --flagfile, with a test set or --test_fraction.")
-    if not config.private:
+    if not config.privacy.private:
         raise InputError("--membership compares a private run with one without: give --epsilon or --noise_multiplier.")
-    bare = dataclasses.replace(config, trust="none", epsilon=None, noise_multiplier=None)
-    if not config.feature_norm:  # whose rates are for clipped gradients
-        bare = dataclasses.replace(bare, clip_norm=float("inf"))
+    bare = replace(config, trust="none", epsilon=None, noise_multiplier=None)
+    if not config.base.feature_norm:  # whose rates are for clipped gradients
+        bare = replace(bare, clip_norm=float("inf"))
     print(private_files.NOTE)
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []

@@ -34,7 +34,7 @@ from experiments import (
     benchmark_steps,
     benchmark_table,
     exits,
-    flagfiles,
+    flagfile_reader,
     memory,
     plan_models,
     roofline,
@@ -81,8 +81,8 @@ def main(argv=None):
     """Print what is asked for -> exit code."""
     config = define()
     try:
-        rest, _ = flagfiles.parse(sys.argv[1:] if argv is None else argv, config, "benchmark")
-        flagfiles.refuse_rest(rest)
+        rest, _ = flagfile_reader.parse(sys.argv[1:] if argv is None else argv, config, "benchmark")
+        flagfile_reader.refuse_rest(rest)
         unknown = set(config.forms) - set(FORMS)
         if unknown:
             raise InputError(f"--forms={','.join(sorted(unknown))} is not known: {', '.join(FORMS)}.")

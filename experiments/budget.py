@@ -5,6 +5,7 @@
     python -m experiments.budget --records=400,3000 --epsilon=8 --noise_multiplier=1 --solve=rounds --plot=budget.svg
 
 Every flag of a run is taken, with a run's defaults. One of epsilon, noise_multiplier, rounds and expected_batch_size follows
+from dplora_jax.config import RunConfig, field_value, replace
 from the other three: the one that --solve names, else the one not given. Exit codes are 0 done, 2 bad input,
 74 a file cannot be written.
 """
@@ -17,10 +18,11 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
+from dplora_jax import guard
 from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
 from dplora_jax.privacy import accounting, paper_bound
-from experiments import exits, flags, guard, run_config
+from experiments import cli, exits
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
@@ -33,14 +35,14 @@ class Question(NamedTuple):
     unknown, `config` has it; rounds and expected_batch_size, where unknown, hold values of no meaning."""
 
     solve: str
-    config: flags.RunConfig
+    config: cli.RunConfig
     sizes: tuple
 
 
 class Answer(NamedTuple):
     """A config with the unknown filled in, and for each distinct size (ascending) its Mechanism and what its rounds cost."""
 
-    config: flags.RunConfig
+    config: cli.RunConfig
     sizes: list
     mechanisms: list
     epsilons: list
@@ -77,13 +79,13 @@ def parse(argv):
         absl_flags.DEFINE_string(name, None, help_text, flag_values=values)
     absl_flags.DEFINE_boolean("json", False, "print everything as one JSON object", flag_values=values)
     usage = "python -m experiments.budget --records=775 --clients=5 --epsilon=8 [flags, those of a run included]"
-    flags.read(argv, values, usage)
+    cli.read(argv, values, usage)
     plot = values.plot and pathlib.Path(values.plot)
     if plot and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
         raise InputError(f"--plot={plot} must name a .png, .svg or .pdf file in a directory that exists.")
     given = {name for name in (*UNKNOWNS, "clients") if values[name].present}
-    config = flags.without_auto(flags.raw(values))
-    numbers = {name: run_config.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier")}
+    config = cli.without_auto(cli.raw(values))
+    numbers = {name: run_config.number(field_value(config, name), name) for name in ("epsilon", "noise_multiplier")}
     given -= {name for name, value in numbers.items() if value is None}
     unknown = _unknown(values.solve, given)
     config = _checked(config, unknown, numbers)
@@ -113,40 +115,40 @@ def _unknown(name, given):
 
 def _checked(config, unknown, numbers):
     """The config as a run checks it, with the unknown unset; rounds and batch, where unknown, at 1."""
-    if config.trust == "distributed":
+    if config.privacy.trust == "distributed":
         raise InputError(
             "--trust=distributed costs a client what --trust=local does at the same noise_multiplier: ask for that."
         )
-    if config.trust == "client":
+    if config.privacy.trust == "client":
         raise InputError(
             "--trust=client counts clients as records: ask for --trust=local with --clients=1, --records=the clients and "
             "--expected_batch_size=client_rate times the clients, which is true to a thousandth."
         )
-    if config.trust == "none" or math.inf in numbers.values():
+    if config.privacy.trust == "none" or math.inf in numbers.values():
         raise InputError("a budget is of a private --trust, with a finite --epsilon and --noise_multiplier.")
-    if config.clipping == "adaptive" or config.noise == "banded":
+    if config.privacy.clipping == "adaptive" or config.privacy.noise == "banded":
         raise InputError(
             "a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone."
         )
-    if config.participation != "all":
+    if config.schedule.participation != "all":
         raise InputError(
             f"a budget is of a client's own rounds: ask with --rounds=the rounds that it is in, without --participation="
-            f"{config.participation}."
+            f"{config.schedule.participation}."
         )
     if unknown in ("rounds", "expected_batch_size"):
-        config = dataclasses.replace(config, **{unknown: 1})
+        config = replace(config, **{unknown: 1})
     known = {name: value for name, value in numbers.items() if name != unknown}
     for name, value in known.items():  # a run takes one of the two: check them one at a time
-        resolved = flags.resolve(dataclasses.replace(config, **(dict.fromkeys(numbers) | {name: value})))
-    return dataclasses.replace(resolved, **(dict.fromkeys(numbers) | known))
+        resolved = cli.settle(replace(config, **(dict.fromkeys(numbers) | {name: value})))
+    return replace(resolved, **(dict.fromkeys(numbers) | known))
 
 
 def _sizes(text, config, clients_given):
     """Each client's number of records: as flagged, else as the run's data and partition have them."""
     if text is None:
-        from experiments import records
+        from dplora_jax.finetuning import dealing
 
-        return tuple(len(share) for share in records.load(config)[1])
+        return tuple(len(share) for share in dealing.load(config)[1])
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -154,9 +156,11 @@ def _sizes(text, config, clients_given):
     if not sizes or min(sizes) < 1:
         raise InputError(f"--records={text} must be one or more whole numbers above 0, separated by commas.")
     if len(sizes) == 1:
-        return sizes * config.clients
-    if clients_given and config.clients != len(sizes):
-        raise InputError(f"--records names {len(sizes)} clients and --clients={config.clients}: give one of the two.")
+        return sizes * config.schedule.clients
+    if clients_given and config.schedule.clients != len(sizes):
+        raise InputError(
+            f"--records names {len(sizes)} clients and --clients={config.schedule.clients}: give one of the two."
+        )
     return sizes
 
 
@@ -166,26 +170,26 @@ def solve(question):
     sizes, bounded = sorted(set(question.sizes)), False
     if unknown in ("rounds", "expected_batch_size"):
         value, bounded = _largest(unknown, config, sizes)
-        config = dataclasses.replace(config, **{unknown: value})
+        config = replace(config, **{unknown: value})
     mechanisms = _mechanisms(config, sizes)
-    epsilons = [accounting.epsilon(m, _steps(config), config.delta) for m in mechanisms]
+    epsilons = [accounting.epsilon(m, _steps(config), config.privacy.delta) for m in mechanisms]
     if unknown == "epsilon":
-        config = dataclasses.replace(config, epsilon=max(epsilons))
+        config = replace(config, epsilon=max(epsilons))
     if unknown == "noise_multiplier":
-        config = dataclasses.replace(config, noise_multiplier=max(m.noise_multiplier for m in mechanisms))
+        config = replace(config, noise_multiplier=max(m.noise_multiplier for m in mechanisms))
     return Answer(config, sizes, mechanisms, epsilons, bounded)
 
 
 def _mechanisms(config, sizes):
     """As a run with these flags would have them."""
-    size, steps = config.expected_batch_size, _steps(config)
-    if config.noise_multiplier is None:
-        return accounting.calibrate(sizes, size, steps, config.epsilon, config.delta)
-    return accounting.with_noise(sizes, size, steps, config.noise_multiplier, config.delta)
+    size, steps = config.schedule.expected_batch_size, _steps(config)
+    if config.privacy.noise_multiplier is None:
+        return accounting.calibrate(sizes, size, steps, config.privacy.epsilon, config.privacy.delta)
+    return accounting.with_noise(sizes, size, steps, config.privacy.noise_multiplier, config.privacy.delta)
 
 
 def _steps(config):
-    return config.rounds * config.local_steps
+    return config.schedule.rounds * config.schedule.local_steps
 
 
 def _largest(unknown, config, sizes):
@@ -196,31 +200,32 @@ def _largest(unknown, config, sizes):
     """
 
     def cost(value):
-        tried = dataclasses.replace(config, **{unknown: value})
+        tried = replace(config, **{unknown: value})
         rate = accounting.sampling_rate(sizes[0], tried.expected_batch_size)
-        plain = accounting.Mechanism(sizes[0], rate, sizes[0], config.noise_multiplier)
-        return accounting.epsilon(plain, _steps(tried), config.delta)
+        plain = accounting.Mechanism(sizes[0], rate, sizes[0], config.privacy.noise_multiplier)
+        return accounting.epsilon(plain, _steps(tried), config.privacy.delta)
 
     def fits(value):
-        tried = dataclasses.replace(config, **{unknown: value})
+        tried = replace(config, **{unknown: value})
         return all(
-            accounting.epsilon(m, _steps(tried), config.delta) <= config.epsilon for m in _mechanisms(tried, sizes)
+            accounting.epsilon(m, _steps(tried), config.privacy.delta) <= config.privacy.epsilon
+            for m in _mechanisms(tried, sizes)
         )
 
     end = MOST_ROUNDS if unknown == "rounds" else sizes[-1]
     low, high = 0, 1
-    while high <= end and cost(high) <= config.epsilon:
+    while high <= end and cost(high) <= config.privacy.epsilon:
         low, high = high, 2 * high
     high = min(high, end + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= config.epsilon else (low, middle)
+        low, high = (middle, high) if cost(middle) <= config.privacy.epsilon else (low, middle)
     while low and not fits(low):
         low -= max(1, low // 1000)
     if not low:
         what = "a single round" if unknown == "rounds" else "an expected batch of 1"
         raise InputError(
-            f"epsilon {config.epsilon:g} is out of reach: {what} costs {cost(1):.4g}; raise --noise_multiplier or --epsilon."
+            f"epsilon {config.privacy.epsilon:g} is out of reach: {what} costs {cost(1):.4g}; raise --noise_multiplier or --epsilon."
         )
     return low, low == end
 
@@ -228,8 +233,8 @@ def _largest(unknown, config, sizes):
 def tell(question, answer):
     """Everything that the table, the figure and --json say, as plain values: floats, whole numbers, text."""
     config, steps = answer.config, _steps(answer.config)
-    rounds = sorted({max(1, round(config.rounds * i / POINTS)) for i in range(POINTS + 1)})
-    counts = tuple(count * config.local_steps for count in rounds)
+    rounds = sorted({max(1, round(config.schedule.rounds * i / POINTS)) for i in range(POINTS + 1)})
+    counts = tuple(count * config.schedule.local_steps for count in rounds)
     few = min(CURVES, len(answer.mechanisms))
     curves = [round(i * (len(answer.sizes) - 1) / max(1, few - 1)) for i in range(few)]
     clients = []
@@ -242,9 +247,9 @@ def tell(question, answer):
                 "sampled_from": m.records,
                 "clients": question.sizes.count(n),
                 "epsilon": spent,
-                "mean_gradient_noise": sigma * config.clip_norm / (m.sampling_rate * n),
-                "renyi_epsilon": accounting.renyi_epsilon(m, steps, config.delta),
-                "paper_epsilon": paper(m.sampling_rate, sigma, steps, config.delta),
+                "mean_gradient_noise": sigma * config.privacy.clip_norm / (m.sampling_rate * n),
+                "renyi_epsilon": accounting.renyi_epsilon(m, steps, config.privacy.delta),
+                "paper_epsilon": paper(m.sampling_rate, sigma, steps, config.privacy.delta),
                 "paper_reach": paper_bound.reach(m.sampling_rate, steps),
             }
         )
@@ -252,13 +257,13 @@ def tell(question, answer):
     return {
         "solved": question.solve,
         "at_end_of_range": answer.bounded,
-        **{name: getattr(config, name) for name in names},
+        **{name: field_value(config, name) for name in names},
         "clients": clients,
         "curve_rounds": rounds,
         "curves": [
             {
                 "records": answer.sizes[i],
-                "epsilon": list(accounting.epsilon_curve(answer.mechanisms[i], counts, config.delta)),
+                "epsilon": list(accounting.epsilon_curve(answer.mechanisms[i], counts, config.privacy.delta)),
             }
             for i in curves
         ],

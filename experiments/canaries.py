@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import evaluation, lora, losses
+from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
@@ -98,27 +99,27 @@ def _small_program(clients, records, capacity):
 
 def of_config(config):
     """The program of a run's configuration, with each client's size, sampling and noise -> Subject. Raises InputError."""
-    from experiments import setup
+    from dplora_jax.finetuning import setup
 
-    if not config.private:
+    if not config.privacy.private:
         raise InputError("there is no claim to audit in --trust=none: give --epsilon or --noise_multiplier.")
     for name, audited in (("trust", "local"), ("clipping", "flat"), ("noise", "independent"), *PLAIN):
-        if getattr(config, name) != audited:
-            raise InputError(f"--{name}={getattr(config, name)} cannot be audited yet, only {audited}.")
-    if config.client_optimizer != "sgd":
+        if field_value(config, name) != audited:
+            raise InputError(f"--{name}={field_value(config, name)} cannot be audited yet, only {audited}.")
+    if config.optimizer.client_optimizer != "sgd":
         raise InputError("--client_optimizer=adam cannot be audited: its uploads do not tell the noisy sums.")
-    prepared = setup.prepare(dataclasses.replace(config, cache_frozen=False, stream=False, eval_every=0))
+    prepared = setup.prepare(replace(config, cache_frozen=False, stream=False, eval_every=0))
     return Subject(
         dataclasses.replace(prepared.federation, loss=scaled(prepared.federation.loss)),
         prepared.mesh,
         prepared.params,
         prepared.state.adapter,
         prepared.mechanisms,
-        {"layers": config.client_lr, "head": config.head_lr},
-        config.rounds,
-        config.delta,
+        {"layers": config.optimizer.client_lr, "head": config.optimizer.head_lr},
+        config.schedule.rounds,
+        config.privacy.delta,
         prepared.model.config.vocab_size,
-        config.max_length,
+        config.data.max_length,
     )
 
 

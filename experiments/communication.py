@@ -9,8 +9,9 @@ import sys
 
 from absl import flags as absl_flags
 
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError
-from experiments import exits, flagfiles
+from experiments import exits, flagfile_reader
 
 MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
 RANKS = (1, 4, 8, 16, 64, 256, 512)
@@ -25,9 +26,9 @@ def parameters(model, targets=TARGETS):
     import jax
 
     from dplora_jax import lora
-    from experiments import flags, plan_models
+    from experiments import cli, plan_models
 
-    built, shapes = plan_models.build(flags.RunConfig(model=model), None)
+    built, shapes = plan_models.build(cli.replace(RunConfig(), model=model), None)
     config = lora.LoraConfig(1, 1.0, targets)
     adapter = jax.eval_shape(lambda key, params: lora.init(key, built, params, config), jax.random.key(0), shapes)
     return lora.count(adapter), lora.count(shapes)
@@ -78,8 +79,8 @@ def main(argv=None):
     absl_flags.DEFINE_list("targets", list(TARGETS), "matrices that are adapted", flag_values=values)
     absl_flags.DEFINE_list("models", list(MODELS), "models by name", flag_values=values)
     try:
-        rest, _ = flagfiles.parse(sys.argv[1:] if argv is None else argv, values, "communication")
-        flagfiles.refuse_rest(rest)
+        rest, _ = flagfile_reader.parse(sys.argv[1:] if argv is None else argv, values, "communication")
+        flagfile_reader.refuse_rest(rest)
         found = list(rows(values.rounds, values.targets, values.models))
     except (absl_flags.Error, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None

@@ -21,7 +21,7 @@ from absl import flags
 
 from dplora_jax import errors, files
 from dplora_jax.errors import InputError
-from experiments import exits, flagfiles
+from experiments import exits, flagfile_reader
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -72,11 +72,11 @@ def parse(argv):
     flags.DEFINE_boolean("overwrite", False, "replace the files of an earlier export in --out", flag_values=values)
     flags.DEFINE_integer("max_shard_bytes", 5 * 10**9, "bytes of one weights file, at most", 1, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    rest, _ = flagfiles.parse(argv, values, "export")
+    rest, _ = flagfile_reader.parse(argv, values, "export")
     if values.help:
         print(f"{__doc__}\n{values.get_help()}")
         raise SystemExit(0)
-    flagfiles.refuse_rest(rest)
+    flagfile_reader.refuse_rest(rest)
     return _job(values)
 
 

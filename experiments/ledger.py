@@ -9,11 +9,12 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-from dplora_jax import checkpoint
+from dplora_jax import checkpoint, guard
 from dplora_jax.errors import InputError
+from dplora_jax.federation import ledger_checks, run_files
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import exits, guard, ledger_checks, run_files
+from experiments import exits
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
@@ -29,7 +30,7 @@ class Verdict(NamedTuple):
 
     @property
     def private(self):
-        return self.told.flags.private
+        return self.told.flags.privacy.private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""
@@ -50,7 +51,7 @@ def verify(workdir):
     workdir = pathlib.Path(workdir)
     told, path = run_files.read_config(workdir), workdir / FILE
     lines = run_files.read_metrics(
-        workdir, told.flags.rounds
+        workdir, told.flags.schedule.rounds
     )  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
@@ -67,9 +68,9 @@ def verify(workdir):
 
 def _seals(workdir, config, ledger):
     """Check the seals where the secrets are there to do it -> words."""
-    parties = config.clients + (config.trust == "client")  # there, the server has a secret too
-    if config.seed is not None:
-        ledger.seal_with(b"".join(secrets.from_seed(config.seed, parties)))
+    parties = config.schedule.clients + (config.privacy.trust == "client")  # there, the server has a secret too
+    if config.privacy.seed is not None:
+        ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, parties)))
         return "fit, but anyone who knows --seed can make them"
     try:
         held = secrets.load(workdir / "private")
@@ -85,7 +86,7 @@ def show(verdict, console):
     """Print the dispatches, the clients and the state of the chain."""
     from rich.table import Table
 
-    ledger, delta = verdict.ledger, verdict.told.flags.delta
+    ledger, delta = verdict.ledger, verdict.told.flags.privacy.delta
     table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state")
     for entry in ledger.begun:
         state = "committed" if ledger.committed(entry) else "open" if entry is ledger.open_entry() else "lost, paid for"

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 
 from dplora_jax import evaluation, models
+from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import final_adapter, trust_modes, unsaved
+from dplora_jax.finetuning import dealing, objectives, setup
 from dplora_jax.privacy import secrets
-from experiments import canaries, objective, records, released, setup, trust_modes, unsaved
+from experiments import canaries
 
 ROWS = 64  # at a time through the model
 
@@ -22,9 +25,9 @@ def attack(config, seed=None):
     model's, which calibrates for hard and easy records (Watson et al. 2021, arXiv 2111.08440). Raises InputError.
     """
     for name, attacked in canaries.PLAIN:
-        if (getattr(config, name) or None) != (attacked or None):
-            raise InputError(f"--{name}={getattr(config, name)} cannot be attacked yet, only {attacked}.")
-    prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1))
+        if (field_value(config, name) or None) != (attacked or None):
+            raise InputError(f"--{name}={field_value(config, name)} cannot be attacked yet, only {attacked}.")
+    prepared = setup.prepare(replace(config, eval_every=config.execution.eval_every or 1))
     trained = _train(config, prepared, seed)
     aim, tables = _tables(config)
     full = dataclasses.replace(prepared.model, start=0)
@@ -48,15 +51,15 @@ def _train(config, prepared, seed):
     """The adapter that the run releases."""
     count = trust_modes.parties(config)
     held = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
-    return released.adapter(config, unsaved.train(config, prepared, held))
+    return final_adapter.adapter(config, unsaved.train(config, prepared, held))
 
 
 def _tables(config):
     """The run's Objective, and (members, others) as tokens."""
-    corpus, shares = records.load(config)
+    corpus, shares = dealing.load(config)
     if corpus.test is None:
         raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")
-    aim = objective.make(config, corpus.task, models.load_tokenizer(config.model))
+    aim = objectives.make(config, corpus.task, models.load_tokenizer(config.base.name))
     train, test = aim.train(corpus.train), aim.train(corpus.test)
     held = np.concatenate(shares)
     return aim, ({name: value[held] for name, value in train.items()}, test)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags as absl_flags
 
+from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from experiments import allocator, exits, flags
+from experiments import allocator, cli, exits
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
 NAMES = (
@@ -53,7 +54,8 @@ class Canary(NamedTuple):
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import guard, private_files, workdir
+    from dplora_jax import guard, private_files
+    from dplora_jax.federation import workdir
 
     guard.begin()
     config, own = parse(sys.argv[1:] if argv is None else argv)
@@ -93,16 +95,14 @@ def parse(argv):
         "candidates", 999, "other secrets that each is ranked among", lower_bound=1, flag_values=values
     )
     absl_flags.DEFINE_integer("canary_seed", 1, "of the secrets and of the noise", lower_bound=0, flag_values=values)
-    values, name = flags.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
-    given = flags.chosen(values)
-    config = flags.resolve(
-        dataclasses.replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries")
-    )
-    if not config.private:
+    values, name = cli.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
+    given = cli.chosen(values)
+    config = cli.settle(replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries"))
+    if not config.privacy.private:
         raise InputError("a run with privacy is compared with one without: give --epsilon or --noise_multiplier.")
-    if config.partition == "folders":
+    if config.data.partition == "folders":
         raise InputError("canaries are added to a table that is dealt: give another --partition than folders.")
-    return config, Own(values.canaries, values.copies, values.candidates, values.canary_seed, config.workdir)
+    return config, Own(values.canaries, values.copies, values.candidates, values.canary_seed, config.output.workdir)
 
 
 def canaries(own):
@@ -131,15 +131,14 @@ def as_records(found, task):
 
 def with_canaries(dealt, found, copies):
     """The Dealt in which client 0 has `copies` more records for each of `found`."""
-    from dplora_jax.data import records
 
-    extra = records.together([as_records(found, dealt.corpus.task)] * copies)
+    extra = dealing.together([as_records(found, dealt.corpus.task)] * copies)
 
     def read(own):
         table, places = dealt.read(own)
         if 0 in places:
             places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(extra.texts))])}
-            table = records.together([table, extra])
+            table = dealing.together([table, extra])
         return table, places
 
     return dealt._replace(read=read)
@@ -149,32 +148,33 @@ def results(config, own):
     """(name, what was found) of the base model, of training without privacy, and of training as configured."""
     from dplora_jax import models
     from dplora_jax.data import tasks
+    from dplora_jax.federation import final_adapter, trust_modes, unsaved
+    from dplora_jax.finetuning import dealing, objectives, setup
     from dplora_jax.privacy import secrets
     from experiments import canaries as canary_program
-    from experiments import objective, records, released, setup, trust_modes, unsaved
 
     bare = dataclasses.replace(
         config, trust="none", epsilon=None, noise_multiplier=None, clip_norm=float("inf"), noise="independent"
     )
     for name, known in canary_program.PLAIN:
-        if (getattr(config, name) or None) != (known or None):
-            raise InputError(f"--{name}={getattr(config, name)} cannot be measured yet, only {known}.")
-    found, tokenizer = canaries(own), models.load_tokenizer(config.model)
-    task = records.deal(config).corpus.task
-    if task.kind == tasks.LABELS or objective.kind(config, task) != objective.LANGUAGE_MODEL:
+        if (field_value(config, name) or None) != (known or None):
+            raise InputError(f"--{name}={field_value(config, name)} cannot be measured yet, only {known}.")
+    found, tokenizer = canaries(own), models.load_tokenizer(config.base.name)
+    task = dealing.deal(config).corpus.task
+    if task.kind == tasks.LABELS or objectives.kind(config, task) != objectives.LANGUAGE_MODEL:
         raise InputError(
-            f"--dataset={config.dataset} trains no language model on text or answers: there is nothing to memorise."
+            f"--dataset={config.data.dataset} trains no language model on text or answers: there is nothing to memorise."
         )
-    dealt = with_canaries(records.deal(config), found, own.copies)
+    dealt = with_canaries(dealing.deal(config), found, own.copies)
     measure = None
     for name, one in (("no privacy", bare), ("as configured", config)):
         settings = dataclasses.replace(one, eval_every=0)
         prepared = setup.prepare(settings, dealt=dealt)
         if measure is None:
             measure = _measure(config, own, task, prepared, tokenizer, found)
-            yield "base model", measure(released.adapter(settings, prepared.state)) | {"epsilon": "-"}
+            yield "base model", measure(final_adapter.adapter(settings, prepared.state)) | {"epsilon": "-"}
         held = secrets.from_seed(own.seed, trust_modes.parties(settings))
-        trained = released.adapter(settings, unsaved.train(settings, prepared, held))
+        trained = final_adapter.adapter(settings, unsaved.train(settings, prepared, held))
         spent = max(client["epsilon"] for client in prepared.facts["clients"])
         yield name, measure(trained) | {"epsilon": f"{spent:.3f}" if one.private else "inf"}
 
@@ -189,23 +189,23 @@ def _measure(config, own, task, prepared, tokenizer, found):
     asked, begun = [], []
     for canary in found:
         all_of_it = [canary, *(canary._replace(secret=_secret(rng)) for _ in range(own.candidates))]
-        one = tasks.asked(task, as_records(all_of_it, task), config.chat)
+        one = tasks.asked(task, as_records(all_of_it, task), config.data.chat)
         asked.append(tasks.Asked(tuple(a.prompts[0] for a in one), tuple(a.answers[0] for a in one)))
-        alone = tasks.asked(task, as_records([canary._replace(secret="")], task), config.chat)[0]
+        alone = tasks.asked(task, as_records([canary._replace(secret="")], task), config.data.chat)[0]
         begun.append(alone)
-    longest = encoding.most_tokens(tokenizer, asked, config.chat)[1]
-    if longest > config.max_length:
+    longest = encoding.most_tokens(tokenizer, asked, config.data.chat)[1]
+    if longest > config.data.max_length:
         raise InputError(
-            f"a canary has {longest} tokens, and --max_length={config.max_length} would cut off its secret; raise it."
+            f"a canary has {longest} tokens, and --max_length={config.data.max_length} would cut off its secret; raise it."
         )
     most = whole.config.max_positions
     if longest + 2 * DIGITS > most:
         raise InputError(
             f"a canary and what is written behind it have {longest + 2 * DIGITS} tokens, and the model {most} positions."
         )
-    table = encoding.all_answers(tokenizer, asked, longest, config.chat)
+    table = encoding.all_answers(tokenizer, asked, longest, config.data.chat)
     likelihoods = evaluation.likelihoods(whole, prepared.mesh, prepared.params, table)
-    prompts = encoding.prompts(tokenizer, begun, longest, config.chat)
+    prompts = encoding.prompts(tokenizer, begun, longest, config.data.chat)
 
     def measure(adapter):
         nats = likelihoods(adapter).reshape(len(found), -1)

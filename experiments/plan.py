@@ -8,7 +8,6 @@ on it. --model is a directory with config.json or one of plan_models.KNOWN. Exit
 74 a file cannot be written.
 """
 
-import dataclasses
 import importlib.util
 import os
 import sys
@@ -16,9 +15,10 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
+from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
-from experiments import exits, flags, run_config
+from experiments import cli, exits
 
 GIB = 1 << 30
 TASKS = ("language_model", "classification")
@@ -68,24 +68,24 @@ def parse(argv):
     absl_flags.DEFINE_integer("classes", 3, "labels of a classifier, without --labels", flag_values=values)
     absl_flags.DEFINE_boolean("search", True, "where it does not fit, try flags that may help", flag_values=values)
     absl_flags.DEFINE_boolean("json", False, "print everything as one JSON object", flag_values=values)
-    flags.read(argv, values, "python -m experiments.plan --topology=v5e:2x4 --model=llama2-7b [flags of a run]")
+    cli.read(argv, values, "python -m experiments.plan --topology=v5e:2x4 --model=llama2-7b [flags of a run]")
     if not values.topology:
         raise InputError(f"--topology is missing: a TPU slice, as in v5e:2x4, of {', '.join(CHIPS)}.")
     if values.task not in (None, *TASKS):
         raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
-    config = flags.without_auto(flags.raw(values))
-    if config.trust != "none" and all(
-        run_config.number(getattr(config, name), name) is None for name in ("epsilon", "noise_multiplier")
+    config = cli.without_auto(cli.raw(values))
+    if config.privacy.trust != "none" and all(
+        run_config.number(field_value(config, name), name) is None for name in ("epsilon", "noise_multiplier")
     ):
-        config = dataclasses.replace(config, noise_multiplier=1.0)
-    config = flags.resolve(config)
-    if config.stream:
+        config = replace(config, noise_multiplier=1.0)
+    config = cli.settle(config)
+    if config.execution.stream:
         raise InputError("a plan takes all records to lie on the devices: leave out --stream.")
-    classes = len(config.labels.split(",")) if config.labels else values.classes
+    classes = len(config.data.labels.split(",")) if config.data.labels else values.classes
     names = ("topology", "task", "search", "json")
     return config, {name: values[name].value for name in names} | {
         "classes": classes,
-        "sizes": _sizes(values.records or "10000", config.clients),
+        "sizes": _sizes(values.records or "10000", config.schedule.clients),
     }
 
 
@@ -132,7 +132,7 @@ def plan(config, options, chip, devices):
     """Measure the run, and where it does not fit what might help -> all that is told, as plain values."""
     from experiments import plan_models
 
-    task = options["task"] or plan_models.default_task(config.model)
+    task = options["task"] or plan_models.default_task(config.base.name)
     measured, program = _measure(config, options, task, chip, devices)
     told = tell(config, options["topology"], task, chip, program, measured)
     if not measured.fits and options["search"]:
@@ -153,7 +153,7 @@ def search(config, options, task, chip, devices):
     for change in _changes(config, len(devices)):
         changed |= change
         try:
-            measured, _ = _measure(dataclasses.replace(config, **changed), options, task, chip, devices)
+            measured, _ = _measure(replace(config, **changed), options, task, chip, devices)
         except InputError:  # a model axis that does not divide this model
             changed = {name: value for name, value in changed.items() if name not in change}
             continue
@@ -166,40 +166,44 @@ def search(config, options, task, chip, devices):
 
 def _changes(config, devices):
     """Flags that make room, one dict at a time, those that change nothing of the result first."""
-    if config.wave != 1:
+    if config.execution.wave != 1:
         yield {"wave": 1}
-    if not config.remat:
+    if not config.base.remat:
         yield {"remat": True}
-    if config.dtype == "float32":
+    if config.base.dtype == "float32":
         yield {"dtype": "bfloat16"}
-    if config.microbatch != 1:
+    if config.execution.microbatch != 1:
         yield {"microbatch": 1}
-    rows = min(devices, config.clients) if config.mesh == "auto" else int(config.mesh.lower().split("x")[0])
-    columns = 1 if config.mesh == "auto" else int(config.mesh.lower().split("x")[1])
+    rows = (
+        min(devices, config.schedule.clients)
+        if config.execution.mesh == "auto"
+        else int(config.execution.mesh.lower().split("x")[0])
+    )
+    columns = 1 if config.execution.mesh == "auto" else int(config.execution.mesh.lower().split("x")[1])
     while rows > 1 or rows * columns < devices:
         columns *= 2
         rows = max(1, min(rows, devices // columns))
         if rows * columns > devices:
             break
         yield {"mesh": f"{rows}x{columns}"}
-    if config.quantize is None:
+    if config.base.quantize is None:
         yield {"quantize": "int8"}
-    if config.quantize != "nf4":
+    if config.base.quantize != "nf4":
         yield {"quantize": "nf4"}
 
 
 def tell(config, name, task, chip, program, measured):
     """Everything that the table and --json say: floats, whole numbers, text. Times are least times, at published peaks."""
     told = {
-        "model": config.model,
+        "model": config.base.name,
         "task": task,
         "topology": name,
         "mesh": "x".join(str(side) for side in program.mesh.devices.shape),
-        "clients": config.clients,
+        "clients": config.schedule.clients,
         "clients_per_device": program.clients,
         "capacity": program.federation.local.capacity,
-        "max_length": config.max_length,
-        "rank": config.rank,
+        "max_length": config.data.max_length,
+        "rank": config.lora.rank,
         "fits": measured.fits,
         "hbm": chip.hbm,
         "bytes": {

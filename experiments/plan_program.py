@@ -16,10 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import losses
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, round
+from dplora_jax.federation import calibration, mesh, participants, program, round, trust_modes
 from dplora_jax.federation.aggregation import CLIENTS
+from dplora_jax.finetuning import frozen_layers
 from dplora_jax.privacy import secrets
-from experiments import accounted, base_passes, participants, plan_hlo, plan_models, program, trust_modes
+from experiments import plan_hlo, plan_models
 
 
 class Program(NamedTuple):
@@ -51,10 +52,12 @@ class Measured(NamedTuple):
 def abstract(config, devices, sizes, task, classes):
     """The Program of one round of `config` on `devices`, its K clients having `sizes` records. Raises InputError."""
     model, params = plan_models.build(config, classes if task == "classification" else None)
-    if config.max_length > model.config.max_positions:
-        raise InputError(f"--max_length={config.max_length} is more than the model's {model.config.max_positions}.")
-    grid = mesh.make(config.mesh, config.clients, model, devices)
-    mechanisms = accounted.mechanisms(config, sizes)
+    if config.data.max_length > model.config.max_positions:
+        raise InputError(
+            f"--max_length={config.data.max_length} is more than the model's {model.config.max_positions}."
+        )
+    grid = mesh.make(config.execution.mesh, config.schedule.clients, model, devices)
+    mechanisms = calibration.mechanisms(config, sizes)
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
     wave = program.wave(config, grid, model, adapter)
@@ -65,14 +68,14 @@ def abstract(config, devices, sizes, task, classes):
     limits = []
 
     def place():
-        placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list)
+        placement = mesh.place(grid, shards, own, config.privacy.clip_norm, wave, config.lora.ranks)
         limits.append(placement)
         return placement.clients, placement.data
 
     clients, data = jax.eval_shape(place)
     loss = losses.classification if task == "classification" else losses.language_model
     federation = program.federation(config, model, loss, mechanisms, adapter, limits[0], wave)
-    state = jax.eval_shape(lambda adapter: federation.init(adapter, config.clients), adapter)
+    state = jax.eval_shape(lambda adapter: federation.init(adapter, config.schedule.clients), adapter)
     count = clients.size.shape[0]
     keys = _keys(config, federation.local, adapter, count)
     everywhere, by_client, by_round = (
@@ -95,13 +98,13 @@ def _laid(tree, sharding):
 def _rows(config, model, task, records):
     """The model that the rounds run, and a row of each of its arrays {name: (shape, dtype)}: as `data.tasks` makes them, above
     the frozen layers where a run would go through those once."""
-    length, integers = (config.max_length,), np.int32
+    length, integers = (config.data.max_length,), np.int32
     row = {"attention_mask": (length, integers)}
     row |= {"labels": ((), integers)} if task == "classification" else {"loss_mask": (length, integers)}
     depth = model.config.num_layers
-    start = depth if config.head_only else depth - (config.last_layers or depth)
-    fits = 4 * records * config.max_length * model.config.width <= base_passes.CACHE_BYTES
-    if start and config.cache_frozen and fits and task == "classification":
+    start = depth if config.lora.head_only else depth - (config.lora.last_layers or depth)
+    fits = 4 * records * config.data.max_length * model.config.width <= frozen_layers.CACHE_BYTES
+    if start and config.execution.cache_frozen and fits and task == "classification":
         hidden = ((*length, model.config.width), model.dtype)
         return dataclasses.replace(model, start=start), row | {"hidden": hidden}
     return model, row | {"input_ids": (length, integers)}
@@ -110,12 +113,12 @@ def _rows(config, model, task, records):
 def _keys(config, local, adapter, count):
     """What one round of `count` clients (padding included) draws from."""
     if local.bits is not None:
-        shape = (1, count, config.local_steps)
+        shape = (1, count, config.schedule.local_steps)
         noise = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, *x.shape), jnp.int32), adapter)
         keys = {"noise": noise, "sampling": jax.ShapeDtypeStruct((*shape, local.records), jnp.int32)}
         joins = {"joins": jax.ShapeDtypeStruct((1, count), jnp.float32)}
         return keys | (joins if participants.partial(config) else {})
-    parties = secrets.from_seed(0, count + (config.trust == "client"))
+    parties = secrets.from_seed(0, count + (config.privacy.trust == "client"))
     rate = 1.0 if participants.partial(config) else trust_modes.joining(config)
     keys = secrets.round_keys(parties, range(1, 2), 0, count, rate)
     return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in keys.items()}

@@ -3,12 +3,12 @@
 import pathlib
 import statistics
 
+from dplora_jax.config import FREE_ON_RESUME
+from dplora_jax.federation.workdir import with_defaults
 from dplora_jax.files import read_json
 from experiments.report_figures import SERIES, figure
 from experiments.report_text import as_epsilon, show, show_bytes
-from experiments.run_config import FREE_ON_RESUME
 from experiments.summary import sent_uploads
-from experiments.workdir import with_defaults
 
 CLIENT_COLUMNS = {
     "client": "client",

@@ -19,13 +19,15 @@ STOPPED = 75
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments import flags, guard, private_files, processes
+    from dplora_jax import guard, private_files
+    from dplora_jax.federation import processes
+    from experiments import cli
 
     guard.begin(processes.primary)
     arguments = sys.argv[1:] if argv is None else argv
     folder = None
     try:
-        config = flags.parse(arguments)
+        config = cli.parse(arguments)
         processes.join(config)
         with _workdir(config) as folder, private_files.reasons_in(folder):
             code = run(config, folder, " ".join(["python -m experiments.run", *arguments]))
@@ -39,10 +41,12 @@ def main(argv=None):
 
 def _workdir(config):
     """The working directory, as a context: process 0 alone writes there (but for its part of a checkpoint), and holds it."""
-    from experiments import processes, workdir
+    from dplora_jax.federation import processes, workdir
 
     return (
-        workdir.locked(config.workdir) if processes.primary() else contextlib.nullcontext(pathlib.Path(config.workdir))
+        workdir.locked(config.output.workdir)
+        if processes.primary()
+        else contextlib.nullcontext(pathlib.Path(config.output.workdir))
     )
 
 
@@ -64,7 +68,9 @@ class Run(NamedTuple):
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax import checkpoint
-    from experiments import facts, processes, progress, setup, summary, workdir
+    from dplora_jax.federation import description, processes, workdir
+    from dplora_jax.finetuning import setup
+    from experiments import progress, summary
 
     opened = []  # process 0's ledger
 
@@ -81,7 +87,7 @@ def run(config, folder, command):
     prepared = setup.prepare(config, found["stored"])
     ledger = opened[0] if opened else None
     if processes.primary() and found["stored"] is None:
-        told = prepared.facts | facts.of_base(config) | {"command": command}
+        told = prepared.facts | description.of_base(config) | {"command": command}
         workdir.write_config(folder, config, told)
     keys = _secrets(config, folder, ledger)
     if ledger is not None:
@@ -102,21 +108,21 @@ def run(config, folder, command):
 def _open(config, folder):
     """The checked ledger of `folder`; a finished one's secrets are destroyed."""
     from dplora_jax import checkpoint
+    from dplora_jax.federation import trust_modes
     from dplora_jax.privacy import ledger as ledgers
     from dplora_jax.privacy import secrets
-    from experiments import trust_modes
 
     ledger = ledgers.Ledger(folder / ledgers.FILE)
     for name, anchor in checkpoint.anchors(folder / "checkpoints"):
         ledger.check(anchor, name)
     if ledger.ended:
-        seeded = config.seed is not None
+        seeded = config.privacy.seed is not None
         parties = trust_modes.parties(config)
-        held = secrets.from_seed(config.seed, parties) if seeded else secrets.load(folder / "private")
+        held = secrets.from_seed(config.privacy.seed, parties) if seeded else secrets.load(folder / "private")
         if held:  # an end that someone else wrote must not cost the secrets
             ledger.seal_with(b"".join(held))
         secrets.destroy(folder / "private")
-    elif not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.seed is None:
+    elif not (folder / "private" / secrets.FILE).exists() and ledger.entries and config.privacy.seed is None:
         raise InputError(
             f"{folder} has a ledger but its secrets are gone: its noise cannot go on; start a new --workdir."
         )
@@ -125,17 +131,17 @@ def _open(config, folder):
 
 def _secrets(config, folder, ledger):
     """The clients' secrets: process 0 makes them where there are none, the others read its file."""
+    from dplora_jax.federation import processes, trust_modes
     from dplora_jax.privacy import secrets
-    from experiments import processes, trust_modes
 
     parties, made = trust_modes.parties(config), None
     if processes.primary():
         if not ledger.entries:  # nothing ran under secrets that an earlier start left, or nothing tells what did
             secrets.destroy(folder / "private")
-        made = secrets.load_or_create(folder / "private", parties) if config.seed is None else None
+        made = secrets.load_or_create(folder / "private", parties) if config.privacy.seed is None else None
     processes.meet()
-    if config.seed is not None:
-        return secrets.from_seed(config.seed, parties)
+    if config.privacy.seed is not None:
+        return secrets.from_seed(config.privacy.seed, parties)
     held = made or secrets.load(folder / "private")
     if held is None:
         raise InputError(
@@ -146,12 +152,13 @@ def _secrets(config, folder, ledger):
 
 def train(job):
     """Dispatch after dispatch until the rounds, or the budget, are at their end -> exit code."""
-    from experiments import dispatch, finite, metrics, processes, progress
+    from dplora_jax.federation import dispatch, finite, processes, round_lines
+    from experiments import progress
 
     processes.agree(lambda: dispatch.check_past(job))
     stop = _on_sigterm()
     done, state, lines = dispatch.restore(job)
-    with progress.bar(job.config.rounds, done, None if processes.primary() else True) as show:
+    with progress.bar(job.config.schedule.rounds, done, None if processes.primary() else True) as show:
         while True:
             finite.check(state, lines, job.prepared.probe)
             stopped = processes.any_of(stop)
@@ -161,16 +168,18 @@ def train(job):
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = metrics.of_dispatch(job, rounds, attempt, seconds, shown)
+            fresh = round_lines.of_dispatch(job, rounds, attempt, seconds, shown)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
-            if job.config.eval_every and (done % job.config.eval_every == 0 or done == job.config.rounds):
+            if job.config.execution.eval_every and (
+                done % job.config.execution.eval_every == 0 or done == job.config.schedule.rounds
+            ):
                 with job.clock.busy():
-                    fresh[-1] |= job.prepared.evaluate(state, ends=done == job.config.rounds)
+                    fresh[-1] |= job.prepared.evaluate(state, ends=done == job.config.schedule.rounds)
             lines = [*lines, *fresh]
             dispatch.commit(job, done, state, lines, shown, (rounds, attempt))
             show(done, fresh[-1])
-    if stopped and done < job.config.rounds:
+    if stopped and done < job.config.schedule.rounds:
         return STOPPED
     if processes.primary():
         print(job.clock.line())
@@ -191,34 +200,35 @@ def _settled(job, done, state, lines):
 
     last = dict(lines[-1])
     evaluated = any(name in last for name in report_text.METRICS)  # not where --eval_every was 0 until this start
-    if job.config.eval_every and not (evaluated and done == job.config.rounds):
+    if job.config.execution.eval_every and not (evaluated and done == job.config.schedule.rounds):
         last |= job.prepared.evaluate(state, ends=True)
-    if job.config.private and job.ledger is not None:
-        last["epsilon"] = job.ledger.epsilons(job.config.delta)
+    if job.config.privacy.private and job.ledger is not None:
+        last["epsilon"] = job.ledger.epsilons(job.config.privacy.delta)
         last["epsilon_max"] = max(last["epsilon"])
     return [*lines[:-1], last]
 
 
 def _finish(job, done, state, lines):
     """Settle the last line, write adapter and report, close the ledger, destroy the secrets; say which rounds did not run."""
+    from dplora_jax.federation import dispatch, final_adapter, finite, processes
     from dplora_jax.models import pretrained
     from dplora_jax.privacy import chain, secrets
-    from experiments import dispatch, finite, model_card, processes, released, report, summary
+    from experiments import model_card, report, summary
 
     p, lines = job.prepared, _settled(job, done, state, lines)
     finite.check(state, lines, p.probe)
-    parts = released.fetched(job.config, p.params, state)
+    parts = final_adapter.fetched(job.config, p.params, state)
     if not processes.primary():
         return
     dispatch.show_metrics(job, lines)
-    model, base = p.model, pretrained.hub_id(job.config.model)
-    released.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
+    model, base = p.model, pretrained.hub_id(job.config.base.name)
+    final_adapter.save(job.folder / "adapter", job.config, model, p.lora_config, parts, base)
     labels = p.facts["data"]["labels"]
     for folder, note in model_card.of_adapters(job.config, model, summary.line(job.folder), labels):
         chain.replace_durably(job.folder / "adapter" / folder / "README.md", note)
     report.write(job.folder)
-    if done < job.config.rounds:
-        missing = f"rounds {done + 1} to {job.config.rounds} were not run"
+    if done < job.config.schedule.rounds:
+        missing = f"rounds {done + 1} to {job.config.schedule.rounds} were not run"
         print(f"The budget ended early: {missing}, since rounds that were lost stay paid for.")
     job.ledger.append(entry="end", round=done)
     secrets.destroy(job.folder / "private")

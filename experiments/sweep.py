@@ -12,18 +12,18 @@ deviations over seeds, and writes it with plots beside --out, as .md and .html. 
 74 a file cannot be written.
 """
 
-import dataclasses
 import math
 import os
 import subprocess
 import sys
 import time
 
-from dplora_jax import errors
+from dplora_jax import errors, guard, private_files
+from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.files import parse_json, to_json
 from dplora_jax.privacy.chain import replace_durably
-from experiments import allocator, exits, guard, private_files, sweep_report
+from experiments import allocator, exits, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
 
@@ -116,17 +116,17 @@ def outcome(cell, memo, programs):
     """The public metrics of `cell`. `memo` keeps what frozen layers made of a table, and `programs` compiled rounds, from cell to
     cell."""
     start, config = time.perf_counter(), cell.config
-    parties = range(config.parties) if cell.kind == BEST else (config.party,)
-    each = [_trained(dataclasses.replace(config, party=party), cell.kind, memo, programs) for party in parties]
+    parties = range(config.data.parties) if cell.kind == BEST else (config.data.party,)
+    each = [_trained(replace(config, party=party), cell.kind, memo, programs) for party in parties]
     metrics, facts = max(each, key=lambda one: _better(one[0]))
     spent = max(client["epsilon"] for client in facts["clients"])
-    rounds = 0 if cell.kind == BASE else config.rounds
+    rounds = 0 if cell.kind == BASE else config.schedule.rounds
     return {
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
-        "epsilon_max": spent if config.private else "inf",
+        "epsilon_max": spent if config.privacy.private else "inf",
         "bytes_up_per_client": rounds * facts["communication"]["bytes_up_per_client_per_round"],
         "seconds": round(time.perf_counter() - start, 1),
-        "of": f"{config.model} on {config.dataset}",
+        "of": f"{config.base.name} on {config.data.dataset}",
         "settings": settings(cell),
         "release": facts["release"] or "NOT FOR RELEASE: no privacy",
         "commonest_label": facts["data"]["commonest_label"],
@@ -141,22 +141,23 @@ def _better(metrics):
 
 def _trained(config, kind, memo, programs):
     """(metrics, facts) of one run of `config`, or of its base model."""
+    from dplora_jax.federation import trust_modes, unsaved
     from dplora_jax.federation.round import make
+    from dplora_jax.finetuning import setup
     from dplora_jax.privacy import secrets
-    from experiments import setup, trust_modes, unsaved
 
-    prepared = setup.prepare(dataclasses.replace(config, eval_every=config.eval_every or 1), memo=memo)
+    prepared = setup.prepare(replace(config, eval_every=config.execution.eval_every or 1), memo=memo)
     state = prepared.state
     if kind != BASE:
         like = (
-            dataclasses.replace(config, seed=0, split_seed=0, party=0),
+            replace(config, seed=0, split_seed=0, party=0),
             prepared.federation.local,
             prepared.federation.rule,
         )
         if like not in programs:
             programs.clear()  # one case at a time
             programs[like] = make(prepared.federation, prepared.mesh)
-        held = secrets.from_seed(config.seed, trust_modes.parties(config))
+        held = secrets.from_seed(config.privacy.seed, trust_modes.parties(config))
         state = unsaved.train(config, prepared, held, programs[like])
     return prepared.evaluate(state, ends=True), prepared.facts
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from absl import flags as absl_flags
 
+from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from experiments import flags, run_config
+from experiments import cli
 from experiments.sweep_report import ANY, BASE, OUTCOME
 
 BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
@@ -33,22 +34,24 @@ class Cell(NamedTuple):
     or BEST (the best of --parties clients, each alone)."""
 
     name: dict
-    config: flags.RunConfig
+    config: cli.RunConfig
     kind: str
 
 
 def controls(config):
     """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
     # Rates that fit scaled features are for clipped gradients; --auto chooses others for what is not clipped.
-    unclipped = "" if config.feature_norm and not config.auto else " --clip_norm=inf"
-    pooled = f"{ONE} --partition=iid --expected_batch_size={config.clients * config.expected_batch_size:g}"
+    unclipped = "" if config.base.feature_norm and not config.output.auto else " --clip_norm=inf"
+    pooled = (
+        f"{ONE} --partition=iid --expected_batch_size={config.schedule.clients * config.schedule.expected_batch_size:g}"
+    )
     found = {
         BASE: (NO_PRIVACY, True),
         "no privacy": (NO_PRIVACY + unclipped, True),
         "clipped, no noise": (NO_PRIVACY, True),
         "all data in one client": (pooled, False),
-        "first client alone": (f"{ONE} --parties={config.clients}", False),
-        BEST: (f"{ONE} {NO_PRIVACY}{unclipped} --parties={config.clients}", True),
+        "first client alone": (f"{ONE} --parties={config.schedule.clients}", False),
+        BEST: (f"{ONE} {NO_PRIVACY}{unclipped} --parties={config.schedule.clients}", True),
     }
     if _has_head(config):
         found["head alone"] = ("--head_only", False)
@@ -58,9 +61,9 @@ def controls(config):
 def _has_head(config):
     from dplora_jax.models import pretrained
 
-    if config.objective == "auto":
-        return pretrained.model_type(config.model) == "bert"
-    return config.objective == "classifier"
+    if config.data.objective == "auto":
+        return pretrained.model_type(config.base.name) == "bert"
+    return config.data.objective == "classifier"
 
 
 class Own(NamedTuple):
@@ -82,7 +85,7 @@ def parse(argv):
     absl_flags.DEFINE_integer("worker", None, "which of --parallel this process is (set by itself)", flag_values=values)
     absl_flags.DEFINE_string("out", "sweep.jsonl", "file of finished cells, a line each", flag_values=values)
     own = tuple(values)
-    values, _ = flags.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
+    values, _ = cli.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
     kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
     varied = [_values(spec) for spec in values.vary]
     cells, told = {}, []  # what --auto chose
@@ -94,7 +97,7 @@ def parse(argv):
     cases = {cell.name["case"] for cell in cells.values()}
     for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
         words = [f"--{flag}={value}" for flag, value in settings]
-        for name, (more, bare) in controls(flags.parse([*kept, *words], lambda _: None)).items():
+        for name, (more, bare) in controls(cli.parse([*kept, *words], lambda _: None)).items():
             if name in cases:
                 raise InputError(f"--case={name} is one of --controls too: give the case another name.")
             asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
@@ -111,7 +114,7 @@ def parse(argv):
 def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
     """Put one cell into `cells`, by what tells it from others."""
     words = [f"--{flag}={value}" for flag, value in settings if value != ANY]
-    config = flags.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"], say)
+    config = cli.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"], say)
     name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config, kind)}
     cells[key(name)] = Cell(name, config, kind)
 
@@ -119,9 +122,9 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
 def settings(cell):
     """What tells the cell's flags from others', whatever its seed: means are over cells that have this in common. What --auto
     makes of sizes, which follow the seed, is left out."""
-    of_sizes = ("expected_batch_size", "client_lr", "head_lr") if cell.config.auto else ()
+    of_sizes = ("expected_batch_size", "client_lr", "head_lr") if cell.config.output.auto else ()
     free = {field.name: field.default for field in dataclasses.fields(cell.config) if field.name in of_sizes}
-    return _digest(dataclasses.replace(cell.config, seed=None, split_seed=0, **free), cell.kind)
+    return _digest(replace(cell.config, seed=None, split_seed=0, **free), cell.kind)
 
 
 def _digest(config, kind):
@@ -129,7 +132,7 @@ def _digest(config, kind):
     told = {"kind": kind}
     for field in dataclasses.fields(config):
         value, free = (
-            getattr(config, field.name),
+            field_value(config, field.name),
             field.name in run_config.FREE_ON_RESUME and field.name not in MEASURED,
         )
         if value != field.default and not free:

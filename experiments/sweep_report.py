@@ -205,7 +205,7 @@ def _group(lines):
 
 def page(lines, config, argv):
     """A whole page: what was varied, the plots, the table, and how to repeat it."""
-    title = f"{show(config.model)} on {show(config.dataset)}: a sweep"
+    title = f"{show(config.base.name)} on {show(config.data.dataset)}: a sweep"
     command = show("python -m experiments.sweep " + " ".join(_quoted(word) for word in argv))
     sent = sorted({line["bytes_up_per_client"] for line in lines if line.get("bytes_up_per_client")})
     facts = [f"{len(lines)} cells", f"seeds {', '.join(map(str, sorted({line['seed'] for line in lines})))}"]

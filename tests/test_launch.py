@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from experiments import flags
+from experiments import cli
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 LOG = '#!/bin/sh\necho "$(basename "$0") $*" >> "$STUB_LOG"\n'
@@ -73,22 +73,31 @@ def rehearse(tmp_path):
 def config_of(words):
     """The RunConfig of a command that ends in `python -m experiments.run ...`."""
     words = words[words.index("experiments.run") + 1 :]
-    return flags.parse(words)
+    return cli.parse(words)
 
 
 def test_dry_runs_print_a_command_that_a_run_accepts(rehearse):
     code, out, log = rehearse("local.sh", "--dry_run", "--seed=3", MESH="4x2", WORKDIR="runs/a b")
     config = config_of(shlex.split(out[-1]))
     assert (code, log) == (0, [])
-    assert (config.mesh, config.seed, config.workdir, config.coordinator) == ("4x2", 3, "runs/a b", None)
+    assert (config.execution.mesh, config.privacy.seed, config.output.workdir, config.execution.coordinator) == (
+        "4x2",
+        3,
+        "runs/a b",
+        None,
+    )
     code, out, log = rehearse("slurm.sbatch", "--dry_run")
     config = config_of(shlex.split(out[-1]))
     assert (code, log) == (0, [])
-    assert (config.mesh, config.coordinator) == ("16x1", "auto")
+    assert (config.execution.mesh, config.execution.coordinator) == ("16x1", "auto")
     code, out, log = rehearse("tpu_pod.sh", "--dry_run", "--rounds=3")
     config = config_of(shlex.split(shlex.split(out[-1])[-1].removeprefix("--command=")))
     assert (code, log) == (0, [])
-    assert (config.rounds, config.coordinator, config.workdir) == (3, "auto", "../dplora_runs/tpu")
+    assert (config.schedule.rounds, config.execution.coordinator, config.output.workdir) == (
+        3,
+        "auto",
+        "../dplora_runs/tpu",
+    )
     code, out, log = rehearse("tpu_pod.sh", "--dry_run", WORKDIR="/mnt/runs/a b")
     assert config_of(shlex.split(shlex.split(out[-1])[-1].removeprefix("--command="))).workdir == "/mnt/runs/a b"
 
@@ -103,8 +112,10 @@ def test_dry_run_of_several_processes_prints_each_command(rehearse):
     code, out, log = rehearse("local.sh", "--dry_run", "--seed=3", PROCESSES="3", DEVICES="2", XLA_FLAGS="--xla_a=b")
     assert (code, log, len(out)) == (0, [], 3)
     configs = [config_of(shlex.split(line)) for line in out]
-    assert [(config.processes, config.process, config.seed) for config in configs] == [(3, i, 3) for i in range(3)]
-    (coordinator,) = {config.coordinator for config in configs}
+    assert [(config.execution.processes, config.execution.process, config.privacy.seed) for config in configs] == [
+        (3, i, 3) for i in range(3)
+    ]
+    (coordinator,) = {config.execution.coordinator for config in configs}
     assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d{4}", coordinator)
     settings = {"JAX_PLATFORMS=cpu", "XLA_FLAGS=--xla_a=b --xla_force_host_platform_device_count=2"}
     assert all(settings < set(shlex.split(line)) for line in out)
@@ -114,8 +125,8 @@ def test_processes_on_this_machine_know_each_other_and_their_output_is_told_apar
     code, out, log = rehearse("local.sh", PROCESSES="2", DEVICES="4", code=0)
     assert code == 0
     configs = [config_of(shlex.split(line)) for line in log if line.startswith("python")]
-    assert {(config.processes, config.process) for config in configs} == {(2, 0), (2, 1)}
-    assert len({config.coordinator for config in configs}) == 1
+    assert {(config.execution.processes, config.execution.process) for config in configs} == {(2, 0), (2, 1)}
+    assert len({config.execution.coordinator for config in configs}) == 1
     devices = "devices --xla_force_host_platform_device_count=4 gpus "
     assert sorted(out) == [f"[0] {devices}", f"[1] {devices}"]
 
@@ -252,10 +263,10 @@ def test_gke_jobset_has_a_pod_for_each_host_and_its_flags_are_a_runs(jobset):
     assert job["parallelism"] == job["completions"] == hosts == 4
     assert (job["completionMode"], pod["restartPolicy"]) == ("Indexed", "Never")
     assert container["command"] == ["python", "-m", "experiments.run"]
-    config = flags.parse(container["args"])
-    assert config.coordinator == "auto"
+    config = cli.parse(container["args"])
+    assert config.execution.coordinator == "auto"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert config.workdir.startswith(mounts[pod["volumes"][0]["name"]])
+    assert config.output.workdir.startswith(mounts[pod["volumes"][0]["name"]])
 
 
 def test_gke_jobset_starts_all_pods_again_so_many_times_and_never_after_bad_input(jobset):

@@ -37,7 +37,7 @@ def all_answers(tokenizer, asked, max_length, chat=False):
     """
     rows = [_row(tokenizer, one, index, max_length, False, chat) for one in asked for index in range(len(one.answers))]
     if any(cut for _, _, cut in rows):
-        raise InputError(f"an answer that is scored whole does not fit in --max_length={max_length} tokens; raise it.")
+        raise InputError(f"an answer that is scored whole does not fit in max_length={max_length} tokens; raise it.")
     return _table(rows, max_length)
 
 
@@ -67,7 +67,7 @@ def check_length(max_length, model, tokenizer):
     """Raise InputError unless rows of `max_length` tokens fit the model and leave room for a token of text."""
     least, most = tokenizer.num_special_tokens_to_add() + 1, model.config.max_positions
     if not least <= max_length <= most:
-        raise InputError(f"--max_length={max_length} must lie in {least}..{most} for this model.")
+        raise InputError(f"max_length={max_length} must lie in {least}..{most} for this model.")
 
 
 def check_ids(model, tokenizer):

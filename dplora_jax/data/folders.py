@@ -15,23 +15,23 @@ def names(source, clients):
     """
     if source.dataset not in sources.OWN_TABLES:
         raise InputError(
-            f"--partition=folders reads your own tables, not --dataset={source.dataset}; give csv, jsonl or parquet."
+            f"partition=folders reads your own tables, not dataset={source.dataset}; give csv, jsonl or parquet."
         )
     sources.own_columns(source)
     if source.test_fraction is not None:
         raise InputError(
-            "--test_fraction would declare a part of each client's table public; with --partition=folders give --test_data, "
-            "or --eval_every=0."
+            "`test_fraction` would declare a part of each client's table public; with partition=folders give `test_data`, "
+            "or eval_every=0."
         )
     root = Path(source.data_dir)
     if not root.is_dir():
-        raise InputError(f"--data_dir={source.data_dir} is not a folder; give the one that holds the clients' folders.")
+        raise InputError(f"data_dir={source.data_dir} is not a folder; give the one that holds the clients' folders.")
     try:
         found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise unreadable(error, f"{root} cannot be read ({error.strerror}); let this process read it.") from None
     if len(found) != clients:
-        raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give --clients={len(found)}.")
+        raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give clients={len(found)}.")
     _refuse_shared(root, found, sources.OWN_TABLES[source.dataset])
     return found
 

@@ -36,7 +36,7 @@ def read(dataset: str, place, wanted: Collection[str], every: bool = False) -> d
     except Exception as error:
         raise InputError(
             f"{dataset} cannot be fetched from the hub ({place.repository}, {type(error).__name__}); offline, give its files by "
-            "--data_dir (of a benchmark, --benchmarks_dir), or use --dataset=finance_demo, which needs no download."
+            "`data_dir` (of a benchmark, `benchmarks_dir`), or use dataset=finance_demo, which needs no download."
         ) from None
     return {
         name: _table(f"{place.repository} ({name})", split.data.table, wanted, every) for name, split in splits.items()

@@ -1,7 +1,7 @@
 """Deals records to clients.
 
 This simulates parties: whoever deals reads the whole table. In a deployment each party has its own records
-(`--partition=folders`). The sizes of the clients are public (sampling rates and weights come from them).
+(`partition=folders`). The sizes of the clients are public (sampling rates and weights come from them).
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def group_column(spec: str) -> str | None:
     if kind != "column":
         return None
     if not argument:
-        raise InputError(f"--partition={spec} names no column; write column:NAME.")
+        raise InputError(f"partition={spec} names no column; write column:NAME.")
     return argument
 
 
@@ -40,9 +40,9 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
     """
     total = len(labels)
     if clients < 1:
-        raise InputError(f"--clients={clients} must be at least 1.")
+        raise InputError(f"clients={clients} must be at least 1.")
     if clients > total:
-        raise InputError(f"--clients={clients} is more than the {total} training records; use fewer clients.")
+        raise InputError(f"clients={clients} is more than the {total} training records; use fewer clients.")
     kind, _, argument = spec.partition(":")
     rng = np.random.default_rng(seed)
     if spec == "iid":
@@ -52,7 +52,7 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
     elif kind == "column":
         parts = _by_group(group_column(spec), groups, clients, total)
     else:
-        raise InputError(f"--partition={spec} is malformed; write iid, dirichlet:ALPHA, column:NAME or folders.")
+        raise InputError(f"partition={spec} is malformed; write iid, dirichlet:ALPHA, column:NAME or folders.")
     if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(total)):
         # Each client's epsilon is that of its own records: one that two clients train on would pay for both.
         raise RuntimeError("a record was dealt to two clients, or to none: this is a fault of the program.")
@@ -65,7 +65,7 @@ def _alpha(spec: str, argument: str) -> float:
     except ValueError:
         alpha = 0.0
     if not 0 < alpha < float("inf"):
-        raise InputError(f"--partition={spec} needs a positive number, as in dirichlet:0.5.")
+        raise InputError(f"partition={spec} needs a positive number, as in dirichlet:0.5.")
     return alpha
 
 
@@ -83,17 +83,17 @@ def _by_label(spec: str, alpha: float, labels: np.ndarray, clients: int, rng: np
         if min(len(part) for part in dealt) > 0:
             return dealt
     raise InputError(
-        f"--partition={spec} left one of {clients} clients without a record in {MAX_DIRICHLET_DRAWS} draws; "
+        f"partition={spec} left one of {clients} clients without a record in {MAX_DIRICHLET_DRAWS} draws; "
         "use a larger ALPHA or fewer clients."
     )
 
 
 def _by_group(name: str, groups, clients: int, total: int) -> list[np.ndarray]:
     if groups is None:
-        raise InputError(f"--partition=column:{name} needs a table with that column, which this dataset does not have.")
+        raise InputError(f"partition=column:{name} needs a table with that column, which this dataset does not have.")
     if len(groups) != total:
         raise ValueError(f"{len(groups)} groups for {total} records")
     values, codes = np.unique(np.asarray(groups), return_inverse=True)
     if len(values) != clients:
-        raise InputError(f"--partition=column:{name} has {len(values)} distinct values; give --clients={len(values)}.")
+        raise InputError(f"partition=column:{name} has {len(values)} distinct values; give clients={len(values)}.")
     return [np.flatnonzero(codes == code) for code in range(clients)]

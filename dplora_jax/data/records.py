@@ -138,7 +138,7 @@ def split(of, fraction, seed):
     total = len(of.texts)
     held = round(total * fraction)
     if not 0 < held < total:
-        raise InputError(f"--test_fraction={fraction} of {total} rows leaves one part empty; give another.")
+        raise InputError(f"test_fraction={fraction} of {total} rows leaves one part empty; give another.")
     order = np.random.default_rng(seed).permutation(total)
     if of.answers is not None:
         first = {}
@@ -179,7 +179,7 @@ def corpus(train, test, task, codes, about):
             if strange:
                 raise InputError(
                     f"{strange} rows of the {part} table have a label outside the known ones "
-                    f"({', '.join(task.label_names)}); mend these rows, or name all labels by --labels."
+                    f"({', '.join(task.label_names)}); mend these rows, or name all labels by `labels`."
                 )
             labels = np.array([codes[label] for label in of.labels], np.int32)
         groups = None if of.groups is None or part == "test" else tuple(of.groups)

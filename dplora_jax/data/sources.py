@@ -64,7 +64,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
         outside the known ones, or no public test set where `need_test`; never with the text of a record.
     """
     if source.test_fraction is not None and not 0 < source.test_fraction < 1:
-        raise InputError(f"--test_fraction={source.test_fraction} must lie between 0 and 1, both excluded.")
+        raise InputError(f"test_fraction={source.test_fraction} must lie between 0 and 1, both excluded.")
     if source.dataset in demos.DEMOS:
         corpus = _load_demo(source)
     elif source.dataset in tasks.TRAINABLE:
@@ -72,8 +72,8 @@ def load(source: Source, need_test: bool = True) -> Corpus:
     elif source.dataset in OWN_TABLES:
         corpus = _load_own(source, need_test)
     else:
-        only = " (only to evaluate on: --benchmarks)" if source.dataset in tasks.TASKS else ""
-        raise InputError(f"--dataset={source.dataset} is unknown{only}; the known ones are {', '.join(DATASETS)}.")
+        only = " (only to evaluate on: `benchmarks`)" if source.dataset in tasks.TASKS else ""
+        raise InputError(f"dataset={source.dataset} is unknown{only}; the known ones are {', '.join(DATASETS)}.")
     return corpus._replace(
         train=records.some(corpus.train, source.train_records, source.split_seed),
         test=records.some(corpus.test, source.test_records, source.split_seed),
@@ -85,14 +85,14 @@ def _load_demo(source: Source) -> Corpus:
         if getattr(source, flag):
             name = "partition=column:..." if flag == "group_column" else flag
             raise InputError(
-                f"--{name} does not fit --dataset={source.dataset}, which has only its own texts; leave it out."
+                f"{name} does not fit dataset={source.dataset}, which has only its own texts; leave it out."
             )
     return demos.load(source.dataset, source.seed)
 
 
 def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     if source.labels:
-        raise InputError(f"--labels does not fit --dataset={source.dataset}, whose labels are known; leave it out.")
+        raise InputError(f"`labels` does not fit dataset={source.dataset}, whose labels are known; leave it out.")
     given = {
         "text": source.text_column,
         "label": source.label_column,
@@ -104,7 +104,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     found, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
     if not found:
         raise InputError(
-            f"{source.data_dir or task.hub.repository} has no table to train on for --dataset={source.dataset}; it needs "
+            f"{source.data_dir or task.hub.repository} has no table to train on for dataset={source.dataset}; it needs "
             f"train.* (or one of test.* and validation.* alone) as {', '.join(tables.SUFFIXES)}."
         )
     main = next(name for name in SPLITS if name in found)
@@ -117,7 +117,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         test = records.rows(found[next(name for name in TEST_SPLITS if name in found)], task, columns, public=True)
     description = f"{source.dataset}: public benchmark ({origin})"
     if test is not None and source.test_fraction is not None:
-        raise InputError(f"--test_fraction does not fit --dataset={source.dataset} with a test file; leave it out.")
+        raise InputError(f"`test_fraction` does not fit dataset={source.dataset} with a test file; leave it out.")
     if test is None:
         fraction = BENCHMARK_TEST_FRACTION if source.test_fraction is None else source.test_fraction
         train, test = records.split(train, fraction, source.split_seed)
@@ -159,7 +159,7 @@ def benchmark(
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
     table = found[split]
-    records.refuse_copy(private, table.columns.values(), f"--benchmarks={name}")
+    records.refuse_copy(private, table.columns.values(), f"benchmarks={name}")
     if task.kind != tasks.CHOICES:
         of = records.rows(table, task, task.column, public=True)
         of = records.corpus(None, of, task, task.codes, name).test
@@ -187,7 +187,7 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
     labels = source.label_column is not None
     if answers and (labels or source.text_column):
         raise InputError(
-            "--prompt_column and --answer_column go together, and --text_column and --label_column do: give one pair."
+            "`prompt_column` and `answer_column` go together, and `text_column` and `label_column` do: give one pair."
         )
     if answers:
         kind, roles = tasks.ANSWERS, {"prompt": "prompt_column", "answer": "answer_column"}
@@ -198,12 +198,12 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
     columns = {role: getattr(source, flag) for role, flag in roles.items()}
     if source.dataset == "text":
         if kind != tasks.TEXT:
-            raise InputError("--dataset=text has a record a line and no columns; leave out the flags that name some.")
+            raise InputError("dataset=text has a record a line and no columns; leave out the flags that name some.")
         columns["text"] = columns["text"] or "text"
     needed = {"data_dir": source.data_dir} | {flag: columns[role] for role, flag in roles.items()}
     for flag, given in needed.items():
         if not given:
-            raise InputError(f"--dataset={source.dataset} reads your own table and needs --{flag}; give it.")
+            raise InputError(f"dataset={source.dataset} reads your own table and needs --{flag}; give it.")
     return kind, columns
 
 
@@ -234,12 +234,12 @@ def _public_test(source: Source, need_test: bool) -> Path | None:
     has_test = source.test_data is not None or test_path is not None
     if has_test and source.test_fraction is not None:
         raise InputError(
-            "--test_fraction would declare a part of train.* public, though there is a test table; drop one."
+            "`test_fraction` would declare a part of train.* public, though there is a test table; drop one."
         )
     if need_test and not has_test and source.test_fraction is None:
         raise InputError(
-            f"{source.data_dir} has no public test set to evaluate on; give --test_data (or test{suffixes[0]} beside "
-            "train), or --test_fraction to declare a random part of train public, or --eval_every=0."
+            f"{source.data_dir} has no public test set to evaluate on; give `test_data` (or test{suffixes[0]} beside "
+            "train), or `test_fraction` to declare a random part of train public, or eval_every=0."
         )
     return Path(source.test_data) if source.test_data else test_path
 
@@ -271,13 +271,13 @@ def _read_test(source, columns, beside: Path | None, private: Path | str | None 
 def _label_names(source: Source, test: Rows | None) -> tuple[str, ...]:
     """The labels of a person's own table, from the flag or from public rows; never from private ones."""
     if source.labels is None and test is None:
-        raise InputError("the labels are not known, and private rows must not tell them; give --labels.")
+        raise InputError("the labels are not known, and private rows must not tell them; give `labels`.")
     if source.labels is not None:
         names = tuple(tasks.label_of(label) for label in source.labels)
     else:
         numbers = all(re.fullmatch(r"-?\d+", label) for label in test.labels)
         names = tuple(sorted(set(test.labels), key=decimal.Decimal if numbers else None))
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-        origin = "--labels" if source.labels is not None else "the public test set's labels"
-        raise InputError(f"{origin} must be two or more different ones, not {', '.join(names)}; give --labels.")
+        origin = "`labels`" if source.labels is not None else "the public test set's labels"
+        raise InputError(f"{origin} must be two or more different ones, not {', '.join(names)}; give `labels`.")
     return names

@@ -64,12 +64,12 @@ def text_format(encoding: str | None, separator: str | None) -> TextFormat:
             "".encode(encoding).decode(encoding)
         except (LookupError, UnicodeError):
             raise InputError(
-                f"--encoding={encoding} is not known; write utf-16, cp1252, or as Python calls it."
+                f"encoding={encoding} is not known; write utf-16, cp1252, or as Python calls it."
             ) from None
     separator = csv_table.SEPARATORS.get(separator, "\t" if separator == r"\t" else separator)
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
         words = ", ".join(csv_table.SEPARATORS)
-        raise InputError(f"--separator={separator} is no separator; write {words}, or one character.")
+        raise InputError(f"separator={separator} is no separator; write {words}, or one character.")
     return TextFormat(encoding, separator)
 
 
@@ -92,7 +92,7 @@ def find(folder: str, stem: str, suffixes: Collection[str]) -> Path | None:
     zipped = [suffix + ".gz" for suffix in suffixes if suffix != ".parquet"]
     try:
         if not root.is_dir():
-            raise InputError(f"--data_dir={folder} is not a folder; give the folder that holds the tables.")
+            raise InputError(f"data_dir={folder} is not a folder; give the folder that holds the tables.")
         found = [root / (stem + suffix) for suffix in (*suffixes, *zipped) if (root / (stem + suffix)).is_file()]
     except OSError as error:
         raise unreadable(error, f"{folder} cannot be read ({error.strerror}); let this process read it.") from None
@@ -177,7 +177,7 @@ def _read_text(file, suffix, wanted, every, form):
     except UnicodeDecodeError:
         pass
     file.seek(0)
-    wanted = "another --encoding" if form.encoding else "its --encoding (cp1252 is common of Excel on Windows)"
+    wanted = "another `encoding`" if form.encoding else "its `encoding` (cp1252 is common of Excel on Windows)"
     raise UnreadableError(
         f"is not {encoding} at line {_first_bad_line(file.read(), encoding)}; give {wanted}, or save it in UTF-8."
     )
@@ -201,13 +201,13 @@ def _encoding(file, given):
         if b"\0" in head:
             name = "utf-16-be" if head[0] == 0 else "utf-16-le"
             raise UnreadableError(
-                f"is not UTF-8: it looks like UTF-16 without a byte-order mark; give --encoding={name}."
+                f"is not UTF-8: it looks like UTF-16 without a byte-order mark; give encoding={name}."
             )
         return "utf-8"
     letters, zeros = _utf8(file)
     if codecs.lookup(given).name in ("utf-16", "utf-32"):
         if letters is None or zeros:
-            raise UnreadableError(f"has no byte-order mark; give --encoding={given}-le or --encoding={given}-be.")
+            raise UnreadableError(f"has no byte-order mark; give encoding={given}-le or encoding={given}-be.")
         return "utf-8"
     # It would be a wonder if all letters of another encoding were UTF-8 too. Where there are none, ASCII may be Japanese.
     return "utf-8" if letters and _keeps_ascii(given) else given

@@ -17,7 +17,7 @@ MODEL = "model"
 
 
 def make(spec, clients, model, devices=None):
-    """The mesh that `--mesh` asks for: "CxM", or "auto" for as many client rows as there are devices and clients; `devices` None
+    """The mesh that `mesh` asks for: "CxM", or "auto" for as many client rows as there are devices and clients; `devices` None
     are those of all processes. Each process takes part with as many of its devices, which lie side by side.
 
     Raises InputError where the devices do not suffice or a model axis does not divide the model's own sizes.
@@ -33,15 +33,15 @@ def make(spec, clients, model, devices=None):
     else:
         parts = spec.lower().split("x")
         if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-            raise InputError(f"--mesh={spec} is not CLIENTSxMODEL, as in 8x1, nor auto.")
+            raise InputError(f"mesh={spec} is not CLIENTSxMODEL, as in 8x1, nor auto.")
         rows, columns = map(int, parts)
     if rows * columns > len(devices):
-        raise InputError(f"--mesh={spec} needs {rows * columns} devices, and there are {len(devices)}.")
+        raise InputError(f"mesh={spec} needs {rows * columns} devices, and there are {len(devices)}.")
     each, rest = divmod(rows * columns, len(by_process))
     if rest or each > min(map(len, by_process)):
         raise InputError(
-            f"--mesh={spec}: {rows * columns} devices are not as many of each of the {len(by_process)} processes; use a mesh "
-            "that is, or other --processes."
+            f"mesh={spec}: {rows * columns} devices are not as many of each of the {len(by_process)} processes; use a mesh "
+            "that is, or other `processes`."
         )
     odd = sorted(
         {size for target in model.targets.values() for size in target.shape if size % columns}
@@ -49,7 +49,7 @@ def make(spec, clients, model, devices=None):
     )
     if odd:
         raise InputError(
-            f"--mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does."
+            f"mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does."
         )
     chosen = np.array([device for own in by_process for device in own[:each]]).reshape(rows, columns)
     return Mesh(chosen, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)

@@ -16,13 +16,13 @@ def check(spec, clients):
     try:
         value = {"all": lambda _: 1, "fixed": int, "poisson": float}[kind](argument)
     except (KeyError, ValueError):
-        raise InputError(f"--participation={spec} is malformed; {ADVICE}.") from None
+        raise InputError(f"participation={spec} is malformed; {ADVICE}.") from None
     if (spec == "all") != (kind == "all"):
-        raise InputError(f"--participation={spec} is malformed; {ADVICE}.")
+        raise InputError(f"participation={spec} is malformed; {ADVICE}.")
     if kind == "fixed" and not 1 <= value <= clients:
-        raise InputError(f"--participation={spec} must name between 1 and --clients={clients} clients.")
+        raise InputError(f"participation={spec} must name between 1 and clients={clients} clients.")
     if kind == "poisson" and not 0 < value <= 1:
-        raise InputError(f"--participation={spec} must lie above 0, at most 1.")
+        raise InputError(f"participation={spec} must lie above 0, at most 1.")
 
 
 def schedule(spec, clients, rounds, seed):

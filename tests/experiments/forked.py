@@ -21,7 +21,7 @@ import orbax.checkpoint  # noqa: F401
 import safetensors.numpy  # noqa: F401
 
 from dplora_jax.models.tokenizer import load_tokenizer  # noqa: F401
-from experiments import dispatch, report, run, setup  # noqa: F401
+from experiments import run
 
 
 def start(job):

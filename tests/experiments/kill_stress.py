@@ -36,10 +36,11 @@ import orbax.checkpoint  # noqa: F401
 import safetensors.numpy
 
 from dplora_jax import checkpoint
+from dplora_jax.federation import dispatch, workdir
 from dplora_jax.models.tokenizer import load_tokenizer
 from dplora_jax.privacy import accounting, chain, secrets
 from dplora_jax.privacy.ledger import Ledger, rebuild
-from experiments import dispatch, ledger, report, run, setup, workdir  # noqa: F401
+from experiments import ledger, report, run
 
 ROUNDS = 6
 FLAGS = [

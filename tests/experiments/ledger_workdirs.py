@@ -1,18 +1,19 @@
 """The public files of a run of two clients that lost an attempt, as the program leaves them, and ways to damage them."""
 
-import dataclasses
 import json
 
+from dplora_jax.config import RunConfig, replace
+from dplora_jax.federation import calibration
+from dplora_jax.federation.workdir import write_config
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, describe
-from experiments import accounted, flags, ledger
-from experiments.workdir import write_config
+from experiments import cli, ledger
 
 DELTA = 1e-3
-CONFIG = flags.resolve(
-    flags.RunConfig(epsilon=8, delta=DELTA, clients=2, rounds=4, local_steps=2, expected_batch_size=20)
+CONFIG = cli.settle(
+    cli.replace(RunConfig(), epsilon=8, delta=DELTA, clients=2, rounds=4, local_steps=2, expected_batch_size=20)
 )
-MECHANISMS = accounted.mechanisms(CONFIG, [100, 50])
+MECHANISMS = calibration.mechanisms(CONFIG, [100, 50])
 SECRETS = [b"a" * 32, b"b" * 32]
 
 
@@ -66,11 +67,12 @@ def write_checkpoint(workdir, number, anchor):
 
 def reflag(workdir, change=lambda mechanism: mechanism, sizes=(100, 50), **flagged):
     """Make the workdir that of an unfinished run with other flags, whose clients are charged for `change(their mechanism)`."""
-    config = flags.resolve(dataclasses.replace(CONFIG, **flagged))
-    made = [change(mechanism) for mechanism in accounted.mechanisms(config, list(sizes))]
-    steps = config.rounds * config.steps_per_round
+    config = cli.settle(replace(CONFIG, **flagged))
+    made = [change(mechanism) for mechanism in calibration.mechanisms(config, list(sizes))]
+    steps = config.schedule.rounds * config.steps_per_round
     rows = [
-        describe(m) | {"records": n, "sampled_from": m.records, "epsilon": accounting.epsilon(m, steps, config.delta)}
+        describe(m)
+        | {"records": n, "sampled_from": m.records, "epsilon": accounting.epsilon(m, steps, config.privacy.delta)}
         for m, n in zip(made, sizes, strict=True)
     ]
     write_config(workdir, config, {"clients": rows, "release": "for release"})

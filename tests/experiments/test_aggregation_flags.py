@@ -9,25 +9,24 @@ from small_runs import crash_before, lines_of
 
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError
-from dplora_jax.federation import exact, methods
-from dplora_jax.privacy import accounting
-from dplora_jax.privacy.ledger import Ledger
-from experiments import (
-    accounted,
+from dplora_jax.federation import (
     aggregation_checks,
+    calibration,
     dispatch,
-    flags,
-    ledger,
+    exact,
+    methods,
     participants,
     program,
-    run,
-    setup,
-    traffic,
+    round_bytes,
 )
+from dplora_jax.finetuning import setup
+from dplora_jax.privacy import accounting
+from dplora_jax.privacy.ledger import Ledger
+from experiments import cli, ledger, run
 
 
 def parse(*more):
-    return flags.parse(["--clients=3", "--rounds=10", "--epsilon=4", *more])
+    return cli.parse(["--clients=3", "--rounds=10", "--epsilon=4", *more])
 
 
 @pytest.mark.parametrize(
@@ -80,9 +79,9 @@ def test_a_client_is_calibrated_to_the_rounds_that_it_is_in():
     steps = participants.steps(config).sum(0)
     assert len(set(steps.tolist())) > 1
     assert (steps % 2 == 0).all()
-    found = accounted.mechanisms(config, [300, 300, 300])
+    found = calibration.mechanisms(config, [300, 300, 300])
     for mechanism, count in zip(found, steps.tolist(), strict=True):
-        assert 3.97 < accounting.epsilon(mechanism, count, config.delta) <= 4
+        assert 3.97 < accounting.epsilon(mechanism, count, config.privacy.delta) <= 4
         assert mechanism.sampling_rate == 64 / 300
     more_often, less_often = found[int(np.argmax(steps))], found[int(np.argmin(steps))]
     assert more_often.noise_multiplier > less_often.noise_multiplier
@@ -125,12 +124,12 @@ def test_accuracy_of_a_client_that_is_never_in_a_round_is_no_breach(command, tmp
 def test_many_clients_steps_are_rounded_up_to_a_few_counts():
     rng = np.random.default_rng(0)
     steps, sizes = rng.binomial(50, 0.2, 300), list(range(300))
-    planned = accounted.planned_steps(steps, sizes)
+    planned = calibration.planned_steps(steps, sizes)
     assert (planned >= steps).all()
     assert planned.max() == steps.max()
-    assert len(set(planned.tolist())) == accounted.LEVELS
-    assert (planned - steps <= np.ptp(steps) / accounted.LEVELS + 1).all()
-    np.testing.assert_array_equal(accounted.planned_steps(steps[:20], sizes[:20]), steps[:20])
+    assert len(set(planned.tolist())) == calibration.LEVELS
+    assert (planned - steps <= np.ptp(steps) / calibration.LEVELS + 1).all()
+    np.testing.assert_array_equal(calibration.planned_steps(steps[:20], sizes[:20]), steps[:20])
 
 
 def test_who_fails_to_send_pays_all_the_same():
@@ -160,7 +159,7 @@ def test_a_scheduled_run_charges_each_client_for_its_rounds_and_its_ledger_holds
     folder = tmp_path / "run"
     command = [*command, "--participation=fixed:2", "--dropout=0.3", f"--workdir={folder}"]
     assert run.main(command) == 0
-    config = flags.parse(command)
+    config = cli.parse(command)
     book = Ledger(folder / "privacy_ledger.jsonl")
     assert book.charged_steps(3) == participants.steps(config).sum(0).tolist()
     assert sum(book.charged_steps(3)) == 2 * 4
@@ -197,7 +196,7 @@ def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command
     assert run.main(command) == 0
     book = Ledger(folder / "privacy_ledger.jsonl")
     assert max(book.epsilons(1e-3)) <= 8
-    planned = participants.steps(flags.parse(command)).sum(0)
+    planned = participants.steps(cli.parse(command)).sum(0)
     assert (np.array(book.charged_steps(3)) <= planned).all()
     assert lines_of(folder / "metrics.jsonl")[-1]["round"] < 4
     assert ledger.verify(folder)
@@ -207,13 +206,13 @@ def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command
 def test_the_adapter_file_holds_what_was_folded_into_the_base(command, tmp_path, aggregation, monkeypatch):
     """The released model is base with residual and adapter; PEFT's file on the bare base is the same model."""
     folder, kept = tmp_path / "run", {}
-    from experiments import released
+    from dplora_jax.federation import final_adapter
 
-    save = released.save
-    monkeypatch.setattr(released, "save", lambda *args: (kept.update(state=args[4]), save(*args))[1])
+    save = final_adapter.save
+    monkeypatch.setattr(final_adapter, "save", lambda *args: (kept.update(state=args[4]), save(*args))[1])
     assert run.main([*command, f"--aggregation={aggregation}", f"--workdir={folder}"]) == 0
-    config = flags.parse([*command, f"--aggregation={aggregation}"])
-    model, params = models.from_pretrained(config.model, num_labels=2)
+    config = cli.parse([*command, f"--aggregation={aggregation}"])
+    model, params = models.from_pretrained(config.base.name, num_labels=2)
     adapter, lora_config = peft.load(folder / "adapter", model, params)
     state = kept["state"]
     expected = jax.tree.map(np.add, jax.device_get(state.residual), exact.product(state.adapter))
@@ -232,7 +231,7 @@ def test_every_client_of_fedsa_is_evaluated_and_has_a_file_of_its_own(command, t
     last = lines_of(folder / "metrics.jsonl")[-1]
     assert len(last["accuracy_by_client"]) == 3
     assert min(last["accuracy_by_client"]) - 1e-9 <= last["accuracy"] <= max(last["accuracy_by_client"]) + 1e-9
-    model, params = models.from_pretrained(flags.parse(command).model, num_labels=2)
+    model, params = models.from_pretrained(cli.parse(command).model, num_labels=2)
     own = [peft.load(folder / "adapter" / "clients" / str(k), model, params)[0]["layers"] for k in range(3)]
     for place in (".", "clients/0", "clients/2"):
         text = (folder / "adapter" / place / "README.md").read_text()
@@ -245,7 +244,7 @@ def test_every_client_of_fedsa_is_evaluated_and_has_a_file_of_its_own(command, t
 
 def shapes(config):
     """An adapter of two layers of 10 to 6 numbers, and a head of 8."""
-    pair = lora.Pair(np.zeros((2, config.rank, 10)), np.zeros((2, 6, config.rank)), 1.0)
+    pair = lora.Pair(np.zeros((2, config.lora.rank, 10)), np.zeros((2, 6, config.lora.rank)), 1.0)
     return {"layers": {"q": pair}, "head": {"kernel": np.zeros((4, 2))}}
 
 
@@ -268,7 +267,7 @@ def shapes(config):
 def test_bytes_are_what_travels(more, up, down):
     config = parse(*more)
     each = lambda value: value if isinstance(value, list) else [value] * 3  # noqa: E731
-    assert traffic.of_run(config, shapes(config)) == (each(up), each(down))
+    assert round_bytes.of_run(config, shapes(config)) == (each(up), each(down))
 
 
 def test_a_client_of_garbage_is_told_in_the_metrics(command, tmp_path, monkeypatch):

@@ -5,10 +5,12 @@ import types
 import numpy as np
 import pytest
 
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError
+from dplora_jax.federation import dispatch
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import dispatch, flags
+from experiments import cli
 
 MECHANISMS = [Mechanism(100, 0.2, 35, 1.1)]
 
@@ -22,7 +24,11 @@ def keys(tmp_path):
         for attempt, nonce in enumerate(nonces):
             kept.begin((1, 3), attempt, MECHANISMS, 1, {}, nonce=nonce)
         job = types.SimpleNamespace(
-            secrets=[b"s" * 32], paid=None, ledger=kept, config=flags.RunConfig(seed=seed, clients=1), prepared=None
+            secrets=[b"s" * 32],
+            paid=None,
+            ledger=kept,
+            config=cli.replace(RunConfig(), seed=seed, clients=1),
+            prepared=None,
         )
         return dispatch.round_keys(job, (1, 3), 0)["noise"]
 
@@ -46,7 +52,7 @@ def job(tmp_path):
     """`job(mechanisms, **flags)`: a run of four rounds that nothing was charged for yet."""
 
     def make(mechanisms=MECHANISMS, data=b"d" * 32, base=b"b" * 32, **changes):
-        config = flags.RunConfig(
+        config = cli.RunConfig(
             **{"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
             | changes
         )

@@ -10,10 +10,11 @@ from report_pages import config, metrics
 
 from dplora_jax import checkpoint
 from dplora_jax.errors import InputError, NotFiniteError, Refused, StorageError
+from dplora_jax.federation import dispatch, processes, workdir
 from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import budget, dispatch, exits, ledger, processes, report, run, sweep, workdir
+from experiments import budget, exits, ledger, report, run, sweep
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
 

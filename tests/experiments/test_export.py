@@ -12,7 +12,9 @@ import safetensors.numpy
 from conftest import GOLDEN
 
 from dplora_jax import lora, models, peft
-from experiments import export, flags, model_card, setup, summary, workdir
+from dplora_jax.federation import workdir
+from dplora_jax.finetuning import setup
+from experiments import cli, export, model_card, summary
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -217,7 +219,7 @@ def test_overwriting_leaves_nothing_of_the_earlier_export_that_would_be_read(tmp
 def finished(tiny_bert, finance_table, tmp_path_factory):
     """A run's workdir as it is in the end, with a seed, A frozen and three labels, but with an adapter that was drawn."""
     folder = tmp_path_factory.mktemp("run") / "finance"
-    config = flags.parse(
+    config = cli.parse(
         [
             f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text",
             "--label_column=label", "--max_length=8", "--clients=2", "--rounds=1", "--rank=2", "--alpha=6", "--freeze_a",

@@ -10,8 +10,9 @@ from conftest import write_tokenizer
 
 from dplora_jax import lora, models, peft
 from dplora_jax.federation import mesh, methods
+from dplora_jax.finetuning import setup
 from dplora_jax.models import features
-from experiments import flags, run, setup
+from experiments import cli, run
 
 run_finish = run._finish
 
@@ -62,11 +63,11 @@ def test_a_resumed_run_keeps_the_centre_that_its_head_was_trained_on(command, fi
         assert run.main(own) == 0
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text().replace("profit", "sales"))
-    prepared = setup.prepare(flags.parse(own), kept)
+    prepared = setup.prepare(cli.parse(own), kept)
     np.testing.assert_array_equal(
         prepared.params[features.KEY]["center"], np.float32(kept["federation"]["features"]["center"])
     )
-    fresh = setup.prepare(flags.parse(own))
+    fresh = setup.prepare(cli.parse(own))
     assert (
         np.abs(np.subtract(fresh.params[features.KEY]["center"], prepared.params[features.KEY]["center"])).max() > 1e-3
     )
@@ -78,7 +79,7 @@ def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
         folder.mkdir()
         for name, change in (("train.csv", train), ("test.csv", test)):
             (folder / name).write_text(change((finance_table / name).read_text()))
-        prepared = setup.prepare(flags.parse([*command, f"--data_dir={folder}"]))
+        prepared = setup.prepare(cli.parse([*command, f"--data_dir={folder}"]))
         return np.append(prepared.params[features.KEY]["center"], prepared.params[features.KEY]["scale"])
 
     plain = center()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dplora_jax
-from experiments import fingerprints
+from dplora_jax.federation import fingerprints
 
 PARAMS = {"kernel": jnp.ones((2, 3))}
 MODEL = types.SimpleNamespace(config="two layers")

@@ -11,9 +11,11 @@ import safetensors.numpy
 import small_runs
 
 from dplora_jax import models
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError, NotFiniteError
-from dplora_jax.federation import aggregation, round
-from experiments import dispatch, finite, flags, run, setup
+from dplora_jax.federation import aggregation, dispatch, finite, round
+from dplora_jax.finetuning import setup
+from experiments import cli, run
 
 ADAPTER = {"layers": {"q": jnp.ones((2, 3))}, "head": {"kernel": jnp.ones(3)}}
 
@@ -105,7 +107,7 @@ def test_a_run_whose_last_evaluation_is_not_finite_does_not_end_as_done(monkeypa
 
 
 def job(probe=None):
-    return types.SimpleNamespace(config=flags.RunConfig(rounds=4), prepared=types.SimpleNamespace(probe=probe))
+    return types.SimpleNamespace(config=cli.replace(RunConfig(), rounds=4), prepared=types.SimpleNamespace(probe=probe))
 
 
 @pytest.mark.parametrize(("done", "kind"), [(0, InputError), (2, NotFiniteError)])
@@ -148,14 +150,14 @@ def test_a_base_that_cannot_give_finite_logits_is_refused_before_there_is_a_ledg
     model = bert_with(tiny_bert, tmp_path / "model", change)
     words_of = small_runs.arguments(model, finance_table, tmp_path)
     with pytest.raises(InputError, match=words):
-        setup.prepare(flags.parse([*words_of, "--eval_every=0"]))
+        setup.prepare(cli.parse([*words_of, "--eval_every=0"]))
 
 
 def test_finite_weights_that_overflow_give_no_finite_metric_of_a_sentence(tiny_bert, finance_table, tmp_path):
     for change, is_nan in ((lambda tensors: None, False), (spoilt("embeddings.LayerNorm.weight", 1e30), True)):
         model = bert_with(tiny_bert, tmp_path / str(is_nan), change)
         words = small_runs.arguments(model, finance_table, tmp_path)
-        prepared = setup.prepare(flags.parse([*words, "--eval_every=0", "--last_layers=1"]))
+        prepared = setup.prepare(cli.parse([*words, "--eval_every=0", "--last_layers=1"]))
         assert {math.isnan(value) for value in prepared.probe(prepared.state).values()} == {is_nan}
 
 
@@ -165,4 +167,4 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused_by_a_run(tiny_bert, financ
     tokenizer.add_tokens(["remdesivir"])
     tokenizer.save_pretrained(model)
     with pytest.raises(InputError, match=r"the id 20 .* 20 rows"):
-        setup.prepare(flags.parse(small_runs.arguments(model, finance_table, tmp_path)))
+        setup.prepare(cli.parse(small_runs.arguments(model, finance_table, tmp_path)))

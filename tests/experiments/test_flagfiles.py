@@ -6,7 +6,7 @@ import pytest
 from absl import flags as absl_flags
 
 from dplora_jax.errors import InputError
-from experiments import export, flagfiles, flags
+from experiments import cli, export, flagfile_reader
 
 BUDGET = "--epsilon=8\n"
 
@@ -19,7 +19,7 @@ def parsed(tmp_path, monkeypatch):
     def parse(text, *more):
         content = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "my.flags").write_bytes(content + (b"" if b"epsilon" in content else b"\n" + BUDGET.encode()))
-        return flags.parse(["--flagfile=my.flags", *more])
+        return cli.parse(["--flagfile=my.flags", *more])
 
     return parse
 
@@ -103,15 +103,15 @@ def test_a_shipped_flagfile_is_found_from_one_in_any_folder(tmp_path, monkeypatc
     (tmp_path / "mine" / "my.flags").write_text("--flagfile=finance.flags\n--rounds=2\n")
     (tmp_path / "mine" / "paper.flags").write_text("--flagfile=paper_gpt2_finance.flags\n--rounds=2\n")
     monkeypatch.chdir(tmp_path)
-    config = flags.parse(["--flagfile=mine/my.flags"])
-    assert (config.dataset, config.rounds, config.workdir) == ("finance_demo", 2, "runs/my")
-    assert flags.parse(["--flagfile", str(tmp_path / "mine" / "paper.flags")]).rounds == 2
+    config = cli.parse(["--flagfile=mine/my.flags"])
+    assert (config.data.dataset, config.schedule.rounds, config.output.workdir) == ("finance_demo", 2, "runs/my")
+    assert cli.parse(["--flagfile", str(tmp_path / "mine" / "paper.flags")]).schedule.rounds == 2
 
 
 def test_a_flagfile_may_carry_the_shipped_ones_name(tmp_path, monkeypatch):
     (tmp_path / "finance.flags").write_text("--flagfile=finance.flags\n--rounds=2\n")
     monkeypatch.chdir(tmp_path)
-    assert flags.parse(["--flagfile=finance.flags"]).dataset == "finance_demo"
+    assert cli.parse(["--flagfile=finance.flags"]).data.dataset == "finance_demo"
 
 
 def test_a_nested_flagfile_lies_beside_the_one_that_names_it(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_nested_flagfile_lies_beside_the_one_that_names_it(tmp_path, monkeypat
     (tmp_path / "a" / "b" / "three.flags").write_text("--rounds=3\n" + BUDGET)
     (tmp_path / "three.flags").write_text("--rounds=4\n" + BUDGET)
     monkeypatch.chdir(tmp_path)
-    assert flags.parse(["--flagfile=a/one.flags"]).rounds == 3
+    assert cli.parse(["--flagfile=a/one.flags"]).schedule.rounds == 3
 
 
 def test_a_loop_over_two_files_is_refused_with_the_line(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_loop_over_two_files_is_refused_with_the_line(tmp_path, monkeypatch):
     (tmp_path / "two.flags").write_text("--rounds=1\n--flagfile=one.flags\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"two.flags, line 2: .*names itself"):
-        flags.parse(["--flagfile=one.flags"])
+        cli.parse(["--flagfile=one.flags"])
 
 
 def test_a_mistake_in_a_nested_flagfile_is_told_of_its_own_line(tmp_path, monkeypatch):
@@ -137,22 +137,22 @@ def test_a_mistake_in_a_nested_flagfile_is_told_of_its_own_line(tmp_path, monkey
     (tmp_path / "two.flags").write_text("\n\n--rank=many\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"two.flags, line 3: .*rank"):
-        flags.parse(["--flagfile=one.flags", "--epsilon=8"])
+        cli.parse(["--flagfile=one.flags", "--epsilon=8"])
 
 
 def test_a_flag_may_stand_in_two_files_and_the_later_wins(tmp_path, monkeypatch):
     (tmp_path / "one.flags").write_text("--rounds=1\n--flagfile=two.flags\n--rank=2\n")
     (tmp_path / "two.flags").write_text("--rank=3\n--rounds=4\n" + BUDGET)
     monkeypatch.chdir(tmp_path)
-    config = flags.parse(["--flagfile=one.flags"])
-    assert (config.rounds, config.rank) == (4, 2)
+    config = cli.parse(["--flagfile=one.flags"])
+    assert (config.schedule.rounds, config.lora.rank) == (4, 2)
 
 
 def test_a_flag_that_may_be_repeated_may_be_in_a_file(tmp_path):
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_multi_string("vary", [], "", flag_values=values)
     (tmp_path / "my.flags").write_text("--vary=epsilon=1|2\n--vary=rank=4|8\n")
-    flagfiles.parse([f"--flagfile={tmp_path / 'my.flags'}"], values, "sweep")
+    flagfile_reader.parse([f"--flagfile={tmp_path / 'my.flags'}"], values, "sweep")
     assert values.vary == ["epsilon=1|2", "rank=4|8"]
 
 
@@ -170,7 +170,7 @@ def test_a_flag_that_may_be_repeated_may_be_in_a_file(tmp_path):
 )
 def test_what_the_command_line_cannot_mean_is_one_sentence(argv, words):
     with pytest.raises(InputError, match=re.escape(words)):
-        flags.parse(["--epsilon=8", *argv])
+        cli.parse(["--epsilon=8", *argv])
 
 
 def test_other_commands_read_flagfiles_alike(tmp_path):

@@ -2,45 +2,46 @@
 
 import pytest
 
+from dplora_jax.config import field_value
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
-from experiments import flagfiles, flags
+from experiments import cli, flagfile_reader
 
 
 def test_flagfile_is_read_and_later_flags_win():
-    config = flags.parse(["--flagfile=finance.flags", "--rounds=2"])
-    assert config.dataset == "finance_demo"
-    assert config.rounds == 2
-    assert config.epsilon == 8.0
-    assert config.workdir == "runs/finance"
+    config = cli.parse(["--flagfile=finance.flags", "--rounds=2"])
+    assert config.data.dataset == "finance_demo"
+    assert config.schedule.rounds == 2
+    assert config.privacy.epsilon == 8.0
+    assert config.output.workdir == "runs/finance"
 
 
 def test_flagfile_here_comes_before_the_shipped_one(tmp_path, monkeypatch):
     (tmp_path / "finance.flags").write_text("--epsilon=3\n--rounds=7\n")
     monkeypatch.chdir(tmp_path)
-    assert flags.parse(["--flagfile", "finance.flags"]).rounds == 7
+    assert cli.parse(["--flagfile", "finance.flags"]).schedule.rounds == 7
 
 
 def test_noise_multiplier_takes_the_place_of_a_flagfiles_epsilon():
-    config = flags.parse(["--flagfile=finance.flags", "--epsilon=none", "--noise_multiplier=2"])
-    assert config.epsilon is None
-    assert config.noise_multiplier == 2.0
+    config = cli.parse(["--flagfile=finance.flags", "--epsilon=none", "--noise_multiplier=2"])
+    assert config.privacy.epsilon is None
+    assert config.privacy.noise_multiplier == 2.0
 
 
 def test_infinite_epsilon_is_trust_none():
-    config = flags.parse(["--epsilon=inf"])
-    assert config.trust == "none"
-    assert not config.private
-    assert config.epsilon is None
+    config = cli.parse(["--epsilon=inf"])
+    assert config.privacy.trust == "none"
+    assert not config.privacy.private
+    assert config.privacy.epsilon is None
 
 
 def test_head_learning_rate_follows_the_adapters_unless_given():
-    assert flags.parse(["--epsilon=8", "--client_lr=0.5"]).head_lr == 0.5
-    assert flags.parse(["--epsilon=8", "--client_lr=0.5", "--head_lr=2"]).head_lr == 2
+    assert cli.parse(["--epsilon=8", "--client_lr=0.5"]).optimizer.head_lr == 0.5
+    assert cli.parse(["--epsilon=8", "--client_lr=0.5", "--head_lr=2"]).optimizer.head_lr == 2
 
 
 def test_head_only_has_no_targets():
-    assert flags.parse(["--epsilon=8", "--head_only"]).target_list == ()
+    assert cli.parse(["--epsilon=8", "--head_only"]).lora.trained_targets == ()
 
 
 @pytest.mark.parametrize(
@@ -82,15 +83,15 @@ def test_head_only_has_no_targets():
 )
 def test_mistake_is_one_sentence_that_names_the_flag(argv, words):
     with pytest.raises(InputError, match=words) as caught:
-        flags.parse(argv)
+        cli.parse(argv)
     assert "\n" not in str(caught.value)
 
 
 def test_processes_need_no_number_where_the_cluster_gives_it():
-    assert flags.parse(["--epsilon=8", "--coordinator=auto"]).process is None
+    assert cli.parse(["--epsilon=8", "--coordinator=auto"]).execution.process is None
 
 
-PAPER = sorted(path.name for path in (flagfiles.SHIPPED / "flagfiles").glob("paper_*.flags"))
+PAPER = sorted(path.name for path in (flagfile_reader.SHIPPED / "flagfiles").glob("paper_*.flags"))
 
 
 def test_there_is_a_federation_of_the_papers_for_each_model_and_domain_that_it_can_have():
@@ -101,12 +102,12 @@ def test_there_is_a_federation_of_the_papers_for_each_model_and_domain_that_it_c
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_federations_have_its_values(name):
-    config = flags.parse([f"--flagfile={name}"])
+    config = cli.parse([f"--flagfile={name}"])
     paper = {
         "clients": 5, "rounds": 50, "expected_batch_size": 8, "noise_multiplier": 2, "client_lr": 5e-4, "clip_norm": 10,
         "rank": 512,
     }  # fmt: skip
-    assert {flag: getattr(config, flag) for flag in paper} == paper
-    assert config.dataset in tasks.TRAINABLE
-    assert all(benchmark in tasks.TASKS for benchmark in config.benchmark_list)
-    assert config.workdir == f"runs/{name.removesuffix('.flags')}"
+    assert {flag: field_value(config, flag) for flag in paper} == paper
+    assert config.data.dataset in tasks.TRAINABLE
+    assert all(benchmark in tasks.TASKS for benchmark in config.evaluation.benchmarks)
+    assert config.output.workdir == f"runs/{name.removesuffix('.flags')}"

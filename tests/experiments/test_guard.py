@@ -6,14 +6,15 @@ import textwrap
 
 import pytest
 
+from dplora_jax import guard
 from dplora_jax.errors import InputError
-from experiments import audit, budget, guard, ledger, memorisation, report, run, sweep
+from experiments import audit, budget, ledger, memorisation, report, run, sweep
 
 MARKER = "Mrs Marker's cyst"
 LOUD = f'''
 import logging, sys, threading, warnings
 from dplora_jax.errors import InputError, InputWarning
-from experiments import guard
+from dplora_jax import guard
 record = {MARKER!r}
 guard.begin()
 class Silent(Exception):

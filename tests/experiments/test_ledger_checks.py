@@ -18,8 +18,9 @@ from ledger_workdirs import (
     write_run,
 )
 
+from dplora_jax.federation import run_files
 from dplora_jax.privacy import accounting
-from experiments import ledger, run_files
+from experiments import ledger
 
 
 @pytest.fixture

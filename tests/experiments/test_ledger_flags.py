@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from ledger_workdirs import MECHANISMS, edit, newer, reflag, reforge, run, write_run
 
-from experiments.workdir import digest
+from dplora_jax.federation.workdir import digest
 
 
 @pytest.fixture

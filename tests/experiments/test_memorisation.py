@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from conftest import GOLDEN
 
-from experiments import memorisation, recipe, records
+from dplora_jax.finetuning import dealing, recipe
+from experiments import memorisation
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -69,7 +70,7 @@ def test_a_row_too_short_for_a_secret_is_refused(command, capsys):
 
 def test_canaries_are_client_0s_records_and_nobody_elses(command):
     config, own = memorisation.parse(command)
-    dealt = records.deal(config)
+    dealt = dealing.deal(config)
     found = memorisation.canaries(own)
     more = memorisation.with_canaries(dealt, found, own.copies)
     (plain, before), (table, places) = dealt.read([0, 1]), more.read([0, 1])
@@ -86,7 +87,7 @@ def test_auto_chooses_here_too(command, capsys):
     plain = [word for word in command if not word.startswith(("--rounds", "--clip_norm"))]
     config, _ = memorisation.parse([*plain, "--auto"])
     expected = recipe.chosen([12, 12], 2, 1.0, "language_model")
-    assert (config.rounds, config.clip_norm) == (expected["rounds"], expected["clip_norm"])
+    assert (config.schedule.rounds, config.privacy.clip_norm) == (expected["rounds"], expected["clip_norm"])
     assert "--auto chose" in capsys.readouterr().out
 
 

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dplora_jax import lora
 from dplora_jax.errors import InputError
 from dplora_jax.federation import round
-from experiments import flags, plan, plan_hlo, plan_models, plan_program, setup
+from dplora_jax.finetuning import setup
+from experiments import cli, plan, plan_hlo, plan_models, plan_program
 
 TPU_TEXT = """
 %fused (param_0: bf16[64,512], param_1: bf16[10,512,256], param_2: s32[]) -> bf16[64,256] {
@@ -96,7 +97,7 @@ def small(tiny_bert, finance_table):
     """A RunConfig of the tiny model on the tiny table."""
     words = f"--model={tiny_bert} --dataset=csv --data_dir={finance_table} --text_column=text --label_column=label"
     more = "--max_length=8 --clients=3 --rounds=2 --expected_batch_size=4 --noise_multiplier=1 --mesh=2x2 --rank=2 --ema=0.5"
-    return flags.parse([*words.split(), *more.split()])
+    return cli.parse([*words.split(), *more.split()])
 
 
 def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
@@ -174,7 +175,7 @@ def test_flags_that_make_room_are_tried_until_it_fits(small, monkeypatch):
 
     def measure(config, *_):
         tried.append(config)
-        fits = config.remat and config.dtype == "bfloat16" and config.mesh == "1x4"
+        fits = config.base.remat and config.base.dtype == "bfloat16" and config.execution.mesh == "1x4"
         return plan_program.Measured(fits, 5.0, 4.0, 3.0), None
 
     monkeypatch.setattr(plan, "_measure", measure)
@@ -214,7 +215,7 @@ def test_few_bits_are_planned_in_few_bits(small):
         plan_models.build(dataclasses.replace(small, model="gpt2", dtype="bfloat16", quantize=kind, remat=True), None)
         for kind in (None, "nf4")
     )
-    assert few[0].config.remat
+    assert few[0].config.base.remat
     size = lambda params: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))  # noqa: E731
     assert size(few[1]) < 0.3 * size(plain[1])
 
@@ -262,7 +263,7 @@ def test_an_unknown_model_is_named(small):
 )
 def test_the_papers_federations_are_programs_of_their_models_published_shapes(flagfile, name, task, parameters):
     """Their weights cannot be had everywhere; a whole round of each is traced, gradients and noise included."""
-    config = dataclasses.replace(flags.parse([f"--flagfile={flagfile}.flags"]), model=name, mesh="1x1")
+    config = dataclasses.replace(cli.parse([f"--flagfile={flagfile}.flags"]), model=name, mesh="1x1")
     made = plan_program.abstract(config, jax.devices()[:1], [100] * 5, task, 3)
     state = jax.eval_shape(round.make(made.federation, made.mesh), *made.arguments)[0]
     before = made.arguments[0].adapter

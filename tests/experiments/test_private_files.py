@@ -8,8 +8,10 @@ import types
 
 import pytest
 
+from dplora_jax import private_files
+from dplora_jax.config import RunConfig
 from dplora_jax.privacy import chain
-from experiments import audit, flags, membership, memorisation, private_files, sweep
+from experiments import audit, cli, membership, memorisation, sweep
 from experiments.sweep_cells import Own
 
 RATES = {"tpr_at_0.001": 0.25, "tpr_at_0.01": 0.5, "auc": 0.75, "members": 60, "others": 30}
@@ -45,7 +47,7 @@ def mode_of(path):
 def test_membership_rates_are_for_the_owner(tmp_path, modes, monkeypatch, capsys):
     monkeypatch.setattr(membership, "attack", lambda *_: RATES)
     own = types.SimpleNamespace(seed=1)
-    assert audit._membership(own, flags.RunConfig(trust="local", epsilon=8.0), tmp_path) == 0
+    assert audit._membership(own, cli.replace(RunConfig(), trust="local", epsilon=8.0), tmp_path) == 0
     document = json.loads((tmp_path / "membership.json").read_text())
     assert document["note"].startswith("PRIVATE")
     assert "NOT FOR RELEASE" in document["note"]
@@ -66,7 +68,7 @@ def test_exposures_are_for_the_owner(tmp_path, modes, monkeypatch, capsys):
 
 def test_a_sweeps_cells_and_tables_are_for_the_owner(tmp_path, modes, monkeypatch):
     """Some of its models have no privacy, and all noise of the others can be made again."""
-    cell = types.SimpleNamespace(name={"case": "a", "seed": 1, "config": "c"}, config=flags.RunConfig())
+    cell = types.SimpleNamespace(name={"case": "a", "seed": 1, "config": "c"}, config=cli.RunConfig())
     monkeypatch.setattr(sweep, "parse", lambda _: ([cell], Own(tmp_path / "sweep.jsonl", 1, None)))
     monkeypatch.setattr(sweep, "outcome", lambda *_: LINE)
     assert sweep.main([]) == 0

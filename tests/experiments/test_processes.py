@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import ledger, processes
+from dplora_jax.federation import processes
+from experiments import ledger
 
 HERE = pathlib.Path(__file__).parent
 BOUND = 240  # seconds, of a busy machine: whatever is waited for, not what is measured

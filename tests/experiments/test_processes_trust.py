@@ -6,8 +6,10 @@ import types
 
 import pytest
 
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError, Refused
-from experiments import dispatch, flags, processes, watch
+from dplora_jax.federation import dispatch, processes, watch
+from experiments import cli
 
 MARKER = "Mrs Marker's cyst"
 
@@ -61,7 +63,7 @@ def test_a_process_draws_from_one_ledger_entry_once(group, monkeypatch):
     """A process 0 that names an entry again, for the same rounds or others, would have their noise cancel."""
     told = iter([[[1, 3], 0, "first"], [[3, 5], 0, "second"], None, [[1, 4], 1, "first"]])
     monkeypatch.setattr(processes, "gather", lambda _: [next(told)])
-    draw = lambda: dispatch.agreed_charge(types.SimpleNamespace(config=flags.RunConfig()), 0)  # noqa: E731
+    draw = lambda: dispatch.agreed_charge(types.SimpleNamespace(config=cli.RunConfig()), 0)  # noqa: E731
     assert draw() == ((1, 3), 0, "first")
     assert draw() == ((3, 5), 0, "second")
     assert draw() is None
@@ -96,7 +98,7 @@ def test_process_0_listens_at_the_named_address_alone(coordinator, monkeypatch):
     where = coordinator if coordinator == "auto" else f"{coordinator}:{port}"
     try:
         with pytest.raises(Ended):
-            processes.join(flags.RunConfig(coordinator=where, processes=1, process=0))
+            processes.join(cli.replace(RunConfig(), coordinator=where, processes=1, process=0))
         socket.create_connection(("127.0.0.1", port), 5).close()
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.2", port), 5).close()

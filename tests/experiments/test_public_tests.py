@@ -2,7 +2,7 @@
 
 import types
 
-from experiments import public_tests
+from dplora_jax.finetuning import public_tests
 
 
 def test_a_benchmarks_table_is_read_as_the_flags_say(tmp_path):

@@ -1,11 +1,12 @@
 """What --auto chooses: from public sizes alone, never over a flag that is given, and said."""
 
-import dataclasses
 import json
 
 import pytest
 
-from experiments import budget, flags, objective, recipe, run
+from dplora_jax.config import field_value, replace
+from dplora_jax.finetuning import objectives, recipe
+from experiments import budget, cli, run
 
 
 @pytest.fixture
@@ -47,21 +48,21 @@ def test_batches_are_a_fifth_of_a_clients_records_and_no_more_than_the_smallest_
 
 
 def test_what_is_given_stays_and_what_is_chosen_is_said(command, capsys):
-    config = flags.parse([*command, "--epsilon=2", "--rank=2", "--rounds=3"])
+    config = cli.parse([*command, "--epsilon=2", "--rank=2", "--rounds=3"])
     said = capsys.readouterr().out
     assert said.startswith("--auto chose ")
-    assert (config.rank, config.rounds, config.last_layers) == (2, 3, 1)
+    assert (config.lora.rank, config.schedule.rounds, config.lora.last_layers) == (2, 3, 1)
     assert "--rank" not in said
     expected = recipe.chosen([30, 30], 2, 2.0, recipe.CENTRED)
     assert f"--client_lr={expected['client_lr']}" in said
     for name in ("expected_batch_size", "client_lr", "head_lr", "clip_norm", "freeze_a", "ema", "feature_norm"):
-        assert getattr(config, name) == expected[name]
-    assert config.feature_norm
+        assert field_value(config, name) == expected[name]
+    assert config.base.feature_norm
 
 
 def test_without_public_text_no_features_are_centred(command, finance_table, tmp_path):
     (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
-    bare = flags.parse([*command, "--epsilon=2", f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"])
+    bare = cli.parse([*command, "--epsilon=2", f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"])
     assert (bare.feature_norm, bare.head_lr) == (0, recipe.chosen([30, 30], 2, 2.0, "classifier")["head_lr"])
 
 
@@ -71,8 +72,8 @@ def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table,
     rows = (finance_table / "train.csv").read_text().splitlines()
     (other / "train.csv").write_text("\n".join([rows[0], *rows[:0:-1][:30], *rows[1:31]]) + "\n")
     (other / "test.csv").write_text((finance_table / "test.csv").read_text())
-    plain, changed = (flags.parse([*command, "--epsilon=8", f"--data_dir={d}"]) for d in (finance_table, other))
-    assert dataclasses.replace(changed, data_dir=plain.data_dir) == plain
+    plain, changed = (cli.parse([*command, "--epsilon=8", f"--data_dir={d}"]) for d in (finance_table, other))
+    assert replace(changed, data_dir=plain.data_dir) == plain
 
 
 def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsys):
@@ -86,21 +87,21 @@ def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsy
 
 def test_it_goes_by_what_the_run_will_be(command):
     """No privacy is no reason for small rates, whatever budget stands in the flagfile; nor has every aggregation a frozen A."""
-    bare = flags.parse([*command, "--epsilon=2", "--trust=none"])
+    bare = cli.parse([*command, "--epsilon=2", "--trust=none"])
     assert bare.client_lr == 1.0
-    unclipped = flags.parse([*command, "--trust=none", "--clip_norm=inf"])
+    unclipped = cli.parse([*command, "--trust=none", "--clip_norm=inf"])
     assert (unclipped.feature_norm, unclipped.head_lr) == (0, 8.0)
-    own = flags.parse([*command, "--epsilon=8", "--head_lr=3"])
+    own = cli.parse([*command, "--epsilon=8", "--head_lr=3"])
     assert (own.feature_norm, own.head_lr) == (0, 3.0), "features were scaled under a rate that was not chosen for it"
-    assert not flags.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).freeze_a
+    assert not cli.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).lora.freeze_a
     deep = [word for word in command if not word.startswith("--last_layers")]
-    assert flags.parse([*deep, "--epsilon=8"]).last_layers == 2  # as many as the model has
+    assert cli.parse([*deep, "--epsilon=8"]).lora.last_layers == 2  # as many as the model has
 
 
 def test_what_it_was_not_measured_on_is_said(command, monkeypatch):
-    monkeypatch.setattr(objective, "kind", lambda *_: objective.LANGUAGE_MODEL)
+    monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
     with pytest.warns(UserWarning, match="by label words"):
-        flags.parse([*command, "--epsilon=8"])
+        cli.parse([*command, "--epsilon=8"])
 
 
 def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):

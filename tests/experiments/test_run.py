@@ -10,9 +10,10 @@ from small_runs import adapter_of, arguments, lines_of, strict_json_files
 
 import experiments.report
 from dplora_jax import checkpoint, models
+from dplora_jax.finetuning import setup
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, rebuild
-from experiments import ledger, progress, run, setup
+from experiments import ledger, progress, run
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pytest
 from small_runs import adapter_of, arguments, crash_before, lines_of
 
 from dplora_jax.errors import InputError
+from dplora_jax.federation import dispatch, program
 from dplora_jax.privacy import accounting, host_noise
 from dplora_jax.privacy.ledger import Ledger
-from experiments import dispatch, flags, program, run
+from experiments import cli, run
 
 
 @pytest.fixture
@@ -62,16 +63,16 @@ REFUSED = [
 @pytest.mark.parametrize(("extra", "words"), REFUSED)
 def test_combinations_that_hardened_noise_does_not_serve_are_refused(command, extra, words):
     with pytest.raises(InputError, match=words):
-        flags.parse([*command, "--noise=hardened", *extra])
+        cli.parse([*command, "--noise=hardened", *extra])
 
 
 def test_an_unknown_noise_is_refused_by_the_known_ones(command):
     with pytest.raises(InputError, match="independent, banded, hardened"):
-        flags.parse([*command, "--noise=loud"])
+        cli.parse([*command, "--noise=loud"])
 
 
 def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):
-    config, adapter = flags.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
+    config, adapter = cli.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
     assert program.bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
     with pytest.raises(InputError, match="more than the accountant sets aside"):
         program.bits(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)

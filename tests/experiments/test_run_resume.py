@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from small_runs import adapter_of, arguments, crash_before, lines_of
 
+from dplora_jax.federation import dispatch
 from dplora_jax.privacy.ledger import Ledger
-from experiments import dispatch, ledger, run
+from experiments import ledger, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from small_runs import crash_before, lines_of
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import ledger
 from dplora_jax.privacy.ledger import Ledger
-from experiments import flags, run
+from experiments import cli, run
 
 
 @pytest.fixture
@@ -70,5 +70,5 @@ def test_banded_run_spends_its_budget_and_says_how(command, tmp_path):
 )
 def test_mistake_is_one_sentence_that_names_the_flag(argv, words):
     with pytest.raises(InputError, match=words) as caught:
-        flags.parse(["--epsilon=8", *argv])
+        cli.parse(["--epsilon=8", *argv])
     assert "\n" not in str(caught.value)

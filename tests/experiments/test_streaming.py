@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import run, streaming
+from dplora_jax.federation import streaming
+from experiments import run
 
 
 def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
+from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from experiments import flags, run, sweep, sweep_cells, sweep_report
+from experiments import cli, run, sweep, sweep_cells, sweep_report
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_what_auto_chose_is_said_once_for_all_cells_that_have_it(command, capsys
     assert len(cells) == 4
     assert len(said) == 2, "one choice with privacy, one without"
     assert all(line.startswith("--auto chose ") for line in said)
-    assert f"--client_lr={cells[0].config.client_lr}" in said[0]
+    assert f"--client_lr={cells[0].config.optimizer.client_lr}" in said[0]
 
 
 def test_a_cell_that_ran_under_another_name_is_not_run_again(command, monkeypatch):
@@ -46,7 +47,7 @@ def test_a_cell_that_ran_under_another_name_is_not_run_again(command, monkeypatc
     monkeypatch.setattr(sweep, "outcome", lambda cell, *_: ran.append(cell.config) or found)
     assert sweep.main([*plain, "--vary=epsilon=4|8", "--delta=1e-3"]) == 0
     assert sweep.main([*plain, "--vary=delta=1e-2|1e-3", "--epsilon=8"]) == 0
-    assert [(config.epsilon, config.delta) for config in ran] == [(4, 1e-3), (8, 1e-3), (8, 1e-2)]
+    assert [(config.privacy.epsilon, config.privacy.delta) for config in ran] == [(4, 1e-3), (8, 1e-3), (8, 1e-2)]
     ran.clear()
     assert sweep.main([*plain, "--vary=epsilon=8", "--delta=1e-3", "--controls"]) == 0
     assert len(ran) == 7, "what is measured without training was taken for a run of the same flags"
@@ -63,10 +64,10 @@ def test_cells_keep_their_names_when_a_flag_is_added(command):
     fewer = dataclasses.make_dataclass(
         "Earlier", [(f.name, f.type, f) for f in dataclasses.fields(config) if f.name != "feature_norm"]
     )
-    earlier = fewer(**{f.name: getattr(config, f.name) for f in dataclasses.fields(fewer)})
+    earlier = fewer(**{f.name: field_value(config, f.name) for f in dataclasses.fields(fewer)})
     assert sweep_cells._digest(earlier, sweep_cells.RUN) == digest
-    assert sweep_cells._digest(dataclasses.replace(config, feature_norm=8.0), sweep_cells.RUN) != digest
-    assert sweep_cells._digest(dataclasses.replace(config, workdir="elsewhere"), sweep_cells.RUN) == digest
+    assert sweep_cells._digest(replace(config, feature_norm=8.0), sweep_cells.RUN) != digest
+    assert sweep_cells._digest(replace(config, workdir="elsewhere"), sweep_cells.RUN) == digest
     assert sweep_cells._digest(config, sweep_cells.BASE) != digest
 
 
@@ -76,17 +77,17 @@ def test_settings_are_the_flags_whatever_the_seed(command):
     assert len(found) == 4, "two cases and two budgets, of two seeds each"
     more, _ = sweep_cells.parse([*command, "--rounds=3"])
     assert not found & {sweep_cells.settings(cell) for cell in more}
-    auto = cells[0]._replace(config=dataclasses.replace(cells[0].config, auto=True))
-    other = auto._replace(config=dataclasses.replace(auto.config, client_lr=0.77))
+    auto = cells[0]._replace(config=replace(cells[0].config, auto=True))
+    other = auto._replace(config=replace(auto.config, client_lr=0.77))
     assert sweep_cells.settings(auto) == sweep_cells.settings(other)
 
 
 def test_scaled_features_are_clipped_without_privacy_too(command):
     plain = [word for word in command if not word.startswith(("--case", "--vary"))]
     cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
-    assert {cell.config.clip_norm for cell in cells} == {1.0}
+    assert {cell.config.privacy.clip_norm for cell in cells} == {1.0}
     cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls"])
-    assert {cell.config.clip_norm for cell in cells} == {1.0, math.inf}
+    assert {cell.config.privacy.clip_norm for cell in cells} == {1.0, math.inf}
 
 
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
@@ -99,19 +100,22 @@ def test_controls_without_privacy_are_run_once_for_all_budgets(command):
     }  # fmt: skip
     by_case = {cell.name["case"]: cell for cell in plain if cell.name["rank"] == "4"}
     assert by_case["base model"].kind == sweep_cells.BASE
-    assert by_case["no privacy"].config.clip_norm == math.inf
-    assert (by_case["clipped, no noise"].config.clip_norm, by_case["clipped, no noise"].config.trust) == (1, "none")
+    assert by_case["no privacy"].config.privacy.clip_norm == math.inf
+    assert (
+        by_case["clipped, no noise"].config.privacy.clip_norm,
+        by_case["clipped, no noise"].config.privacy.trust,
+    ) == (1, "none")
     pooled, alone = by_case["all data in one client"].config, by_case["first client alone"].config
     assert (pooled.clients, pooled.expected_batch_size) == (1, 16)
     assert (alone.clients, alone.parties, alone.expected_batch_size) == (1, 2, 8)
-    assert by_case["head alone"].config.head_only
+    assert by_case["head alone"].config.lora.head_only
 
 
 def test_controls_follow_what_is_varied_and_those_that_do_not_fit_are_left_out(command, capsys):
     plain = [word for word in command if not word.startswith("--case")]
     cells, _ = sweep_cells.parse([*plain, "--controls", "--vary=clients=2|5"])
     found = {
-        (cell.name["case"], cell.name["clients"]): (cell.config.parties, cell.config.expected_batch_size)
+        (cell.name["case"], cell.name["clients"]): (cell.config.data.parties, cell.config.schedule.expected_batch_size)
         for cell in cells
     }
     assert found["first client alone", "2"] == (2, 8)
@@ -132,7 +136,7 @@ def test_the_best_client_alone_is_the_best_of_all_of_them(command, monkeypatch):
     facts = {"clients": [{"epsilon": 0.0}], "communication": {"bytes_up_per_client_per_round": 1}, "release": None}
     facts["data"] = {"commonest_label": 0.5}
     asked = []
-    told = lambda config, *_: asked.append(config.party) or ({"accuracy": [0.3, 0.8][config.party]}, facts)  # noqa: E731
+    told = lambda config, *_: asked.append(config.data.party) or ({"accuracy": [0.3, 0.8][config.data.party]}, facts)  # noqa: E731
     monkeypatch.setattr(sweep, "_trained", told)
     assert sweep.outcome(cell, {}, {})["metrics"] == {"accuracy": 0.8}
     assert asked == [0, 1]
@@ -207,7 +211,7 @@ def test_values_stand_in_their_order_whenever_they_were_run():
 
 
 def told(cell):
-    found = {"accuracy": cell.config.seed / 10, "macro_f1": 0.5}
+    found = {"accuracy": cell.config.privacy.seed / 10, "macro_f1": 0.5}
     return {"metrics": found, "epsilon_max": 1.0, "bytes_up_per_client": 10, "seconds": 0.1}
 
 
@@ -225,7 +229,7 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
         assert found["epsilon_max"] == lines[-1]["epsilon_max"]
-        assert (found["of"], found["commonest_label"]) == (f"{cell.config.model} on csv", 0.5)
+        assert (found["of"], found["commonest_label"]) == (f"{cell.config.base.name} on csv", 0.5)
         assert found["release"].startswith("NOT FOR RELEASE")
         if name["case"] == "FedAvg":
             base = sweep.outcome(cell._replace(kind=sweep_cells.BASE), memo, programs)
@@ -257,4 +261,4 @@ def test_options_of_two_words_are_understood(command):
     assert [cell.config for cell in sweep_cells.parse(spaced)[0]] == [
         cell.config for cell in sweep_cells.parse(command)[0]
     ]
-    assert isinstance(sweep_cells.parse(spaced)[0][0].config, flags.RunConfig)
+    assert isinstance(sweep_cells.parse(spaced)[0][0].config, cli.RunConfig)

@@ -6,11 +6,13 @@ import math
 
 import pytest
 
+from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError
+from dplora_jax.federation import calibration, trust_modes
 from dplora_jax.privacy import accounting, secrets, size_classes
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import accounted, flags, run, trust_modes
+from experiments import cli, run
 
 SIZES = (400, 60, 900)
 DISTRIBUTED = ["--trust=distributed", "--clients=3", "--rounds=10", "--epsilon=4"]
@@ -18,14 +20,14 @@ CLIENT = ["--trust=client", "--clients=30", "--client_rate=0.3", "--rounds=10", 
 
 
 def mechanisms(config, sizes=SIZES, stored=None):
-    return accounted.kept(stored, sizes) if stored else accounted.mechanisms(config, sizes)
+    return calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
 
 
 def test_distributed_noise_is_one_for_all_and_the_client_that_needs_most_spends_its_budget():
-    config = flags.parse(DISTRIBUTED)
+    config = cli.parse(DISTRIBUTED)
     found = mechanisms(config)
     assert len({m.noise_multiplier for m in found}) == 1
-    spent = [accounting.epsilon(m, 10, config.delta) for m in found]
+    spent = [accounting.epsilon(m, 10, config.privacy.delta) for m in found]
     assert max(spent) <= 4
     assert max(spent) == spent[1] > 3.98  # the least client samples at the highest rate
     assert [(m.records, m.sampling_rate) for m in found] == [(n, min(1, 64 / n)) for n in SIZES]
@@ -42,25 +44,25 @@ def test_distributed_noise_is_one_for_all_and_the_client_that_needs_most_spends_
 )
 def test_the_shares_of_the_clients_that_are_counted_on_make_the_whole_noise(more, honest):
     """h is at most K - 1: the adversary may be one of the clients."""
-    config = flags.parse([*DISTRIBUTED, *more])
-    sizes = [100] * config.clients
+    config = cli.parse([*DISTRIBUTED, *more])
+    sizes = [100] * config.schedule.clients
     found = mechanisms(config, sizes)
     shares = [m.noise_multiplier for m in trust_modes.own(config, sizes, found)]
     assert math.sqrt(sum(share**2 for share in shares[:honest])) == pytest.approx(found[0].noise_multiplier)
     rule = trust_modes.rule(config, found, sizes)
-    assert rule.survivors == (config.survivors or config.clients)
-    assert rule.divisor == pytest.approx(64 * config.clients)
+    assert rule.survivors == (config.privacy.survivors or config.schedule.clients)
+    assert rule.divisor == pytest.approx(64 * config.schedule.clients)
 
 
 def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
-    config = flags.parse(CLIENT)
+    config = cli.parse(CLIENT)
     found = mechanisms(config, [50] * 30)
     assert found == [Mechanism(30, 0.3, 30, found[0].noise_multiplier)] * 30
     assert config.steps_per_round == 1
-    assert 3.98 < accounting.epsilon(found[0], 10, config.delta) <= 4
+    assert 3.98 < accounting.epsilon(found[0], 10, config.privacy.delta) <= 4
     rule = trust_modes.rule(config, found, [50] * 30)
-    assert rule.noise_std == pytest.approx(found[0].noise_multiplier * config.clip_norm)
-    assert (rule.clip_norm, rule.divisor) == (config.clip_norm, pytest.approx(9))
+    assert rule.noise_std == pytest.approx(found[0].noise_multiplier * config.privacy.clip_norm)
+    assert (rule.clip_norm, rule.divisor) == (config.privacy.clip_norm, pytest.approx(9))
     assert {m.noise_multiplier for m in trust_modes.own(config, [50] * 30, found)} == {0}
     assert trust_modes.parties(config) == 31
     assert trust_modes.joining(config) == 0.3
@@ -69,10 +71,10 @@ def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
 @pytest.mark.parametrize("argv", [DISTRIBUTED, [*CLIENT, "--clients=3"]], ids=["distributed", "client"])
 def test_a_resumed_run_keeps_its_mechanisms(argv):
     """config.json tells each client's records; the mechanism's own are the clients in mode client."""
-    config = flags.parse(argv)
+    config = cli.parse(argv)
     found = mechanisms(config)
     rows = [dataclasses.asdict(m) | {"records": n} for m, n in zip(found, SIZES, strict=True)]
-    stored = dataclasses.asdict(config) | {"federation": {"clients": rows}}
+    stored = to_flat(config) | {"federation": {"clients": rows}}
     assert mechanisms(config, SIZES, stored) == found
 
 
@@ -88,20 +90,20 @@ def two_classes(monkeypatch):
 )
 def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_classes):
     """And a resumed run reads from config.json both their own records and those that are accounted."""
-    config = flags.parse(argv)
+    config = cli.parse(argv)
     found = mechanisms(config)
     assert [(m.records, m.sampling_rate) for m in found] == [(400, 1), (400, 1), (900, 64 / 900)]
-    assert all(accounting.epsilon(m, 10, config.delta) <= 4 for m in found)
+    assert all(accounting.epsilon(m, 10, config.privacy.delta) <= 4 for m in found)
     expected = [400, 60, 64]
     assert trust_modes.expected_batches(config, SIZES, found) == pytest.approx(expected)
     assert trust_modes.examples(config, SIZES, found) == pytest.approx(sum(expected))
-    if config.trust == "distributed":
+    if config.privacy.trust == "distributed":
         assert trust_modes.rule(config, found, SIZES).divisor == pytest.approx(sum(expected))
         assert trust_modes.weights(config, SIZES, found) == pytest.approx([part / 524 for part in expected])
     rows = [
         dataclasses.asdict(m) | {"records": n, "sampled_from": m.records} for m, n in zip(found, SIZES, strict=True)
     ]
-    stored = dataclasses.asdict(config) | {"federation": {"clients": rows}}
+    stored = to_flat(config) | {"federation": {"clients": rows}}
     assert mechanisms(config, SIZES, stored) == found
 
 
@@ -136,12 +138,12 @@ def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_cla
 )
 def test_a_combination_without_a_guarantee_is_refused_by_name(argv, words):
     with pytest.raises(InputError, match=words) as caught:
-        flags.parse(argv)
+        cli.parse(argv)
     assert "\n" not in str(caught.value)
 
 
 def test_a_budget_that_no_noise_keeps_is_refused_in_mode_client():
-    config = flags.parse(["--trust=client", "--clients=3", "--rounds=2000", "--epsilon=0.001"])
+    config = cli.parse(["--trust=client", "--clients=3", "--rounds=2000", "--epsilon=0.001"])
     with pytest.raises(InputError, match="out of reach"):
         mechanisms(config, [50] * 3)
 

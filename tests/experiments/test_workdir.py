@@ -5,12 +5,15 @@ import json
 import pytest
 from ledger_workdirs import write_checkpoint
 
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError
+from dplora_jax.federation import workdir
+from dplora_jax.finetuning import setup
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import flags, run, setup, workdir
+from experiments import cli, run
 
-CONFIG = flags.RunConfig()
+CONFIG = cli.RunConfig()
 
 
 def test_a_flag_that_a_later_version_added_was_at_its_default(tmp_path):
@@ -20,14 +23,14 @@ def test_a_flag_that_a_later_version_added_was_at_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert workdir.stored_config(tmp_path, CONFIG) == stored
     with pytest.raises(InputError, match="another --quantize"):
-        workdir.stored_config(tmp_path, flags.RunConfig(quantize="int8"))
+        workdir.stored_config(tmp_path, cli.replace(RunConfig(), quantize="int8"))
 
 
 @pytest.mark.parametrize("flag", ["encoding", "separator"])
 def test_what_decides_how_a_table_is_read_may_not_change(flag, tmp_path):
     workdir.write_config(tmp_path, CONFIG, {"clients": []})
     with pytest.raises(InputError, match=f"another --{flag}"):
-        workdir.stored_config(tmp_path, flags.RunConfig(**{flag: "cp1252"}))
+        workdir.stored_config(tmp_path, cli.RunConfig(**{flag: "cp1252"}))
 
 
 def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path, monkeypatch, capsys):
@@ -40,7 +43,7 @@ def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path,
 
     monkeypatch.setattr(setup, "prepare", prepare)
     command = ["--epsilon=2", f"--workdir={tmp_path}"]
-    config = flags.parse(command)
+    config = cli.parse(command)
     workdir.write_config(tmp_path, config, {"clients": [{"noise_multiplier": 9.0}]})
     write_checkpoint(tmp_path, 0, Ledger(tmp_path / "privacy_ledger.jsonl").anchor)
     assert run.main(command) == 2
@@ -59,7 +62,7 @@ def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path,
 def test_another_config_json_than_the_one_that_was_charged_by_is_refused_before_it_is_used(tmp_path):
     """Whatever it says: what a restart takes from there, the mechanisms and the features' centre say, no later edit may change or
     break."""
-    config = flags.parse(["--epsilon=2"])
+    config = cli.parse(["--epsilon=2"])
     workdir.write_config(tmp_path, config, {"clients": [], "features": [1]})
     ledger, path = Ledger(tmp_path / "privacy_ledger.jsonl"), tmp_path / "config.json"
     ledger.begin((1, 2), 0, [Mechanism(100, 0.2, 35, 1.1)], 1, {}, config=workdir.digest(tmp_path))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from dplora_jax.federation import pool, round
-from experiments import streaming
+from dplora_jax.federation import pool, round, streaming
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 ONE = small.Setup(local_steps=1)

@@ -8,8 +8,8 @@ import numpy as np
 
 from dplora_jax import evaluation
 from dplora_jax.errors import InputError
+from dplora_jax.federation import fingerprints, processes
 from dplora_jax.models import features
-from experiments import fingerprints, processes
 
 CHUNK = 128  # rows at a time
 PUBLIC_ROWS = 512  # whose features are looked at, evenly spaced
@@ -17,14 +17,14 @@ CACHE_BYTES = 4 << 30  # of the frozen layers' outputs, at most
 
 
 def with_features(config, model, params, test, memo, stored):
-    """`params` with how features are centred, and the head on them, where --feature_norm asks for it: as an earlier start had it
+    """`params` with how features are centred, and the head on them, where `feature_norm` asks for it: as an earlier start had it
     (its checkpoints hold a head on those), else as process 0 measures it on public text."""
-    if not config.feature_norm:
+    if not config.base.feature_norm:
         return params
     if "bias" not in params.get("head", {}):
-        raise InputError("--feature_norm is for a classifier whose head has a bias, as BERT's: leave it out.")
+        raise InputError("`feature_norm` is for a classifier whose head has a bias, as BERT's: leave it out.")
     if test is None:
-        raise InputError("--feature_norm is measured on a public test set, and there is none: see --test_data.")
+        raise InputError("`feature_norm` is measured on a public test set, and there is none: see `test_data`.")
     found = stored["federation"].get("features") if stored else None
     found = found or processes.agree(lambda: _measured(config, model, params, test, memo))
     found = {name: np.asarray(value, np.float32) for name, value in found.items()}
@@ -36,12 +36,12 @@ def _measured(config, model, params, test, memo):
     count = len(test["attention_mask"])
     rows = np.unique(np.linspace(0, count - 1, min(count, PUBLIC_ROWS)).astype(int))
     inputs = {name: test[name][rows] for name in ("input_ids", "attention_mask")}
-    named = (features.KEY, config.model, config.dtype, config.quantize)
+    named = (features.KEY, config.base.name, config.base.dtype, config.base.quantize)
     pooled = _once(memo, named, jax.jit(model.features), params, inputs)
     try:
-        found = features.measure(pooled, config.feature_norm)
+        found = features.measure(pooled, config.base.feature_norm)
     except ValueError as error:
-        raise InputError(f"--feature_norm={config.feature_norm:g}: {error}") from None
+        raise InputError(f"feature_norm={config.base.feature_norm:g}: {error}") from None
     return {name: value.tolist() for name, value in found.items()}
 
 
@@ -50,15 +50,15 @@ def run_frozen_layers(config, model, params, memo, count, *tables):
     `hidden`, which for a classifier takes the place of `input_ids`). The first table is of this process's clients; all clients
     have `count` records."""
     depth = model.config.num_layers
-    start = depth if config.head_only else depth - (config.last_layers or depth)
-    if not start or not config.cache_frozen:
+    start = depth if config.lora.head_only else depth - (config.lora.last_layers or depth)
+    if not start or not config.execution.cache_frozen:
         return model, *tables
     rows = count + sum(len(table["attention_mask"]) for table in tables[1:] if table is not None)
-    if 4 * rows * config.max_length * model.config.width > CACHE_BYTES:
+    if 4 * rows * config.data.max_length * model.config.width > CACHE_BYTES:
         print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, *tables
     prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
-    named = (config.model, config.dtype, config.quantize, start)
+    named = (config.base.name, config.base.dtype, config.base.quantize, start)
 
     def run(table):
         if table is None:
@@ -67,7 +67,7 @@ def run_frozen_layers(config, model, params, memo, count, *tables):
         if len(inputs["input_ids"]):
             hidden = _once(memo, named, prefix, params, inputs)
         else:
-            hidden = np.zeros((0, config.max_length, model.config.width), model.dtype)
+            hidden = np.zeros((0, config.data.max_length, model.config.width), model.dtype)
         above = {"hidden": hidden, **table}
         if "labels" in table:  # a language model's targets are its tokens
             del above["input_ids"]

@@ -22,24 +22,24 @@ class Objective(NamedTuple):
 
 
 def kind(config, task):
-    """CLASSIFIER or LANGUAGE_MODEL, for `config` on `task`: as --objective says; `auto` classifies by BERT alone.
+    """CLASSIFIER or LANGUAGE_MODEL, for `config` on `task`: as `objective` says; `auto` classifies by BERT alone.
 
     Raises InputError where the task has no labels for a classifier, or the model does not read from left to right.
     """
-    chosen = config.objective
-    if config.chat and task.kind == tasks.TEXT:
-        raise InputError(f"--chat is for prompts, and --dataset={config.dataset} has none: leave it out.")
-    bidirectional = pretrained.model_type(config.model) == "bert"
+    chosen = config.data.objective
+    if config.data.chat and task.kind == tasks.TEXT:
+        raise InputError(f"`chat` is for prompts, and dataset={config.data.dataset} has none: leave it out.")
+    bidirectional = pretrained.model_type(config.base.name) == "bert"
     if chosen == AUTO:
-        chosen = CLASSIFIER if bidirectional or config.head_only else LANGUAGE_MODEL
+        chosen = CLASSIFIER if bidirectional or config.lora.head_only else LANGUAGE_MODEL
     if chosen == CLASSIFIER and task.kind != tasks.LABELS:
         raise InputError(
-            f"--dataset={config.dataset} has no labels to classify by: give --label_column, or a language model "
-            "(--model=SmolLM2-135M-Instruct, say) instead of BERT, --objective=classifier or --head_only."
+            f"dataset={config.data.dataset} has no labels to classify by: give `label_column`, or a language model "
+            "(model=SmolLM2-135M-Instruct, say) instead of BERT, objective=classifier or `head_only`."
         )
-    if chosen == LANGUAGE_MODEL and (bidirectional or config.head_only):
+    if chosen == LANGUAGE_MODEL and (bidirectional or config.lora.head_only):
         raise InputError(
-            "--objective=language_model needs a model that reads from left to right, and no --head_only: BERT predicts no next "
+            "objective=language_model needs a model that reads from left to right, and no `head_only`: BERT predicts no next "
             "token, and a language model has no head of its own."
         )
     return chosen
@@ -48,22 +48,26 @@ def kind(config, task):
 def make(config, task, tokenizer):
     """The Objective of `config` on `task`."""
     if kind(config, task) == CLASSIFIER:
-        arrays = functools.partial(encoding.classification, tokenizer, max_length=config.max_length)
+        arrays = functools.partial(encoding.classification, tokenizer, max_length=config.data.max_length)
         return Objective(CLASSIFIER, arrays, arrays, losses.classification)
 
     def rows(encode, **options):
         return lambda records: encode(
-            tokenizer, tasks.asked(task, records, config.chat), config.max_length, chat=config.chat, **options
+            tokenizer,
+            tasks.asked(task, records, config.data.chat),
+            config.data.max_length,
+            chat=config.data.chat,
+            **options,
         )
 
     right = rows(encoding.right_answers, ends=task.kind == tasks.ANSWERS)
     if task.kind != tasks.LABELS:
         return Objective(LANGUAGE_MODEL, right, right, losses.language_model)
     words = task.ask({"text": "", "label": 0})
-    bound, least = encoding.most_tokens(tokenizer, [words], config.chat)  # public, as the labels are
-    if least > config.max_length:
+    bound, least = encoding.most_tokens(tokenizer, [words], config.data.chat)  # public, as the labels are
+    if least > config.data.max_length:
         raise InputError(
-            f"--max_length={config.max_length} leaves no room for a text: a prompt without one has {least}."
+            f"max_length={config.data.max_length} leaves no room for a text: a prompt without one has {least}."
         )
     loss = functools.partial(losses.language_model, max_targets=bound)
     return Objective(LANGUAGE_MODEL, right, rows(encoding.all_answers), loss)

@@ -5,22 +5,22 @@ import dataclasses
 import numpy as np
 
 from dplora_jax.errors import InputError
+from dplora_jax.federation import participants
 from dplora_jax.privacy import accounting, size_classes
-from experiments import participants
 
 LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
 
 def mechanisms(config, sizes):
     """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
-    if config.trust == "client":
+    if config.privacy.trust == "client":
         return _of_clients(config)
     steps, made = planned_steps(participants.total_steps(config), sizes), [None] * len(sizes)
     for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
         own = [client for client, of_client in enumerate(steps) if of_client == count]
         for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
             made[client] = mechanism
-    return _of_one_noise(made) if config.trust == "distributed" else made
+    return _of_one_noise(made) if config.privacy.trust == "distributed" else made
 
 
 def kept(stored, sizes):
@@ -29,7 +29,7 @@ def kept(stored, sizes):
     if began != list(sizes):
         raise InputError(
             f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
-            "planned for; restore them, or start a new --workdir."
+            "planned for; restore them, or start a new `workdir`."
         )
     return written(stored)
 
@@ -58,19 +58,31 @@ def planned_steps(steps, sizes):
 
 def _planned(config, sizes, steps):
     """The mechanisms of clients of `sizes` records that take `steps` local steps each."""
-    options = config.mechanism_options
-    if config.epsilon is not None:
-        return accounting.calibrate(sizes, config.expected_batch_size, steps, config.epsilon, config.delta, **options)
-    sigma = config.noise_multiplier or 0.0
-    return accounting.with_noise(sizes, config.expected_batch_size, steps, sigma, config.delta, **options)
+    options = config.privacy.mechanism_options
+    if config.privacy.epsilon is not None:
+        return accounting.calibrate(
+            sizes, config.schedule.expected_batch_size, steps, config.privacy.epsilon, config.privacy.delta, **options
+        )
+    sigma = config.privacy.noise_multiplier or 0.0
+    return accounting.with_noise(
+        sizes, config.schedule.expected_batch_size, steps, sigma, config.privacy.delta, **options
+    )
 
 
 def _of_clients(config):
     """Mode `client`'s one mechanism, once for each client: a sample of the clients, one whole update being the record."""
-    noise = config.noise_multiplier
+    noise = config.privacy.noise_multiplier
     if noise is None:
-        noise = accounting.least_noise(config.clients, config.client_rate, config.rounds, config.epsilon, config.delta)
-    return [accounting.Mechanism(config.clients, config.client_rate, config.clients, noise)] * config.clients
+        noise = accounting.least_noise(
+            config.schedule.clients,
+            config.privacy.client_rate,
+            config.schedule.rounds,
+            config.privacy.epsilon,
+            config.privacy.delta,
+        )
+    return [
+        accounting.Mechanism(config.schedule.clients, config.privacy.client_rate, config.schedule.clients, noise)
+    ] * config.schedule.clients
 
 
 def _of_one_noise(made):

@@ -8,10 +8,10 @@ import pathlib
 import shutil
 
 from dplora_jax import errors
+from dplora_jax.config import FREE_ON_RESUME, RunConfig, to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.files import plain, read_json, to_json
 from dplora_jax.privacy.chain import replace_durably
-from experiments.run_config import FREE_ON_RESUME, RunConfig
 
 
 @contextlib.contextmanager
@@ -22,14 +22,12 @@ def locked(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "w")  # noqa: SIM115 - held until the process ends
     except OSError as error:
-        raise errors.storage(error) or InputError(
-            f"--workdir={workdir} cannot be written ({error.strerror})."
-        ) from None
+        raise errors.storage(error) or InputError(f"workdir={workdir} cannot be written ({error.strerror}).") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"--workdir={workdir} is in use by another run.") from None
+            raise InputError(f"workdir={workdir} is in use by another run.") from None
         yield workdir
 
 
@@ -42,12 +40,12 @@ def stored_config(workdir, config):
         stored = read_json(path)
         stored["federation"]["clients"]
     except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path} is damaged: restore it, or start a new --workdir.") from None
-    now, began = plain(dataclasses.asdict(config)), with_defaults(stored)
-    differ = [f"--{name}" for name in now if name not in FREE_ON_RESUME and now[name] != began[name]]
+        raise InputError(f"{path} is damaged: restore it, or start a new `workdir`.") from None
+    now, began = plain(to_flat(config)), with_defaults(stored)
+    differ = [f"{name}" for name in now if name not in FREE_ON_RESUME and now[name] != began[name]]
     if differ:
         raise InputError(
-            f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another --workdir."
+            f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another `workdir`."
         )
     return stored
 
@@ -57,11 +55,11 @@ def charged_config(workdir, stored, ledger):
     and records. What an earlier start saved by it before the first round goes."""
     if ledger.begun and stored is None:
         raise InputError(
-            f"{workdir}/config.json is gone, and rounds were charged by it: restore it, or start a new --workdir."
+            f"{workdir}/config.json is gone, and rounds were charged by it: restore it, or start a new `workdir`."
         )
     if ledger.begun and ledger.begun[-1].get("config", told := digest_of(stored)) != told:
         raise InputError(
-            f"{workdir}/config.json is not the one that the ledger was charged by: restore it, or start a new --workdir."
+            f"{workdir}/config.json is not the one that the ledger was charged by: restore it, or start a new `workdir`."
         )
     if ledger.begun or ledger.ended:
         return stored
@@ -74,7 +72,7 @@ def digest(workdir):
     try:
         stored = read_json(workdir / "config.json")
     except InputError:
-        raise InputError(f"{workdir}/config.json is gone or damaged: restore it, or start a new --workdir.") from None
+        raise InputError(f"{workdir}/config.json is gone or damaged: restore it, or start a new `workdir`.") from None
     return digest_of(stored)
 
 
@@ -90,7 +88,7 @@ def with_defaults(stored):
 
 def write_config(workdir, config, federation):
     """Write `config.json`: every flag as resolved, and what the run made of them under "federation"."""
-    document = dataclasses.asdict(config) | {"federation": federation}
+    document = to_flat(config) | {"federation": federation}
     replace_durably(workdir / "config.json", to_json(document, indent=2) + "\n")
 
 

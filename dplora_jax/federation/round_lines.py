@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from dplora_jax.federation import dispatch, participants, processes, trust_modes
 from dplora_jax.privacy import accounting
-from experiments import dispatch, participants, processes, trust_modes
 
 
 def of_dispatch(job, rounds, attempt, seconds, shown):
@@ -39,12 +39,12 @@ def _epsilons(job, rounds):
     """What each client has spent after each of rounds [a, b), lost attempts included: a list of K floats a round."""
     config = job.config
     own = participants.steps(config, rounds)
-    before = job.ledger.charged_steps(config.clients) - own.sum(0)  # this dispatch is charged already
+    before = job.ledger.charged_steps(config.schedule.clients) - own.sum(0)  # this dispatch is charged already
     counts = before + np.cumsum(own, 0)
     spent = []
     for mechanism, of_client in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
-        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.delta)
-        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.delta, 1e-2)
+        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.privacy.delta)
+        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.privacy.delta, 1e-2)
         spent.append([*(min(value, end) for value in coarse), end])  # no round costs more than a later one
     return [list(column) for column in zip(*spent, strict=True)]
 
@@ -53,10 +53,10 @@ def _finished(job, number, attempt, valid):
     """Where not every client's upload counted in round `number`, as all can see in modes `local` and `none`: how many did, and
     whose was dropped for numbers that are not finite. `valid` [K'] is the program's flag for each."""
     config = job.config
-    valid = valid[: config.clients]
+    valid = valid[: config.schedule.clients]
     if valid.all():
         return {}
-    sent = np.ones(config.clients, bool)
+    sent = np.ones(config.schedule.clients, bool)
     if participants.partial(config):
         sent = participants.joins(config, dispatch.paid_secrets(job), range(number, number + 1), attempt)[0] > 0
     return {"finished": int(valid.sum()), "dropped": np.flatnonzero(sent & ~valid).tolist()}

@@ -4,11 +4,12 @@ import dataclasses
 import io
 from typing import NamedTuple
 
+from dplora_jax import config_checks
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError
+from dplora_jax.federation import calibration, workdir
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, parse, read, real, record, text, whole
 from dplora_jax.privacy import accounting, ledger
-from experiments import accounted, flag_checks, workdir
-from experiments.run_config import RunConfig
 
 KINDS = {bool: flag, int: whole(-(2**63), 2**63), float: real(), str: text(1 << 16)}
 NEEDED = (
@@ -75,11 +76,11 @@ def read_config(folder):
         config = RunConfig(**{name: document[name] for name in FLAGS if name in document})
         _refuse(config)
         rows = document["federation"]["clients"]
-        if len(rows) != config.clients:
-            raise Unfit(f"it tells of {len(rows)} clients, and has --clients={config.clients}")
+        if len(rows) != config.schedule.clients:
+            raise Unfit(f"it tells of {len(rows)} clients, and has clients={config.schedule.clients}")
         release = document["federation"]["release"] or "NO PRIVACY"
-        values = [row["records"] for row in rows], accounted.written(document), [row["epsilon"] for row in rows]
-        return Told(flag_checks.settled(config, config.trust), *values, release, workdir.digest_of(document))
+        values = [row["records"] for row in rows], calibration.written(document), [row["epsilon"] for row in rows]
+        return Told(config_checks.settled(config, config.privacy.trust), *values, release, workdir.digest_of(document))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the workdir of a run that has started.") from None
     except Unfit as error:
@@ -88,13 +89,13 @@ def read_config(folder):
 
 def _refuse(config):
     """Unfit where no run has these flags."""
-    budget, sigma = config.epsilon, config.noise_multiplier
-    if config.trust not in ("local", "distributed", "client", "none"):
+    budget, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
+    if config.privacy.trust not in ("local", "distributed", "client", "none"):
         raise Unfit("trust is none that is known")
-    if (budget is None) + (sigma is None) != (1 if config.private else 2):
-        raise Unfit(f"it has no --epsilon and --noise_multiplier of --trust={config.trust}")
+    if (budget is None) + (sigma is None) != (1 if config.privacy.private else 2):
+        raise Unfit(f"it has no `epsilon` and `noise_multiplier` of trust={config.privacy.trust}")
     try:
-        flag_checks.refuse(config, config.trust, budget, sigma)
+        config_checks.refuse(config, config.privacy.trust, budget, sigma)
     except InputError as error:
         raise Unfit(f"no run has its flags ({str(error).rstrip('.')})") from None
 

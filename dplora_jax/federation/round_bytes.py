@@ -3,8 +3,7 @@
 import jax
 
 from dplora_jax import lora
-from dplora_jax.federation import compression, exact
-from experiments import participants
+from dplora_jax.federation import compression, exact, participants
 
 
 def of_run(config, adapter):
@@ -15,21 +14,21 @@ def of_run(config, adapter):
     less; the residual, where a client may have missed rounds. FLoRA's fresh A is public, like the first one. With `rolora`
     both are means over the two halves' rounds.
     """
-    ranks = config.rank_list or [config.rank] * config.clients
+    ranks = config.lora.ranks or [config.lora.rank] * config.schedule.clients
     shapes = jax.eval_shape(lambda tree: tree, adapter)
     own = [_cut(shapes, rank) for rank in ranks]
-    if config.aggregation == "rolora":
+    if config.aggregation.method == "rolora":
         halves = [[lora.freeze({}, tree, letter)[1] for letter in "ab"] for tree in own]
-        up = [sum(compression.size(half, config.upload_bits) for half in pair) / 2 for pair in halves]
+        up = [sum(compression.size(half, config.aggregation.upload_bits) for half in pair) / 2 for pair in halves]
         return up, [sum(map(compression.size, pair)) / 2 for pair in halves]
-    if config.aggregation == "fedsa":
+    if config.aggregation.method == "fedsa":
         own = [lora.freeze({}, tree, "b")[1] for tree in own]
-    up, down = ([compression.size(tree, bits) for tree in own] for bits in (config.upload_bits, None))
+    up, down = ([compression.size(tree, bits) for tree in own] for bits in (config.aggregation.upload_bits, None))
     head = compression.size({part: value for part, value in shapes.items() if part != "layers"})
     stack = sum(down) - head * (len(down) - 1)  # all clients' factors, and one head
-    if config.aggregation in ("fedex", "flora"):
+    if config.aggregation.method in ("fedex", "flora"):
         dense = compression.size(jax.eval_shape(exact.product, shapes))
-        dense += compression.size(shapes) if config.aggregation == "fedex" else head
+        dense += compression.size(shapes) if config.aggregation.method == "fedex" else head
         down = [dense if participants.partial(config) else min(stack, dense)] * len(down)
     return up, down
 

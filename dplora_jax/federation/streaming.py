@@ -21,8 +21,8 @@ SHARE = 0.25  # of a device's memory that records may take before they are strea
 
 def wanted(config, grid, table, sizes):
     """Whether to stream: as flagged, else where a device's records would take more than SHARE of its memory, if it tells."""
-    if config.stream is not None:
-        return config.stream
+    if config.execution.stream is not None:
+        return config.execution.stream
     limit = (grid.local_devices[0].memory_stats() or {}).get("bytes_limit")
     row = sum(array.itemsize * math.prod(array.shape[1:]) for array in table.values())
     return limit is not None and row * sum(sizes) / len(grid.devices) > SHARE * limit

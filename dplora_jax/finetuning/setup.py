@@ -12,24 +12,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dplora_jax import lora, models
 from dplora_jax.data import encoding
 from dplora_jax.errors import InputError, InputWarning
-from dplora_jax.federation import mesh, round
-from dplora_jax.models import features, pretrained
-from dplora_jax.privacy import secrets
-from experiments import (
-    accounted,
-    base_passes,
-    facts,
+from dplora_jax.federation import (
+    calibration,
+    description,
     fingerprints,
     finite,
-    objective,
+    mesh,
     processes,
     program,
-    public_tests,
-    records,
+    round,
     streaming,
-    tensorboard,
     trust_modes,
 )
+from dplora_jax.finetuning import dealing, frozen_layers, objectives, public_tests
+from dplora_jax.models import features, pretrained
+from dplora_jax.privacy import secrets
+from experiments import tensorboard
 
 
 class Prepared(NamedTuple):
@@ -56,30 +54,32 @@ def prepare(config, stored=None, memo=None, dealt=None):
     whose mechanisms are kept; `memo`, a dict, carries what the frozen layers made of a table to the next call; `dealt` stands in
     for the records that the flags name. Raises InputError."""
     processes.at("reading the base model and the records")
-    if config.tensorboard:
+    if config.output.tensorboard:
         tensorboard.check()
-    dealt = dealt or records.deal(config)
+    dealt = dealt or dealing.deal(config)
     corpus = dealt.corpus
-    labels = corpus.label_names if objective.kind(config, corpus.task) == objective.CLASSIFIER else None
-    model, params = models.from_pretrained(config.model, config.dtype, None, config.quantize, labels)
-    if config.remat:
+    labels = corpus.label_names if objectives.kind(config, corpus.task) == objectives.CLASSIFIER else None
+    model, params = models.from_pretrained(config.base.name, config.base.dtype, None, config.base.quantize, labels)
+    if config.base.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
-    grid = mesh.make(config.mesh, config.clients, model)
-    tokenizer = models.load_tokenizer(config.model)
-    encoding.check_length(config.max_length, model, tokenizer)
+    grid = mesh.make(config.execution.mesh, config.schedule.clients, model)
+    tokenizer = models.load_tokenizer(config.base.name)
+    encoding.check_length(config.data.max_length, model, tokenizer)
     encoding.check_ids(model, tokenizer)
-    finite.check_weights(config.model, params)
-    aim = objective.make(config, corpus.task, tokenizer)
-    test = aim.test(corpus.test) if (config.eval_every or config.feature_norm) and corpus.test else None
-    params = base_passes.with_features(config, model, params, test, memo, stored)
+    finite.check_weights(config.base.name, params)
+    aim = objectives.make(config, corpus.task, tokenizer)
+    test = aim.test(corpus.test) if (config.execution.eval_every or config.base.feature_norm) and corpus.test else None
+    params = frozen_layers.with_features(config, model, params, test, memo, stored)
     adapter, params, lora_config = program.adapter(config, model, params)
-    wave, everyone = program.wave(config, grid, model, adapter), range(config.clients)
-    table, shares = dealt.read(mesh.own_clients(grid, config.clients, wave))  # no other client's text is looked at
+    wave, everyone = program.wave(config, grid, model, adapter), range(config.schedule.clients)
+    table, shares = dealt.read(
+        mesh.own_clients(grid, config.schedule.clients, wave)
+    )  # no other client's text is looked at
     train = aim.train(table)
-    sizes = _sizes(shares, config.clients)
-    test = test if config.eval_every else None
+    sizes = _sizes(shares, config.schedule.clients)
+    test = test if config.execution.eval_every else None
     _warn_of_delta(config, max(sizes))
-    mechanisms = accounted.kept(stored, sizes) if stored else accounted.mechanisms(config, sizes)
+    mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
     digest_of = {
         k: fingerprints.of_arrays({name: array[share] for name, array in train.items()}) for k, share in shares.items()
     }
@@ -87,36 +87,36 @@ def prepare(config, stored=None, memo=None, dealt=None):
     inputs = {"base": fingerprints.of_base(model, params)}
     local, params = params, mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
-    model, train, test = base_passes.run_frozen_layers(
+    model, train, test = frozen_layers.run_frozen_layers(
         config, model, params if processes.count() == 1 else local, memo, sum(sizes), train, test
     )
     del local
     none = np.zeros(0, int)
     shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
     own = trust_modes.own(config, sizes, mechanisms)
-    placement = mesh.place(grid, shards, own, config.clip_norm, wave, config.rank_list, sizes, streamed)
+    placement = mesh.place(grid, shards, own, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed)
     federation = program.federation(config, model, aim.loss, mechanisms, adapter, placement, wave, streamed)
     stream = None
     if streamed:
         stream = streaming.Stream(federation.local, mesh.fetch(placement.clients), shards, grid)
-    state = mesh.put(federation.init(adapter, config.clients), NamedSharding(grid, PartitionSpec()))
+    state = mesh.put(federation.init(adapter, config.schedule.clients), NamedSharding(grid, PartitionSpec()))
     evaluate, probe = lambda state, ends=False: {}, None
-    if config.eval_every:
-        private = records.by_client(table, shares)
+    if config.execution.eval_every:
+        private = dealing.by_client(table, shares)
         evaluate = public_tests.evaluator(config, aim, corpus, private, sizes, model, params, grid, tokenizer, test)
     else:
-        whole, classifies = dataclasses.replace(model, start=0), aim.kind == objective.CLASSIFIER
+        whole, classifies = dataclasses.replace(model, start=0), aim.kind == objectives.CLASSIFIER
         probe = finite.sentence(config, classifies, whole, params, sizes, grid, tokenizer)
-    told = facts.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
-    if labels is not None and (start := pretrained.head_start(config.model, labels)):
+    told = description.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
+    if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         told["method"].append(start)
     if features.KEY in params:
         told["features"] = {
             name: np.asarray(value).tolist() for name, value in mesh.fetch(params[features.KEY]).items()
         }
-    if config.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
+    if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
         raise InputError(
-            f"no finite epsilon holds at --delta={config.delta:g} with this noise: raise delta, or the noise."
+            f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
         )
     made = model, params, lora_config, federation, grid, placement, stream, mechanisms, state
     return Prepared(*made, evaluate, probe, told, inputs, digest_of)
@@ -124,9 +124,9 @@ def prepare(config, stored=None, memo=None, dealt=None):
 
 def _warn_of_delta(config, largest):
     """Warn where delta is no small matter to a client of `largest` records."""
-    if config.private and config.delta * largest >= 1:
+    if config.privacy.private and config.privacy.delta * largest >= 1:
         warnings.warn(
-            f"--delta={config.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
+            f"delta={config.privacy.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
             "count as private.",
             InputWarning,
             stacklevel=1,

@@ -145,7 +145,7 @@ def _judge(group):
 def _late(group, behind):
     named = ", ".join(f"{group.hosts[index]} at {group.beats[index][2]}" for index in behind)
     return (
-        f"no progress for --stall_timeout={group.stall:g} s, waiting for {named}. The run has ended; if that was work and no "
+        f"no progress for stall_timeout={group.stall:g} s, waiting for {named}. The run has ended; if that was work and no "
         f"hang, give more time; {RESUME}"
     )
 

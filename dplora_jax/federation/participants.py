@@ -10,12 +10,14 @@ from dplora_jax.privacy import secrets
 
 def partial(config):
     """Whether, in modes `local` and `none`, some client may be missing from some round."""
-    return config.trust in ("local", "none") and (config.participation != "all" or bool(config.dropout))
+    return config.privacy.trust in ("local", "none") and (
+        config.schedule.participation != "all" or bool(config.schedule.dropout)
+    )
 
 
 def scheduled(config):
     """Whether clients are in some rounds only, by a public schedule: then each pays for its own."""
-    return config.participation != "all"
+    return config.schedule.participation != "all"
 
 
 @functools.lru_cache(maxsize=4)
@@ -25,7 +27,9 @@ def _schedule(spec, clients, rounds, seed):
 
 def schedule(config):
     """bool [rounds, K]: who is in rounds 1, 2, ..."""
-    return _schedule(config.participation, config.clients, config.rounds, config.split_seed)
+    return _schedule(
+        config.schedule.participation, config.schedule.clients, config.schedule.rounds, config.schedule.split_seed
+    )
 
 
 def steps(config, rounds=None):
@@ -33,7 +37,7 @@ def steps(config, rounds=None):
 
     One that fails to send has taken its steps, and may have been seen taking them: it pays too.
     """
-    first, end = rounds or (1, config.rounds + 1)
+    first, end = rounds or (1, config.schedule.rounds + 1)
     return schedule(config)[first - 1 : end - 1].astype(int) * config.steps_per_round
 
 
@@ -44,5 +48,5 @@ def total_steps(config):
 
 def joins(config, held, rounds, attempt):
     """float32 [rounds, K] of 0 or 1: who is in each of `rounds` (a range) and does not fail to send, by the secrets `held`."""
-    sent = secrets.joins(held[: config.clients], rounds, attempt, 1 - (config.dropout or 0))
+    sent = secrets.joins(held[: config.schedule.clients], rounds, attempt, 1 - (config.schedule.dropout or 0))
     return sent * np.asarray(schedule(config)[rounds.start - 1 : rounds.stop - 1], np.float32)

@@ -14,17 +14,17 @@ from dplora_jax.models import features
 
 def adapter(config, state):
     """The adapter of the released model: the average where there is one."""
-    return state.average.mean if config.ema else state.adapter
+    return state.average.mean if config.aggregation.ema else state.adapter
 
 
 def metrics(config, sizes, evaluate, state):
     """The public metrics of `state` (a `round.State`), by `evaluate(adapter, residual)`; where every client keeps its own B, the
     mean over the clients' own models, by their shares of the mean, and each one's."""
-    if config.aggregation != "fedsa":
+    if config.aggregation.method != "fedsa":
         return evaluate(adapter(config, state), state.residual)
     each = [
         evaluate(methods.with_own(state.adapter, jax.tree.map(lambda b, k=client: b[k], state.own)), ())
-        for client in range(config.clients)
+        for client in range(config.schedule.clients)
     ]
     shares = np.array(sizes) / sum(sizes)
     means = {name: float(np.dot(shares, [found[name] for found in each])) for name in each[0]} if each[0] else {}
@@ -53,11 +53,11 @@ def save(folder, config, model, lora_config, parts, base):
     """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where
     every client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
     whole = parts.adapter
-    if config.aggregation in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
+    if config.aggregation.method in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
         whole, rank = exact.whole(whole, parts.residual)
         lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
     peft.save(folder, model, whole, lora_config, base)
-    if config.aggregation == "fedsa":
-        for client in range(config.clients):
+    if config.aggregation.method == "fedsa":
+        for client in range(config.schedule.clients):
             own = methods.with_own(whole, {name: b[client] for name, b in parts.own.items()})
             peft.save(folder / "clients" / str(client), model, own, lora_config, base)

@@ -4,7 +4,6 @@ Each process drives its own devices and runs the same program; process 0 decides
 when one is lost. With one process nothing here does anything, and JAX is not touched.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -12,10 +11,12 @@ import signal
 import socket
 import sys
 
+from dplora_jax import guard
+from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError, Refused
+from dplora_jax.federation import watch
+from dplora_jax.federation.watch import LOST, ROOM
 from dplora_jax.files import to_json
-from experiments import guard, watch
-from experiments.watch import LOST, ROOM
 
 OWN = ("coordinator", "processes", "process", "stall_timeout")  # flags that need not be the same everywhere
 
@@ -40,7 +41,7 @@ def primary():
 def join(config):
     """Join the run's other processes, if the flags name any. Nothing of JAX may have run before."""
     global _group
-    if config.coordinator is None:
+    if config.execution.coordinator is None:
         return
     import jax
     from jax._src import distributed
@@ -48,18 +49,22 @@ def join(config):
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: it ends a dispatch, not the process
-    explicit = config.coordinator != "auto"
-    where = {"coordinator_address": config.coordinator, "cluster_detection_method": "deactivate"} if explicit else {}
-    bound = int(watch.patience(config.stall_timeout))
+    explicit = config.execution.coordinator != "auto"
+    where = (
+        {"coordinator_address": config.execution.coordinator, "cluster_detection_method": "deactivate"}
+        if explicit
+        else {}
+    )
+    bound = int(watch.patience(config.execution.stall_timeout))
     real, real_service = _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service
     _jax.get_distributed_runtime_service = functools.partial(_at_its_address, real_service, distributed.global_state)
     # Without it JAX prints a C++ stack before it aborts; no Python can take what it would be called with, and so it aborts too.
     _jax.get_distributed_runtime_client = functools.partial(real, missed_heartbeat_callback=lambda _: None)
     try:
         jax.distributed.initialize(
-            num_processes=config.processes,
-            process_id=config.process,
-            initialization_timeout=max(1, int(config.stall_timeout)),
+            num_processes=config.execution.processes,
+            process_id=config.execution.process,
+            initialization_timeout=max(1, int(config.execution.stall_timeout)),
             heartbeat_timeout_seconds=4 * bound,  # ours comes first, with a better sentence
             shutdown_timeout_seconds=bound,
             **where,
@@ -67,8 +72,8 @@ def join(config):
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         print(
-            f"error: process {config.process} could not join the others by --coordinator={config.coordinator} within "
-            f"{config.stall_timeout:g} s: start all {config.processes or ''} processes, and let them reach process 0 at that "
+            f"error: process {config.execution.process} could not join the others by coordinator={config.execution.coordinator} within "
+            f"{config.execution.stall_timeout:g} s: start all {config.execution.processes or ''} processes, and let them reach process 0 at that "
             f"address: it listens there alone, or where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
             file=sys.stderr,
         )
@@ -77,11 +82,11 @@ def join(config):
         _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service = real, real_service
     state = distributed.global_state
     _group = watch.Group(
-        state.client, state.process_id, state.num_processes, config.stall_timeout, state.coordinator_address
+        state.client, state.process_id, state.num_processes, config.execution.stall_timeout, state.coordinator_address
     )
     watch.start(_group)
     signal.signal(signal.SIGTERM, _stop)  # before the others can be past the first meeting
-    flags = {name: repr(value) for name, value in dataclasses.asdict(config).items() if name not in OWN}
+    flags = {name: repr(value) for name, value in to_flat(config).items() if name not in OWN}
     told = gather({"host": socket.gethostname(), "flags": flags})
     _group.hosts = [f"process {index} ({one['host']})" for index, one in enumerate(told)]
     differ = sorted({f"--{n}" for one in told for n in flags if one["flags"].get(n) != told[0]["flags"].get(n)})

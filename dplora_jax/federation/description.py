@@ -6,16 +6,16 @@ import jax
 import numpy as np
 
 from dplora_jax import lora, models
+from dplora_jax.federation import participants, round_bytes, trust_modes
 from dplora_jax.privacy import accounting, integers, paper_bound
-from experiments import participants, traffic, trust_modes
 
 
 def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
     """What `config.json` and the report say beyond the flags; all of it public."""
     total, steps = sum(sizes), participants.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
-    spent = [accounting.epsilon(m, count, config.delta) for m, count in zip(mechanisms, steps, strict=True)]
-    up, down = traffic.of_run(config, adapter)
+    spent = [accounting.epsilon(m, count, config.privacy.delta) for m, count in zip(mechanisms, steps, strict=True)]
+    up, down = round_bytes.of_run(config, adapter)
     weights = trust_modes.weights(config, sizes, mechanisms)
     clients = [  # `sampled_from` is the mechanism's own records: with null ones, or in mode `client` the clients
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
@@ -51,13 +51,17 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
         "accounting": trust_modes.accounted_as(config)
-        + (f" {paper_bound.sentence(mechanisms, max(steps), config.delta)}" if config.trust == "local" else ""),
+        + (
+            f" {paper_bound.sentence(mechanisms, max(steps), config.privacy.delta)}"
+            if config.privacy.trust == "local"
+            else ""
+        ),
     }
 
 
 def of_base(config):
     """{file name: SHA-256} of the base's weights, config and tokenizer, by which parties see that they start from the same."""
-    return {"base_files": models.file_digests(config.model)}
+    return {"base_files": models.file_digests(config.base.name)}
 
 
 def _method(config, mechanisms):
@@ -65,25 +69,28 @@ def _method(config, mechanisms):
     method = [
         *trust_modes.method(config),
         "head alone, no LoRA"
-        if config.head_only
-        else f"LoRA rank {config.rank} on {config.targets}" + (", A frozen (FFA-LoRA)" if config.freeze_a else ""),
+        if config.lora.head_only
+        else f"LoRA rank {config.lora.rank} on {config.lora.targets}"
+        + (", A frozen (FFA-LoRA)" if config.lora.freeze_a else ""),
     ]
-    if config.feature_norm:
+    if config.base.feature_norm:
         method.append(
-            f"the head's features centred, and scaled to norm {config.feature_norm:g}, by the text of the public test set that "
+            f"the head's features centred, and scaled to norm {config.base.feature_norm:g}, by the text of the public test set that "
             "the metrics are of (its labels unused)"
         )
-    if config.noise == "banded":
+    if config.privacy.noise == "banded":
         method.append(
-            f"noise correlated over {config.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
-            f"each of them on its own {config.bands}th of a client's records"
+            f"noise correlated over {config.privacy.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
+            f"each of them on its own {config.privacy.bands}th of a client's records"
         )
-    if config.noise == "hardened":
+    if config.privacy.noise == "hardened":
         method.append(
             f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
             "host from SHAKE-256"
         )
-    return method + ([f"average of released adapters, decay {config.ema:g}"] if config.ema else [])
+    return method + (
+        [f"average of released adapters, decay {config.aggregation.ema:g}"] if config.aggregation.ema else []
+    )
 
 
 def _commonest(corpus):
@@ -95,6 +102,6 @@ def _commonest(corpus):
 
 def _release(config):
     """Whether the outputs may leave the house; None where there is no privacy to speak of."""
-    if not config.private:
+    if not config.privacy.private:
         return None
-    return "for release" if config.seed is None else "NOT FOR RELEASE: --seed makes the noise reproducible"
+    return "for release" if config.privacy.seed is None else "NOT FOR RELEASE: `seed` makes the noise reproducible"

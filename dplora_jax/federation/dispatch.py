@@ -10,12 +10,13 @@ import time
 import jax
 import numpy as np
 
+from dplora_jax import private_files
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, round
+from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming, workdir
 from dplora_jax.files import to_json
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
-from experiments import draws, participants, private_files, processes, streaming, tensorboard, workdir
+from experiments import tensorboard
 
 
 def restore(job):
@@ -25,7 +26,7 @@ def restore(job):
     if restored is None:
         line = {
             "round": 0,
-            "epsilon": [0.0] * job.config.clients,
+            "epsilon": [0.0] * job.config.schedule.clients,
             "epsilon_max": 0.0,
             "seconds": 0.0,
             "bytes_up_per_client": 0,
@@ -55,10 +56,10 @@ def check_past(job):
     last = job.ledger.begun[-1]
     for name, words in ("data", "the records are not those"), ("base", "the base model is not the one"):
         if last["inputs"][name] != _keyed_inputs(job)[name]:
-            raise InputError(f"{words} that {job.folder} began with: restore what was there, or start a new --workdir.")
+            raise InputError(f"{words} that {job.folder} began with: restore what was there, or start a new `workdir`.")
     if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
         raise InputError(
-            f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new --workdir."
+            f"{job.folder}/config.json has other sampling or noise than the ledger: restore it, or start a new `workdir`."
         )
 
 
@@ -89,24 +90,24 @@ def charge(job, done):
 
     A dispatch that a crash cut off is never run again under its keys. Someone may have seen its uploads, and two transcripts
     under one set of keys, from machines that round differently, show in their difference gradients without noise. So it stays
-    paid for, and a new attempt has keys of its own and is paid for too. Only with --seed, whose noise is no secret, are the same
+    paid for, and a new attempt has keys of its own and is paid for too. Only with `seed`, whose noise is no secret, are the same
     rounds run again as they were. Raises InputError rather than take a client past its epsilon.
     """
     config, ledger = job.config, job.ledger
-    if done >= config.rounds:
+    if done >= config.schedule.rounds:
         return None
     entry = ledger.open_entry()
     if entry and entry["rounds"][0] == done + 1:
-        if config.seed is not None:
+        if config.privacy.seed is not None:
             return tuple(entry["rounds"]), entry["attempt"]
         print(
             f"warning: rounds {done + 1} to {entry['rounds'][1] - 1} were lost: they stay paid for, and new noise is drawn.",
             file=sys.stderr,
         )
-    last = min(done + _most_rounds(job), config.rounds)
-    if config.eval_every:
-        last = min(last, (done // config.eval_every + 1) * config.eval_every)
-    if config.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
+    last = min(done + _most_rounds(job), config.schedule.rounds)
+    if config.execution.eval_every:
+        last = min(last, (done // config.execution.eval_every + 1) * config.execution.eval_every)
+    if config.privacy.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
         last = min(last, _affordable(job, done))
     if last <= done:
         return None
@@ -114,10 +115,14 @@ def charge(job, done):
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
     more = {"steps": participants.steps(config, rounds).sum(0).tolist()} if participants.scheduled(config) else {}
-    more |= {"trust": config.trust, "delta": config.delta, "release": job.prepared.facts["release"] or "NO PRIVACY"}
+    more |= {
+        "trust": config.privacy.trust,
+        "delta": config.privacy.delta,
+        "release": job.prepared.facts["release"] or "NO PRIVACY",
+    }
     more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or workdir.digest(job.folder)
     if (
-        config.seed is None
+        config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
         more["nonce"] = os.urandom(16).hex()
     ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, _keyed_inputs(job), **more)
@@ -127,16 +132,16 @@ def charge(job, done):
 def _stay_within(job, rounds):
     """Refuse rounds that would take a client past its epsilon, by what the ledger would then say."""
     config = job.config
-    if config.epsilon is None:
+    if config.privacy.epsilon is None:
         return
     mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
     planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
     planned["steps"] = participants.steps(config, rounds).sum(0).tolist()
-    spent = max(job.ledger.epsilons(config.delta, [planned]))
-    if spent > config.epsilon:
+    spent = max(job.ledger.epsilons(config.privacy.delta, [planned]))
+    if spent > config.privacy.epsilon:
         raise InputError(
-            f"rounds {rounds[0]} to {rounds[1] - 1} would take a client to epsilon {spent:.4g}, past {config.epsilon:g}; "
-            "start a new --workdir."
+            f"rounds {rounds[0]} to {rounds[1] - 1} would take a client to epsilon {spent:.4g}, past {config.privacy.epsilon:g}; "
+            "start a new `workdir`."
         )
 
 
@@ -144,9 +149,9 @@ def _affordable(job, done):
     """The last round that no client has to pay more for than was planned: lost attempts have been paid for too."""
     config = job.config
     if not participants.scheduled(config):
-        return done + config.rounds - job.ledger.charged_rounds()
-    left = participants.steps(config).sum(0) - job.ledger.charged_steps(config.clients)
-    needed = np.cumsum(participants.steps(config, (done + 1, config.rounds + 1)), 0)
+        return done + config.schedule.rounds - job.ledger.charged_rounds()
+    left = participants.steps(config).sum(0) - job.ledger.charged_steps(config.schedule.clients)
+    needed = np.cumsum(participants.steps(config, (done + 1, config.schedule.rounds + 1)), 0)
     return done + int(np.logical_and.accumulate((needed <= left).all(1)).sum())
 
 
@@ -155,26 +160,29 @@ def paid_secrets(job):
     before it.
 
     So a workdir that is put back to an earlier state, a disk's snapshot say, cannot draw them again for anything else. With
-    --seed they are the seed's alone: its noise is no secret, and is to be the same however the rounds are cut.
+    `seed` they are the seed's alone: its noise is no secret, and is to be the same however the rounds are cut.
     """
-    if job.config.seed is not None:
+    if job.config.privacy.seed is not None:
         return job.secrets
     paid = job.paid or job.ledger.head_of(job.ledger.begun[-1])
     return [secrets.digest(secret, "paid by", paid) for secret in job.secrets]
 
 
 def round_keys(job, rounds, attempt):
-    """What the dispatch that was charged last draws from (`draws.of_rounds`)."""
-    return draws.of_rounds(job.config, job.prepared, paid_secrets(job), rounds, attempt)
+    """What the dispatch that was charged last draws from (`randomness.of_rounds`)."""
+    return randomness.of_rounds(job.config, job.prepared, paid_secrets(job), rounds, attempt)
 
 
 def _most_rounds(job):
     """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
     config, local = job.config, job.prepared.federation.local
     if local.bits is None:
-        return config.dispatch_rounds
+        return config.execution.dispatch_rounds
     sent = job.prepared.facts["communication"]["adapter_parameters"]
-    return min(config.dispatch_rounds, host_noise.most_rounds(config.clients, config.local_steps, sent, local.records))
+    return min(
+        config.execution.dispatch_rounds,
+        host_noise.most_rounds(config.schedule.clients, config.schedule.local_steps, sent, local.records),
+    )
 
 
 def execute(job, state, rounds, attempt):
@@ -196,7 +204,7 @@ def _call(job, state, keys, length):
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
     if length not in job.programs:
-        program = round.make(p.federation, p.mesh, diagnostics=job.config.private_diagnostics)
+        program = round.make(p.federation, p.mesh, diagnostics=job.config.execution.private_diagnostics)
         with job.clock.busy():
             job.programs[length] = program.lower(*arguments).compile()
     start = time.perf_counter()
@@ -222,7 +230,7 @@ def commit(job, done, state, lines, shown, begun):
 def show_metrics(job, lines):
     """Release the metrics `lines`, also to TensorBoard where that is asked for."""
     workdir.write_metrics(job.folder, lines)
-    if job.config.tensorboard:
+    if job.config.output.tensorboard:
         tensorboard.write(job.folder)
 
 
@@ -232,7 +240,7 @@ def _write_diagnostics(job, rounds, shown):
     private.mkdir(mode=private_files.FOLDER_MODE, exist_ok=True)
     rows = [
         {"round": number, "note": private_files.NOTE}
-        | {name: value[index][: job.config.clients].tolist() for name, value in shown.items()}
+        | {name: value[index][: job.config.schedule.clients].tolist() for name, value in shown.items()}
         for index, number in enumerate(range(*rounds))
     ]
     with open(os.open(private / "diagnostics.jsonl", os.O_RDWR | os.O_CREAT, private_files.MODE), "r+b") as file:

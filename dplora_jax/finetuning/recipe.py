@@ -1,6 +1,6 @@
 """Settings that do well, from what is public: how many records each client has, how many clients, epsilon, and the objective.
 
-`--auto` fills with them whatever flags are not given, and says what it chose. Why, in short (BUILD_NOTES.md, The recipe):
+`auto` fills with them whatever flags are not given, and says what it chose. Why, in short (BUILD_NOTES.md, The recipe):
 
 - Expected batches of a fifth of a client's records: less noise on the mean than smaller batches at the same epsilon; larger
   ones cost time and gain little.
@@ -20,6 +20,7 @@ import math
 import statistics
 import warnings
 
+from dplora_jax.config import field_value
 from dplora_jax.errors import InputError, InputWarning
 
 SHARE = 0.2  # of a client's records, in an expected batch
@@ -30,7 +31,7 @@ PUBLIC = 20  # public test records, from which on their text tells where the fea
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
-CENTRED = "classifier with --feature_norm"
+CENTRED = "classifier with `feature_norm`"
 CLASSIFIER = {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3}
 BY_OBJECTIVE = {
     "classifier": CLASSIFIER,
@@ -67,37 +68,37 @@ def chosen(sizes, clients, epsilon, objective):
 def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
     from dplora_jax.data import tasks
+    from dplora_jax.finetuning import dealing, objectives
     from dplora_jax.models import pretrained
-    from experiments import objective, records, run_config
 
-    if config.partition == "folders":
+    if config.data.partition == "folders":
         raise InputError(
-            "--auto reads how many records each client has, which with --partition=folders no process knows of all: give "
-            "--expected_batch_size and the learning rates."
+            "`auto` reads how many records each client has, which with partition=folders no process knows of all: give "
+            "`expected_batch_size` and the learning rates."
         )
-    if config.trust in ("distributed", "client"):
-        raise InputError(f"--auto knows what to set for --trust=local and none, not for --trust={config.trust}.")
-    epsilon, sigma = (run_config.number(getattr(config, name), name) for name in ("epsilon", "noise_multiplier"))
-    if sigma is not None and config.trust != "none":
-        raise InputError("--auto goes by --epsilon: give that in place of --noise_multiplier.")
-    dealt = records.deal(config)
-    _, places = dealt.read(range(config.clients))
-    sizes = [len(places[k]) for k in range(config.clients)]
-    private = epsilon if config.trust != "none" else None
-    kind = objective.kind(config, dealt.corpus.task)
-    if kind == objective.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
+    if config.privacy.trust in ("distributed", "client"):
+        raise InputError(f"`auto` knows what to set for trust=local and none, not for trust={config.privacy.trust}.")
+    epsilon, sigma = (run_config.number(field_value(config, name), name) for name in ("epsilon", "noise_multiplier"))
+    if sigma is not None and config.privacy.trust != "none":
+        raise InputError("`auto` goes by `epsilon`: give that in place of `noise_multiplier`.")
+    dealt = dealing.deal(config)
+    _, places = dealt.read(range(config.schedule.clients))
+    sizes = [len(places[k]) for k in range(config.schedule.clients)]
+    private = epsilon if config.privacy.trust != "none" else None
+    kind = objectives.kind(config, dealt.corpus.task)
+    if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
         warnings.warn(
-            "--auto knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
+            "`auto` knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
             "label is common (BUILD_NOTES.md).",
             InputWarning,
             stacklevel=1,
         )
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
-    able = kind == objective.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.model) == "bert"
+    able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.base.name) == "bert"
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
-    found = chosen(sizes, config.clients, private, kind)
-    found["last_layers"] = min(found["last_layers"], pretrained.depth(config.model))
-    if config.aggregation != "fedavg":  # the others want A trained, or have their own way with it
+    found = chosen(sizes, config.schedule.clients, private, kind)
+    found["last_layers"] = min(found["last_layers"], pretrained.depth(config.base.name))
+    if config.aggregation.method != "fedavg":  # the others want A trained, or have their own way with it
         del found["freeze_a"]
     return {name: value for name, value in found.items() if name not in given}

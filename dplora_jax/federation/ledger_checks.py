@@ -6,9 +6,9 @@ import math
 import numpy as np
 
 from dplora_jax.errors import InputError
+from dplora_jax.federation import calibration, participants
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild, steps_of
-from experiments import accounted, participants
 
 # By which a recomputed epsilon may exceed the one shown: another version of the accountant, another machine.
 SLACK = 1e-3
@@ -19,7 +19,7 @@ MOST_EPSILONS = 1000  # that are reckoned anew of the lines of metrics.jsonl
 def _check_flags(path, told):
     """Every client's mechanism is the one that the flags and the clients' sizes decide: sampling, capacity, bands, noise."""
     try:
-        made = accounted.mechanisms(told.flags, told.records)
+        made = calibration.mechanisms(told.flags, told.records)
     except InputError as error:
         raise InputError(f"{path} does not hold: {error}") from None
     except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
@@ -46,7 +46,7 @@ def _differ(said, decided):
 def _reached(config):
     """int [rounds + 1, K]: the steps of the mechanism that each client takes up to each round, by the public schedule."""
     taken = np.cumsum(participants.schedule(config), 0, np.int32)
-    return np.concatenate([np.zeros((1, config.clients), np.int32), taken]) * np.int32(config.steps_per_round)
+    return np.concatenate([np.zeros((1, config.schedule.clients), np.int32), taken]) * np.int32(config.steps_per_round)
 
 
 def check_config(path, told, ledger):
@@ -60,15 +60,19 @@ def check_config(path, told, ledger):
 def _check_entries(path, told, ledger):
     """Every begin entry is of what config.json says."""
     config, reached = told.flags, _reached(told.flags)
-    follows = ("for release" if config.seed is None else "NOT FOR RELEASE") if config.private else "NO PRIVACY"
+    follows = (
+        ("for release" if config.privacy.seed is None else "NOT FOR RELEASE")
+        if config.privacy.private
+        else "NO PRIVACY"
+    )
     if not told.release.startswith(follows):
         raise InputError(
             f"{path} does not hold: it says {told.release!r}, and by its trust and seed the run is {follows}."
         )
     same = {
         "release": told.release,
-        "trust": config.trust,
-        "delta": config.delta,
+        "trust": config.privacy.trust,
+        "delta": config.privacy.delta,
         "local_steps": config.steps_per_round,
         "config": told.digest,
     }
@@ -78,8 +82,8 @@ def _check_entries(path, told, ledger):
             continue
         first, end = entry["rounds"]
         other = [name for name, value in same.items() if entry.get(name, value) != value]
-        other += ["seed"] if "nonce" in entry and config.seed is not None else []
-        if end - 1 > config.rounds:
+        other += ["seed"] if "nonce" in entry and config.privacy.seed is not None else []
+        if end - 1 > config.schedule.rounds:
             other += ["rounds"]
         elif steps_of(entry) != (reached[end - 1] - reached[first - 1]).tolist():
             other += ["clients in its rounds"]
@@ -93,15 +97,18 @@ def _check_entries(path, told, ledger):
 def _check_planned(path, told):
     """The epsilon that config.json plans for each client is what its mechanism and steps come to, and within the budget."""
     config, steps = told.flags, participants.total_steps(told.flags).tolist()
-    budget = math.inf if config.epsilon is None else config.epsilon
+    budget = math.inf if config.privacy.epsilon is None else config.privacy.epsilon
     for client, (planned, mechanism) in enumerate(zip(told.epsilons, told.mechanisms, strict=True)):
-        least = accounting.epsilon(mechanism, steps[client], config.delta) * (1 - SLACK)
-        never = not config.private and not steps[client]  # and so not without privacy either
-        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (config.private or never):
+        least = accounting.epsilon(mechanism, steps[client], config.privacy.delta) * (1 - SLACK)
+        never = not config.privacy.private and not steps[client]  # and so not without privacy either
+        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (config.privacy.private or never):
             raise InputError(
                 f"{path} does not agree with the ledger: client {client}'s epsilon does not follow from it."
             )
-        if config.noise_multiplier is not None and config.noise_multiplier != mechanism.noise_multiplier:
+        if (
+            config.privacy.noise_multiplier is not None
+            and config.privacy.noise_multiplier != mechanism.noise_multiplier
+        ):
             raise InputError(f"{path} does not agree with the ledger: noise_multiplier is not client {client}'s.")
 
 
@@ -122,8 +129,8 @@ def _wrong_metrics(told, ledger, lines):
         return "does not show each round from 0 on once, in order"
     for line in lines:
         # Without privacy, all that follows a client's first round is infinite.
-        free = [not config.private and bool(own) for own in reached[line.number]]
-        if len(line.epsilon) != config.clients or free != [not math.isfinite(value) for value in line.epsilon]:
+        free = [not config.privacy.private and bool(own) for own in reached[line.number]]
+        if len(line.epsilon) != config.schedule.clients or free != [not math.isfinite(value) for value in line.epsilon]:
             return f"has no epsilon for each client in round {line.number}"
         if line.largest != max(line.epsilon):
             return f"has another epsilon_max in round {line.number} than its largest epsilon"
@@ -135,7 +142,7 @@ def _wrong_metrics(told, ledger, lines):
         last = next(entry for entry in ledger.entries if entry["entry"] == "end").get("round")
         if not lines or lines[-1].number != last:
             return f"does not end with round {last}, the run's last"
-        if config.private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.delta)):
+        if config.privacy.private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.privacy.delta)):
             return "shows less epsilon than was charged"
     return None
 
@@ -171,7 +178,7 @@ def _understated(told, charged, lines):
     counts = np.array([charged[line.number] for line in some]).T.tolist()
     # Lines within a dispatch may show more: they are reckoned on a coarser grid, every one of which is an upper bound.
     least = [
-        accounting.epsilon_curve(mechanism, tuple(own), told.flags.delta)
+        accounting.epsilon_curve(mechanism, tuple(own), told.flags.privacy.delta)
         for mechanism, own in zip(told.mechanisms, counts, strict=bool(lines))
     ]
     for index, line in enumerate(some):

@@ -13,8 +13,7 @@ import numpy as np
 from dplora_jax import evaluation, files
 from dplora_jax.data import encoding, records, tasks
 from dplora_jax.errors import InputError, NotFiniteError
-from dplora_jax.federation import aggregation
-from experiments import released
+from dplora_jax.federation import aggregation, final_adapter
 
 SENTENCE = "The bank said that profit rose in the first quarter, and the patient recovered within 3 days."
 METRICS = ("accuracy", "macro_f1", "perplexity")  # of the regular evaluation
@@ -29,7 +28,7 @@ def check_weights(name, params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not _finite(leaf):
             where = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
             raise InputError(
-                f"--model={name}: its weights {where} hold numbers that are not finite: the checkpoint is damaged, or was saved "
+                f"model={name}: its weights {where} hold numbers that are not finite: the checkpoint is damaged, or was saved "
                 "when its own training had failed; take another."
             )
 
@@ -39,12 +38,12 @@ def sentence(config, classifies, model, params, sizes, grid, tokenizer):
     nothing else. They tell no more than whether the logits are finite."""
     if classifies:
         one = records.Records((SENTENCE,), np.zeros(1, np.int32))
-        table = encoding.classification(tokenizer, one, config.max_length)
+        table = encoding.classification(tokenizer, one, config.data.max_length)
         evaluate = evaluation.classifier(model, grid, params, table)
     else:
-        table = encoding.right_answers(tokenizer, [tasks.Asked(("",), (SENTENCE,))], config.max_length)
+        table = encoding.right_answers(tokenizer, [tasks.Asked(("",), (SENTENCE,))], config.data.max_length)
         evaluate = evaluation.perplexity(model, grid, params, table)
-    return lambda state: released.metrics(config, sizes, evaluate, state)
+    return lambda state: final_adapter.metrics(config, sizes, evaluate, state)
 
 
 def check(state, lines, probe=None):
@@ -54,12 +53,12 @@ def check(state, lines, probe=None):
     if not _finite(state):
         raise NotFiniteError(
             f"the adapter is not finite after round {last['round']}: the learning rates are too large. {SAVED}; start a new "
-            "--workdir with smaller ones."
+            "`workdir` with smaller ones."
         )
     if last.get("finished") == 0 and last.get("dropped"):
         raise NotFiniteError(
             f"no client's upload of round {last['round']} was finite, so that it changed nothing: the learning rates are too "
-            f"large. {SAVED}; start a new --workdir with smaller ones."
+            f"large. {SAVED}; start a new `workdir` with smaller ones."
         )
     for line in reversed(lines):
         if any(name in line for name in METRICS):
@@ -78,9 +77,9 @@ def _check_metrics(line, of):
     told = f"no metric of {of} is finite ({', '.join(found)})"
     if not line.get("round"):
         raise InputError(
-            f"before any training, {told}: check the weights of --model, its config.json and its tokenizer. Nothing was charged."
+            f"before any training, {told}: check the weights of `model`, its config.json and its tokenizer. Nothing was charged."
         )
     raise NotFiniteError(
         f"after round {line['round']}, {told}: the adapter is of no use, most often since the learning rates are too large. "
-        f"{SAVED}; start a new --workdir with smaller ones."
+        f"{SAVED}; start a new `workdir` with smaller ones."
     )

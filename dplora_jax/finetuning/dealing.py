@@ -20,25 +20,25 @@ class Dealt(NamedTuple):
 def deal(config):
     """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
     those that it asks for."""
-    names = tuple(name.strip() for name in config.labels.split(",")) if config.labels else None
+    names = tuple(name.strip() for name in config.data.labels.split(",")) if config.data.labels else None
     source = sources.Source(
-        dataset=config.dataset, data_dir=config.data_dir, test_data=config.test_data, text_column=config.text_column,
-        label_column=config.label_column, prompt_column=config.prompt_column, answer_column=config.answer_column,
-        group_column=partition.group_column(config.partition), labels=names, test_fraction=config.test_fraction,
-        split_seed=config.split_seed, train_records=config.train_records, test_records=config.test_records,
-        encoding=config.encoding, separator=config.separator,
+        dataset=config.data.dataset, data_dir=config.data.data_dir, test_data=config.data.test_data, text_column=config.data.text_column,
+        label_column=config.data.label_column, prompt_column=config.data.prompt_column, answer_column=config.data.answer_column,
+        group_column=partition.group_column(config.data.partition), labels=names, test_fraction=config.data.test_fraction,
+        split_seed=config.schedule.split_seed, train_records=config.data.train_records, test_records=config.data.test_records,
+        encoding=config.data.encoding, separator=config.data.separator,
     )  # fmt: skip
-    need_test = config.eval_every > 0
-    if config.partition == partition.FOLDERS:
-        found = folders.names(source, config.clients)
+    need_test = config.execution.eval_every > 0
+    if config.data.partition == partition.FOLDERS:
+        found = folders.names(source, config.schedule.clients)
         corpus = sources.load_public(source, need_test)
         return Dealt(corpus, lambda own: _together({k: folders.read(source, corpus, found[k]) for k in own}))
     corpus = sources.load(source, need_test)
     train = corpus.train
-    parties = config.parties or config.clients
-    shares = partition.partition(config.partition, train.labels, train.groups, parties, config.split_seed)[
-        config.party :
-    ]
+    parties = config.data.parties or config.schedule.clients
+    shares = partition.partition(
+        config.data.partition, train.labels, train.groups, parties, config.schedule.split_seed
+    )[config.data.party :]
 
     def read(own):
         own = {k: records.take(train, shares[k]) for k in own}
@@ -57,8 +57,8 @@ def by_client(table, shares):
 def load(config):
     """The corpus, and each client's indices into its training records."""
     dealt = deal(config)
-    train, shares = dealt.read(range(config.clients))
-    return dealt.corpus._replace(train=train), [shares[k] for k in range(config.clients)]
+    train, shares = dealt.read(range(config.schedule.clients))
+    return dealt.corpus._replace(train=train), [shares[k] for k in range(config.schedule.clients)]
 
 
 def _together(by_client):

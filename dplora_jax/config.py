@@ -1,0 +1,482 @@
+"""The configuration of a run: nested frozen dataclasses, one for each concern.
+
+A script, a notebook and the command line build the same. A field says once what it is called, its default, its meaning, its range,
+and what it decides.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from dplora_jax.errors import InputError
+
+# What a field decides. On resume, only fields that decide the result must be what they were.
+RESULT = "result"  # the bits of the adapter, and the accounting
+LAYOUT = "layout"  # where and in which portions the same is computed
+METRICS = "metrics"  # what is measured of it
+DISPLAY = "display"  # what is shown of it, and where
+PROCESS = "process"  # which of several processes this one is: the only fields that may differ between them
+
+
+def field(
+    default,
+    text,
+    decides=RESULT,
+    *,
+    least=None,
+    above=None,
+    most=None,
+    below=None,
+    choices=None,
+    flag=None,
+    common=False,
+):
+    """A field: its default, its help text, what it decides, its range (least <= value <= most, above < value < below) or its
+    `choices`, its name on the command line where that is another (`flag`), and whether it is one of those that matter to most."""
+    facts = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
+    return dataclasses.field(
+        default=default,
+        metadata={"help": text, "decides": decides, "flag": flag, "common": common}
+        | {name: value for name, value in facts.items() if value is not None},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The frozen language model that all clients start from."""
+
+    name: str = field(
+        "all-MiniLM-L6-v2",
+        "directory, .gguf file, installed package or hub id of the base model",
+        flag="model",
+        common=True,
+    )
+    dtype: str = field("float32", "type of the base's weights and of matrix products", choices=("float32", "bfloat16"))
+    quantize: str | None = field(
+        None, "keep the frozen matrices in 8 or 4 bits; default: as `dtype` says", choices=("int8", "nf4")
+    )
+    remat: bool = field(False, "compute each layer's activations again in the backward pass: less memory, more time")
+    feature_norm: float = field(
+        0.0,
+        "classifier (BERT): centre the head's features and scale them to this norm, both measured on the public test set's text "
+        "(not its labels); the released head has it folded in; 0 leaves them as the model makes them",
+        least=0.0, below=math.inf,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The records: where they lie, what they are, how they are dealt to clients, and how long a row is."""
+
+    dataset: str = field(
+        "finance_demo",
+        "finance_demo, medical_demo, general_demo (embedded, synthetic); a public table by name (docs/data.md); or your own: "
+        "csv, jsonl, parquet, text",
+        common=True,
+    )
+    data_dir: str | None = field(None, "directory with train.* (and test.*) of `dataset`", common=True)
+    test_data: str | None = field(None, "file with the public test set", common=True)
+    encoding: str | None = field(
+        None, "encoding of the csv, jsonl and text files that are not UTF-8 and have no byte-order mark, as cp1252"
+    )
+    separator: str | None = field(
+        None,
+        "what parts the cells of csv files: comma, semicolon, tab, pipe or a character; a file whose header has the columns "
+        "only at commas (in .tsv, tabs) is read so all the same",
+    )
+    text_column: str | None = field(None, "column of the text, for csv, jsonl and parquet", common=True)
+    label_column: str | None = field(None, "column of the label, for csv, jsonl and parquet", common=True)
+    prompt_column: str | None = field(None, "column of the prompt, for answers to train a language model on")
+    answer_column: str | None = field(None, "column of the answer to each prompt")
+    labels: tuple[str, ...] | None = field(
+        None, "comma-separated label set; default: the task's, else the public test's", common=True
+    )
+    test_fraction: float | None = field(
+        None, "share of the table held out as the test set; giving it declares that share public"
+    )
+    train_records: int | None = field(
+        None, "use so many of the training records, drawn by `split_seed`; default: all", least=1
+    )
+    test_records: int | None = field(
+        None, "evaluate on so many of the test records, drawn by `split_seed`; default: all", least=1
+    )
+    max_length: int = field(64, "tokens a row, public; longer texts are cut", least=1)
+    objective: str = field(
+        "auto",
+        "classifier: a head for the labels; language_model: the tokens of answers, of text, or of a label's word; auto: a "
+        "classifier of BERT, else a language model",
+        choices=("auto", "classifier", "language_model"),
+    )
+    chat: bool = field(False, "put prompts into the tokenizer's chat template, for models tuned to follow instructions")
+    partition: str = field(
+        "iid",
+        "how records are dealt to clients: iid, dirichlet:ALPHA (by label), column:NAME, folders (data_dir/<client>/)",
+        common=True,
+    )
+    parties: int | None = field(
+        None, "deal the records to so many, of whom the first `clients` take part: a control; default: `clients`"
+    )
+    party: int = field(0, "with `parties` and clients=1: which of them, from 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapter: which matrices, of which rank, and what of them is trained."""
+
+    rank: int = field(4, "LoRA rank", least=1, common=True)
+    alpha: float = field(8.0, "LoRA alpha: the adapter's product is scaled by alpha / rank", above=0.0, below=math.inf)
+    targets: tuple[str, ...] = field(("q", "v"), "comma-separated matrices to adapt, or all-linear")
+    last_layers: int | None = field(None, "adapt only this many layers nearest the output", least=1)
+    freeze_a: bool = field(False, "train B alone (FFA-LoRA)")
+    head_only: bool = field(False, "train the classification head alone, no LoRA: a control")
+    ranks: tuple[int, ...] | None = field(
+        None, "comma-separated LoRA rank of each client, up to `rank`; default: `rank` for all"
+    )
+
+    @property
+    def trained_targets(self):
+        """`targets`; () with `head_only`."""
+        return () if self.head_only else self.targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+    """What is promised, to whom, and how the mechanism keeps it."""
+
+    trust: str = field(
+        "local",
+        "local: each client's noise carries its guarantee; distributed: the clients' noises together do, under secure "
+        "aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
+        choices=("local", "distributed", "client", "none"), common=True,
+    )  # fmt: skip
+    epsilon: float | None = field(
+        None,
+        "privacy budget of each client; inf is trust=none, none unsets a flagfile's",
+        above=0.0, common=True,
+    )  # fmt: skip
+    delta: float = field(1e-5, "delta of the guarantee", above=0.0, below=1.0, common=True)
+    noise_multiplier: float | None = field(
+        None, "sigma, in place of `epsilon`: noise std = sigma * clip_norm on the sum", common=True
+    )
+    clip_norm: float = field(
+        1.0,
+        "L2 norm to which each example's gradient (with trust=client, each client's update) is clipped; inf, with "
+        "trust=none, clips nothing",
+        above=0.0, common=True,
+    )  # fmt: skip
+    clipping: str = field(
+        "flat",
+        "flat: each example's whole gradient to clip_norm; per_layer: each matrix's to its share; automatic: every gradient "
+        "scaled to about clip_norm; adaptive: clip_norm follows a privately estimated quantile of the norms",
+        choices=("flat", "per_layer", "automatic", "adaptive"),
+    )
+    clip_quantile: float = field(
+        0.5, "clipping=adaptive: the share of gradients that the clip norm should leave whole", above=0.0, below=1.0
+    )
+    clip_rate: float = field(
+        0.2, "clipping=adaptive: how fast the clip norm moves, in logarithms a step", above=0.0, most=5.0
+    )
+    count_noise_multiplier: float | None = field(
+        None,
+        "clipping=adaptive: std of the noise on the count within the clip norm; default: chosen for each client",
+    )
+    noise: str = field(
+        "independent",
+        "independent: in each local step; banded: correlated over the local steps of a round; hardened: as independent, but "
+        "drawn on the host by a cryptographic generator, and integer like the gradients, which takes per-row gradients",
+        choices=("independent", "banded", "hardened"),
+    )
+    bands: int | None = field(None, "noise=banded: how many steps' noise is correlated; default: `local_steps`")
+    survivors: int | None = field(
+        None, "trust=distributed: clients that surely send their sum, fewer void the round; default: all"
+    )
+    colluding: int | None = field(None, "trust=distributed: clients assumed to tell their own noise; default: 1")
+    client_rate: float | None = field(
+        None, "trust=client: probability with which each client takes part in a round; default: 1"
+    )
+    seed: int | None = field(None, "makes the run reproducible, noise included: its outputs are NOT for release")
+
+    @property
+    def private(self):
+        """Whether there is any guarantee."""
+        return self.trust != "none"
+
+    @property
+    def mechanism_options(self):
+        """What `accounting.calibrate` and `with_noise` take beyond sizes, steps and noise."""
+        adaptive = self.clipping == "adaptive"
+        return {"adaptive": adaptive, "count_noise": self.count_noise_multiplier, "bands": self.bands or 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How many clients, rounds and local steps, how large their batches, and who is in which round."""
+
+    clients: int = field(5, "how many parties", least=1, common=True)
+    rounds: int = field(50, "rounds of the federation", least=1, common=True)
+    local_steps: int = field(1, "noisy steps of each client in a round", least=1)
+    expected_batch_size: float = field(
+        64.0, "mean of the Poisson sample of each client's step", above=0.0, below=math.inf, common=True
+    )
+    participation: str = field(
+        "all",
+        "who is in a round: all; fixed:M, M clients in turn; poisson:P, each with probability P. The schedule is public, drawn "
+        "from `split_seed`, and a client pays for its own rounds",
+    )
+    dropout: float | None = field(
+        None,
+        "simulated share of clients that fail to send in a round (not with trust=client); default: 0",
+        least=0.0, below=1.0,
+    )  # fmt: skip
+    split_seed: int = field(0, "seed of the test split, of the simulated partition and of the schedule: public")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A client's local steps."""
+
+    client_optimizer: str = field("sgd", "fresh in every round", choices=("sgd", "adam"))
+    client_lr: float = field(0.3, "learning rate of the adapter matrices", above=0.0, below=math.inf, common=True)
+    head_lr: float | None = field(
+        None, "learning rate of the classification head; default: `client_lr`", least=0.0, below=math.inf, common=True
+    )
+    lr_decay: float = field(
+        1.0, "learning rates fall linearly over the rounds, to this share of themselves", least=0.0, most=1.0
+    )
+    proximal: float = field(
+        0.0, "FedProx: how strongly local steps are pulled back to where the round began", least=0.0, below=math.inf
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregation:
+    """How uploads become the next adapter, and the server's step."""
+
+    method: str = field(
+        "fedavg",
+        "fedavg: the means of A and of B; rolora: A and B trained in turn; fedsa: A shared, each client keeps its B; fedex: "
+        "fedavg, and what its product misses folded into the base; flora: the stacked adapters folded into the base; "
+        "flexlora: the mean product, factored anew",
+        flag="aggregation",
+    )
+    robust: str = field(
+        "none",
+        "none, median, or trimmed_mean:SHARE (cut at either end): of each coordinate, in place of the weighted mean",
+    )
+    upload_bits: int | None = field(
+        None, "round uploads at random to so many bits a number; default: float32", choices=(8, 4)
+    )
+    server_lr: float = field(1.0, "learning rate of the server on the mean upload", above=0.0, below=math.inf)
+    server_momentum: float = field(0.0, "momentum of the server", least=0.0, below=1.0)
+    server_optimizer: str = field(
+        "sgd", "the server's step on the mean upload (FedOpt)", choices=("sgd", "adam", "yogi", "adagrad")
+    )
+    ema: float = field(0.0, "decay of the running average of released adapters; 0 keeps the last", least=0.0, below=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Where and in which portions it is computed; none of it changes what is computed."""
+
+    dispatch_rounds: int = field(25, "the most rounds in one dispatch of the compiled program", LAYOUT, least=1)
+    eval_every: int = field(5, "rounds between evaluations on the public test set; 0 never evaluates", LAYOUT, least=0)
+    mesh: str = field(
+        "auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices", LAYOUT, common=True
+    )
+    wave: int | None = field(
+        None,
+        "clients that a device computes at a time; default: several where their rows can be pooled, else 1",
+        LAYOUT, least=1,
+    )  # fmt: skip
+    stream: bool | None = field(
+        None,
+        "keep records on the host, and send each round's rows while the round before runs; default: where they would take more "
+        "than a quarter of a device's memory",
+        LAYOUT,
+    )
+    microbatch: int | None = field(
+        None, "rows of a client's batch that a device holds at a time; default: all", LAYOUT, least=1
+    )
+    cache_frozen: bool = field(
+        True, "run the layers below the adapted ones once for each record, not at each step", LAYOUT
+    )
+    private_diagnostics: bool = field(
+        False, "write exact losses, clip fractions and sampled counts into private/", DISPLAY
+    )
+    coordinator: str | None = field(
+        None,
+        "HOST:PORT of process 0, to join several processes; auto: as Slurm, a TPU pod or Kubernetes tells; default: one",
+        PROCESS,
+    )
+    processes: int | None = field(
+        None, "how many processes the run has; default: one, or as coordinator=auto finds", PROCESS
+    )
+    process: int | None = field(
+        None, "which of them this is, from 0; process 0 writes the workdir, which all must see", PROCESS
+    )
+    stall_timeout: float = field(
+        1800.0,
+        "seconds that a process may keep the others waiting (compilation, the longest dispatch) before all end",
+        PROCESS, least=10.0,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is measured beyond the task's own metrics."""
+
+    generate: int = field(
+        32,
+        "test prompts that are answered before the first round and after the last, for token F1 and ROUGE-L",
+        METRICS, least=0,
+    )  # fmt: skip
+    new_tokens: int = field(48, "tokens of such an answer, at most", METRICS, least=1)
+    benchmarks: tuple[str, ...] = field(
+        (),
+        "comma-separated public tasks (docs/data.md) to evaluate on before the first round and after the last",
+        METRICS,
+    )
+    benchmarks_dir: str | None = field(None, "folder with a folder for each of `benchmarks`; default: the hub", METRICS)
+    benchmark_records: int | None = field(
+        None, "records of each of `benchmarks`, drawn by `split_seed`; default: all", METRICS, least=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a run's files go, and what is made for whom."""
+
+    auto: bool = field(
+        False,
+        "fill the flags that matter for utility, where not given, from public sizes and epsilon, and say what was chosen",
+        common=True,
+    )
+    workdir: str | None = field(None, "where everything goes; default: runs/<flagfile's name>", DISPLAY, common=True)
+    tensorboard: bool = field(
+        False, "write the public metrics for TensorBoard too, into the workdir (extra: tensorboard)", DISPLAY
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FederationConfig:
+    """What a `Federation` is: everything but the model, the records and where files go."""
+
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    privacy: Privacy = dataclasses.field(default_factory=Privacy)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
+    execution: Execution = dataclasses.field(default_factory=Execution)
+
+    @property
+    def steps_per_round(self):
+        """How many steps of the private mechanism a round is: a client's whole update is one."""
+        return 1 if self.privacy.trust == "client" else self.schedule.local_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(FederationConfig):
+    """A federation with its model, its records, its evaluation and its files: all that `experiments.run` takes."""
+
+    base: Base = dataclasses.field(default_factory=Base)
+    data: Data = dataclasses.field(default_factory=Data)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    output: Output = dataclasses.field(default_factory=Output)
+
+
+class Field(typing.NamedTuple):
+    """A field of a RunConfig by its name on the command line: `section` and `name` say where it stands, `kind` is its type and
+    `items` that of its items where it is a tuple; `optional` says whether None is a value."""
+
+    flag: str
+    section: str
+    name: str
+    kind: type
+    items: type | None
+    optional: bool
+    default: Any
+    metadata: Any
+
+
+def _fields():
+    for part in dataclasses.fields(RunConfig):
+        for entry in dataclasses.fields(part.default_factory):
+            kinds = [entry.type] if not isinstance(entry.type, types.UnionType) else list(typing.get_args(entry.type))
+            optional = types.NoneType in kinds
+            (kind,) = (kind for kind in kinds if kind is not types.NoneType)
+            items = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+            flag = entry.metadata["flag"] or entry.name
+            yield Field(
+                flag,
+                part.name,
+                entry.name,
+                typing.get_origin(kind) or kind,
+                items,
+                optional,
+                entry.default,
+                entry.metadata,
+            )
+
+
+FIELDS = {entry.flag: entry for entry in _fields()}
+
+
+def fields(config=RunConfig):
+    """{flag: Field} of a FederationConfig or a RunConfig (or their types)."""
+    sections = {part.name for part in dataclasses.fields(config)}
+    return {name: entry for name, entry in FIELDS.items() if entry.section in sections}
+
+
+def field_value(config, flag):
+    """The value of the field that is called `flag` on the command line."""
+    entry = FIELDS[flag]
+    return getattr(getattr(config, entry.section), entry.name)
+
+
+def replace(config, **values):
+    """`config` with other values for some fields, by their names on the command line.
+
+    >>> replace(RunConfig(), rank=8, epsilon=2.0).lora.rank
+    8
+    """
+    parts = {}
+    for flag, new in values.items():
+        if flag not in fields(config):
+            raise InputError(f"{flag!r} is not a field of the configuration.")
+        entry = FIELDS[flag]
+        parts.setdefault(entry.section, {})[entry.name] = new
+    return dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **new) for part, new in parts.items()}
+    )
+
+
+def to_flat(config):
+    """{flag: value}, tuples as comma-separated text: what config.json says."""
+    return {
+        flag: ",".join(map(str, held)) or None if isinstance(held := field_value(config, flag), tuple) else held
+        for flag in fields(config)
+    }
+
+
+def from_flat(values, kind=RunConfig):
+    """A configuration from {flag: value} as `to_flat` makes it; fields that are missing have their defaults."""
+    return replace(kind(), **{flag: from_text(FIELDS[flag], held) for flag, held in values.items()})
+
+
+def from_text(entry, held):
+    """The value of the Field `entry` that `held` stands for, where it is a tuple and that is comma-separated text."""
+    if entry.items is None or not isinstance(held, str | None):
+        return held
+    if held is None:
+        return None if entry.optional else ()
+    try:
+        return tuple(entry.items(part.strip()) for part in held.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"{entry.flag}={held} must be whole numbers with commas between.") from None
+
+
+def deciding(*kinds):
+    """The flags of all fields that decide one of `kinds` (RESULT, LAYOUT, ...)."""
+    return [flag for flag, entry in FIELDS.items() if entry.metadata["decides"] in kinds]
