@@ -52,6 +52,18 @@ def classifier(model, mesh, params, test):
     return lambda adapter, residual=(): _of_labels(predict(adapter, residual), labels, model.config.num_labels)
 
 
+def on(test):
+    """What `Federation.fit` takes as `evaluate`: accuracy and macro-F1 on the public rows `test` (a dict of [N, ...] arrays) where they
+    have `labels`, else perplexity over the tokens that `loss_mask` marks."""
+    make = classifier if "labels" in test else perplexity
+
+    def measure(prepared):
+        evaluate = make(prepared.model, prepared.mesh, prepared.params, prepared.rows(test))
+        return lambda adapter, residual=(), ends=False: evaluate(adapter, residual)
+
+    return measure
+
+
 def likelihoods(model, mesh, params, table):
     """A function (adapter, residual=()) -> [N] float64: the log-likelihood, in nats, of the tokens that `loss_mask` marks in each
     row of `table` (dict of [N, T] arrays; `encoding.right_answers`). As `classifier` otherwise."""
