@@ -20,13 +20,14 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_DISABLE_PROGRESS_BARS": "
 PR_SET_DUMPABLE = 4  # of Linux' prctl
 
 
-def begin(speaks=lambda: True):
+def begin(speaks=lambda: True, phrase=str):
     """To be called first by a command that holds records or secrets, for the rest of its process: what libraries log is dropped,
-    and their warnings and uncaught exceptions are shown by type and place alone. Warnings are shown where `speaks()`."""
+    and their warnings and uncaught exceptions are shown by type and place alone. Warnings are shown where `speaks()`, and this
+    project's own as `phrase(message)` puts them."""
     _dump_no_core()
     os.environ |= QUIET
     logging.disable(logging.CRITICAL)
-    warnings.showwarning = lambda *args: speaks() and _show_warning(*args)
+    warnings.showwarning = lambda *args: speaks() and _show_warning(phrase, *args)
     sys.excepthook = lambda _, error, __: show(error)
     threading.excepthook = sys.unraisablehook = lambda told: told.exc_value is not None and show(told.exc_value)
 
@@ -68,9 +69,9 @@ def _said(error):
     return WITHHELD if error.args else ""
 
 
-def _show_warning(message, category, filename, line, *_):
+def _show_warning(phrase, message, category, filename, line, *_):
     own = isinstance(message, InputWarning)
-    print(f"warning: {message if own else f'{_name(category)} at {filename}:{line} ({WITHHELD})'}", file=sys.stderr)
+    print(f"warning: {phrase(message) if own else f'{_name(category)} at {filename}:{line} ({WITHHELD})'}", file=sys.stderr)
 
 
 def _name(kind):

@@ -33,7 +33,7 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    guard.begin()
+    guard.begin(phrase=cli.as_flags)
     own, config = _parse(sys.argv[1:] if argv is None else argv)
     if own.help:
         print(HELP)

@@ -80,6 +80,7 @@ def speaking_of_flags():
 
 def as_flags(text):
     """`text` of the library with flags in the place of fields: `rank` becomes --rank, and rank=8 becomes --rank=8."""
+    text = str(text)
     text = re.sub(rf"`({NAMES})`", r"--\1", text)
     return re.sub(rf"(?<![\w.`-])({NAMES})=(?=[^\s=])", r"--\1=", text)
 

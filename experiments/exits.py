@@ -5,12 +5,16 @@ import os
 import sys
 
 from dplora_jax import errors
+from experiments import cli
 
 
 def known(error, folder=None):
-    """The InputError that `error` is or stands for, as of `told`; None for a fault of the program. An InputError stays what it
+    """The InputError that `error` is or stands for, as of `told`, speaking of flags; None for a fault of the program. An InputError stays what it
     is, whatever it came from."""
-    return error if isinstance(error, errors.InputError) else errors.storage(error, folder)
+    meant = error if isinstance(error, errors.InputError) else errors.storage(error, folder)
+    if meant is not None:
+        meant.args = (cli.as_flags(str(meant)), *meant.args[1:])
+    return meant
 
 
 def told(error, folder=None):

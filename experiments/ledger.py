@@ -134,7 +134,7 @@ def main(arguments=None):
     """Run the command line -> exit code: 0 where the ledger holds, 2 where it does not."""
     from rich.console import Console
 
-    guard.begin()  # the secrets are read where they are there
+    guard.begin(phrase=cli.as_flags)  # the secrets are read where they are there
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
         raise InputError(f"give a command and a workdir: {USAGE}.")

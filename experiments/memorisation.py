@@ -57,7 +57,7 @@ def main(argv=None):
     from dplora_jax import guard, private_files
     from dplora_jax.federation import workdir
 
-    guard.begin()
+    guard.begin(phrase=cli.as_flags)
     config, own = parse(sys.argv[1:] if argv is None else argv)
     with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():

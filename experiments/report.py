@@ -234,7 +234,7 @@ def _cells(path: pathlib.Path | None) -> list[dict]:
 @exits.guarded
 def main(arguments: list[str]) -> int:
     """Write the report of the one workdir named; 2 and a sentence on stderr if that cannot be."""
-    guard.begin()  # the ledger's seals are checked by the secrets
+    guard.begin(phrase=cli.as_flags)  # the ledger's seals are checked by the secrets
     sweeps = [word.partition("=")[2] for word in arguments if word.startswith("--sweep=")]
     folders = [word for word in arguments if not word.startswith("--sweep=")]
     if len(folders) != 1 or len(sweeps) > 1:

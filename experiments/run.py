@@ -19,7 +19,7 @@ def main(argv=None):
     from dplora_jax.federation import processes, storage
     from experiments import cli
 
-    guard.begin(processes.primary)
+    guard.begin(processes.primary, cli.as_flags)
     arguments = sys.argv[1:] if argv is None else argv
     folder = None
     try:

@@ -35,7 +35,7 @@ DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    guard.begin()
+    guard.begin(phrase=cli.as_flags)
     argv = sys.argv[1:] if argv is None else argv
     cells, own = parse(argv)
     missing = _missing(cells, own.out)

@@ -45,7 +45,7 @@ def parse(*more):
         (["--robust=median", "--trust=client", "--delta=1e-3"], "--trust=client does not"),
         (["--upload_bits=8", "--trust=distributed"], "--trust=distributed does not"),
         (["--participation=fixed:2", "--trust=distributed"], "--trust=distributed does not"),
-        (["--upload_bits=3"], "4 or 8"),
+        (["--upload_bits=3"], "8 or 4"),
         (["--upload_bits=8", "--noise=hardened"], "leave one of them out"),
         (["--robust=trimmed_mean:0.5"], "malformed"),
         (["--robust=trimmed_mean"], "malformed"),

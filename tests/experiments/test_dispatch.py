@@ -51,9 +51,10 @@ def job(tmp_path):
     """`job(mechanisms, **flags)`: a run of four rounds that nothing was charged for yet."""
 
     def make(mechanisms=MECHANISMS, data=b"d" * 32, base=b"b" * 32, **changes):
-        config = RunConfig(
+        config = replace(
+            RunConfig(),
             **{"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
-            | changes
+            | changes,
         )
         local = types.SimpleNamespace(bits=None)
         prepared = types.SimpleNamespace(

@@ -51,7 +51,7 @@ def parsed(tmp_path, monkeypatch):
     ],
 )
 def test_a_line_means_what_it_says(parsed, line, name, value):
-    assert getattr(parsed(line), name) == value
+    assert field_value(parsed(line), name) == value
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_processes_need_no_number_where_the_cluster_gives_it():
     assert cli.parse(["--epsilon=8", "--coordinator=auto"]).execution.process is None
 
 
-PAPER = sorted(path.name for path in (flagfile_reader.SHIPPED / "flagfiles").glob("paper_*.flags"))
+PAPER = sorted(path.name for path in flagfile_reader.SHIPPED.glob("paper_*.flags"))
 
 
 def test_there_is_a_federation_of_the_papers_for_each_model_and_domain_that_it_can_have():

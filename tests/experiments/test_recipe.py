@@ -63,7 +63,10 @@ def test_what_is_given_stays_and_what_is_chosen_is_said(command, capsys):
 def test_without_public_text_no_features_are_centred(command, finance_table, tmp_path):
     (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
     bare = cli.parse([*command, "--epsilon=2", f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"])
-    assert (bare.feature_norm, bare.head_lr) == (0, recipe.chosen([30, 30], 2, 2.0, "classifier")["head_lr"])
+    assert (bare.base.feature_norm, bare.optimizer.head_lr) == (
+        0,
+        recipe.chosen([30, 30], 2, 2.0, "classifier")["head_lr"],
+    )
 
 
 def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table, tmp_path, capsys):
@@ -73,7 +76,7 @@ def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table,
     (other / "train.csv").write_text("\n".join([rows[0], *rows[:0:-1][:30], *rows[1:31]]) + "\n")
     (other / "test.csv").write_text((finance_table / "test.csv").read_text())
     plain, changed = (cli.parse([*command, "--epsilon=8", f"--data_dir={d}"]) for d in (finance_table, other))
-    assert replace(changed, data_dir=plain.data_dir) == plain
+    assert replace(changed, data_dir=plain.data.data_dir) == plain
 
 
 def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsys):
@@ -88,11 +91,13 @@ def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsy
 def test_it_goes_by_what_the_run_will_be(command):
     """No privacy is no reason for small rates, whatever budget stands in the flagfile; nor has every aggregation a frozen A."""
     bare = cli.parse([*command, "--epsilon=2", "--trust=none"])
-    assert bare.client_lr == 1.0
+    assert bare.optimizer.client_lr == 1.0
     unclipped = cli.parse([*command, "--trust=none", "--clip_norm=inf"])
-    assert (unclipped.feature_norm, unclipped.head_lr) == (0, 8.0)
+    assert (unclipped.base.feature_norm, unclipped.optimizer.head_lr) == (0, 8.0)
     own = cli.parse([*command, "--epsilon=8", "--head_lr=3"])
-    assert (own.feature_norm, own.head_lr) == (0, 3.0), "features were scaled under a rate that was not chosen for it"
+    assert (own.base.feature_norm, own.optimizer.head_lr) == (0, 3.0), (
+        "features were scaled under a rate that was not chosen for it"
+    )
     assert not cli.parse([*command, "--epsilon=8", "--aggregation=rolora", "--local_steps=1"]).lora.freeze_a
     deep = [word for word in command if not word.startswith("--last_layers")]
     assert cli.parse([*deep, "--epsilon=8"]).lora.last_layers == 2  # as many as the model has

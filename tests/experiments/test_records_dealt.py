@@ -6,8 +6,14 @@ from dplora_jax.finetuning import dealing
 
 
 def config(folder, **flags):
-    return RunConfig(
-        dataset="csv", data_dir=str(folder), text_column="text", label_column="label", labels="good,bad", **flags
+    return replace(
+        RunConfig(),
+        dataset="csv",
+        data_dir=str(folder),
+        text_column="text",
+        label_column="label",
+        labels="good,bad",
+        **flags,
     )
 
 

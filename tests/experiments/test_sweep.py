@@ -1,13 +1,12 @@
 """A sweep runs each cell once, goes on where it was, and says means and deviations over seeds."""
 
 import collections
-import dataclasses
 import json
 import math
 
 import pytest
 
-from dplora_jax.config import RunConfig, field_value, replace
+from dplora_jax.config import RunConfig, replace
 from dplora_jax.errors import InputError
 from experiments import run, sweep, sweep_cells, sweep_report
 
@@ -25,9 +24,10 @@ def command(tiny_bert, finance_table, tmp_path):
 def test_cells_are_the_product_of_cases_values_and_seeds(command):
     cells, _ = sweep_cells.parse(command)
     assert len(cells) == 8
-    assert {(c.aggregation, c.trust, c.seed, c.split_seed) for c in (cell.config for cell in cells)} == {
-        (a, t, s, s) for a in ("fedavg", "fedex") for t in ("local", "none") for s in (1, 2)
-    }
+    assert {
+        (c.aggregation.method, c.privacy.trust, c.privacy.seed, c.schedule.split_seed)
+        for c in (cell.config for cell in cells)
+    } == {(a, t, s, s) for a in ("fedavg", "fedex") for t in ("local", "none") for s in (1, 2)}
 
 
 def test_what_auto_chose_is_said_once_for_all_cells_that_have_it(command, capsys):
@@ -58,14 +58,13 @@ def test_a_case_with_the_name_of_a_control_is_refused(command, capsys):
     assert "one of --controls" in capsys.readouterr().err
 
 
-def test_cells_keep_their_names_when_a_flag_is_added(command):
+def test_cells_keep_their_names_when_a_flag_is_added(command, monkeypatch):
     cells, _ = sweep_cells.parse(command)
     config, digest = cells[0].config, cells[0].name["config"]
-    fewer = dataclasses.make_dataclass(
-        "Earlier", [(f.name, f.type, f) for f in dataclasses.fields(config) if f.name != "feature_norm"]
-    )
-    earlier = fewer(**{f.name: field_value(config, f.name) for f in dataclasses.fields(fewer)})
-    assert sweep_cells._digest(earlier, sweep_cells.RUN) == digest
+    earlier = lambda *kinds: [name for name in deciding(*kinds) if name != "feature_norm"]  # noqa: E731
+    with monkeypatch.context() as without:
+        without.setattr(sweep_cells, "deciding", earlier)
+        assert sweep_cells._digest(config, sweep_cells.RUN) == digest
     assert sweep_cells._digest(replace(config, feature_norm=8.0), sweep_cells.RUN) != digest
     assert sweep_cells._digest(replace(config, workdir="elsewhere"), sweep_cells.RUN) == digest
     assert sweep_cells._digest(config, sweep_cells.BASE) != digest
@@ -106,8 +105,8 @@ def test_controls_without_privacy_are_run_once_for_all_budgets(command):
         by_case["clipped, no noise"].config.privacy.trust,
     ) == (1, "none")
     pooled, alone = by_case["all data in one client"].config, by_case["first client alone"].config
-    assert (pooled.clients, pooled.expected_batch_size) == (1, 16)
-    assert (alone.clients, alone.parties, alone.expected_batch_size) == (1, 2, 8)
+    assert (pooled.schedule.clients, pooled.schedule.expected_batch_size) == (1, 16)
+    assert (alone.schedule.clients, alone.data.parties, alone.schedule.expected_batch_size) == (1, 2, 8)
     assert by_case["head alone"].config.lora.head_only
 
 

@@ -22,22 +22,22 @@ def test_a_flag_that_a_later_version_added_was_at_its_default(tmp_path):
     del stored["quantize"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert workdir.stored_config(tmp_path, CONFIG) == stored
-    with pytest.raises(InputError, match="another --quantize"):
+    with pytest.raises(InputError, match="another `quantize`"):
         workdir.stored_config(tmp_path, replace(RunConfig(), quantize="int8"))
 
 
 @pytest.mark.parametrize("flag", ["encoding", "separator"])
 def test_what_decides_how_a_table_is_read_may_not_change(flag, tmp_path):
     workdir.write_config(tmp_path, CONFIG, {"clients": []})
-    with pytest.raises(InputError, match=f"another --{flag}"):
-        workdir.stored_config(tmp_path, RunConfig(**{flag: "cp1252"}))
+    with pytest.raises(InputError, match=f"another `{flag}`"):
+        workdir.stored_config(tmp_path, replace(RunConfig(), **{flag: "cp1252"}))
 
 
 def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path, monkeypatch, capsys):
     """An edited row of a mechanism, the features, the release: all of it is made anew, and config.json and round 0 with it."""
     seen = []
 
-    def prepare(config, stored):
+    def prepare(config, stored, command):
         seen.append(stored)
         raise InputError("seen.")
 
