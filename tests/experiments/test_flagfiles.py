@@ -5,6 +5,7 @@ import re
 import pytest
 from absl import flags as absl_flags
 
+from dplora_jax.config import field_value
 from dplora_jax.errors import InputError
 from experiments import cli, export, flagfile_reader
 

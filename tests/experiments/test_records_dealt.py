@@ -1,6 +1,6 @@
 """From flags to each client's records."""
 
-from dplora_jax.config import RunConfig
+from dplora_jax.config import RunConfig, replace
 from dplora_jax.data import partition
 from dplora_jax.finetuning import dealing
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dplora_jax.config import RunConfig, replace
+from dplora_jax.config import RunConfig, deciding, replace
 from dplora_jax.errors import InputError
 from experiments import run, sweep, sweep_cells, sweep_report
 
