@@ -24,7 +24,9 @@ def main(argv=None):
     folder = None
     try:
         config = cli.parse(arguments)
-        processes.join(config)
+        code = processes.join(config)
+        if code is not None:  # of the supervisor of the process that did the work
+            return code
         with storage.open_workdir(config.output.workdir, config) as workdir:
             folder = workdir.directory
             with private_files.reasons_in(folder):
@@ -32,8 +34,7 @@ def main(argv=None):
                 processes.leave(code)
                 return code
     except Exception as error:
-        if processes.count() > 1:
-            processes.fail(exits.known(error, folder) or error)  # ends them all
+        processes.fail(exits.known(error, folder) or error)  # where there are several, ends them all
         return exits.told(error, folder)
 
 
