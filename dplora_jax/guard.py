@@ -71,7 +71,10 @@ def _said(error):
 
 def _show_warning(phrase, message, category, filename, line, *_):
     own = isinstance(message, InputWarning)
-    print(f"warning: {phrase(message) if own else f'{_name(category)} at {filename}:{line} ({WITHHELD})'}", file=sys.stderr)
+    print(
+        f"warning: {phrase(message) if own else f'{_name(category)} at {filename}:{line} ({WITHHELD})'}",
+        file=sys.stderr,
+    )
 
 
 def _name(kind):

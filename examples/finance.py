@@ -31,7 +31,9 @@ print(federation.plan([len(bank["labels"]) for bank in banks]))
 rounds = []
 for round in federation.fit(banks, evaluate=evaluation.on(test)):
     rounds.append(round)
-    print(f"round {round.number:2}  epsilon {max(round.epsilon):.3f}", *(f"{k} {v:.3f}" for k, v in round.metrics.items()))
+    print(
+        f"round {round.number:2}  epsilon {max(round.epsilon):.3f}", *(f"{k} {v:.3f}" for k, v in round.metrics.items())
+    )
 federation.save("finance_adapter")
 
 # %% Utility and privacy by round

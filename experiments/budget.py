@@ -54,7 +54,9 @@ def main(argv=None):
     """Answer the command line `argv` (default: this process's) -> exit code."""
     from experiments import budget_text
 
-    guard.begin(phrase=cli.as_flags)  # the sizes may be those of a table; nor are Renyi orders that do not converge worth a word: others do
+    guard.begin(
+        phrase=cli.as_flags
+    )  # the sizes may be those of a table; nor are Renyi orders that do not converge worth a word: others do
     question, options = parse(sys.argv[1:] if argv is None else argv)
     answer = solve(question)
     told = tell(question, answer)

@@ -14,7 +14,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import ledger_checks, run_files
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import exits
+from experiments import cli, exits
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table

@@ -16,7 +16,7 @@ from dplora_jax import errors, files, guard
 from dplora_jax.errors import InputError
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE
-from experiments import exits, ledger, report_markdown, sweep, sweep_report
+from experiments import cli, exits, ledger, report_markdown, sweep, sweep_report
 from experiments.report_figures import by_metric, figures
 from experiments.report_sections import against_rank, audits, charged, clients_table, communication, table
 from experiments.report_text import STYLE, accuracy_note, as_epsilon, repeated, show, show_bytes, show_metric

@@ -25,7 +25,7 @@ from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.files import parse_json, to_json
 from dplora_jax.privacy.chain import replace_durably
-from experiments import allocator, exits, sweep_report
+from experiments import allocator, cli, exits, sweep_report
 from experiments.sweep_cells import BEST, key, parse, settings
 from experiments.sweep_report import BASE, OUTCOME
 

@@ -21,8 +21,8 @@ import numpy as np
 from dplora_jax import guard
 from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError, Refused, storage
-from dplora_jax.files import to_json
 from dplora_jax.federation.supervisor import LOST, POLL, RECORD_BYTES, SECONDARY, SUSPECT, Supervisor
+from dplora_jax.files import to_json
 
 OWN = ("coordinator", "processes", "process", "stall_timeout")  # flags that need not be the same everywhere
 FOLDER = ".processes"  # of the workdir: heartbeats

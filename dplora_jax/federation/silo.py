@@ -12,8 +12,7 @@ rounding of floating point.
 Letters: K clients.
 """
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,6 @@ exception of ERRORS, or by "full" (no file may grow any more).
 import errno
 import json
 import os
-import pathlib
 import resource
 import signal
 import sys

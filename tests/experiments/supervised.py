@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from experiments import supervisor
+from dplora_jax.federation import supervisor
 
 supervisor.POLL, supervisor.SUSPECT, supervisor.SECONDARY = 0.1, 3.0, 7.5
 number, count, folder, stall = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3]), float(sys.argv[4])

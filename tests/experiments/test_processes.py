@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
-from tests.experiments import several
 
 from experiments import ledger
+from tests.experiments import several
 
 pytestmark = pytest.mark.slow
 ROUNDS = 10

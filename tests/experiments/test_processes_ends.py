@@ -6,9 +6,9 @@ import signal
 import socket
 
 import pytest
-from tests.experiments import several
 
 from experiments import ledger, supervisor
+from tests.experiments import several
 
 pytestmark = pytest.mark.slow
 ROUNDS = 3

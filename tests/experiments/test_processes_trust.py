@@ -9,9 +9,9 @@ import types
 
 import pytest
 
+from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError, Refused
 from dplora_jax.federation import dispatch, processes
-from experiments import cli
 
 MARKER = "Mrs Marker's cyst"
 

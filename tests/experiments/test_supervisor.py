@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from experiments import supervisor
+from dplora_jax.federation import supervisor
 
 pytestmark = pytest.mark.slow
 SCRIPT = pathlib.Path(__file__).parent / "supervised.py"
