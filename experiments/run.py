@@ -28,14 +28,15 @@ def main(argv=None):
     folder = None
     try:
         config = cli.parse(arguments)
-        processes.join(config)
+        code = processes.join(config)
+        if code is not None:  # of the supervisor of the process that did the work
+            return code
         with _workdir(config) as folder, private_files.reasons_in(folder):
             code = run(config, folder, " ".join(["python -m experiments.run", *arguments]))
             processes.leave(code)
             return code
     except Exception as error:
-        if processes.count() > 1:
-            processes.fail(exits.known(error, folder) or error)  # ends them all
+        processes.fail(exits.known(error, folder) or error)  # where there are several, ends them all
         return exits.told(error, folder)
 
 

@@ -1,26 +1,56 @@
-"""Several processes as one run, by JAX's own coordination service: joining, agreeing, and an end for all when one is lost.
+"""Several processes as one run: joining by `jax.distributed`, agreeing by collectives, and one end for all (`supervisor`).
 
-Each process drives its own devices and runs the same program; process 0 decides and writes. `watch` sees to it that all end
-when one is lost. With one process nothing here does anything, and JAX is not touched.
+Each process drives its own devices and runs the same program; process 0 decides and writes. With one process nothing here does
+anything, and JAX is not touched.
 """
 
-import functools
+import contextlib
 import json
+import multiprocessing
 import os
+import pathlib
+import secrets
 import signal
 import socket
 import sys
+import threading
+import time
+
+import numpy as np
 
 from dplora_jax import guard
 from dplora_jax.config import to_flat
-from dplora_jax.errors import InputError, Refused
-from dplora_jax.federation import watch
-from dplora_jax.federation.watch import LOST, ROOM
+from dplora_jax.errors import InputError, Refused, storage
+from dplora_jax.federation.supervisor import LOST, POLL, RECORD_BYTES, SECONDARY, SUSPECT, Supervisor
 from dplora_jax.files import to_json
 
 OWN = ("coordinator", "processes", "process", "stall_timeout")  # flags that need not be the same everywhere
+FOLDER = ".processes"  # of the workdir: heartbeats
+ROW = 1 << 10  # bytes of a process's value that pass in one collective
 
 _group = None
+
+
+class Group:
+    """A worker's place among the others, and its messages to its supervisor."""
+
+    def __init__(self, channel, number, count):
+        self.channel, self.number, self.count, self.name = channel, number, count, "this process"
+        self.steps, self.place = 0, "joining the others"
+        self.paid = set()  # hashes of ledger entries that this process has drawn from
+        self.sending = threading.Lock()
+
+    def tell(self, *message):
+        try:
+            with self.sending:
+                self.channel.send(message)
+        except OSError:  # the supervisor is gone, and with it whoever would end this process
+            os._exit(LOST)
+
+    def beat(self):
+        while True:
+            self.tell("at", self.steps, self.place)
+            time.sleep(POLL)
 
 
 def count():
@@ -39,89 +69,110 @@ def primary():
 
 
 def join(config):
-    """Join the run's other processes, if the flags name any. Nothing of JAX may have run before."""
+    """Join the run's other processes, if the flags name any; nothing of JAX may have run before. Returns None to the process that
+    is to do the work, which then is a child of its own, and at the end the exit code to its supervisor."""
     global _group
     if config.execution.coordinator is None:
-        return
+        return None
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    sys.stdout.flush()
+    if worker := os.fork():
+        sender.close()
+        return Supervisor(worker, receiver, config.execution.stall_timeout).run()
+    receiver.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor makes a SIGTERM of it
+    _group = Group(sender, config.execution.process, config.execution.processes)
+    threading.Thread(target=_group.beat, daemon=True).start()
+    _connect(config)
+    _introduce(config)
+    return None
+
+
+def addresses(coordinator):
+    """JAX's arguments for where process 0 is found, and where it listens: there alone. Left to itself it would listen to every
+    network, and it asks nobody who he is."""
+    if coordinator != "auto":
+        where = {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"}
+    else:  # JAX finds process 0's host; the port is named for it, since it is not said where it would listen
+        job = int(os.environ.get("SLURM_JOB_ID", 0))
+        port = os.environ.setdefault("JAX_COORDINATOR_PORT", str(61440 + job % 4096))
+        coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS", f"{socket.gethostname()}:{port}")
+        where = {}
+    return where | {"coordinator_bind_address": os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)}
+
+
+def _connect(config):
     import jax
-    from jax._src import distributed
-    from jax._src.lib import _jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours: it ends a dispatch, not the process
-    explicit = config.execution.coordinator != "auto"
-    where = (
-        {"coordinator_address": config.execution.coordinator, "cluster_detection_method": "deactivate"}
-        if explicit
-        else {}
-    )
-    bound = int(watch.patience(config.execution.stall_timeout))
-    real, real_service = _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service
-    _jax.get_distributed_runtime_service = functools.partial(_at_its_address, real_service, distributed.global_state)
-    # Without it JAX prints a C++ stack before it aborts; no Python can take what it would be called with, and so it aborts too.
-    _jax.get_distributed_runtime_client = functools.partial(real, missed_heartbeat_callback=lambda _: None)
+    stall = int(config.execution.stall_timeout)
     try:
         jax.distributed.initialize(
             num_processes=config.execution.processes,
             process_id=config.execution.process,
-            initialization_timeout=max(1, int(config.execution.stall_timeout)),
-            heartbeat_timeout_seconds=4 * bound,  # ours comes first, with a better sentence
-            shutdown_timeout_seconds=bound,
-            **where,
+            initialization_timeout=stall,
+            heartbeat_timeout_seconds=stall,  # the supervisors find a loss sooner, and name it
+            shutdown_timeout_seconds=int(SUSPECT),
+            **addresses(config.execution.coordinator),
         )
+        _group.number, _group.count = jax.process_index(), jax.process_count()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        print(
-            f"error: process {config.execution.process} could not join the others by coordinator={config.execution.coordinator} within "
-            f"{config.execution.stall_timeout:g} s: start all {config.execution.processes or ''} processes, and let them reach process 0 at that "
-            f"address: it listens there alone, or where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
-            file=sys.stderr,
+        _fail(
+            LOST,
+            f"process {config.execution.process} could not join the others by coordinator={config.execution.coordinator} within {stall} s: start "
+            f"all {config.execution.processes or ''} processes, and let them reach process 0 at that address: it listens there alone, or "
+            f"where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
         )
-        watch.leave_at_once(LOST)
-    finally:
-        _jax.get_distributed_runtime_client, _jax.get_distributed_runtime_service = real, real_service
-    state = distributed.global_state
-    _group = watch.Group(
-        state.client, state.process_id, state.num_processes, config.execution.stall_timeout, state.coordinator_address
-    )
-    watch.start(_group)
-    signal.signal(signal.SIGTERM, _stop)  # before the others can be past the first meeting
+
+
+def _introduce(config):
+    """Make the processes known to each other and to their supervisors. Raises InputError where flags or workdirs differ."""
+    folder, name = pathlib.Path(config.output.workdir) / FOLDER, secrets.token_hex(8)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b" " * RECORD_BYTES)
+    except OSError as error:
+        raise storage(error) or InputError(
+            f"workdir={config.output.workdir} cannot be written ({error.strerror})."
+        ) from None
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > 86400:  # of a process that was killed
+                path.unlink()
     flags = {name: repr(value) for name, value in to_flat(config).items() if name not in OWN}
-    told = gather({"host": socket.gethostname(), "flags": flags})
-    _group.hosts = [f"process {index} ({one['host']})" for index, one in enumerate(told)]
-    differ = sorted({f"--{n}" for one in told for n in flags if one["flags"].get(n) != told[0]["flags"].get(n)})
+    all_said = gather({"host": socket.gethostname(), "file": name, "flags": flags})
+    paths = [str(folder / one["file"]) for one in all_said]
+    names = [f"process {index} ({one['host']})" for index, one in enumerate(all_said)]
+    _group.name = names[_group.number]
+    _group.tell("joined", _group.number, names, paths)
+    differ = sorted({f"--{n}" for one in all_said for n in flags if one["flags"].get(n) != all_said[0]["flags"].get(n)})
     if differ:
         raise InputError(
             f"the processes were started with different {', '.join(differ)}: start all with the same flags."
         )
-
-
-def _at_its_address(service, state, _, *args, **options):
-    """JAX's coordination `service`, listening where the others are told to find it alone: left to itself it listens to every
-    network, and it asks nobody who he is."""
-    address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", state.coordinator_address)
-    return service(address, *args, **options)
-
-
-def _stop(*_):
-    named = _group.hosts[_group.number]
-    watch.end(_group, watch.STOPPED, f"{named} was stopped by SIGTERM before a round began: start all processes again.")
+    for name, path in zip(names, paths, strict=True):
+        if not os.path.exists(path):
+            raise InputError(f"{folder} has no file of {name}: `workdir` must be one folder that all processes see.")
 
 
 def gather(value):
     """Every process's `value` (JSON), in order; returns when all have come here."""
-    group = _group
-    if group is None:
-        return [json.loads(to_json(value))]
-    group.turn += 1
-    folder = f"{ROOM}/turn/{group.turn}"
-    group.client.key_value_set(f"{folder}/{group.number}", to_json(value))
-    # The watch ends a wait that is too long, and with a better sentence than the barrier's own.
-    group.client.wait_at_barrier(f"{ROOM}-{group.turn}", int(1000 * (2 * group.stall + 100)))
-    told = {key.rsplit("/", 1)[1]: text for key, text in group.client.key_value_dir_get(folder)}
-    if group.turn > 1:  # all have read the turn before, or they would not be here
-        group.client.key_value_delete(f"{ROOM}/turn/{group.turn - 1}/{group.number}")
-    return [json.loads(told[str(index)]) for index in range(group.count)]
+    text = to_json(value).encode()
+    if _group is None:
+        return [json.loads(text)]
+    from jax.experimental import multihost_utils
+
+    sent = len(text).to_bytes(8, "little") + text
+    width = ROW
+    while True:
+        rows = multihost_utils.process_allgather(np.frombuffer(sent[:width].ljust(width, b"\0"), np.uint8))
+        rows = [row.tobytes() for row in rows.reshape(_group.count, width)]
+        ends = [8 + int.from_bytes(row[:8], "little") for row in rows]
+        if max(ends) <= width:
+            return [json.loads(row[8:end]) for row, end in zip(rows, ends, strict=True)]
+        width = 1 << max(ends).bit_length()
 
 
 def agree(make):
@@ -153,38 +204,47 @@ def any_of(flag):
 
 
 def at(place):
-    """Tell the others where this process is: from here on they wait for it `stall_timeout` seconds at most."""
+    """Say where this process is: from here on the others wait for it `stall_timeout` seconds at most."""
     if _group:
         _group.steps, _group.place = _group.steps + 1, place
+        _group.tell("at", _group.steps, _group.place)
 
 
 def leave(code):
-    """Part from the others in order before exiting with `code`; not being able to is no fault any more."""
+    """Part from the others in order before exiting with `code`, which holds whatever happens after."""
     if _group is None:
         return
     import jax
 
     at("the end")
     meet()
-    _group.code = code
-    _group.leaving.set()
-    try:
-        jax.distributed.shutdown()
-    except Exception as error:  # one of them died after the work was done
-        print(f"warning: the processes did not part in order ({type(error).__name__}).", file=sys.stderr)
-    sys.stdout.flush()
+    _group.tell("left", code)
+    jax.distributed.shutdown()
 
 
 def fail(error):
-    """End the run for all because of an exception here: what a user can mend, a lost process (LOST), or a fault (1)."""
-    group = _group
+    """End the run for all because of an exception here: what a user can mend, or a fault (1)."""
+    if _group is None:
+        return
+    seconds = SECONDARY if _secondary(error) else 0
     if isinstance(error, InputError):
-        who = (
-            "" if isinstance(error, Refused) else f"{group.hosts[group.number]}: "
-        )  # whose clients it is of is not for all
-        watch.end(group, error.code, f"{who}{error}")
-    lost = watch.silent(group)
-    if lost:
-        watch.end(group, LOST, watch.gone(group, lost, watch.SILENT))
+        who = "" if isinstance(error, Refused) else f"{_group.name}: "  # whose clients it is of is not for all
+        _fail(error.code, f"{who}{error}", seconds)
     guard.show(error)
-    watch.end(group, 1, f"{group.hosts[group.number]} failed with {type(error).__name__}: see what it printed.")
+    _fail(1, f"{_group.name} failed with {type(error).__name__}: see what it printed.", seconds or 1.5 * SUSPECT)
+
+
+def _secondary(error):
+    """Whether `error` comes of a failed collective, as it does where another process was lost."""
+    while error is not None:
+        if type(error).__name__ == "JaxRuntimeError" and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _fail(code, sentence, seconds=0):
+    """Leave the end to the supervisor, and wait for it: where process 0 exits by itself, JAX aborts the others with a stack."""
+    sys.stdout.flush()
+    _group.tell("failed", code, sentence, seconds)
+    threading.Event().wait()

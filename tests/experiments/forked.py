@@ -1,12 +1,17 @@
 """Real processes that start quickly: forked from one that has imported everything and touched no device.
 
 A line of JSON in, a line of JSON out: {"start": flags, "devices": n, "folder": where it runs, "log": file} -> its id;
-{"wait": id, "seconds": n} -> its exit code (minus the signal that ended it), or null when it still runs.
+{"wait": id, "seconds": n} -> its exit code (minus the signal that ended it), or null when it still runs. With "blow": [place,
+what], the process is struck where it says that it is at `place`: by "KILL worker", "STOP process" and the like, by an
+exception of ERRORS, or by "full" (no file may grow any more).
 """
 
+import errno
 import json
 import os
 import pathlib
+import resource
+import signal
 import sys
 import time
 import traceback
@@ -20,8 +25,38 @@ import matplotlib.pyplot  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 import safetensors.numpy  # noqa: F401
 
+from dplora_jax import errors
+from dplora_jax.federation import processes
 from dplora_jax.models.tokenizer import load_tokenizer  # noqa: F401
 from experiments import run
+
+ERRORS = {
+    "mistake": errors.InputError("--rank=7 is wrong."),
+    "endless": errors.NotFiniteError("no number is finite any more."),
+    "broken": OSError(errno.EIO, "broken", "records.csv"),
+    "fault": KeyError("Mrs Marker's cyst"),
+}
+
+
+def strike(place, what):
+    """Let this process be struck by `what` when it comes to `place`."""
+    real = processes.at
+
+    def at(here):
+        real(here)
+        if not here.startswith(place):
+            return
+        if what in ERRORS:
+            raise ERRORS[what]
+        if what == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        else:
+            blow, target = what.split()
+            if target == "process":
+                os.kill(os.getppid(), signal.Signals[f"SIG{blow}"])
+            os.kill(os.getpid(), signal.Signals[f"SIG{blow}"])
+
+    processes.at = at
 
 
 def start(job):
@@ -35,6 +70,8 @@ def start(job):
         os.dup2(log, 2)
         os.chdir(job["folder"])
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={job['devices']}"
+        if job.get("blow"):
+            strike(*job["blow"])
         code = run.main(job["start"])
     except BaseException:
         traceback.print_exc()

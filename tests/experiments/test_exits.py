@@ -43,7 +43,6 @@ def test_bad_input_stays_what_it_is_where_several_processes_are_told(tmp_path, m
     wrong.__context__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "m/config.json")
     ended = []
     monkeypatch.setattr(run, "run", fail(wrong))
-    monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "fail", ended.append)
     run.main(["--epsilon=8", f"--workdir={tmp_path}"])
     assert ended == [wrong]

@@ -1,96 +1,26 @@
-"""Several real processes as one run, on loopback: the same adapters as one process, and one end for all, whoever dies."""
+"""Several real processes as one run, on loopback: the same adapters as one process, and a stop for all."""
 
-import contextlib
 import json
 import os
-import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import several
 
-from dplora_jax.federation import processes
 from experiments import ledger
 
-HERE = pathlib.Path(__file__).parent
-BOUND = 240  # seconds, of a busy machine: whatever is waited for, not what is measured
+pytestmark = pytest.mark.slow
 ROUNDS = 10
-
-
-class Starts:
-    """Starts runs through `forked.py`, each of one or several processes."""
-
-    def __init__(self, flags, folder):
-        self.flags, self.folder, self.logs = flags, folder, {}
-        self.server = subprocess.Popen(
-            [sys.executable, str(HERE / "forked.py"), str(folder / "cache")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **job):
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def start(self, flags, devices, folder, log):
-        pid = self.ask(start=flags, devices=devices, folder=str(folder), log=str(log))
-        self.logs[pid] = log
-        return pid
-
-    def begin(self, name, count, devices, *more, folders=None):
-        """`count` processes of `devices` each on workdir `name` -> their ids; what they say is in `name.I.log`."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            where = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-        ids = []
-        for index in range(count):
-            several = [where, f"--processes={count}", f"--process={index}"] if count > 1 else []
-            flags = [*self.flags, f"--workdir={self.folder / name}", *several, *more]
-            folder = str((folders or [self.folder] * count)[index])
-            ids.append(self.start(flags, devices, folder, self.log(name, index)))
-        return ids
-
-    def codes(self, ids):
-        """Their exit codes; what they said is printed for whoever reads a failed test."""
-        codes = [self.ask(wait=pid, seconds=BOUND) for pid in ids]
-        for pid, code in zip(ids, codes, strict=True):
-            print(f"--- {self.logs[pid]} ended with {code}\n{self.logs[pid].read_text()[-3000:]}")
-        return codes
-
-    def log(self, name, index):
-        return self.folder / f"{name}.{index}.log"
-
-    def run(self, name, count, devices, *more, folders=None):
-        """Run it to its end, which must be a good one -> the workdir."""
-        ids = self.begin(name, count, devices, *more, folders=folders)
-        codes = self.codes(ids)
-        assert codes == [0] * count, "\n".join(self.log(name, index).read_text() for index in range(count))
-        return self.folder / name
-
-    def close(self):
-        self.server.stdin.close()
-        for pid in self.logs:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.server.wait(30)
 
 
 @pytest.fixture(scope="module")
 def starts(tiny_bert, finance_table, tmp_path_factory):
-    flags = [
-        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
-        "--labels=good,bad", "--max_length=8", "--clients=4", f"--rounds={ROUNDS}", "--expected_batch_size=8", "--rank=2",
-        "--noise_multiplier=1", "--delta=1e-3", "--client_lr=0.1", "--head_lr=1", "--server_momentum=0.5", "--last_layers=1",
-        f"--eval_every={ROUNDS}", "--dispatch_rounds=1", "--stall_timeout=200",
-    ]  # fmt: skip
-    server = Starts(flags, tmp_path_factory.mktemp("runs"))
+    server = several.Starts(several.flags(tiny_bert, finance_table, ROUNDS), tmp_path_factory.mktemp("runs"))
     yield server
     server.close()
 
@@ -111,10 +41,6 @@ def adapter_of(workdir):
     return safetensors.numpy.load_file(workdir / "adapter" / "adapter_model.safetensors")
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def differences(one, other):
     one, other = adapter_of(one), adapter_of(other)
     assert one.keys() == other.keys()
@@ -124,7 +50,7 @@ def differences(one, other):
 
 def wait_for_round(starts, name, number, ids):
     """Return when `number` rounds are committed."""
-    path, until = starts.folder / name / "metrics.jsonl", time.monotonic() + BOUND
+    path, until = starts.folder / name / "metrics.jsonl", time.monotonic() + several.BOUND
     while not path.exists() or len(path.read_text().splitlines()) <= number:
         assert time.monotonic() < until, "\n".join(starts.log(name, i).read_text() for i in range(len(ids)))
         time.sleep(0.05)
@@ -132,7 +58,9 @@ def wait_for_round(starts, name, number, ids):
 
 def test_two_processes_make_what_one_makes(alone, two):
     assert differences(alone, two) < 1e-6
-    for one, other in zip(lines_of(alone / "metrics.jsonl"), lines_of(two / "metrics.jsonl"), strict=True):
+    for one, other in zip(
+        several.lines_of(alone / "metrics.jsonl"), several.lines_of(two / "metrics.jsonl"), strict=True
+    ):
         timeless = [
             {k: v for k, v in line.items() if k not in ("seconds", "examples_per_second")} for line in (one, other)
         ]
@@ -148,7 +76,7 @@ def test_what_clients_keep_and_who_takes_part_are_the_same_over_processes(starts
         own = [safetensors.numpy.load_file(w / "adapter" / place / "adapter_model.safetensors") for w in (one, two)]
         assert all(np.abs(value - own[1][name]).max() < 1e-6 for name, value in own[0].items())
     assert ledger.main(["verify", str(two)]) == 0
-    finished = [[line.get("finished") for line in lines_of(w / "metrics.jsonl")] for w in (one, two)]
+    finished = [[line.get("finished") for line in several.lines_of(w / "metrics.jsonl")] for w in (one, two)]
     assert finished[0] == finished[1]
     assert max(finished[0][1:]) <= 3
 
@@ -161,7 +89,7 @@ def test_streamed_records_are_the_same_over_processes(starts, alone):
 
 
 def test_diagnostics_of_all_clients_come_from_all_processes(two):
-    lines = lines_of(two / "private" / "diagnostics.jsonl")
+    lines = several.lines_of(two / "private" / "diagnostics.jsonl")
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
     assert all(np.shape(line["loss"])[0] == 4 and np.min(line["loss"]) > 0 for line in lines)
 
@@ -213,44 +141,18 @@ def test_a_mistake_at_one_process_ends_all_with_its_sentence(starts, tables):
         assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    ("victim", "blow", "then"), [(1, signal.SIGKILL, (1, 2)), (0, signal.SIGKILL, (2, 1)), (1, signal.SIGSTOP, (2, 2))]
-)
-def test_one_that_dies_or_hangs_ends_all_by_its_name(starts, victim, blow, then):
-    """And the next start goes on with the rounds that were committed; a round that was lost stays paid for."""
-    name = f"blow{victim}{blow}"
-    ids = starts.begin(name, 2, 2)
-    wait_for_round(starts, name, 2, ids)
-    os.kill(ids[victim], blow)
-    assert starts.codes([ids[1 - victim]]) == [processes.LOST]
-    said = starts.log(name, 1 - victim).read_text()
-    assert "error: no sign of life for" in said
-    assert f"from process {victim} (" in said
-    assert "Traceback" not in said
-    os.kill(ids[victim], signal.SIGKILL)
-    kept = lines_of(starts.folder / name / "metrics.jsonl")
-    workdir = starts.run(name, *then)
-    lines = lines_of(workdir / "metrics.jsonl")
-    assert [line["round"] for line in lines] == list(range(ROUNDS + 1))
-    assert lines[: len(kept)] == kept
-    begun = [entry["rounds"] for entry in lines_of(workdir / "privacy_ledger.jsonl") if entry["entry"] == "begin"]
-    twice = len(begun) - ROUNDS
-    assert twice in (0, 1)
-    assert ledger.main(["verify", str(workdir)]) == 0
-
-
 def test_sigterm_at_one_process_stops_all_and_loses_nothing(starts, two):
     ids = starts.begin("stopped", 2, 2, "--seed=1", "--private_diagnostics")
     wait_for_round(starts, "stopped", 2, ids)
     os.kill(ids[1], signal.SIGTERM)
     assert starts.codes(ids) == [75, 75]
-    done = len(lines_of(starts.folder / "stopped" / "metrics.jsonl")) - 1
+    done = len(several.lines_of(starts.folder / "stopped" / "metrics.jsonl")) - 1
     assert done < ROUNDS
     assert differences(starts.run("stopped", 2, 2, "--seed=1", "--private_diagnostics"), two) == 0
 
 
 def test_sigterm_before_a_round_stops_all_too(starts):
-    ids, lock, until = starts.begin("early", 2, 2), starts.folder / "early" / ".lock", time.monotonic() + BOUND
+    ids, lock, until = starts.begin("early", 2, 2), starts.folder / "early" / ".lock", time.monotonic() + several.BOUND
     while not lock.exists():  # process 0 makes it when all have joined
         assert time.monotonic() < until
         time.sleep(0.02)

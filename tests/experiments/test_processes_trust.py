@@ -1,14 +1,16 @@
 """What passes between processes: nothing of a record, no key twice, and no port where none was named."""
 
+import os
+import pathlib
 import socket
-import threading
+import subprocess
+import sys
 import types
 
 import pytest
 
-from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError, Refused
-from dplora_jax.federation import dispatch, processes, watch
+from dplora_jax.federation import dispatch, processes
 from experiments import cli
 
 MARKER = "Mrs Marker's cyst"
@@ -21,14 +23,14 @@ class Ended(Exception):
 @pytest.fixture
 def group(monkeypatch):
     """This process as number 1 of two, that ends as `Ended(code, sentence)`."""
-    made = watch.Group(None, 1, 2, 100.0, "here:1")
+    made = processes.Group(types.SimpleNamespace(send=lambda _: None), 1, 2)
+    made.name = "process 1"
 
-    def end(_, code, sentence):
+    def end(code, sentence, _):
         raise Ended(code, sentence)
 
     monkeypatch.setattr(processes, "_group", made)
-    monkeypatch.setattr(watch, "end", end)
-    monkeypatch.setattr(watch, "silent", lambda _: [])
+    monkeypatch.setattr(processes, "_fail", end)
     return made
 
 
@@ -71,39 +73,40 @@ def test_a_process_draws_from_one_ledger_entry_once(group, monkeypatch):
         draw()
 
 
+LISTEN = """
+import socket, sys
+from dplora_jax.federation import processes
+socket.gethostname = lambda: "127.0.0.1"  # as process 0's host is known to the cluster
+import jax
+alone = {} if sys.argv[1] == "auto" else {"num_processes": 1, "process_id": 0}
+jax.distributed.initialize(**processes.addresses(sys.argv[1]), **alone)
+print("listens", flush=True)
+input()
+"""
+SLURM = {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
 @pytest.mark.parametrize("coordinator", ["127.0.0.1", "auto"])
-def test_process_0_listens_at_the_named_address_alone(coordinator, monkeypatch):
+def test_process_0_listens_at_the_named_address_alone(coordinator):
     """JAX alone would listen at every address of the machine, and asks nobody who he is. 127.0.0.2 stands for another network."""
-    import jax
-    from jax._src import distributed
-    from jax._src.lib import _jax
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    services = []
-
-    def initialize(**options):
-        distributed.global_state.coordinator_address = f"127.0.0.1:{port}"  # as JAX finds it, or was told
-        address = options.get("coordinator_bind_address") or f"[::]:{port}"
-        services.append(_jax.get_distributed_runtime_service(address, 1))
-        raise RuntimeError("far enough")
-
-    def leave(code):
-        raise Ended(code)
-
-    before = _jax.get_distributed_runtime_service, distributed.global_state.coordinator_address
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(watch, "leave_at_once", leave)
-    where = coordinator if coordinator == "auto" else f"{coordinator}:{port}"
+    job = os.getpid() % 4096
+    port, where = 61440 + job, coordinator
+    if coordinator != "auto":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        where = f"{coordinator}:{port}"
+    root = pathlib.Path(processes.__file__).parents[1]
+    listener = subprocess.Popen(
+        [sys.executable, "-c", LISTEN, where],
+        env=os.environ | SLURM | {"SLURM_JOB_ID": str(job), "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
-        with pytest.raises(Ended):
-            processes.join(cli.replace(RunConfig(), coordinator=where, processes=1, process=0))
+        assert listener.stdout.readline() == b"listens\n"
         socket.create_connection(("127.0.0.1", port), 5).close()
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.2", port), 5).close()
-        assert _jax.get_distributed_runtime_service is before[0]
     finally:
-        distributed.global_state.coordinator_address = before[1]
-        for service in services:
-            threading.Thread(target=service.shutdown, daemon=True).start()
+        listener.kill()
+        listener.communicate()
