@@ -68,7 +68,7 @@ class Run(NamedTuple):
 def run(config, folder, command):
     """Start, resume or find finished the run of `folder` -> exit code."""
     from dplora_jax import checkpoint
-    from dplora_jax.federation import description, processes, workdir
+    from dplora_jax.federation import description, processes, run_files, workdir
     from dplora_jax.finetuning import setup
     from experiments import progress, summary
 
@@ -88,7 +88,7 @@ def run(config, folder, command):
     ledger = opened[0] if opened else None
     if processes.primary() and found["stored"] is None:
         told = prepared.facts | description.of_base(config) | {"command": command}
-        workdir.write_config(folder, config, told)
+        run_files.write_config(folder, config, told)
     keys = _secrets(config, folder, ledger)
     if ledger is not None:
         ledger.seal_with(b"".join(keys))
@@ -196,10 +196,10 @@ def _on_sigterm():
 
 def _settled(job, done, state, lines):
     """The lines with the last one as the ledger has it: evaluated, and charged with every attempt that was begun."""
-    from experiments import report_text
+    from experiments import formats
 
     last = dict(lines[-1])
-    evaluated = any(name in last for name in report_text.METRICS)  # not where --eval_every was 0 until this start
+    evaluated = any(name in last for name in formats.METRICS)  # not where --eval_every was 0 until this start
     if job.config.execution.eval_every and not (evaluated and done == job.config.schedule.rounds):
         last |= job.prepared.evaluate(state, ends=True)
     if job.config.privacy.private and job.ledger is not None:

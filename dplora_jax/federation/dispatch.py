@@ -12,7 +12,7 @@ import numpy as np
 
 from dplora_jax import private_files
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming, workdir
+from dplora_jax.federation import mesh, participants, processes, randomness, round, run_files, streaming
 from dplora_jax.files import to_json
 from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
@@ -45,7 +45,7 @@ def restore(job):
     entry = job.ledger.open_entry()
     if entry and entry["rounds"][1] - 1 <= done:  # killed between the checkpoint and its commit
         job.ledger.commit(entry["rounds"], entry["attempt"])
-    workdir.write_metrics(job.folder, notes["lines"])
+    run_files.write_metrics(job.folder, notes["lines"])
     return done, state, notes["lines"]
 
 
@@ -120,7 +120,9 @@ def charge(job, done):
         "delta": config.privacy.delta,
         "release": job.prepared.facts["release"] or "NO PRIVACY",
     }
-    more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or workdir.digest(job.folder)
+    more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or run_files.read_config(
+        job.folder
+    ).digest
     if (
         config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
@@ -229,7 +231,7 @@ def commit(job, done, state, lines, shown, begun):
 
 def show_metrics(job, lines):
     """Release the metrics `lines`, also to TensorBoard where that is asked for."""
-    workdir.write_metrics(job.folder, lines)
+    run_files.write_metrics(job.folder, lines)
     if job.config.output.tensorboard:
         tensorboard.write(job.folder)
 

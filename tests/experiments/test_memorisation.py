@@ -10,7 +10,7 @@ import tokenizers
 from conftest import GOLDEN
 
 from dplora_jax.finetuning import dealing, recipe
-from experiments import memorisation
+from experiments.attacks import memorisation
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -12,8 +12,9 @@ import pytest
 from conftest import GOLDEN, WORDS, write_tokenizer
 
 from dplora_jax import models, peft
-from experiments import audit, ledger, membership, run
 from experiments import cli as run_flags
+from experiments import ledger, run
+from experiments.attacks import audit, membership
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NOUNS, VERBS = WORDS[5:9], WORDS[9:13]

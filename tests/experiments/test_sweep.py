@@ -9,7 +9,9 @@ import pytest
 
 from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from experiments import cli, run, sweep, sweep_cells, sweep_report
+from experiments import cli, run, sweep
+from experiments.sweep import cells as sweep_cells
+from experiments.sweep import report as sweep_report
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import GOLDEN, write_tokenizer
 from dplora_jax import models
 from dplora_jax.errors import InputError
 from dplora_jax.models import hf_checkpoint, parameters, pretrained, safetensors_file
-from experiments import plan_models
+from experiments.plan import models as plan_models
 
 
 def refusal(call, *args):

@@ -12,7 +12,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import final_adapter, trust_modes, unsaved
 from dplora_jax.finetuning import dealing, objectives, setup
 from dplora_jax.privacy import secrets
-from experiments import canaries
+from experiments.attacks import canaries
 
 ROWS = 64  # at a time through the model
 
