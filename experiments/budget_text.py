@@ -1,50 +1,51 @@
 """How `experiments.budget` shows its answer: a table and bars in the terminal, and a figure of epsilon over the rounds."""
 
 import itertools
-import sys
 
 from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting
+from experiments import formats
+from experiments.tables import Table
 
 BARS, WIDTH = 8, 40
 
 
 def show(told):
     """Print the answer in a sentence, a table with a row for each distinct size, bars over the rounds, and the notes."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
-    console.print(f"[bold]{_sentence(told)}[/bold]")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("records", "clients", "q", "capacity", "sigma", "rounds", "epsilon", "RDP", "paper", "noise"):
-        table.add_column(name, justify="right")
-    for rows in _alike(told["clients"]):
-        row, last = rows[0], rows[-1]
-        table.add_row(
-            f"{row['records']:,}" + (f" to {last['records']:,}" if len(rows) > 1 else ""),
-            str(sum(each["clients"] for each in rows)),
-            f"{row['sampling_rate']:.4g}",
-            f"{row['capacity']:,}",
-            f"{row['noise_multiplier']:.4g}",
-            f"{told['rounds']:,}",
-            f"{row['epsilon']:.4g}",
-            f"{row['renyi_epsilon']:.4g}",
-            f"{row['paper_epsilon']:.4g}",
-            f"{row['mean_gradient_noise']:.3g}",
-        )
-    console.print(table)
+    print(_sentence(told))
+    print(_table(told).text())
     worst = max(told["curves"], key=lambda row: row["epsilon"][-1])
-    console.print(f"\nepsilon by round, for clients of {worst['records']:,} records")
+    print(f"\nepsilon by round, for clients of {worst['records']:,} records")
     counts = told["curve_rounds"]
     for index in sorted({round((len(counts) - 1) * i / (BARS - 1)) for i in range(BARS)}):
         spent = worst["epsilon"][index]
         bar = "█" * round(WIDTH * spent / worst["epsilon"][-1])
-        console.print(f"{counts[index]:>8,} {bar} {spent:.3g}")
-    console.print()
+        print(f"{counts[index]:>8,} {bar} {formats.epsilon(spent)}")
+    print()
     for note in notes(told):
-        console.print(note)
+        print(note)
+
+
+def _table(told):
+    """A row for each distinct size, or for those of one mechanism."""
+    body = []
+    for rows in _alike(told["clients"]):
+        row, last = rows[0], rows[-1]
+        cells = [row["sampling_rate"], row["capacity"], row["noise_multiplier"], told["rounds"]]
+        body.append(
+            [
+                formats.span([row["records"], last["records"]]),
+                str(sum(each["clients"] for each in rows)),
+                *map(formats.number, cells),
+                formats.epsilon(row["epsilon"]),
+                formats.epsilon(row["renyi_epsilon"]),
+                formats.number(row["paper_epsilon"]),
+                formats.number(row["mean_gradient_noise"]),
+            ]
+        )
+    head = ["records", "clients", "q", "capacity", "sigma", "rounds", "epsilon", "RDP", "paper", "noise"]
+    return Table(head, body)
 
 
 def _alike(clients):
@@ -58,8 +59,7 @@ def _sentence(told):
     rounds, batch = f"{told['rounds']:,} rounds", f"expected batch {told['expected_batch_size']:g}"
     steps = f" of {told['local_steps']} local steps" if told["local_steps"] > 1 else ""
     spent = max(row["epsilon"] for row in told["clients"])
-    sigmas = sorted({row["noise_multiplier"] for row in told["clients"]})
-    sigma = "noise multiplier " + " to ".join(f"{value:.4g}" for value in dict.fromkeys((sigmas[0], sigmas[-1])))
+    sigma = "noise multiplier " + formats.span([row["noise_multiplier"] for row in told["clients"]])
     at = f"at delta {told['delta']:g}"
     budget = f"epsilon {told['epsilon']:.4g} {at}"
     least = "at least " if told["at_end_of_range"] else "at most "
@@ -69,7 +69,7 @@ def _sentence(told):
         else f"{batch.capitalize()} is the largest that stays within {budget}"
     )
     return {
-        "epsilon": f"epsilon {spent:.4g} {at} is what {rounds}{steps} cost, with {sigma} and {batch}.",
+        "epsilon": f"epsilon {formats.epsilon(spent)} {at} is what {rounds}{steps} cost, with {sigma} and {batch}.",
         "noise_multiplier": f"{sigma[0].upper()}{sigma[1:]} keeps {rounds}{steps} within {budget}, with {batch}.",
         "rounds": f"{least.capitalize()}{rounds}{steps} stay within {budget}, with {sigma} and {batch}.",
         "expected_batch_size": f"{largest}, with {sigma} and {rounds}{steps}.",

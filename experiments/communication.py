@@ -11,7 +11,8 @@ from absl import flags as absl_flags
 
 from dplora_jax.config import RunConfig, replace
 from dplora_jax.errors import InputError
-from experiments import exits, flagfile_reader
+from experiments import exits, flagfile_reader, formats
+from experiments.tables import Table
 
 MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
 RANKS = (1, 4, 8, 16, 64, 256, 512)
@@ -26,7 +27,7 @@ def parameters(model, targets=TARGETS):
     import jax
 
     from dplora_jax import lora
-    from experiments import plan_models
+    from experiments.plan import models as plan_models
 
     built, shapes = plan_models.build(replace(RunConfig(), model=model), None)
     config = lora.LoraConfig(1, 1.0, targets)
@@ -47,33 +48,32 @@ def rows(rounds, targets=TARGETS, models=MODELS, ranks=RANKS):
 
 
 def of_run(config):
-    """(targets, rows) of all models, for the rounds and targets that a run's config.json says; for the usual targets where it
-    says none, or a family's own names."""
-    targets = tuple(name.strip() for name in str(config.get("targets") or "").split(",") if name.strip()) or TARGETS
-    rounds = config.get("rounds") or 1
+    """(targets, rows) of all models, for the rounds and targets of a RunConfig; for the usual targets where it names none, or a
+    family's own."""
+    targets = tuple(name.strip() for name in config.lora.targets.split(",") if name.strip()) or TARGETS
     try:
-        return targets, list(rows(rounds, targets))
+        return targets, list(rows(config.schedule.rounds, targets))
     except (ValueError, KeyError):
-        return TARGETS, list(rows(rounds))
+        return TARGETS, list(rows(config.schedule.rounds))
 
 
-def shown(found, config):
-    """(header, body) of a table as text of the rows `found` for a run's config.json: the usual ranks, and its own."""
-    from experiments.report_text import show_bytes
-
+def by_rank(rows, config):
+    """The Table of `rows` that a report of a RunConfig shows: the usual ranks, and its own."""
     body = [
-        [f"{row['model']}, rank {row['rank']}", show_bytes(row["bytes_round"]), show_bytes(row["bytes_run"]),
-         show_bytes(row["full_run"]), f"{row['ratio']:,.4g}×"]
-        for row in found if row["rank"] in SHOWN | {config.get("rank")}
-    ]  # fmt: skip
-    return ["model", "up a round", f"up in {config.get('rounds') or 1} rounds", "full fine-tuning", "less"], body
+        [f"{row['model']}, rank {row['rank']}", *_sizes(row), f"{row['ratio']:,.4g}×"]
+        for row in rows
+        if row["rank"] in SHOWN | {config.lora.rank}
+    ]
+    return Table(["model", "up a round", f"up in {config.schedule.rounds} rounds", "full fine-tuning", "less"], body)
+
+
+def _sizes(row):
+    return [formats.size(row[name]) for name in ("bytes_round", "bytes_run", "full_run")]
 
 
 @exits.guarded
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from experiments.report_text import show_bytes
-
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_integer("rounds", 50, "rounds of the run", lower_bound=1, flag_values=values)
     absl_flags.DEFINE_list("targets", list(TARGETS), "matrices that are adapted", flag_values=values)
@@ -84,13 +84,9 @@ def main(argv=None):
         found = list(rows(values.rounds, values.targets, values.models))
     except (absl_flags.Error, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None
-    print(
-        f"| model | rank | up a round | up in {values.rounds} rounds | full fine-tuning, {values.rounds} rounds | times less |"
-    )
-    print("|---|---|---|---|---|---|")
-    for row in found:
-        sizes = " | ".join(show_bytes(row[name]) for name in ("bytes_round", "bytes_run", "full_run"))
-        print(f"| {row['model']} | {row['rank']} | {sizes} | {row['ratio']:,.4g} |")
+    head = ["model", "rank", "up a round", f"up in {values.rounds} rounds", f"full fine-tuning, {values.rounds} rounds"]
+    body = [[row["model"], str(row["rank"]), *_sizes(row), f"{row['ratio']:,.4g}"] for row in found]
+    print(Table([*head, "times less"], body).markdown())
     return 0
 
 

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from absl import flags
 
-from dplora_jax import errors, files
+from dplora_jax import errors, files, guard
 from dplora_jax.errors import InputError
-from experiments import exits, flagfile_reader
+from dplora_jax.federation import run_files
+from experiments import cli, exits, flagfile_reader, ledger
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -33,15 +34,23 @@ STALE = (
 UNTOLD = "unknown: nothing beside the adapter tells how it was trained"
 
 
+class Run(NamedTuple):
+    """The run that trained an adapter: its config.json, the last line of its metrics, and whether its ledger confirms both."""
+
+    stored: run_files.Stored
+    last: dict
+    ledger: ledger.Agreement
+
+
 class Job(NamedTuple):
-    """One export: where the base, the adapter and the result lie, and what the run (its config.json, or None) says of them."""
+    """One export: where the base, the adapter and the result lie, and the run that trained it (None where it is not known)."""
 
     model: str
     adapter: pathlib.Path
     out: pathlib.Path
     dtype: str
     labels: tuple | None
-    run: dict | None
+    run: Run | None
     release: str
     shard_bytes: int
 
@@ -52,6 +61,7 @@ def main(argv=None):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one pass over the weights: no accelerator's memory need hold them
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    guard.begin(phrase=cli.as_flags)  # the ledger's seals are checked by the secrets
     export(parse(sys.argv[1:] if argv is None else argv))
     return 0
 
@@ -88,23 +98,23 @@ def _job(given):
     folder, run = given.workdir and pathlib.Path(given.workdir), None
     adapter = folder / "adapter" if folder else pathlib.Path(given.adapter)
     if folder:
-        run = _run_config(folder)
+        run = _run(folder)
         if not adapter.is_dir():
             raise InputError(
                 f"{folder} has no adapter yet: finish the run with its own command, which goes on where it was."
             )
     labels = given.labels and tuple(name.strip() for name in given.labels.split(","))
-    labels = labels or (run and tuple(run["federation"]["data"].get("labels") or ())) or _noted_labels(adapter)
+    labels = labels or (run and tuple(map(str, run.stored.facts["data"]["labels"]))) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
-    dtype = given.dtype or (run or {}).get("dtype") or "float32"
+    dtype = given.dtype or (run.stored.flags.dtype if run else "float32")
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known: {', '.join(DTYPES)}.")
     out = pathlib.Path(given.out)
     _check_out(out, given.overwrite)
     if out.resolve() in {path.resolve() for path in (adapter, folder or adapter)}:
         raise InputError(f"--out={out} is the run's own directory: choose another.")
-    model = given.model or run["model"]
+    model = given.model or run.stored.flags.model
     return Job(model, adapter, out, dtype, labels, run, _release(run, adapter), given.max_shard_bytes)
 
 
@@ -124,24 +134,22 @@ def _check_out(out, overwrite):
         raise InputError(f"--out={out} holds an export already: choose another directory, or give --overwrite.")
 
 
-def _run_config(folder):
-    """A workdir's config.json, with the last line of its metrics.jsonl under "last"."""
+def _run(folder):
+    """The Run of a workdir."""
     for name in ("config.json", "metrics.jsonl"):
         if files.find(folder, name) is None:
             raise InputError(f"{folder} is no run's workdir: it has no {name}.")
-    try:
-        run = files.read_json(folder / "config.json")
-        run["model"], run["delta"], run["federation"]["data"], run["federation"]["release"]
-        lines = files.read_bytes(folder / "metrics.jsonl").splitlines()
-        return run | {"last": files.parse_json(lines[-1], folder / "metrics.jsonl") if lines else {}}
-    except (InputError, TypeError, KeyError):
-        raise InputError(f"{folder}/config.json or metrics.jsonl is damaged: restore it, or give --adapter.") from None
+    stored, lines = run_files.read_config(folder), run_files.read_metrics(folder)
+    return Run(stored, lines[-1].values if lines else {}, ledger.agreement(folder))
 
 
 def _release(run, adapter):
-    """Whether the export may be released: what the run says, or the note that it wrote beside its adapter."""
+    """Whether the export may be released: what the run says where its ledger confirms it, or the note that the run wrote beside
+    its adapter."""
     if run is not None:
-        return run["federation"]["release"] or "NO PRIVACY: the run was made without it"
+        if not run.stored.private:
+            return f"{run_files.NO_PRIVACY}: the run was made without it"
+        return run.stored.release if run.ledger.holds else f"NOT FOR RELEASE. {run.ledger.words.rstrip('.')}"
     note = files.find(adapter, "README.md")
     said = files.read_bytes(note).decode("utf-8", "replace") if note else ""
     marks = {"NOT FOR RELEASE": " (--seed made its noise reproducible)", "NO PRIVACY": ""}
@@ -169,10 +177,9 @@ def export(job):
     if job.out.resolve() == place.resolve():
         raise InputError(f"--out={job.out} is the base model's own directory: choose another.")
     hf = pretrained.config(place)
-    if job.run and job.run.get("quantize"):
-        print(
-            f"The run froze its base in {job.run['quantize']}; the adapter is merged into the base as it is, not rounded."
-        )
+    if job.run and job.run.stored.flags.quantize:
+        kind = job.run.stored.flags.quantize
+        print(f"The run froze its base in {kind}; the adapter is merged into the base as it is, not rounded.")
     model, params = _base(place, job)
     labels = _labels(job, model, hf)
     adapter, config = peft.load(job.adapter, model, params)
@@ -187,7 +194,7 @@ def export(job):
             hf_checkpoint.copy_side_files(place, draft, tokenizer, "auto_map" in hf)
             hf_checkpoint.save(draft, model, params, document, place, job.shard_bytes)
             if hf_checkpoint.averages(model):
-                length = job.run and job.run.get("max_length")
+                length = job.run and job.run.stored.flags.max_length
                 hf_checkpoint.save_modules(draft, model, params, labels, place, length)
             (draft / "README.md").write_text(model_card.text(job, model, document, config, labels), encoding="utf-8")
             _move(draft, job.out)

@@ -7,30 +7,32 @@ tables besides. Exit code 2 and one sentence where something does not hold. Noth
 import math
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dplora_jax import checkpoint, guard
-from dplora_jax.errors import InputError
+from dplora_jax.errors import InputError, StorageError
 from dplora_jax.federation import ledger_checks, run_files
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import cli, exits
+from experiments import cli, exits, formats
+from experiments.tables import Table
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
+DIGITS = 4  # of an epsilon behind the point
 
 
 class Verdict(NamedTuple):
     """A ledger that holds: its entries, the run's flags, what anchors it, and what was found of its seals."""
 
     ledger: Ledger
-    told: run_files.Told
+    stored: run_files.Stored
     anchors: list  # names
     seals: str
 
     @property
     def private(self):
-        return self.told.flags.privacy.private
+        return self.stored.flags.private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""
@@ -46,12 +48,36 @@ class Verdict(NamedTuple):
         )
 
 
+class Agreement(NamedTuple):
+    """Whether the ledger holds and agrees with config.json and metrics.jsonl, and the sentence on it; an empty one where nothing
+    was charged and nothing is shown yet."""
+
+    holds: bool
+    words: str
+
+
+def agreement(workdir):
+    """What `verify` says of `workdir` -> Agreement: whoever repeats the run's figures asks here first.
+
+    Raises StorageError where a file cannot be read though nothing is wrong with it.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        if not (workdir / FILE).exists() and not any(line.number for line in run_files.read_metrics(workdir)):
+            return Agreement(True, "")
+        return Agreement(True, f"Ledger: {verify(workdir).words()}.")
+    except StorageError:
+        raise
+    except InputError as error:
+        return Agreement(False, f"The ledger does not confirm this run: {error}")
+
+
 def verify(workdir):
     """The Verdict on `workdir`, or InputError with what does not hold."""
     workdir = pathlib.Path(workdir)
-    told, path = run_files.read_config(workdir), workdir / FILE
+    stored, path = run_files.read_config(workdir), workdir / FILE
     lines = run_files.read_metrics(
-        workdir, told.flags.schedule.rounds
+        workdir, stored.flags.rounds
     )  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
@@ -59,11 +85,11 @@ def verify(workdir):
         ledger.check(anchor, name)
     if not ledger.entries:
         raise InputError(f"{path} has no entries: nothing was charged there yet.")
-    ledger_checks.check_config(workdir / "config.json", told, ledger)
-    seals = _seals(workdir, told.flags, ledger)
-    ledger_checks.check_metrics(workdir / "metrics.jsonl", told, ledger, lines)
+    ledger_checks.check_config(workdir / "config.json", stored, ledger)
+    seals = _seals(workdir, stored.flags, ledger)
+    ledger_checks.check_metrics(workdir / "metrics.jsonl", stored, ledger, lines)
     names = [ledger.head_path.name, *(name for name, _ in anchors)]
-    return Verdict(ledger, told, names, seals)
+    return Verdict(ledger, stored, names, seals)
 
 
 def _seals(workdir, config, ledger):
@@ -82,65 +108,48 @@ def _seals(workdir, config, ledger):
     return "fit the run's secrets"
 
 
-def show(verdict, console):
+def show(verdict):
     """Print the dispatches, the clients and the state of the chain."""
-    from rich.table import Table
+    ledger, delta = verdict.ledger, verdict.stored.flags.delta
+    print(f"{_dispatches(ledger).text()}\n")
+    clients = ledger.begun[-1]["clients"]
+    spent = ledger.epsilons(delta) if verdict.private else [math.inf] * len(clients)
+    names = ["records", "sampling_rate", "capacity", "noise_multiplier"]
+    rows = [
+        [str(number), *(formats.number(client[name]) for name in names), formats.epsilon(value, DIGITS)]
+        for number, (client, value) in enumerate(zip(clients[:MOST_CLIENTS], spent, strict=False))
+    ]
+    print(Table(["client", *names, f"epsilon at delta {delta:g}"], rows).text())
+    if len(clients) > MOST_CLIENTS:
+        print(f"the first {MOST_CLIENTS} of {len(clients)} clients")
+    print(f"epsilon of the client that spent most: {formats.epsilon(max(spent), DIGITS)}")
+    state = "finished" if ledger.ended else "not finished"
+    torn = "; its last line is torn, which the next start mends" if ledger.torn else ""
+    print(f"run {state}; {len(ledger.entries)} entries: {verdict.words()}{torn}")
+    print(f"seals {verdict.seals}")
 
-    ledger, delta = verdict.ledger, verdict.told.flags.privacy.delta
-    table = Table("rounds", "attempt", "local steps", "noise_multiplier", "sampling_rate", "state")
+
+def _dispatches(ledger):
+    """A row for each dispatch that was begun."""
+    rows, names = [], ("noise_multiplier", "sampling_rate")
     for entry in ledger.begun:
         state = "committed" if ledger.committed(entry) else "open" if entry is ledger.open_entry() else "lost, paid for"
         first, end = entry["rounds"]
-        spread = (_spread(entry["clients"], name) for name in ("noise_multiplier", "sampling_rate"))
-        words = (f"{first} to {end - 1}", entry["attempt"], entry["local_steps"], *spread, state)
-        table.add_row(*map(str, words))
-    console.print(table)
-    names = ("records", "sampling_rate", "capacity", "noise_multiplier")
-    table = Table("client", *names, f"epsilon at delta {delta:g}")
-    clients = ledger.begun[-1]["clients"]
-    spent = ledger.epsilons(delta) if verdict.private else [math.inf] * len(clients)
-    for number, (client, value) in enumerate(zip(clients, spent, strict=True)):
-        if number < MOST_CLIENTS:
-            table.add_row(str(number), *(_number(client.get(name)) for name in names), f"{_upwards(value)}")
-    console.print(table)
-    if len(clients) > MOST_CLIENTS:
-        console.print(f"the first {MOST_CLIENTS} of {len(clients)} clients")
-    console.print(f"epsilon of the client that spent most: {_upwards(max(spent))}")
-    state = "finished" if ledger.ended else "not finished"
-    torn = "; its last line is torn, which the next start mends" if ledger.torn else ""
-    console.print(
-        f"run {state}; {len(ledger.entries)} entries: {verdict.words()}{torn}", soft_wrap=True, highlight=False
-    )
-    console.print(f"seals {verdict.seals}", soft_wrap=True, highlight=False)
-
-
-def _number(value: Any):
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _upwards(epsilon):
-    """An epsilon as text, rounded up."""
-    return f"{math.ceil(epsilon * 1e4 - 1e-6) / 1e4:.4f}" if math.isfinite(epsilon) else "infinite"
-
-
-def _spread(clients, name):
-    """The values of the clients' field, or from the least to the most."""
-    values = sorted({client[name] for client in clients if name in client})
-    return " to ".join(_number(value) for value in dict.fromkeys([*values[:1], *values[-1:]]))
+        spread = (formats.span([client[name] for client in entry["clients"]]) for name in names)
+        rows.append([f"{first} to {end - 1}", str(entry["attempt"]), str(entry["local_steps"]), *spread, state])
+    return Table(["rounds", "attempt", "local steps", *names, "state"], rows)
 
 
 @exits.guarded
 def main(arguments=None):
     """Run the command line -> exit code: 0 where the ledger holds, 2 where it does not."""
-    from rich.console import Console
-
     guard.begin(phrase=cli.as_flags)  # the secrets are read where they are there
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2 or arguments[0] not in ("show", "verify"):
         raise InputError(f"give a command and a workdir: {USAGE}.")
     verdict = verify(arguments[1])
     if arguments[0] == "show":
-        show(verdict, Console())
+        show(verdict)
     else:
         print(f"{verdict.ledger.path} holds: {verdict.words()}; seals {verdict.seals}.")
     return 0

@@ -5,7 +5,8 @@ import pathlib
 from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
-from experiments.report_text import METRICS, as_markdown
+from experiments import formats
+from experiments.tables import Table
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list
@@ -78,24 +79,24 @@ def text(job, model, document, config, labels):
     head = [f"library_name: {library}", f"pipeline_tag: {_reader(model, document)[1]}"]
     head += [f"base_model: {base}"] if base else []
     head += ["tags:", "- lora", "- federated-learning"] if job.run else ["tags:", "- lora"]
-    head += ["- differential-privacy"] if job.run and job.run.get("trust") != "none" else []
+    head += ["- differential-privacy"] if job.run and job.run.stored.private and job.run.ledger.holds else []
     name = base or pathlib.Path(job.model).name
     parts = [
         "\n".join(["---", *head, "---"]),
-        f"# {as_markdown(name)} {TITLE}",
-        f"**Release: {as_markdown(job.release)}.**",
+        f"# {formats.markdown(name)} {TITLE}",
+        f"**Release: {formats.markdown(job.release)}.**",
     ]
     parts += [_use(averaged, labels)] if labels else []
-    method = (job.run or {}).get("federation", {}).get("method")
+    method = job.run.stored.facts["method"] if job.run else []
     matrices = f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets) or 'no matrix (a head alone)'}"
-    parts.append("## Training\n\n" + "\n".join(f"- {as_markdown(line)}" for line in method or [matrices]))
+    parts.append("## Training\n\n" + "\n".join(f"- {formats.markdown(line)}" for line in method or [matrices]))
     if job.run:
         parts += _run_facts(job.run)
     return "\n\n".join(parts) + "\n"
 
 
 def _use(averaged, labels):
-    lines = [f"Labels, in the order of the logits: {as_markdown(', '.join(labels))}."]
+    lines = [f"Labels, in the order of the logits: {formats.markdown(', '.join(labels))}."]
     if averaged:
         lines += [AVERAGED, "```python\nfrom sentence_transformers import SentenceTransformer"]
         lines[-1] += (
@@ -105,23 +106,23 @@ def _use(averaged, labels):
 
 
 def _run_facts(run):
-    """The federation's data, guarantee and metrics, all of it public."""
-    facts, last = run["federation"], run["last"]
-    data = as_markdown(facts["data"].get("description", run.get("dataset")))
-    yield f"Data: {data} Texts were cut to {run.get('max_length')} tokens."
-    yield "\n".join(f"- {as_markdown(line)}" for line in facts.get("trust", ()))
-    spent = last.get("epsilon", ())
-    rows = [
-        f"| {k} | {as_markdown(client['records'])} | {_number(e)} |"
-        for k, (client, e) in enumerate(zip(facts["clients"], spent, strict=False))
+    """The federation's data, guarantee and metrics, all of it public; no guarantee that the ledger does not confirm."""
+    flags, facts, last = run.stored.flags, run.stored.facts, run.last
+    data = formats.markdown(facts["data"]["description"] or flags.dataset)
+    yield f"Data: {data} Texts were cut to {flags.max_length} tokens."
+    if not run.ledger.holds:
+        yield f"**Do not rely on these figures.** {formats.markdown(run.ledger.words)}"
+    elif facts["trust"]:
+        yield "\n".join(f"- {formats.markdown(line)}" for line in facts["trust"])
+    if run.stored.private and run.ledger.holds and last:
+        rows = [
+            [str(k), formats.number(records), formats.epsilon(spent)]
+            for k, (records, spent) in enumerate(zip(run.stored.records, last["epsilon"], strict=True))
+        ]
+        yield Table(["client", "records", f"epsilon at delta {flags.delta:g}"], rows).markdown()
+    scores = [
+        f"{label} {formats.metric(float(last[key]), key)}" for key, label in formats.METRICS.items() if key in last
     ]
-    if run.get("trust") != "none" and rows:
-        yield f"| client | records | epsilon at delta {run['delta']:g} |\n|---|---|---|\n" + "\n".join(rows)
-    found = [f"{label} {float(last[key]):.3f}" for key, label in METRICS.items() if key in last]
-    if found:
-        whose = f" {OWN_MODELS}, not of this one." if run.get("aggregation") == "fedsa" else ""
-        yield f"On the public test set: {', '.join(found)}.{whose}"
-
-
-def _number(epsilon):
-    return epsilon if isinstance(epsilon, str) else f"{epsilon:.3f}"
+    if scores:
+        whose = f" {OWN_MODELS}, not of this one." if flags.aggregation == "fedsa" else ""
+        yield f"On the public test set: {', '.join(scores)}.{whose}"

@@ -1,10 +1,10 @@
 """The line that a run ends with."""
 
-import json
+from dplora_jax.errors import InputError
+from dplora_jax.federation import run_files
+from experiments import formats, ledger
 
-from experiments.report_text import METRICS
-
-HIDDEN = {
+PROTECTED = {
     "local": "every client's records",
     "distributed": "every client's records (secure aggregation simulated)",
     "client": "every client as a whole",
@@ -12,39 +12,35 @@ HIDDEN = {
 
 
 def line(folder):
-    """The line to end with, from the run's own files."""
-    config = json.loads((folder / "config.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = lines[-1]
-    facts, sent = config["federation"], config["federation"]["communication"]
-    found = [f"{label} {float(last[name]):.3f}" for name, label in METRICS.items() if name in last]
-    metrics = f"test {', '.join(found)}" if found else "not evaluated"
+    """The line to end with, from the run's own files; where the ledger does not confirm them, it says that first."""
+    stored, lines = run_files.read_config(folder), run_files.read_metrics(folder)
+    if not lines:
+        raise InputError(f"{folder}/metrics.jsonl does not exist or is empty: restore it.")
+    last, flags, sent = lines[-1].values, stored.flags, stored.facts["communication"]
+    scores = [
+        f"{label} {formats.metric(float(last[name]), name)}" for name, label in formats.METRICS.items() if name in last
+    ]
+    metrics = f"test {', '.join(scores)}" if scores else "not evaluated"
+    confirmed = ledger.agreement(folder)
     budget = (
-        "NO PRIVACY"
-        if config["trust"] == "none"
-        else f"epsilon {last['epsilon_max']:.3f} at delta {config['delta']:g} for {HIDDEN[config['trust']]}"
+        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.delta:g} for {PROTECTED[flags.trust]}"
+        if stored.private
+        else run_files.NO_PRIVACY
     )
-    rounds, uploads = last["round"], sent_uploads(lines, config["clients"]) / config["clients"]
-    kind = " (synthetic data)" if facts["data"]["synthetic"] else ""
-    seeded = " NOT FOR RELEASE (--seed)." if config["seed"] is not None and config["trust"] != "none" else ""
+    each = sent_uploads([line.values for line in lines], flags.clients) / flags.clients
+    up, full = (each * sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "full_bytes"))
+    kind = " (synthetic data)" if stored.facts["data"]["synthetic"] else ""
+    seeded = " NOT FOR RELEASE (--seed)." if flags.seed is not None and stored.private else ""
+    doubt = "" if confirmed.holds else f"DO NOT RELY ON THESE FIGURES. {confirmed.words} "
     return (
-        f"{config['dataset']}{kind}, {config['clients']} clients, {rounds} rounds: {metrics}; {budget}; "
-        f"{_bytes(uploads * sent['bytes_up_per_client_per_round'])} sent by each client instead of "
-        f"{_bytes(uploads * sent['full_bytes_per_client_per_round'])} for full fine-tuning ({sent['ratio']:,.0f}x less). "
-        f"Adapter: {folder / 'adapter'}  Report: {folder / 'report.html'}{seeded}"
+        f"{doubt}{flags.dataset}{kind}, {flags.clients} clients, {last['round']} rounds: {metrics}; {budget}; "
+        f"{formats.size(up)} sent by each client instead of {formats.size(full)} for full fine-tuning "
+        f"({sent['ratio']:,.0f}x less). Adapter: {folder / 'adapter'}  Report: {folder / 'report.html'}{seeded}"
     )
 
 
 def sent_uploads(lines, clients):
-    """How many uploads the metrics `lines` (dicts) tell of: each of `clients` clients' in each round, where they say no other."""
+    """How many uploads the metrics `lines` (dicts) count: each of `clients` clients' in each round, where they say no other."""
     return sum(
         line["finished"] + len(line["dropped"]) if "finished" in line else clients for line in lines if line["round"]
     )
-
-
-def _bytes(number):
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"

@@ -1,11 +1,11 @@
 """The public metrics for those who live in TensorBoard: an event file made anew from `metrics.jsonl`, none lost or doubled."""
 
 import importlib.util
-import json
 import shutil
 
 from dplora_jax import files
 from dplora_jax.errors import InputError
+from dplora_jax.federation import run_files
 
 FOLDER = "tensorboard"
 HIDDEN = ("round", "release")
@@ -21,7 +21,7 @@ def write(workdir):
     """Write `workdir`/tensorboard: a scalar for each number of each round, a list's by its index (a client's)."""
     import tensorboardX
 
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line.values for line in run_files.read_metrics(workdir)]
     shutil.rmtree(workdir / FOLDER, ignore_errors=True)
     with tensorboardX.SummaryWriter(str(workdir / FOLDER)) as writer:
         for line in lines:

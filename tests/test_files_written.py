@@ -19,8 +19,8 @@ from dplora_jax.privacy.ledger import Ledger
 
 ROOT = pathlib.Path(dplora_jax.__file__).parent.parent
 # Not strict: bytes that are hashed, which must stay the same in every version, and what a measurement's own child prints.
-OWN = {"dplora_jax/files.py", "dplora_jax/privacy/secrets.py", "experiments/sweep_cells.py"}
-OWN |= {"experiments/memory.py", "experiments/scale.py"}
+OWN = {"dplora_jax/files.py", "dplora_jax/privacy/secrets.py", "experiments/sweep/cells.py"}
+OWN |= {"experiments/benchmark/memory.py", "experiments/benchmark/scale.py"}
 
 
 def test_what_json_has_no_number_for_is_a_word_that_float_reads():
@@ -53,7 +53,7 @@ def test_a_file_that_is_out_of_reach_is_not_taken_for_none(tmp_path, monkeypatch
 
 
 def test_every_json_is_written_by_the_strict_writer():
-    for path in (*ROOT.glob("dplora_jax/**/*.py"), *ROOT.glob("experiments/*.py")):
+    for path in (*ROOT.glob("dplora_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")):
         name = path.relative_to(ROOT).as_posix()
         assert name in OWN or not re.search(r"json\.dumps?\(", path.read_text(encoding="utf-8")), name
 

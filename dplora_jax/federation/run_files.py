@@ -1,15 +1,34 @@
-"""config.json and metrics.jsonl, read as files that anyone may have edited: each fact is of its type, or refused; no JAX."""
+"""config.json and metrics.jsonl of a working directory: written here, and read here as files that anyone may have edited, each
+value of its type or refused; no JAX."""
 
+import hashlib
 import io
 from typing import NamedTuple
 
 from dplora_jax import config_checks
-from dplora_jax.config import FIELDS, RunConfig, from_flat
+from dplora_jax.config import FIELDS, RunConfig, from_flat, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, workdir
-from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, parse, read, real, record, text, whole
+from dplora_jax.federation import calibration
+from dplora_jax.files import plain, to_json
+from dplora_jax.json_files import (
+    Unfit,
+    anything,
+    flag,
+    list_of,
+    load,
+    optional,
+    parse,
+    read,
+    real,
+    record,
+    scalar,
+    text,
+    whole,
+)  # fmt: skip
 from dplora_jax.privacy import accounting, ledger
+from dplora_jax.privacy.chain import replace_durably
 
+NO_PRIVACY = "NO PRIVACY"
 KINDS = {bool: flag, int: whole(-(2**63), 2**63), float: real(), str: text(1 << 16)}
 NEEDED = (
     "trust",
@@ -22,37 +41,67 @@ NEEDED = (
     "epsilon",
     "noise_multiplier",
 )
+COUNT, TEXT = whole(0, 2**63), text(1 << 16)
 ROW = record(
     {name: check for name, check in ledger.MECHANISM.items() if name != "kind"} | {"epsilon": real(0)},
-    ledger.LATER | {"sampled_from": ledger.MECHANISM["records"]},
+    ledger.LATER
+    | {"sampled_from": ledger.MECHANISM["records"], "client": COUNT, "rounds": COUNT, "weight": optional(real())}
+    | {"bytes_up": real(0), "bytes_down": real(0)},
     anything,
 )
-FEDERATION = record({"clients": list_of(ROW, 10**6, 1), "release": optional(text())}, rest=anything)
+DATA = {
+    "description": TEXT, "synthetic": flag, "train_records": COUNT, "test_records": COUNT, "labels": list_of(scalar),
+    "commonest_label": optional(real(0, 1)),
+}  # fmt: skip
+SENT = {
+    "adapter_parameters": COUNT, "full_parameters": COUNT, "bytes_up_per_client_per_round": real(0), "ratio": real(0),
+    "bytes_down_per_client_per_round": real(0), "full_bytes_per_client_per_round": real(0),
+}  # fmt: skip
+# What a run says beyond its flags; what an earlier version did not write reads as None or as nothing.
+FACTS = {
+    "data": record({}, DATA, anything), "communication": record({}, SENT, anything), "trust": list_of(TEXT),
+    "method": list_of(TEXT), "accounting": TEXT, "command": text(1 << 20), "environment": record({}, {}, scalar),
+    "base_files": record({}, {}, TEXT),
+}  # fmt: skip
+EMPTY = {
+    "data": dict.fromkeys(DATA) | {"labels": []}, "communication": dict.fromkeys(SENT), "trust": [], "method": [],
+    "accounting": "", "command": "", "environment": {}, "base_files": {},
+}  # fmt: skip
+FEDERATION = record({"clients": list_of(ROW, 10**6, 1), "release": optional(text())}, FACTS, anything)
 LINE = record(
     {"round": whole(0, accounting.MOST_STEPS), "epsilon": list_of(real(0), 10**6, 1), "epsilon_max": real(0)},
-    {"release": optional(text())},
+    {"release": optional(text()), "seconds": real(0), "finished": COUNT, "dropped": list_of(COUNT)},
     anything,
 )
 
 
-class Told(NamedTuple):
-    """What config.json says of a run's privacy."""
+class Stored(NamedTuple):
+    """What config.json says: the run's flags, each client's records, mechanism and planned epsilon, the mark of release, and
+    what else the run says of itself (`facts`, every name of EMPTY in it)."""
 
     flags: RunConfig
-    records: list  # each client's own
+    records: list
     mechanisms: list
-    epsilons: list  # as planned
+    epsilons: list
     release: str
-    digest: str
+    digest: str  # SHA-256 (hex) of the document, however it is laid out: the ledger's begin entries have it
+    facts: dict
+    document: dict  # the whole JSON object
+
+    @property
+    def private(self):
+        """Whether the run has any guarantee."""
+        return self.flags.private and self.release != NO_PRIVACY
 
 
 class Line(NamedTuple):
-    """What a line of metrics.jsonl says of privacy."""
+    """A line of metrics.jsonl: its round, each client's epsilon, the largest, the mark of release, and all `values` by name."""
 
     number: int
     epsilon: list  # a float a client
     largest: float
     release: str | None
+    values: dict
 
 
 def _of_flag(entry):
@@ -68,23 +117,35 @@ CONFIG = record({name: FLAGS[name] for name in NEEDED} | {"federation": FEDERATI
 
 
 def read_config(folder):
-    """What config.json tells -> Told. The flags are such as a run takes: a later version's are not known, an earlier one's are at
-    their defaults."""
+    """config.json -> Stored. The flags are such as a run takes: a later version's are not known, an earlier one's are at their
+    defaults. Raises InputError where the file is missing or damaged."""
     path = folder / "config.json"
     try:
         document = load(path, CONFIG)
         config = from_flat({name: document[name] for name in FLAGS if name in document})
         _refuse(config)
-        rows = document["federation"]["clients"]
+        federation = document["federation"]
+        rows = federation["clients"]
         if len(rows) != config.schedule.clients:
-            raise Unfit(f"it tells of {len(rows)} clients, and has clients={config.schedule.clients}")
-        release = document["federation"]["release"] or "NO PRIVACY"
-        values = [row["records"] for row in rows], calibration.written(document), [row["epsilon"] for row in rows]
-        return Told(config_checks.settled(config), *values, release, workdir.digest_of(document))
+            raise Unfit(f"it has rows for {len(rows)} clients, and clients={config.schedule.clients}")
+        return Stored(
+            flags=config_checks.settled(config),
+            records=[row["records"] for row in rows],
+            mechanisms=calibration.written(document),
+            epsilons=[row["epsilon"] for row in rows],
+            release=federation["release"] or NO_PRIVACY,
+            digest=hashlib.sha256(to_json(document, sort_keys=True).encode()).hexdigest(),
+            facts={name: _filled(federation.get(name), empty) for name, empty in EMPTY.items()} | {"clients": rows},
+            document=plain(document),
+        )
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give the workdir of a run that has started.") from None
     except Unfit as error:
-        raise InputError(f"{path} is damaged: {error}; restore it.") from None
+        raise InputError(f"{path} is damaged: {error}; restore it, or start a new `workdir`.") from None
+
+
+def _filled(value, empty):
+    return empty if value is None else empty | value if isinstance(empty, dict) else value
 
 
 def _refuse(config):
@@ -100,13 +161,13 @@ def _refuse(config):
         raise Unfit(f"no run has its flags ({str(error).rstrip('.')})") from None
 
 
-def read_metrics(folder, rounds):
-    """The Lines of metrics.jsonl, of at most so many `rounds`; none where there is no such file yet."""
+def read_metrics(folder, rounds=accounting.MOST_STEPS):
+    """The Lines of metrics.jsonl, of at most so many `rounds`; none where there is no such file yet. Raises InputError."""
     path, lines = folder / "metrics.jsonl", []
     try:
         for text_line in io.BytesIO(read(path)):
             value = parse(text_line, LINE)
-            lines.append(Line(value["round"], value["epsilon"], value["epsilon_max"], value.get("release")))
+            lines.append(Line(value["round"], value["epsilon"], value["epsilon_max"], value.get("release"), value))
             if len(lines) > rounds + 1:
                 raise Unfit("it has more lines than rounds")
     except FileNotFoundError:
@@ -116,3 +177,14 @@ def read_metrics(folder, rounds):
             f"{path} is damaged: {error}; run the same command again to rebuild it, or restore it."
         ) from None
     return lines
+
+
+def write_config(folder, config, federation):
+    """Write `config.json`: every flag as resolved, and what the run made of them under "federation"."""
+    document = to_flat(config) | {"federation": federation}
+    replace_durably(folder / "config.json", to_json(document, indent=2) + "\n")
+
+
+def write_metrics(folder, lines):
+    """Write `metrics.jsonl` anew: a line (a dict) a round."""
+    replace_durably(folder / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))

@@ -1,16 +1,15 @@
-"""The files of a run's working directory: its lock, its configuration, its metrics."""
+"""A run's working directory: its lock, and what an earlier start in it allows a later one to change."""
 
 import contextlib
 import fcntl
-import hashlib
 import pathlib
 import shutil
 
 from dplora_jax import errors
 from dplora_jax.config import RESULT, RunConfig, deciding, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.files import plain, read_json, to_json
-from dplora_jax.privacy.chain import replace_durably
+from dplora_jax.federation import run_files
+from dplora_jax.files import plain
 
 
 @contextlib.contextmanager
@@ -30,67 +29,37 @@ def locked(workdir):
         yield workdir
 
 
-def stored_config(workdir, config):
-    """The `config.json` of an earlier start here, or None; InputError where flags that enter the training differ."""
-    path = workdir / "config.json"
-    if not path.exists():
+def stored_config(folder, config):
+    """The config.json of an earlier start here -> Stored, or None; InputError where flags that enter the training differ."""
+    if not (folder / "config.json").exists():
         return None
-    try:
-        stored = read_json(path)
-        stored["federation"]["clients"]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path} is damaged: restore it, or start a new `workdir`.") from None
-    now, began = plain(to_flat(config)), with_defaults(stored)
+    stored = run_files.read_config(folder)
+    now, began = plain(to_flat(config)), with_defaults(stored.document)
     differ = [f"`{name}`" for name in deciding(RESULT) if name in now and now[name] != began[name]]
     if differ:
         raise InputError(
-            f"{workdir} belongs to a run with another {', '.join(differ)}: use its flags again, or another `workdir`."
+            f"{folder} belongs to a run with another {', '.join(differ)}: use its flags again, or another `workdir`."
         )
     return stored
 
 
-def charged_config(workdir, stored, ledger):
-    """`stored` where its run was charged already, by it and no other; else None: all that it says is then made anew, from flags
-    and records. What an earlier start saved by it before the first round goes."""
+def charged_config(folder, stored, ledger):
+    """The JSON object of `stored` where its run was charged already, by it and no other; else None: all that it says is then made
+    anew, from flags and records. What an earlier start saved by it before the first round goes."""
     if ledger.begun and stored is None:
         raise InputError(
-            f"{workdir}/config.json is gone, and rounds were charged by it: restore it, or start a new `workdir`."
+            f"{folder}/config.json is gone, and rounds were charged by it: restore it, or start a new `workdir`."
         )
-    if ledger.begun and ledger.begun[-1].get("config", told := digest_of(stored)) != told:
+    if ledger.begun and ledger.begun[-1].get("config", stored.digest) != stored.digest:
         raise InputError(
-            f"{workdir}/config.json is not the one that the ledger was charged by: restore it, or start a new `workdir`."
+            f"{folder}/config.json is not the one that the ledger was charged by: restore it, or start a new `workdir`."
         )
     if ledger.begun or ledger.ended:
-        return stored
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+        return stored and stored.document
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return None
 
 
-def digest(workdir):
-    """SHA-256 (hex) of what config.json says, however it is laid out: each begin entry of the ledger has it."""
-    try:
-        stored = read_json(workdir / "config.json")
-    except InputError:
-        raise InputError(f"{workdir}/config.json is gone or damaged: restore it, or start a new `workdir`.") from None
-    return digest_of(stored)
-
-
-def digest_of(stored):
-    """`digest` of config.json's JSON object."""
-    return hashlib.sha256(to_json(stored, sort_keys=True).encode()).hexdigest()
-
-
-def with_defaults(stored):
-    """`stored`, what a config.json says, with the flags that a later version added: they were at their defaults."""
-    return plain(to_flat(RunConfig())) | stored
-
-
-def write_config(workdir, config, federation):
-    """Write `config.json`: every flag as resolved, and what the run made of them under "federation"."""
-    document = to_flat(config) | {"federation": federation}
-    replace_durably(workdir / "config.json", to_json(document, indent=2) + "\n")
-
-
-def write_metrics(workdir, lines):
-    """Write `metrics.jsonl` anew: a line a round."""
-    replace_durably(workdir / "metrics.jsonl", "".join(to_json(line) + "\n" for line in lines))
+def with_defaults(document):
+    """`document`, what a config.json says, with the flags that a later version added: they were at their defaults."""
+    return plain(to_flat(RunConfig())) | document

@@ -33,7 +33,7 @@ import orbax.checkpoint  # noqa: F401
 import safetensors.numpy
 
 from dplora_jax import checkpoint
-from dplora_jax.federation import dispatch, workdir
+from dplora_jax.federation import dispatch, run_files
 from dplora_jax.models.tokenizer import load_tokenizer
 from dplora_jax.privacy import accounting, chain, secrets
 from dplora_jax.privacy.ledger import Ledger, rebuild
@@ -53,8 +53,8 @@ CALLS = {
     "after the run": (dispatch, "execute", "after"),
     "checkpoint under way": (checkpoint.Checkpoints, "save", "after"),
     "before commit": (Ledger, "commit", "before"),
-    "before metrics": (workdir, "write_metrics", "before"),
-    "after metrics": (workdir, "write_metrics", "after"),
+    "before metrics": (run_files, "write_metrics", "before"),
+    "after metrics": (run_files, "write_metrics", "after"),
     "before the report": (report, "write", "before"),
     "before the secrets go": (secrets, "destroy", "before"),
 }

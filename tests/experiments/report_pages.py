@@ -1,12 +1,17 @@
 """The public files of a run as `experiments.run` writes them, and the report of them."""
 
+import dataclasses
 import json
 
-from experiments import report
+from dplora_jax.config import RunConfig, replace
+from dplora_jax.files import to_json
+from experiments import cli, report
+
+RUN = cli.settle(replace(RunConfig(), model="MiniLM", epsilon=8.0, delta=1e-5, rounds=10, clip_norm=1.25, ema=0.9))
 
 
-def config(clients=5, **flags):
-    """A run's config.json as `experiments.run` writes it; `flags` replace top-level keys."""
+def config(clients=5, **changed):
+    """A run's config.json as `experiments.run` writes it; `changed` replaces top-level keys."""
     rows = [
         {
             "client": k,
@@ -32,15 +37,8 @@ def config(clients=5, **flags):
         "command": "python -m experiments.run --flagfile=finance.flags",
         "accounting": "Privacy loss distributions.",
     }
-    basics = {
-        "model": "MiniLM",
-        "dataset": "finance_demo",
-        "clients": clients,
-        "rounds": 10,
-        "trust": "local",
-        "epsilon": 8.0,
-    }
-    return basics | {"delta": 1e-5, "clip_norm": 1.25, "ema": 0.9, "federation": federation} | flags
+    document = dataclasses.asdict(dataclasses.replace(RUN, clients=clients))
+    return json.loads(to_json(document)) | {"federation": federation} | changed
 
 
 def metrics(**evaluated):

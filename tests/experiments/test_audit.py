@@ -13,7 +13,7 @@ import pytest
 
 from dplora_jax.federation import round
 from dplora_jax.privacy import auditing, clipping, noise, sampling, secrets
-from experiments import audit, canaries, membership
+from experiments.attacks import audit, canaries, membership
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GAUSSIAN, KEYS, THRESHOLD = noise.gaussian, secrets.round_keys, sampling.threshold

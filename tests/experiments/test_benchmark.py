@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import benchmark, benchmark_steps, benchmark_table, flops, plan_hlo, roofline
+from experiments import flops
+from experiments.benchmark import command as benchmark
+from experiments.benchmark import roofline
+from experiments.benchmark import steps as benchmark_steps
+from experiments.benchmark import table as benchmark_table
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
 CASE = benchmark_steps.Case("gpt2", 2, 4, 16, 8, ("q", "v"), False, "language_model", "bfloat16", False)
@@ -32,15 +36,13 @@ def test_products_in_loops_count_as_often_as_they_run_and_dead_ones_do_not():
 
 
 @pytest.mark.parametrize("name", ["plain", "broadcast", "ghost"])
-def test_what_is_counted_in_a_step_is_what_is_compiled(tiny_bert, name):
-    case = benchmark_steps.Case(str(tiny_bert), None, 4, 8, 2, ("q", "v"), False, "classification", "float32", False)
+def test_what_is_counted_in_a_step_is_what_is_compiled(name):
+    """Of one layer, whose loop XLA takes apart: its own analysis, which counts a loop's body once, then has all products."""
+    case = benchmark_steps.Case("bert-base", 1, 4, 32, 64, ("q", "v"), False, "classification", "float32", False)
     model, params, adapter, batch = benchmark_steps.arguments(case)
     step = benchmark_steps.functions(case, model, ["broadcast", "ghost"])[name]
     compiled = jax.jit(step).lower(params, adapter, batch).compile()
-    # What is multiplied with a single number may be compiled as no product, and a product of few numbers as a sum.
-    assert flops.count(step, params, adapter, batch) == pytest.approx(
-        plan_hlo.totals(compiled.as_text()).flops, rel=0.1
-    )
+    assert flops.count(step, params, adapter, batch) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.1)
 
 
 def found(auto, broadcast, ghost, plain=1.0):
@@ -166,7 +168,7 @@ for turn in range(3):
 
 
 def test_peers_without_pytorch_are_refused(monkeypatch):
-    from experiments import benchmark_peers
+    from experiments.benchmark import peers as benchmark_peers
 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[bench\]'"):

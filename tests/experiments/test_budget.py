@@ -103,7 +103,7 @@ def test_the_page_for_people_has_answer_table_bars_and_the_papers_bound(capsys, 
     assert budget.main([*SMALL, "--noise_multiplier=1.5", "--rounds=20", f"--plot={figure}"]) == 0
     said = capsys.readouterr().out
     assert re.match(r"epsilon [\d.]+ at delta 0.0001 is what 20 rounds of 2 local steps cost", said)
-    assert re.search(r"^ +60 +1 +0\.2 ", said, re.MULTILINE)
+    assert re.search(r"^60 +1 +0\.2 ", said, re.MULTILINE)
     assert "NO GUARANTEE" in said
     assert len(re.findall(r"^ +\d+ █+ ", said, re.MULTILINE)) == 8
     assert "<svg" in figure.read_text()

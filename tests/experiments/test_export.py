@@ -1,6 +1,8 @@
 """The merged checkpoint as a person makes it: the logits PyTorch has of it, what it says of itself, and what is refused."""
 
+import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -10,9 +12,11 @@ import pytest
 import safetensors.numpy
 
 from dplora_jax import lora, models, peft
-from dplora_jax.federation import workdir
+from dplora_jax.federation import run_files
 from dplora_jax.finetuning import setup
-from experiments import cli, export, model_card, summary
+from dplora_jax.privacy import secrets
+from dplora_jax.privacy.ledger import Ledger
+from experiments import cli, export, formats, model_card, summary
 from tests import exported
 from tests.conftest import GOLDEN
 
@@ -229,15 +233,25 @@ def finished(tiny_bert, finance_table, tmp_path_factory):
     )  # fmt: skip
     prepared = setup.prepare(config)
     folder.mkdir()
-    workdir.write_config(folder, config, prepared.facts)
-    epsilon = [0.25, 0.5]
-    workdir.write_metrics(folder, [{"round": 0}, {"round": 1, "epsilon": epsilon, "epsilon_max": 0.5}])
+    charge(folder, config, prepared.facts, prepared.mechanisms)
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape), jax.device_get(prepared.state.adapter))
     adapter = lora.with_frozen(prepared.params, trained)
     peft.save(folder / "adapter", prepared.model, jax.tree.map(np.float32, adapter), prepared.lora_config)
     (folder / "adapter" / "README.md").write_text(summary.line(folder))
     return folder
+
+
+def charge(folder, config, facts, mechanisms):
+    """Write config.json, ledger and metrics of one round."""
+    run_files.write_config(folder, config, facts)
+    ledger, spent = Ledger(folder / "privacy_ledger.jsonl"), [row["epsilon"] for row in facts["clients"]]
+    if config.privacy.seed is not None:
+        ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, config.schedule.clients)))
+    ledger.begin((1, 2), 0, mechanisms, config.steps_per_round, {})
+    ledger.commit((1, 2), 0)
+    lines = [(0, [0.0] * len(spent)), (1, spent)]
+    run_files.write_metrics(folder, [{"round": t, "epsilon": e, "epsilon_max": max(e)} for t, e in lines])
 
 
 def altered(finished, folder, **changes):
@@ -250,6 +264,17 @@ def altered(finished, folder, **changes):
     return folder
 
 
+def without_privacy(finished, folder):
+    """A copy of the workdir as that of a run without privacy."""
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("privacy_ledger.*"))
+    stored = run_files.read_config(folder)
+    config = dataclasses.replace(stored.flags, trust="none", noise_multiplier=None)
+    silent = [dataclasses.replace(mechanism, noise_multiplier=0.0) for mechanism in stored.mechanisms]
+    rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.facts["clients"]]
+    charge(folder, config, stored.facts | {"clients": rows, "release": None}, silent)
+    return folder
+
+
 def test_a_workdir_tells_base_labels_length_and_budget(finished, tiny_bert, tmp_path):
     out = tmp_path / "out"
     assert export.main([f"--workdir={finished}", f"--out={out}"]) == 0
@@ -258,7 +283,7 @@ def test_a_workdir_tells_base_labels_length_and_budget(finished, tiny_bert, tmp_
     card = (out / "README.md").read_text()
     last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     for client, epsilon in enumerate(last["epsilon"]):
-        assert f"| {client} | 30 | {epsilon:.3f} |" in card
+        assert f"| {client} | 30 | {formats.epsilon(epsilon)} |" in card
     assert "epsilon at delta 0.001" in card
     assert "A frozen (FFA-LoRA)" in card
     assert str(tiny_bert.parent) not in card, "a path of this machine's is in the card"
@@ -271,16 +296,40 @@ def test_a_workdir_tells_base_labels_length_and_budget(finished, tiny_bert, tmp_
 
 
 def test_the_export_carries_the_runs_word_on_its_release(finished, tmp_path, capsys):
-    for number, (release, mark) in enumerate(
-        (("NOT FOR RELEASE: why", "NOT FOR RELEASE: why"), ("for release", "for release"), (None, "NO PRIVACY"))
-    ):
-        folder = altered(finished, tmp_path / f"run{number}", release=release, trust="local" if release else "none")
-        out = tmp_path / f"out{number}"
+    runs = {
+        "NOT FOR RELEASE: --seed": finished,
+        "for release": altered(finished, tmp_path / "unseeded", release="for release", seed=None),
+        "NO PRIVACY": without_privacy(finished, tmp_path / "bare"),
+    }
+    for mark, folder in runs.items():
+        out = tmp_path / mark
         assert export.main([f"--workdir={folder}", f"--out={out}"]) == 0
         card = (out / "README.md").read_text()
         assert f"**Release: {mark}" in card
         assert f"Release: {mark}" in capsys.readouterr().out
-        assert ("epsilon at delta" in card) == (release is not None)
+        private = mark != "NO PRIVACY"
+        assert ("epsilon at delta" in card, "differential-privacy" in card) == (private, private)
+        assert "Do not rely" not in card
+
+
+@pytest.mark.parametrize(
+    "changes", [{"release": "for release"}, {"delta": 1e-9}, {"noise_multiplier": 3.0}, {"trust": "distributed"}]
+)
+def test_what_the_ledger_does_not_confirm_is_not_for_release(finished, tmp_path, changes):
+    out = tmp_path / "out"
+    assert export.main([f"--workdir={altered(finished, tmp_path / 'run', **changes)}", f"--out={out}"]) == 0
+    card = (out / "README.md").read_text()
+    assert "**Release: NOT FOR RELEASE. The ledger does not confirm this run" in card
+    assert "**Do not rely on these figures.**" in card
+    assert "differential-privacy" not in card
+    assert "epsilon at delta" not in card
+
+
+def test_the_line_that_a_run_ends_with_says_that_its_ledger_does_not_confirm_it(finished, tmp_path):
+    assert "NOT FOR RELEASE (--seed)." in summary.line(finished)
+    assert "DO NOT RELY" not in summary.line(finished)
+    folder = altered(finished, tmp_path / "run", release="for release")
+    assert summary.line(folder).startswith("DO NOT RELY ON THESE FIGURES. The ledger does not confirm this run")
 
 
 def test_an_adapter_alone_carries_the_mark_that_lies_beside_it(finished, tiny_bert, tmp_path):

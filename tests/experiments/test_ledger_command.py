@@ -10,7 +10,7 @@ import pytest
 
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import ledger
+from experiments import formats
 from tests.experiments.ledger_workdirs import (
     DELTA,
     MECHANISMS,
@@ -30,27 +30,24 @@ def workdir(tmp_path):
     return write_run(tmp_path)
 
 
-def test_show_tells_every_dispatch_and_every_clients_epsilon(workdir, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_show_tells_every_dispatch_and_every_clients_epsilon(workdir, capsys):
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    noise = " to ".join(f"{m.noise_multiplier:.5g}" for m in MECHANISMS)
+    noise = formats.span([m.noise_multiplier for m in MECHANISMS])
     code, out, _ = run(capsys, "show", workdir)
     assert code == 0
     for words in (
-        f"1 to 2 │ 0 │ 2 │ {noise} │ 0.2 to 0.4 │ committed │",
-        f"3 to 4 │ 0 │ 2 │ {noise} │ 0.2 to 0.4 │ lost, paid for │",
-        f"3 to 4 │ 1 │ 2 │ {noise} │ 0.2 to 0.4 │ committed │",
+        f"1 to 2 0 2 {noise} 0.2 to 0.4 committed",
+        f"3 to 4 0 2 {noise} 0.2 to 0.4 lost, paid for",
+        f"3 to 4 1 2 {noise} 0.2 to 0.4 committed",
         "run finished; 6 entries: 3 dispatches begun, 2 committed; 6 rounds charged",
         "the chain holds against privacy_ledger.head and checkpoint 2 and checkpoint 4",
         "seals fit the run's secrets",
     ):
         assert words in out, words
     for client, mechanism in enumerate(MECHANISMS):
-        rounded = ledger._upwards(accounting.epsilon(mechanism, 12, DELTA))
-        values = (
-            f"{mechanism.records} │ {mechanism.sampling_rate} │ {mechanism.capacity} │ {mechanism.noise_multiplier:.5g}"
-        )
-        assert f"│ {client} │ {values} │ {rounded} │" in out
+        rounded = formats.epsilon(accounting.epsilon(mechanism, 12, DELTA), 4)
+        values = f"{mechanism.records} {mechanism.sampling_rate} {mechanism.capacity} {mechanism.noise_multiplier:.4g}"
+        assert f" {client} {values} {rounded} " in out
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from dplora_jax.finetuning import dealing, recipe
-from experiments import memorisation
+from experiments.attacks import memorisation
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

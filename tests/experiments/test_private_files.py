@@ -11,8 +11,9 @@ import pytest
 from dplora_jax import private_files
 from dplora_jax.config import RunConfig, replace
 from dplora_jax.privacy import chain
-from experiments import audit, membership, memorisation, sweep
-from experiments.sweep_cells import Own
+from experiments import sweep
+from experiments.attacks import audit, membership, memorisation
+from experiments.sweep.cells import Own
 
 RATES = {"tpr_at_0.001": 0.25, "tpr_at_0.01": 0.5, "auc": 0.75, "members": 60, "others": 30}
 FOUND = {"exposure": [1.5], "extracted": [False], "epsilon": "-"}

@@ -1,5 +1,6 @@
 """The report is one file, says what its two public files say and no more, and never softens a missing guarantee."""
 
+import json
 import math
 import re
 import subprocess
@@ -8,7 +9,8 @@ import sys
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import report
+from experiments import formats, report
+from tests.experiments.ledger_workdirs import edit_lines, facts, write_run
 from tests.experiments.report_pages import SCORES, config, metrics, page
 
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=y>'
@@ -45,7 +47,7 @@ def test_figures_take_the_colours_of_the_page(tmp_path):
 
 def test_shows_the_last_evaluated_round_and_the_epsilon_of_the_last(tmp_path):
     rows = metrics(**SCORES)
-    text = page(tmp_path, config(), [*rows, {"round": 11, "epsilon": [8.0, 8.0], "epsilon_max": 8.0}])
+    text = page(tmp_path, config(rounds=11), [*rows, {"round": 11, "epsilon": [8.0, 8.0], "epsilon_max": 8.0}])
     assert tile(text, "test accuracy") == "0.783"
     assert tile(text, "test macro-F1") == "0.729"
     assert tile(text, "epsilon") == "8.00"
@@ -76,7 +78,7 @@ def test_many_clients_are_summarised(tmp_path):
 def test_the_bases_files_are_told_by_their_digests(tmp_path):
     told = config()
     told["federation"]["base_files"] = {"model.safetensors": "53aa" * 16}
-    assert ">SHA-256 of the base&#x27;s model.safetensors</th><td>" + "53aa" * 16 in page(
+    assert ">SHA-256 of the base&#39;s model.safetensors</th><td>" + "53aa" * 16 in page(
         tmp_path, told, metrics(**SCORES)
     )
     assert f"- SHA-256 of the base's model.safetensors: {'53aa' * 16}\n" in (tmp_path / "report.md").read_text()
@@ -98,14 +100,33 @@ def test_escapes_whatever_the_files_say(tmp_path):
     for name in ("release", "command", "accounting"):
         told["federation"][name] = HOSTILE
     told["federation"]["environment"] = told["federation"]["base_files"] = {HOSTILE: HOSTILE}
-    told["federation"]["clients"][0]["records"] = HOSTILE
     text = page(tmp_path, told, metrics(**SCORES, **{HOSTILE: (0.1, 0.2, 0.3)}))
     assert "<script" not in text
     assert "<img" not in text
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp;" in text
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp;" in text
 
 
-@pytest.mark.parametrize("infinite", [math.inf, "inf", None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["federation"]["clients"][0].update(records=HOSTILE),
+        lambda c: c["federation"]["clients"][0].update(weight=HOSTILE),
+        lambda c: c["federation"]["data"].update(test_records=HOSTILE),
+        lambda c: c["federation"]["communication"].update(ratio=[]),
+        lambda c: c["federation"].update(trust=HOSTILE),
+        lambda c: c["federation"].update(environment=[HOSTILE]),
+        lambda c: c.update(clients=6),
+    ],
+)
+def test_what_is_not_of_its_type_is_refused(tmp_path, capsys, change):
+    told = config()
+    change(told)
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert report.main([str(tmp_path)]) == 2
+    assert "config.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("infinite", [math.inf, "inf"])
 def test_trust_none_says_there_is_no_privacy(tmp_path, infinite):
     told = config(trust="none", epsilon=None)
     told["federation"]["release"] = None
@@ -119,7 +140,7 @@ def test_trust_none_says_there_is_no_privacy(tmp_path, infinite):
 
 @pytest.mark.parametrize(("trust", "release"), [("none", "for release"), ("local", None)])
 def test_no_privacy_is_said_before_the_first_round_too(tmp_path, trust, release):
-    told = config(trust=trust)
+    told = config(trust=trust, epsilon=None if trust == "none" else 8.0)
     told["federation"]["release"] = release
     text = page(tmp_path, told)
     assert "There is no privacy in this run." in text
@@ -127,15 +148,38 @@ def test_no_privacy_is_said_before_the_first_round_too(tmp_path, trust, release)
 
 
 def test_an_infinite_epsilon_is_no_privacy_whatever_the_trust_is_called(tmp_path):
-    rows = [row | {"epsilon_max": "inf"} for row in metrics(**SCORES)]
+    rows = [row | {"epsilon": ["inf"] * 2, "epsilon_max": "inf"} for row in metrics(**SCORES)]
     assert "There is no privacy in this run." in page(tmp_path, config(), rows)
 
 
 def test_a_private_run_does_not_deny_its_privacy(tmp_path):
-    text = page(tmp_path, config(), metrics(**SCORES))
+    text = report.write(write_run(tmp_path)).read_text()
     assert "There is no privacy" not in text
     assert 'class="band' not in text
-    assert "epsilon = 8.00 and delta = 1e-05" in text
+    spent = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["epsilon_max"]
+    assert f"epsilon = {formats.epsilon(spent)} and delta = 0.001" in text
+    assert "Ledger: 3 dispatches begun, 2 committed" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: edit_lines(folder, lambda lines: lines[-1].update(epsilon=[0.1, 0.1], epsilon_max=0.1)),
+        lambda folder: facts(release="NOT FOR RELEASE: --seed makes the noise reproducible")(folder),
+        lambda folder: (folder / "privacy_ledger.jsonl").unlink(),
+    ],
+)
+def test_what_the_ledger_does_not_confirm_is_not_claimed(tmp_path, damage):
+    folder = write_run(tmp_path)
+    damage(folder)
+    text = report.write(folder).read_text()
+    bands = re.findall(r'<div class="band[^>]*><b>(.*?)</b>', text)
+    assert bands[0] == "Do not rely on these figures."
+    assert "P(S | D)" not in text
+    assert "NOT CONFIRMED by the ledger" in text
+    said = (folder / "report.md").read_text()
+    assert "**Do not rely on these figures.**" in said
+    assert "The client that spent most" not in said
 
 
 def test_marks_a_seed_synthetic_data_and_an_unfinished_run(tmp_path):
@@ -143,7 +187,12 @@ def test_marks_a_seed_synthetic_data_and_an_unfinished_run(tmp_path):
     told["federation"]["release"] = "NOT FOR RELEASE: --seed makes the noise reproducible"
     told["federation"]["data"]["synthetic"] = True
     bands = re.findall(r'<div class="band[^>]*><b>(.*?)</b>', page(tmp_path, told, metrics(**SCORES)))
-    assert bands == [told["federation"]["release"], "Synthetic data.", "10 of 40 rounds."]
+    assert bands == [
+        "Do not rely on these figures.",
+        told["federation"]["release"],
+        "Synthetic data.",
+        "10 of 40 rounds.",
+    ]
 
 
 def test_every_flag_is_listed_to_its_last_digit(tmp_path):
@@ -171,7 +220,9 @@ def test_reads_nothing_private(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     seen = {line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines() if line.startswith(str(tmp_path))}
     seen.discard(str(tmp_path))  # opened to make its entries durable
-    assert seen == {"config.json", "metrics.jsonl", "report.html.draft", "report.md.draft"}
+    seen.discard(f"{tmp_path}-audit/audit.json")
+    written = {"report.html.draft", "report.md.draft"}
+    assert seen == {"config.json", "metrics.jsonl", "privacy_ledger.jsonl", "privacy_ledger.head"} | written
 
 
 @pytest.mark.parametrize("rows", [None, [], metrics()])
@@ -196,11 +247,12 @@ def test_a_metric_that_is_not_finite_is_shown_as_what_it_is(tmp_path):
         assert f"| {last} |" in (tmp_path / "report.md").read_text()
 
 
-def test_a_line_being_written_is_left_out(tmp_path):
+def test_a_torn_line_is_damage_since_the_file_is_replaced_whole(tmp_path):
     page(tmp_path, config(), metrics(**SCORES))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"round": 11, "epsil')
-    assert tile(report.write(tmp_path).read_text(encoding="utf-8"), "test accuracy") == "0.783"
+    with pytest.raises(InputError, match=r"metrics\.jsonl is damaged"):
+        report.write(tmp_path)
 
 
 def test_the_same_files_give_the_same_bytes(tmp_path):

@@ -2,25 +2,33 @@
 
 import doctest
 import html
+import json
 import re
 
 import pytest
 
-from experiments import model_card, report_markdown, report_text, sweep_report
+from dplora_jax.federation import run_files
+from experiments import export, formats, model_card, tables
+from experiments.ledger import Agreement
+from experiments.report import sections, templates
+from experiments.sweep import report as sweep_report
+from tests.experiments.report_pages import config
 
 HOSTILE = "<img src=x onerror=alert(1)> | `x` [click](http://evil)\n\n# Heading\n- item ``` \\"
-CONFIG = {
-    "model": HOSTILE, "dataset": HOSTILE, "trust": "local", "epsilon": 8.0, "delta": 1e-5, "clients": 1, "rounds": 1,
-    "text_column": HOSTILE, "targets": HOSTILE, "labels": HOSTILE,
-    "federation": {
-        "data": {"description": HOSTILE, "labels": [HOSTILE]}, "trust": [HOSTILE], "release": HOSTILE, "method": [HOSTILE],
-        "accounting": HOSTILE, "environment": {"devices": HOSTILE}, "command": HOSTILE,
-        "clients": [{"client": HOSTILE, "records": HOSTILE, "epsilon": 1.0}],
-        "communication": {"bytes_up_per_client_per_round": 1, "full_bytes_per_client_per_round": 2},
-    },
-}  # fmt: skip
 ROWS = [{"round": 1, "epsilon": [1.0], "epsilon_max": 1.0, "accuracy": 0.5}]
 LINE = {"case": HOSTILE, HOSTILE: HOSTILE, "seed": 1, "metrics": {"accuracy": 0.5}, "of": HOSTILE}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """The `run_files.Stored` of a run whose names are all hostile."""
+    document = config(1, **dict.fromkeys(("model", "dataset", "text_column", "targets", "labels", HOSTILE), HOSTILE))
+    federation = document["federation"]
+    federation["data"] |= {"description": HOSTILE, "labels": [HOSTILE]}
+    federation |= {"trust": [HOSTILE], "method": [HOSTILE], "accounting": HOSTILE, "command": HOSTILE}
+    federation |= {"release": HOSTILE, "environment": {HOSTILE: HOSTILE}, "base_files": {HOSTILE: HOSTILE}}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    return run_files.read_config(tmp_path)
 
 
 def without_code(text):
@@ -41,8 +49,9 @@ def check(text):
 
 
 @pytest.mark.parametrize("holds", [True, False])
-def test_a_report_of_hostile_names_has_its_own_lines_alone(holds):
-    text = report_markdown.text(CONFIG, ROWS, True, HOSTILE, holds, HOSTILE, [LINE])
+def test_a_report_of_hostile_names_has_its_own_lines_alone(stored, tmp_path, holds):
+    agreement, sweep = Agreement(holds, HOSTILE), sweep_report.contents([LINE])
+    text = templates.markdown("report.md.j2", sections.contents(tmp_path, stored, ROWS, agreement, sweep))
     check(text)
     assert text.count("onerror") > 15
     assert f"````sh\n{HOSTILE}\n````" in text, "the command is to be copied as it was"
@@ -55,16 +64,23 @@ def test_a_sweeps_table_keeps_its_cells():
     assert len(table.splitlines()) == 5
 
 
-def test_a_models_card_keeps_its_lines():
+def test_a_models_card_keeps_its_lines(stored):
     check(model_card._use(False, [HOSTILE, HOSTILE]))
-    run = CONFIG | {"last": ROWS[-1], "max_length": 8}
-    check("\n\n".join(model_card._run_facts(run)))
+    for holds in (True, False):
+        check("\n\n".join(model_card._run_facts(export.Run(stored, ROWS[-1], Agreement(holds, HOSTILE)))))
+
+
+def test_a_line_that_begins_as_a_heading_or_an_item_is_a_line():
+    for text in ("# Heading", "## x", "- item", "+ item", "1. one", "2) two"):
+        assert not re.match(r"(#{1,6}|[-+]|\d+[.)])\s", formats.markdown(text))
+        assert formats.markdown(text).replace("\\", "") == text
 
 
 def test_the_page_escapes_the_same():
-    assert report_text.show(HOSTILE) == html.escape(HOSTILE)
-    assert html.unescape(report_text.as_markdown("a < b & c")) == "a < b & c"
+    table = tables.Table([HOSTILE], [[HOSTILE, HOSTILE]])
+    assert "<img" not in table.html()
+    assert html.unescape(formats.markdown("a < b & c")) == "a < b & c"
 
 
 def test_examples_run():
-    assert doctest.testmod(report_text).failed == 0
+    assert doctest.testmod(formats).failed == doctest.testmod(tables).failed == 0

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dplora_jax import models, peft
-from experiments import audit, ledger, membership, run
 from experiments import cli as run_flags
+from experiments import ledger, run
+from experiments.attacks import audit, membership
 from tests.conftest import GOLDEN, WORDS, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import scale
+from experiments.benchmark import scale
 
 QUICK = {"xla_backend_optimization_level": 0}
 

@@ -8,7 +8,9 @@ import pytest
 
 from dplora_jax.config import RunConfig, deciding, replace
 from dplora_jax.errors import InputError
-from experiments import run, sweep, sweep_cells, sweep_report
+from experiments import run, sweep
+from experiments.sweep import cells as sweep_cells
+from experiments.sweep import report as sweep_report
 
 
 @pytest.fixture

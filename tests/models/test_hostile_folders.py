@@ -11,7 +11,7 @@ import safetensors.numpy
 from dplora_jax import models
 from dplora_jax.errors import InputError
 from dplora_jax.models import hf_checkpoint, parameters, pretrained, safetensors_file
-from experiments import plan_models
+from experiments.plan import models as plan_models
 from tests.conftest import GOLDEN, write_tokenizer
 from tests.models.checkpoints import CONFIG, TENSORS, write
 

@@ -3,8 +3,10 @@
 import math
 import statistics
 
-from experiments.report_figures import SERIES, figure
-from experiments.report_text import METRICS, STYLE, as_markdown, show, show_bytes, show_metric
+from experiments import formats
+from experiments.report import templates
+from experiments.report.figures import SERIES, figure
+from experiments.tables import Table
 
 # Of a line: what was found; the rest names its cell.
 OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "settings", "release", "commonest_label")
@@ -12,7 +14,7 @@ BASE = "base model"
 ANY = "any"  # the value of a flag that a case does not depend on
 MOST_LINES = len(SERIES)  # of a plot
 SOLID = MOST_LINES // 2  # of these
-SHOWN = tuple(METRICS)  # first, where a line has them
+SHOWN = tuple(formats.METRICS)  # first, where a line has them
 
 
 def metrics(lines):
@@ -58,22 +60,16 @@ def of(lines, case, column, metric):
     ]
 
 
-def cells(lines):
-    """(the header, the rows) of the table, as text: a row a case, a column for each metric of each choice of varied flags."""
+def table(lines):
+    """The Table of `lines`: a row a case, a column for each metric of each choice of varied flags."""
     names, found = varied(lines), columns(lines)
     titles = [", ".join(f"{n} {v}" for n, v in zip(names, column, strict=True)) for column in found]
-    header = ["case", *(f"{title} {show_metric(m)}".strip() for title in titles for m in metrics(lines))]
+    header = ["case", *(f"{title} {formats.metric_name(m)}".strip() for title in titles for m in metrics(lines))]
     rows = [
         [case, *(spread(of(lines, case, column, metric), metric) for column in found for metric in metrics(lines))]
         for case in dict.fromkeys(line["case"] for line in lines)
     ]
-    return header, rows
-
-
-def table(lines):
-    """The table of `cells` in Markdown."""
-    header, *rows = [[as_markdown(cell) for cell in row] for row in (cells(lines)[0], *cells(lines)[1])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+    return Table(header, rows)
 
 
 def spread(values, metric=""):
@@ -99,8 +95,9 @@ def place(line):
 
 def markdown(lines):
     """A table for each group of `lines`, and that none of it is for release."""
-    tables = "\n\n".join(table(group) for group in groups(lines))
-    return f"{tables}\n\n{as_markdown(_told(lines))} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
+    tables = "\n\n".join(table(group).markdown() for group in groups(lines))
+    words = formats.markdown(_told(lines))
+    return f"{tables}\n\n{words} Seeded, so that the noise can be made again, and so NOT FOR RELEASE.\n"
 
 
 def _told(lines):
@@ -148,7 +145,7 @@ def plots(lines):
             held = ", ".join(f"{n} {v}" for i, (n, v) in enumerate(zip(names, found[0], strict=True)) if i != index)
             caption = f"Mean and standard deviation over seeds{f', at {held}' if held else ''}."
             draw = _errors(lines, cases, line_of, index, metric)
-            title = f"{show_metric(metric)} against {name}"
+            title = f"{formats.metric_name(metric)} against {name}"
             made.append(
                 figure(
                     f"sweep-{'-'.join(names)}-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name, SOLID
@@ -181,45 +178,24 @@ def _errors(lines, cases, line_of, index, metric):
     return draw
 
 
-def body(lines):
-    """Plots and a table for each group of `lines`, and that none of it is for release, as HTML; nothing of none."""
-    if not lines:
-        return ""
-    why = "<b>NOT FOR RELEASE.</b> Every cell is seeded, so that its noise can be made again."
-    care = f'<div class="band care" role="note">{why}</div>'
-    return f'{care}<p class="soft">{show(_told(lines))}</p>{"".join(map(_group, groups(lines)))}'
-
-
-def _group(lines):
-    header, rows = cells(lines)
-    top = "".join(f'<th scope="col">{show(cell)}</th>' for cell in header)
-    inner = "".join(
-        f'<tr><th scope="row">{show(row[0])}</th>{"".join(f"<td>{show(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    drawn = f'<div class="figures">{"".join(plots(lines))}</div>'
-    return (
-        f'{drawn}<div class="box" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{inner}</tbody></table></div>'
-    )
+def contents(lines):
+    """What a page shows of `lines`: what the means are of, and plots and a table for each group."""
+    return {
+        "words": _told(lines),
+        "groups": [{"figures": plots(group), "table": table(group)} for group in groups(lines)],
+    }
 
 
 def page(lines, config, argv):
     """A whole page: what was varied, the plots, the table, and how to repeat it."""
-    title = f"{show(config.base.name)} on {show(config.data.dataset)}: a sweep"
-    command = show("python -m experiments.sweep " + " ".join(_quoted(word) for word in argv))
-    sent = sorted({line["bytes_up_per_client"] for line in lines if line.get("bytes_up_per_client")})
+    sent = [line["bytes_up_per_client"] for line in lines if line.get("bytes_up_per_client")]
     facts = [f"{len(lines)} cells", f"seeds {', '.join(map(str, sorted({line['seed'] for line in lines})))}"]
-    spans = list(dict.fromkeys(show_bytes(count) for count in (sent[0], sent[-1]))) if sent else []
-    facts += [f"{' to '.join(spans)} sent by a client"] if sent else []
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>{STYLE}</style></head><body><main>
-<header><p class="kicker">Federated private LoRA</p><h1>{title}</h1><p class="soft">{show(" · ".join(facts))}</p></header>
-<section><h2>What was found</h2>{body(lines)}</section>
-<section><h2>How to repeat it</h2><pre class="box" tabindex="0"><code>{command}</code></pre></section>
-</main></body></html>
-"""
+    facts += [f"{formats.span(sent, formats.size)} sent by a client"] if sent else []
+    command = "python -m experiments.sweep " + " ".join(_quoted(word) for word in argv)
+    title = f"{config.base.name} on {config.data.dataset}: a sweep"
+    return templates.html(
+        "sweep.html.j2", {"title": title, "facts": facts, "sweep": contents(lines), "command": command}
+    )
 
 
 def _quoted(word):

@@ -13,7 +13,8 @@ import optax
 
 from dplora_jax import lora, losses, models
 from dplora_jax.privacy import clipping, noise
-from experiments import flops, plan_models
+from experiments import flops
+from experiments.plan import models as plan_models
 
 RATE = 1e-4  # of the SGD that each step ends in: small, so that hundreds of steps of random rows stay finite
 CLASSES = 3
@@ -22,7 +23,7 @@ REST = 0.3  # seconds before a call, where others' threads may still spin from t
 
 
 class Case(NamedTuple):
-    """What is measured. `model` is a name of `plan_models.KNOWN` (random weights, `layers` of them) or what `from_pretrained`
+    """What is measured. `model` is a name of `plan.models.KNOWN` (random weights, `layers` of them) or what `from_pretrained`
     takes; `task` is language_model or classification."""
 
     model: str

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import jax
 
 from dplora_jax.privacy import clipping
-from experiments import benchmark_steps, flops
+from experiments import flops, formats
+from experiments.benchmark import steps as benchmark_steps
+from experiments.tables import Table
 
 CHIPS = 8
 BASE = "bfloat16"
@@ -41,19 +43,28 @@ PEAKS = {
 def lines(case, chips):
     """A line for each of `chips` (names of PEAKS)."""
     told = {form: estimate(case, form) for form in ("plain", "auto")}
-    yield (
-        f"{'least times at published peaks':32} {'TFLOP':>8} {'exact':>7} {'GB':>8} {'compute s':>10} {'memory s':>9} "
-        f"{'sent s':>8} {'examples/s':>11}"
-    )
+    body = []
     for chip in chips:
         for form, (products, exact, traffic, sent) in told.items():
             peak = PEAKS[chip]
             compute = (products - exact) / peak.bfloat16 + exact / peak.exact
             times = compute, traffic / peak.bandwidth, sent / peak.link
-            yield (
-                f"{f'{chip}, {form}':32} {products / 1e12:8.2f} {exact / 1e12:7.3f} {traffic / 1e9:8.2f} {times[0]:10.4f} "
-                f"{times[1]:9.4f} {times[2]:8.4f} {case.batch / max(times):11.1f}"
+            body.append(
+                [f"{chip}, {form}", f"{products / 1e12:.2f}", f"{exact / 1e12:.3f}", formats.size(traffic)]
+                + [f"{seconds:.4f}" for seconds in times]
+                + [f"{case.batch / max(times):.1f}"]
             )
+    head = [
+        "least times at published peaks",
+        "TFLOP",
+        "exact",
+        "traffic",
+        "compute s",
+        "memory s",
+        "sent s",
+        "examples/s",
+    ]
+    yield from Table(head, body).text().splitlines()
 
 
 def estimate(case, form):

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-from experiments import benchmark_steps
+from experiments.benchmark import steps as benchmark_steps
 
 TURNS = 2
 

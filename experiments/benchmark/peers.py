@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from dplora_jax.errors import InputError
-from experiments import benchmark_steps, plan_models
+from dplora_jax.models import pretrained
+from experiments.benchmark import steps as benchmark_steps
+from experiments.plan import models as plan_models
 
 MODULES = {
     "gpt2": {"q,v": ["c_attn"], "all-linear": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]},
@@ -49,7 +51,7 @@ def calls(case):
 
 def _hf(case):
     hf = plan_models.KNOWN[case.model]
-    return hf if case.layers is None else hf | {name: case.layers for name in plan_models.DEPTH if name in hf}
+    return hf if case.layers is None else hf | {name: case.layers for name in pretrained.DEPTH if name in hf}
 
 
 def _model(case):

@@ -19,6 +19,9 @@ import time
 
 import numpy as np
 
+from experiments import formats
+from experiments.tables import Table
+
 CLIENTS, WAVES = (8, 64, 512, 1000), (1, 4)
 EXPECTED, RANK = 4, 4
 LONG = 500  # clients whose one round takes minutes
@@ -29,20 +32,21 @@ def table(model, clients, waves, records, length, repeats):
     """Lines of the table and of the two fits."""
     own = row_bytes(records, length)
     yield f"{model}: {records} records of {length} tokens a client ({own:,} B), expected batch {EXPECTED}, rank {RANK} on q and v"
-    yield f"{'K':>5} {'wave':>5} {'round s':>9} {'ms/client':>10} {'resident MB':>12} {'XLA MB':>8} {'temporaries':>12}"
-    rows = []
+    rows, body = [], []
     for wave, count in itertools.product(waves, clients):
         found = _child(model, count, wave, records, length, repeats)
         rows.append((count, wave, found))
-        yield (
-            f"{count:5} {wave:5} {found['seconds']:9.3f} {1e3 * found['seconds'] / count:10.2f} {found['peak'] / 1e6:12.1f} "
-            f"{found['xla'] / 1e6:8.1f} {found['temporaries'] / 1e6:12.1f}"
+        times = [f"{found['seconds']:.3f}", f"{1e3 * found['seconds'] / count:.2f}"]
+        body.append(
+            [str(count), str(wave), *times, *(formats.size(found[key]) for key in ("peak", "xla", "temporaries"))]
         )
+        print(f"{count} clients, wave {wave}: done", file=sys.stderr, flush=True)
+    yield Table(["K", "wave", "round s", "ms/client", "resident", "XLA", "temporaries"], body).text()
     for name, key in (("resident", "peak"), ("XLA", "xla")):
         base, a, b = fit([(count, wave, found[key]) for count, wave, found in rows])
         verdict = "within" if b <= own + ALLOWED else "ABOVE"
         yield (
-            f"{name}: base {base / 1e6:.1f} MB, a {a / 1e6:.2f} MB of a wave's client, b {b:,.0f} B a client: {verdict} its "
+            f"{name}: base {formats.size(base)}, a {formats.size(a)} of a wave's client, b {b:,.0f} B a client: {verdict} its "
             f"rows and 1 KiB ({own + ALLOWED:,} B)"
         )
     for wave in waves:
@@ -68,8 +72,8 @@ def _line(rows):
 
 
 def _child(*arguments):
-    command = [sys.executable, "-m", "experiments.scale", *map(str, arguments)]
-    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parents[1])
+    command = [sys.executable, "-m", "experiments.benchmark.scale", *map(str, arguments)]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parents[2])
     if out.returncode:
         raise ValueError(f"the round of {arguments[1]} clients failed: {out.stderr.strip().splitlines()[-1]}")
     return json.loads(out.stdout.splitlines()[-1])
@@ -104,7 +108,8 @@ def measure(name, clients, wave, records, length, repeats):
 
 def _arguments(name, clients, wave, records, length):
     """(Federation, mesh, (state, params, clients, data, keys)) of a round of random rows."""
-    from experiments import benchmark_rounds, benchmark_steps
+    from experiments.benchmark import rounds as benchmark_rounds
+    from experiments.benchmark import steps as benchmark_steps
 
     case = benchmark_steps.Case(name, None, 1, length, RANK, ("q", "v"), False, "classification", "float32", False)
     return benchmark_rounds.federation(case, clients, records, EXPECTED, wave)

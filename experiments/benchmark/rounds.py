@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dplora_jax.federation import aggregation, mesh, pool, round, waves
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting, secrets
-from experiments import benchmark_steps
+from experiments.benchmark import steps as benchmark_steps
+from experiments.tables import Table
 
 RECORDS = 10  # of a client, as a multiple of its expected batch
 
@@ -53,8 +54,7 @@ def table(case, counts, repeats):
     """Lines: for each K, a round of K clients that expect `case.batch` rows each, their rows pooled and apart, over one client
     that expects K times the rows; and what the pooled round takes over its local steps (`waves.run`) alone. All take as many rows
     at a time, a client's capacity at most, and are interleaved. Ratios are medians, with quartiles."""
-    heads = ("/ one client", "apart / one", "/ local steps")
-    yield f"{'K':>5} {'rows pooled, apart, of one':>27} {'round s':>9} " + " ".join(f"{head:>24}" for head in heads)
+    body = []
     most = _mechanisms(1, RECORDS * case.batch, case.batch)[0].capacity
     for count in counts:
         pooled = federation(case, count, RECORDS * case.batch, case.batch, count, count > 1, most)
@@ -68,10 +68,10 @@ def table(case, counts, repeats):
             return f"{middle:.3f} ({low:.3f} .. {high:.3f})"
 
         rows = ", ".join(str(_rows(*made)) for made in (pooled, apart, one))
-        yield (
-            f"{count:5} {rows:>27} {np.median(times['pooled']):9.3f} {spread('pooled', 'one'):>24} "
-            f"{spread('apart', 'one'):>24} {spread('pooled', 'steps'):>24}"
-        )
+        ratios = spread("pooled", "one"), spread("apart", "one"), spread("pooled", "steps")
+        body.append([str(count), rows, f"{np.median(times['pooled']):.3f}", *ratios])
+    head = ["K", "rows pooled, apart, of one", "round s", "/ one client", "apart / one", "/ local steps"]
+    yield Table(head, body).text()
 
 
 def _round(made, grid, arguments):

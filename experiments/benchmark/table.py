@@ -5,11 +5,22 @@ import itertools
 import numpy as np
 
 from dplora_jax.privacy.clipping import FORMS
-from experiments.benchmark_steps import LIMIT
+from experiments import formats
+from experiments.benchmark.steps import LIMIT
+from experiments.tables import Table
 
-WIDTHS = {"step": -14, "median s": 9, "/ plain": 8, "quartiles": 16, "examples/s": 11, "tokens/s": 9} | {
-    "of matmul": 10, "peak MB": 8, "/ plain ": 8, "compile s": 10,
-}  # fmt: skip
+HEAD = [
+    "step",
+    "median s",
+    "/ plain",
+    "quartiles",
+    "examples/s",
+    "tokens/s",
+    "of matmul",
+    "peak",
+    "/ plain",
+    "compile s",
+]
 
 
 def ratios(found, name, other="plain"):
@@ -23,15 +34,9 @@ def share(found, name):
     return float(np.median(rate(found[name]) / rate(found[LIMIT])))
 
 
-def _aligned(values):
-    return " ".join(
-        f"{value:<{-w}}" if w < 0 else f"{value:>{w}}" for value, w in zip(values, WIDTHS.values(), strict=False)
-    )
-
-
 def lines(case, found):
     """The table of one cell, line by line; a step without figures of memory is a peer's, and comes with ours over theirs."""
-    yield _aligned(WIDTHS)
+    body = []
     for name, row in found.items():
         if name == LIMIT:
             continue
@@ -40,9 +45,10 @@ def lines(case, found):
         values = [name, f"{seconds:.3f}", f"{middle:.3f}", f"{low:.3f} .. {high:.3f}", f"{rate:.2f}"]
         values.append(f"{rate * case.length:.0f}")
         if "peak" in row:
-            values += [f"{share(found, name):.2f}", f"{row['peak'] / 1e6:.0f}"]
+            values += [f"{share(found, name):.2f}", formats.size(row["peak"])]
             values += [f"{row['peak'] / found['plain']['peak']:.3f}", f"{row['compile_seconds']:.1f}"]
-        yield _aligned(values)
+        body.append(values + [""] * (len(HEAD) - len(values)))
+    yield from Table(HEAD, body).text().splitlines()
     for name in (name for name, row in found.items() if "peak" not in row and name != LIMIT):
         ours = "plain" if name.endswith("plain") else "auto"
         low, middle, high = ratios(found, name, ours)
@@ -66,7 +72,7 @@ def markdown(cells):
     peers = [name for name, row in cells[0][1].items() if "peak" not in row and name != LIMIT]
     head = [*names, "plain s", *(f"{form}: time, memory" for form in forms), "fastest", "plain of matmul"]
     head += [f"auto / {peer}, examples/s" for peer in peers]
-    rows, near, counted = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], 0, 0
+    rows, near, counted = [], 0, 0
     for name, found in cells:
         own = [str(name[flag]) for flag in names] + [f"{np.median(found['plain']['seconds']):.2f}"]
         for form in forms:
@@ -77,10 +83,11 @@ def markdown(cells):
             near, counted = near + (float(ratios(found, "auto")[1]) <= 1.05 * best), counted + 1
         own += [form or "", f"{share(found, 'plain'):.2f}"]
         own += [f"{ratios(found, peer, 'auto')[1]:.2f}" if {peer, "auto"} <= found.keys() else "" for peer in peers]
-        rows.append("| " + " | ".join(own) + " |")
-    if counted:
-        rows.append(f"\nThe automatic choice was the fastest form, or within 5 % of it, in {near} of {counted} cells.")
-    return "\n".join(rows)
+        rows.append(own)
+    table = Table(head, rows).markdown()
+    if not counted:
+        return table
+    return f"{table}\n\nThe automatic choice was the fastest form, or within 5 % of it, in {near} of {counted} cells."
 
 
 def plot(cells, path):

@@ -7,11 +7,11 @@ The first prints a table: the plain LoRA step, the noisy step in each clipping f
 after a warm-up: median times, their ratio to the plain step of the same turn with its quartiles, the share of the rate of a plain
 matrix product measured in the same turns, memory by XLA's account, and compile time. The second does so for each value of the
 varied flags, writes each finished cell as a line of --out, and prints one table in Markdown; finished cells are not run again.
-A --model is a name of `plan_models.KNOWN` (random weights; --layers of them) or one with weights. The same command works on CPU,
+A --model is a name of `plan.models.KNOWN` (random weights; --layers of them) or one with weights. The same command works on CPU,
 GPU and TPU.
 
 --peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps. Other
-measures: --measure=round, a whole federated round beside its local steps (benchmark_rounds.py); roofline, what the step should
+measures: --measure=round, a whole federated round beside its local steps (rounds.py); roofline, what the step should
 take on chips that are not at hand (roofline.py); memory (memory.py); clients, many of them (scale.py).
 """
 
@@ -28,18 +28,12 @@ from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
-from experiments import (
-    allocator,
-    benchmark_rounds,
-    benchmark_steps,
-    benchmark_table,
-    exits,
-    flagfile_reader,
-    memory,
-    plan_models,
-    roofline,
-    scale,
-)
+from experiments import exits, flagfile_reader, formats
+from experiments.benchmark import memory, roofline, scale
+from experiments.benchmark import rounds as benchmark_rounds
+from experiments.benchmark import steps as benchmark_steps
+from experiments.benchmark import table as benchmark_table
+from experiments.plan import models as plan_models
 
 MEASURES = ("step", "round", "roofline", "memory", "clients")
 
@@ -117,20 +111,20 @@ def one(config):
     yield machine()
     yield ", ".join(f"{name} {value}" for name, value in what._asdict().items() if value not in (None, False))
     if config.profile:
-        from experiments import profiling
+        from experiments.benchmark import profiling
 
         yield from profiling.lines(what, config.forms, config.profile)
     yield from benchmark_table.lines(what, measured(config, what))
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak is not None:
-        yield f"the device's own account: {peak / 1e6:,.0f} MB in use at the most, of all steps together"
+        yield f"the device's own account: {formats.size(peak)} in use at the most, of all steps together"
 
 
 def measured(config, what):
     """What `benchmark_steps.measure` finds, with the peers where they are asked for."""
     if not config.peers:
         return benchmark_steps.measure(what, config.forms, config.repeats)
-    from experiments import benchmark_peers
+    from experiments.benchmark import peers as benchmark_peers
 
     return benchmark_steps.measure(what, config.forms, config.repeats, benchmark_peers.calls(what))
 
@@ -176,8 +170,3 @@ def case(config):
 def machine():
     """Where this runs, in a line."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}"
-
-
-if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    sys.exit(main())

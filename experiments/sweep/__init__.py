@@ -25,9 +25,10 @@ from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.files import parse_json, to_json
 from dplora_jax.privacy.chain import replace_durably
-from experiments import allocator, cli, exits, sweep_report
-from experiments.sweep_cells import BEST, key, parse, settings
-from experiments.sweep_report import BASE, OUTCOME
+from experiments import cli, exits
+from experiments.sweep import report as sweep_report
+from experiments.sweep.cells import BEST, key, parse, settings
+from experiments.sweep.report import BASE, OUTCOME
 
 DEVICES = ("CUDA_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "ROCR_VISIBLE_DEVICES")
 
@@ -76,6 +77,21 @@ def read(path):
             continue
         lines[key(line)] = line
     return list(lines.values())
+
+
+def finished(path):
+    """The finished cells in `path`, for a report; InputError where there are none, or where they are not of one sweep's flags."""
+    lines, settings = read(path), {}
+    if not lines:
+        raise InputError(f"--sweep={path} holds no finished cell: give the file that experiments.sweep wrote (--out).")
+    for line in lines:
+        settings.setdefault(sweep_report.place(line), set()).add(line.get("settings"))
+    if any(len(several) > 1 for several in settings.values()):
+        raise InputError(
+            f"--sweep={path} holds cells of several sets of flags under one name, which no table can tell apart: run the sweep "
+            "into a file of its own (--out)."
+        )
+    return lines
 
 
 def _run(cells, out):
@@ -159,8 +175,3 @@ def _trained(config, kind, memo, programs):
         with contextlib.suppress(errors.NotFiniteError):  # its metrics are nan, and its row says so
             collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
     return job.federation.evaluate(job.evaluate), job.federation.describe(job.describe)
-
-
-if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    sys.exit(main())

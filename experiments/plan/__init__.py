@@ -4,7 +4,7 @@
         --max_length=512 --dtype=bfloat16 --remat
 
 Every flag of a run is taken, with a run's defaults; the noise multiplier is 1 where no noise is given: hardly a byte depends
-on it. --model is a directory with config.json or one of plan_models.KNOWN. Exit codes: 0 it fits, 1 it does not, 2 bad input,
+on it. --model is a directory with config.json or one of plan.models.KNOWN. Exit codes: 0 it fits, 1 it does not, 2 bad input,
 74 a file cannot be written.
 """
 
@@ -18,7 +18,8 @@ from absl import flags as absl_flags
 from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
-from experiments import cli, exits
+from experiments import cli, exits, formats
+from experiments.tables import Table
 
 GIB = 1 << 30
 TASKS = ("language_model", "classification")
@@ -128,7 +129,7 @@ def links(name):
 
 def plan(config, options, chip, devices):
     """Measure the run, and where it does not fit what might help -> all that is told, as plain values."""
-    from experiments import plan_models
+    from experiments.plan import models as plan_models
 
     task = options["task"] or plan_models.default_task(config.base.name)
     measured, program = _measure(config, options, task, chip, devices)
@@ -139,7 +140,7 @@ def plan(config, options, chip, devices):
 
 
 def _measure(config, options, task, chip, devices):
-    from experiments import plan_program
+    from experiments.plan import program as plan_program
 
     program = plan_program.abstract(config, devices, options["sizes"], task, options["classes"])
     return plan_program.measure(program, chip.hbm), program
@@ -211,20 +212,20 @@ def tell(config, name, task, chip, program, measured):
         },
         "compile_seconds": measured.seconds,
     }
-    if measured.totals is None:
+    if measured.work is None:
         return told
-    totals = measured.totals
+    work = measured.work
     times = {
-        "compute": totals.passes / chip.flops,
-        "memory": totals.memory / chip.bandwidth,
+        "compute": work.passes / chip.flops,
+        "memory": work.memory / chip.bandwidth,
         # A slice of one chip has no link, and sends nothing.
-        "interconnect": sum(totals.sent.values()) / (max(1, links(name)) * chip.link),
+        "interconnect": sum(work.sent.values()) / (max(1, links(name)) * chip.link),
     }
     return told | {
-        "flops": totals.flops,
-        "bfloat16_flops": totals.passes,
-        "memory_traffic": totals.memory,
-        "collectives": totals.sent,
+        "flops": work.flops,
+        "bfloat16_flops": work.passes,
+        "memory_traffic": work.memory,
+        "collectives": work.sent,
         "seconds": times,
         "round_seconds": max(times.values()),
         "bound_by": max(times, key=times.get),
@@ -242,30 +243,23 @@ def show(told):
         f"A chip computes {told['clients_per_device']} client(s) in turn; batches of up to {told['capacity']} rows of "
         f"{told['max_length']} tokens, rank {told['rank']}."
     )
-    print(f"memory of a chip, GiB of {told['hbm'] / GIB:g}")
     names = {"base": "frozen model", "arguments": "all arguments", "total": "in all"}
-    for part, size in told["bytes"].items():
-        print(f"  {names.get(part, part):<16}{size / GIB:10.2f}")
+    sizes = [[names.get(part, part), formats.size(size)] for part, size in told["bytes"].items()]
+    print(Table([f"memory of a chip of {formats.size(told['hbm'])}", ""], sizes).text())
     if "seconds" in told:
-        print(f"a round, of one chip              least seconds at {told['topology'].partition(':')[0]}'s peaks")
         rows = (
-            ("matrix products", told["flops"] / 1e12, "TFLOP", None),
-            ("in bf16 passes", told["bfloat16_flops"] / 1e12, "TFLOP", "compute"),
-            ("memory traffic", told["memory_traffic"] / 1e9, "GB", "memory"),
-            ("sent to others", sum(told["collectives"].values()) / 1e9, "GB", "interconnect"),
+            ("matrix products", f"{told['flops'] / 1e12:.2f} TFLOP", None),
+            ("in bf16 passes", f"{told['bfloat16_flops'] / 1e12:.2f} TFLOP", "compute"),
+            ("weights read", formats.size(told["memory_traffic"]), "memory"),
+            ("sent to others", formats.size(sum(told["collectives"].values())), "interconnect"),
         )
-        for label, amount, unit, key in rows:
-            least = f"{told['seconds'][key]:10.3f}" if key else ""
-            print(f"  {label:<16}{amount:10.2f} {unit:<6}{least}".rstrip())
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in told["collectives"].items())
-        print(f"  collectives, GB: {parts or 'none'}")
+        body = [[label, amount, f"{told['seconds'][key]:.3f}" if key else ""] for label, amount, key in rows]
+        peaks = f"least seconds at {told['topology'].partition(':')[0]}'s peaks"
+        print(Table(["a round, of one chip", "", peaks], body).text())
+        parts = ", ".join(f"{name} {formats.size(size)}" for name, size in told["collectives"].items())
+        print(f"collectives: {parts or 'none'}")
         print(f"At least {told['round_seconds']:.3g} s a round, bound by {told['bound_by']}.")
     for row in told.get("tried", ()):
-        size = f"{row['total'] / GIB:.2f} GiB"
-        print(f"with {row['flags']}: {size}, {'fits' if row['fits'] else 'does not fit'}")
+        print(f"with {row['flags']}: {formats.size(row['total'])}, {'fits' if row['fits'] else 'does not fit'}")
     if told.get("tried") and not told["tried"][-1]["fits"]:
         print("No flag makes it fit: take a larger slice, a lower --rank, or a shorter --max_length.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,8 @@ import safetensors.numpy
 
 from dplora_jax import lora, losses, models
 from dplora_jax.models import gpt2, llama, quantized
+from experiments import formats
+from experiments.tables import Table
 
 SENTENCES = (
     "The central bank raised interest rates by a quarter of a percentage point on Wednesday, citing persistent inflation.",
@@ -84,14 +86,15 @@ def write_llama(directory, gigabytes, shards=4):
 
 def loading(gigabytes):
     """Lines on the peak anonymous memory of loading a made checkpoint, less that before, over the parameters' bytes."""
-    yield f"{'loading (sharded safetensors)':34} {'parameters MB':>14} {'peak MB':>9} {'ratio':>6}"
+    body = []
     with tempfile.TemporaryDirectory() as directory:
         write_llama(directory, gigabytes)
         for dtype, kind in (("float32", ""), ("bfloat16", ""), ("bfloat16", "int8"), ("bfloat16", "nf4")):
             arguments = [sys.executable, "-c", CHILD, directory, dtype, kind]
             out = json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
-            name = f"{dtype} {kind}".strip()
-            yield f"{name:34} {out['parameters'] / 1e6:14.0f} {out['peak'] / 1e6:9.0f} {out['peak'] / out['parameters']:6.2f}"
+            sizes = [formats.size(out[name]) for name in ("parameters", "peak")]
+            body.append([f"{dtype} {kind}".strip(), *sizes, f"{out['peak'] / out['parameters']:.2f}"])
+    yield Table(["loading (sharded safetensors)", "parameters", "peak", "ratio"], body).text()
 
 
 def next_token_loss(batch, length, max_targets):
@@ -106,18 +109,19 @@ def next_token_loss(batch, length, max_targets):
         "in chunks": losses.language_model,
         f"in chunks, {max_targets} targets a row": lambda m, p: losses.language_model(m, p, max_targets),
     }
-    yield f"{f'GPT-2 gradient, remat, [{batch}, {length}]':34} {'temporary MB':>14}"
+    body = []
     for name, make in forms.items():
         step = jax.jit(lambda p, a, rows, make=make: jax.grad(lambda a: make(model, p)(a, rows).sum())(a))
         analysis = step.lower(params, adapter, rows).compile().memory_analysis()
-        yield f"{name:34} {analysis.temp_size_in_bytes / 1e6:14.0f}"
+        body.append([name, formats.size(analysis.temp_size_in_bytes)])
+    yield Table([f"GPT-2 gradient, remat, [{batch}, {length}]", "temporary"], body).text()
 
 
 def frozen_base(name, steps=10):
     """Lines on the base's bytes, its loss on four sentences, and that after `steps` LoRA steps, for each kind of weights."""
     table = models.load_tokenizer(name)(list(SENTENCES), padding=True, return_tensors="np")
     rows = {key: jnp.asarray(table[key], jnp.int32) for key in ("input_ids", "attention_mask")}
-    yield f"{name:34} {'base MB':>14} {'loss':>9} {f'after {steps}':>9}"
+    body = []
     for kind in (None, *quantized.KINDS):
         model, params = models.from_pretrained(name, quantize=kind)
         adapter = lora.init(jax.random.key(0), model, params, lora.LoraConfig(8, 16.0))
@@ -135,4 +139,5 @@ def frozen_base(name, steps=10):
             return jax.lax.scan(step, (adapter, optimizer.init(adapter)), None, steps + 1)[1]
 
         trace = np.asarray(train(params, adapter))
-        yield f"{kind or 'float32':34} {quantized.nbytes(params) / 1e6:14.0f} {trace[0]:9.4f} {trace[-1]:9.4f}"
+        body.append([kind or "float32", formats.size(quantized.nbytes(params)), f"{trace[0]:.4f}", f"{trace[-1]:.4f}"])
+    yield Table([name, "base", "loss", f"after {steps}"], body).text()

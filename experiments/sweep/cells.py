@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 from dplora_jax.config import FIELDS, METRICS, RESULT, RunConfig, deciding, replace, to_flat
 from dplora_jax.errors import InputError
 from experiments import cli
-from experiments.sweep_report import ANY, BASE, OUTCOME
+from experiments.sweep.report import ANY, BASE, OUTCOME
 
 BUDGET = ("epsilon", "delta", "noise_multiplier")  # what a run without privacy does not ask for
 NO_PRIVACY = "--trust=none --epsilon=none --noise_multiplier=none"

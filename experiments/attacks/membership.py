@@ -10,7 +10,7 @@ from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import storage
 from dplora_jax.finetuning import dealing, objectives, setup
-from experiments import canaries
+from experiments.attacks import canaries
 
 ROWS = 64  # at a time through the model
 

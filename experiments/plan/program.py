@@ -19,7 +19,9 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, frozen_layers, mesh, participants, program, round, trust_modes
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.privacy import secrets
-from experiments import plan_hlo, plan_models
+from experiments import flops
+from experiments.plan import collectives as plan_collectives
+from experiments.plan import models as plan_models
 
 
 class Program(NamedTuple):
@@ -30,6 +32,16 @@ class Program(NamedTuple):
     mesh: jax.sharding.Mesh
     arguments: tuple
     clients: int
+
+
+class Work(NamedTuple):
+    """What one chip does in one round: operations of its matrix products, as one counts them and in bfloat16 passes (the highest
+    precision takes six); bytes of weights that it reads at least; bytes that it sends to other chips, {collective: bytes}."""
+
+    flops: float
+    passes: float
+    memory: float
+    sent: dict
 
 
 class Measured(NamedTuple):
@@ -44,8 +56,8 @@ class Measured(NamedTuple):
     temporaries: float | None = None
     outputs: float | None = None
     code: float | None = None
-    totals: plan_hlo.Totals | None = None
     seconds: float | None = None  # of compiling
+    work: Work | None = None
 
 
 def abstract(config, devices, sizes, task, classes):
@@ -146,8 +158,21 @@ def measure(program, hbm, compiling=lambda lowered: lowered.compile()):
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs, memory.generated_code_size_in_bytes)
-    totals = plan_hlo.totals(compiled.as_text())
-    return Measured(sum(parts) <= hbm, sum(parts), parts[0], base, *parts[1:], totals, seconds)
+    work = _work(program, base, compiled.as_text())
+    return Measured(sum(parts) <= hbm, sum(parts), parts[0], base, *parts[1:], seconds, work)
+
+
+def _work(program, base, text):
+    """The Work of a compiled program. Products are those of the traced round, which a model axis splits evenly; each pass over
+    rows reads the `base` bytes twice (forward, backward) and the adapter three times (the update too)."""
+    step, local = round.make(program.federation, program.mesh), program.federation.local
+    products, exact = (flops.count(step, *program.arguments, exact=exact) for exact in (False, True))
+    split = program.mesh.shape[mesh.MODEL]
+    rows = local.microbatch or local.capacity
+    passes = local.local_steps * math.ceil(program.clients / program.federation.wave) * math.ceil(local.capacity / rows)
+    adapter = device_bytes(program.arguments[0].adapter)
+    memory = passes * (2 * base + 3 * adapter)
+    return Work(products / split, (products + 5 * exact) / split, memory, plan_collectives.sent(text))
 
 
 def _used(message):

@@ -1,0 +1,1 @@
+"""Attacks on the training program and on released adapters: canaries, membership inference, memorised secrets."""

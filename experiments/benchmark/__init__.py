@@ -1,0 +1,1 @@
+"""What a noisy LoRA step, a round and many clients cost: `python -m experiments.benchmark` (`command`)."""

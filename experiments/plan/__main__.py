@@ -1,0 +1,5 @@
+import sys
+
+from experiments.plan import main
+
+sys.exit(main())

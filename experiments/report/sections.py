@@ -1,0 +1,247 @@
+"""What a report says of a run: one dict of texts, tables and figures, which both templates show."""
+
+import math
+import statistics
+
+from dplora_jax.config import FREE_ON_RESUME
+from dplora_jax.federation.workdir import with_defaults
+from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
+from experiments import communication, formats
+from experiments.report import figures
+from experiments.summary import sent_uploads
+from experiments.tables import Table
+
+CLIENT_COLUMNS = {
+    "client": "client",
+    "records": "records (n)",
+    "sampling_rate": "sampling_rate (q)",
+    "capacity": "capacity",
+    "noise_multiplier": "noise_multiplier (σ)",
+    "epsilon": "epsilon",
+    "weight": "weight",
+    "rounds": "rounds taken part in",
+    "bytes_up": "bytes up a round",
+}
+VARIED = ("rounds", "bytes_up")  # shown where clients differ
+MOST_CLIENTS, FIRST_CLIENTS = 50, 20
+MOST_ROUNDS = 12  # evaluated rounds in the table of metrics
+# Flags that an audit may have otherwise than the run.
+NOT_AUDITED = {*FREE_ON_RESUME, "seed", "auto", "data_dir", "test_data"}
+CLAIM = record({"claim": real(0), "guesses": real(0), "broken": flag}, {"curve": optional(real(0))}, anything)
+AUDIT = record(
+    {"runs": whole(1, 2**31), "confidence": real(0, 1), "audits": list_of(CLAIM)},
+    {"flags": optional(record({}, {}))},
+    anything,
+)
+
+
+def contents(workdir, stored, rows, agreement, sweep):
+    """What the templates show, from a `run_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a sweep's
+    tables (`sweep_report.contents`) or None."""
+    flags, facts, last = stored.flags, stored.facts, rows[-1] if rows else {}
+    private = stored.private and math.isfinite(last.get("epsilon_max", 0.0))
+    metrics = figures.by_metric(rows)
+    finite = private and bool(rows) and agreement.holds
+    return {
+        "title": f"{flags.model} on {flags.dataset}",
+        "names": [flags.model, flags.dataset],
+        "description": facts["data"]["description"] or "",
+        "facts": _facts(stored),
+        "tiles": _tiles(stored, rows, metrics, private, agreement.holds),
+        "bands": _bands(stored, rows, private, agreement),
+        "private": private,
+        "started": bool(rows),
+        "evaluated": bool(metrics),
+        "figures": figures.of_run(flags, rows, private),
+        "rounds": _rounds(rows, metrics),
+        "accuracy_note": formats.accuracy_note(facts["data"], metrics["accuracy"][1][-1])
+        if "accuracy" in metrics
+        else "",
+        "trust": facts["trust"],
+        "epsilon": formats.epsilon(last["epsilon_max"]) if finite else None,
+        "delta": formats.number(flags.delta),
+        "accounting": facts["accounting"],
+        "ledger": agreement.words,
+        "audit": audit(workdir, stored) if private else None,
+        "sweep": sweep,
+        "clients": clients_table(charged(facts["clients"], last)),
+        "clients_note": _clients_note(facts["clients"]),
+        "communication": communication_table(stored, rows),
+        "ranks": _ranks(stored),
+        "method": facts["method"],
+        "command": facts["command"],
+        "repeat": Table([], _repeat(rows, facts)),
+        "flags": Table([], [[k, formats.setting(v)] for k, v in stored.document.items() if k != "federation"]),
+    }
+
+
+def _facts(stored):
+    """The run in a few words each."""
+    flags, data = stored.flags, stored.facts["data"]
+    words = [f"clients {formats.number(flags.clients)}", f"rounds {formats.number(flags.rounds)}", f"rank {flags.rank}"]
+    words += [f"targets {flags.targets}", f"trust {flags.trust}"]
+    names = ("train_records", "test_records")
+    return words + [f"{formats.number(data[name])} {name.replace('_', ' ')}" for name in names if data[name]]
+
+
+def _tiles(stored, rows, metrics, private, confirmed):
+    """(label, value, note, whether it is an alarm) of the large figures: the last metrics, epsilon, and what a client sends."""
+    flags, tiles = stored.flags, []
+    for name, (rounds, values, _) in list(metrics.items())[:3]:
+        beside = formats.accuracy_note(stored.facts["data"], values[-1]) if name == "accuracy" else ""
+        base = f"base model {formats.metric(values[0])}" if rounds[0] == 0 and len(rounds) > 1 else ""
+        note = f"round {rounds[-1]}" + (f", {beside}" if beside else "") + (f"; {base}" if base else "")
+        tiles.append((f"test {formats.metric_name(name)}", formats.metric(values[-1]), note, False))
+    if not metrics:
+        tiles.append(("test metrics", "—", "no round was evaluated on test data", False))
+    if not private:
+        tiles.append(("epsilon", "∞", f"no privacy: trust {flags.trust}", True))
+    elif rows:
+        note = f"epsilon_max over {formats.number(flags.clients)} clients, at delta {formats.number(flags.delta)}, "
+        note += f"after round {rows[-1]['round']} of {formats.number(flags.rounds)}"
+        note += "" if flags.epsilon is None else f"; budget {formats.epsilon(flags.epsilon)}"
+        note += "" if confirmed else "; NOT CONFIRMED by the ledger"
+        tiles.append(("epsilon", formats.epsilon(rows[-1]["epsilon_max"]), note, not confirmed))
+    sent = stored.facts["communication"]
+    if sent["ratio"]:
+        up, full = (formats.size(sent[f"{name}_per_client_per_round"]) for name in ("bytes_up", "full_bytes"))
+        ratio = float(f"{sent['ratio']:.3g}")
+        note = f"{up} per client and round instead of {full} for full fine-tuning"
+        tiles.append(("bytes sent", f"{ratio:,.5g}× less", note, False))
+    return tiles
+
+
+def _bands(stored, rows, private, agreement):
+    """(kind, what, why) of what a reader must know before a figure is believed: no privacy, not for release, unfinished."""
+    flags, bands = stored.flags, []
+    if not agreement.holds:
+        bands.append(("bad", "Do not rely on these figures.", agreement.words))
+    if not private:
+        why = "Its uploads and its adapter may reveal any record."
+        bands.append(("bad", "There is no privacy in this run.", why))
+    elif stored.release != "for release":
+        bands.append(("care", stored.release, ""))
+    if flags.trust == "distributed":
+        why = "The guarantee is for those who see totals alone; a deployment needs a real protocol."
+        bands.append(("info", "Secure aggregation is simulated.", why))
+    if stored.facts["data"]["synthetic"]:
+        bands.append(("info", "Synthetic data.", "The metrics show that the program works, not how well a model does."))
+    done = rows[-1]["round"] if rows else 0
+    if done < flags.rounds:
+        bands.append(("info", f"{done} of {flags.rounds} rounds.", "The run has not reached its last round."))
+    return bands
+
+
+def _rounds(rows, metrics):
+    """The evaluated rounds, or some of them, with their epsilon and metrics; None where none was evaluated."""
+    rounds = sorted({number for numbers, _, _ in metrics.values() for number in numbers})
+    if not rounds:
+        return None
+    step = max(1, math.ceil((len(rounds) - 1) / (MOST_ROUNDS - 1)))
+    spent, body = {row["round"]: formats.epsilon(row["epsilon_max"]) for row in rows}, []
+    for number in sorted({*rounds[::step], rounds[-1]}):
+        values = [dict(zip(numbers, column, strict=True)).get(number) for numbers, column, _ in metrics.values()]
+        body.append([str(number), spent[number], *("" if v is None else formats.metric(v) for v in values)])
+    return Table(["round", "epsilon", *map(formats.metric_name, metrics)], body)
+
+
+def charged(clients, last):
+    """The clients with the epsilon that they have spent by the `last` line, in place of the one that was planned."""
+    spent = last.get("epsilon", []) if last.get("round") else []
+    if len(spent) != len(clients):
+        return clients
+    return [client | {"epsilon": value} for client, value in zip(clients, spent, strict=True)]
+
+
+def clients_table(clients):
+    """A row a client, or the first ones and the spread of all."""
+    names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
+    shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
+    body = [
+        [_cell(client.get(name, index if name == "client" else None), name) for name in names]
+        for index, client in enumerate(shown)
+    ]
+    foot = []
+    for title, reduced in (("min", min), ("median", statistics.median), ("max", max)):
+        columns = [[client[name] for client in clients if client.get(name) is not None] for name in names[1:]]
+        cells = [
+            _cell(reduced(values) if values else None, name) for name, values in zip(names[1:], columns, strict=True)
+        ]
+        foot.append([title, *cells])
+    return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(shown) < len(clients) else [])
+
+
+def _cell(value, name):
+    return formats.epsilon(value) if name == "epsilon" else formats.number(value)
+
+
+def _clients_note(clients):
+    if len(clients) <= MOST_CLIENTS:
+        return ""
+    return f"The first {FIRST_CLIENTS} of {len(clients):,} clients; min, median and max are over all."
+
+
+def communication_table(stored, rows):
+    """What travels, beside what full fine-tuning would send."""
+    sent, times = stored.facts["communication"], rows[-1]["round"] if rows else 0
+    up, down, full = (sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "bytes_down", "full_bytes"))
+    uploads = sent_uploads(rows, stored.flags.clients)
+    total = [formats.size(None if count is None else count * uploads) for count in (up, full)]
+    parameters = [formats.number(sent[name]) for name in ("adapter_parameters", "full_parameters")]
+    body = [
+        ["parameters trained and sent", *parameters],
+        ["bytes up, per client and round", formats.size(up), formats.size(full)],
+        ["bytes down, per client and round", formats.size(down), formats.size(full)],
+        [f"bytes up, {uploads:,} uploads in {times} rounds", *total],
+    ]
+    return Table(["what travels", "adapter (this run)", "full fine-tuning"], body)
+
+
+def _ranks(stored):
+    """How many times less a client sends, by rank, for the paper's models: exact, from their shapes."""
+    targets, rows = communication.of_run(stored.flags)
+    figure = figures.against_rank(rows, communication.MODELS, communication.RANKS, targets)
+    return {"figure": figure, "targets": targets, "table": communication.by_rank(rows, stored.flags)}
+
+
+def audit(workdir, stored):
+    """What `experiments.audit` reached, where its folder lies beside the run's, as {"words", "table"}: the words say which of its
+    flags are not this run's. No words where there is none."""
+    try:
+        result = load(workdir.with_name(f"{workdir.name}-audit") / "audit.json", AUDIT)
+    except FileNotFoundError:
+        return {"words": "", "table": None}
+    except (Unfit, OSError) as error:
+        return {"words": f"The audit beside this run cannot be read ({error}).", "table": None}
+    body, best = [], []
+    for line in result["audits"]:
+        claim, verdict = formats.epsilon(line["claim"]), "BROKEN" if line["broken"] else "holds"
+        guesses, curve = line["guesses"], line.get("curve")
+        body.append([claim, formats.lower_bound(guesses), formats.lower_bound(curve), verdict])
+        best.append(f"{formats.lower_bound(max(guesses, curve or 0))} (claim {claim}: {verdict})")
+    words = f"Attacked in {result['runs']} runs: with confidence {result['confidence']:.1%}, the lower bounds are "
+    words += f"{', '.join(best)}.{_other_flags(result, with_defaults(stored.document))}"
+    head = ["claim", "epsilon is at least (guesses)", "at least (the mechanism’s curve)", "verdict"]
+    return {"words": words, "table": Table(head, body)}
+
+
+def _other_flags(result, document):
+    """A sentence on the flags that were audited and are not this run's; nothing where all are."""
+    audited = result.get("flags")
+    if not audited:
+        what = "is of a small built-in model, not of this run" if "flags" in result else "does not say of which flags"
+        return f" The audit {what}."
+    names = [k for k in audited if k in document and k not in NOT_AUDITED and audited[k] != document[k]]
+    words = ", ".join(f"{name} {audited[name]} (here {document[name]})" for name in names)
+    return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {words}." if words else ""
+
+
+def _repeat(rows, facts):
+    """(name, value) of what another party compares to repeat the run: where it ran, the base's files, and how long it took."""
+    words = [[name, formats.number(value)] for name, value in facts["environment"].items()]
+    words += [[f"SHA-256 of the base's {name}", digest] for name, digest in facts["base_files"].items()]
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    if seconds:
+        spent = f"{seconds / 60:.1f} minutes for {rows[-1]['round']} rounds, compilation and evaluation not counted"
+        words.append(["time", spent])
+    return words

@@ -1,0 +1,7 @@
+import sys
+
+from experiments import allocator
+from experiments.sweep import main
+
+allocator.keep_freed_memory()
+sys.exit(main())
