@@ -13,7 +13,7 @@ import sys
 
 from dplora_jax import checkpoint, private_files
 from dplora_jax.errors import InputError
-from dplora_jax.federation import processes, trust_modes, workdir
+from dplora_jax.federation import processes, run_files, trust_modes, workdir
 from dplora_jax.files import to_json
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
@@ -87,11 +87,11 @@ class Workdir:
     def describe(self, config, description):
         """Write config.json, unless an earlier start, which was charged by it, did."""
         if processes.primary() and self.stored is None:
-            workdir.write_config(self.directory, config, description)
+            run_files.write_config(self.directory, config, description)
 
     def config_digest(self):
         """SHA-256 of config.json, which each begin entry of the ledger has."""
-        return workdir.digest(self.directory)
+        return run_files.read_config(self.directory).digest
 
     def restore(self, like):
         """(rounds done, state, notes) of the newest checkpoint, or None; `like` gives shapes, dtypes and shardings."""
@@ -109,7 +109,7 @@ class Workdir:
 
     def release(self, lines):
         """Write metrics.jsonl anew: the public metrics `lines`."""
-        workdir.write_metrics(self.directory, lines)
+        run_files.write_metrics(self.directory, lines)
 
     def lines(self):
         """The public metrics of a finished run, a dict a round."""

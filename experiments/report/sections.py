@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from dplora_jax.config import FREE_ON_RESUME
+from dplora_jax.config import RESULT, deciding
 from dplora_jax.federation.workdir import with_defaults
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
 from experiments import communication, formats
@@ -25,8 +25,8 @@ CLIENT_COLUMNS = {
 VARIED = ("rounds", "bytes_up")  # shown where clients differ
 MOST_CLIENTS, FIRST_CLIENTS = 50, 20
 MOST_ROUNDS = 12  # evaluated rounds in the table of metrics
-# Flags that an audit may have otherwise than the run.
-NOT_AUDITED = {*FREE_ON_RESUME, "seed", "auto", "data_dir", "test_data"}
+# Fields that an audit must have as the run has them.
+AUDITED = set(deciding(RESULT)) - {"seed", "auto", "data_dir", "test_data"}
 CLAIM = record({"claim": real(0), "guesses": real(0), "broken": flag}, {"curve": optional(real(0))}, anything)
 AUDIT = record(
     {"runs": whole(1, 2**31), "confidence": real(0, 1), "audits": list_of(CLAIM)},
@@ -231,7 +231,7 @@ def _other_flags(result, document):
     if not audited:
         what = "is of a small built-in model, not of this run" if "flags" in result else "does not say of which flags"
         return f" The audit {what}."
-    names = [k for k in audited if k in document and k not in NOT_AUDITED and audited[k] != document[k]]
+    names = [k for k in audited if k in document and k in AUDITED and audited[k] != document[k]]
     words = ", ".join(f"{name} {audited[name]} (here {document[name]})" for name in names)
     return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {words}." if words else ""
 
