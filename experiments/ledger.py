@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
     @property
     def private(self):
-        return self.stored.flags.private
+        return self.stored.flags.privacy.private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""
@@ -77,7 +77,7 @@ def verify(workdir):
     workdir = pathlib.Path(workdir)
     stored, path = run_files.read_config(workdir), workdir / FILE
     lines = run_files.read_metrics(
-        workdir, stored.flags.rounds
+        workdir, stored.flags.schedule.rounds
     )  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
@@ -110,7 +110,7 @@ def _seals(workdir, config, ledger):
 
 def show(verdict):
     """Print the dispatches, the clients and the state of the chain."""
-    ledger, delta = verdict.ledger, verdict.stored.flags.delta
+    ledger, delta = verdict.ledger, verdict.stored.flags.privacy.delta
     print(f"{_dispatches(ledger).text()}\n")
     clients = ledger.begun[-1]["clients"]
     spent = ledger.epsilons(delta) if verdict.private else [math.inf] * len(clients)

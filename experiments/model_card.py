@@ -108,8 +108,8 @@ def _use(averaged, labels):
 def _run_facts(run):
     """The federation's data, guarantee and metrics, all of it public; no guarantee that the ledger does not confirm."""
     flags, facts, last = run.stored.flags, run.stored.facts, run.last
-    data = formats.markdown(facts["data"]["description"] or flags.dataset)
-    yield f"Data: {data} Texts were cut to {flags.max_length} tokens."
+    data = formats.markdown(facts["data"]["description"] or flags.data.dataset)
+    yield f"Data: {data} Texts were cut to {flags.data.max_length} tokens."
     if not run.ledger.holds:
         yield f"**Do not rely on these figures.** {formats.markdown(run.ledger.words)}"
     elif facts["trust"]:
@@ -119,10 +119,10 @@ def _run_facts(run):
             [str(k), formats.number(records), formats.epsilon(spent)]
             for k, (records, spent) in enumerate(zip(run.stored.records, last["epsilon"], strict=True))
         ]
-        yield Table(["client", "records", f"epsilon at delta {flags.delta:g}"], rows).markdown()
+        yield Table(["client", "records", f"epsilon at delta {flags.privacy.delta:g}"], rows).markdown()
     scores = [
         f"{label} {formats.metric(float(last[key]), key)}" for key, label in formats.METRICS.items() if key in last
     ]
     if scores:
-        whose = f" {OWN_MODELS}, not of this one." if flags.aggregation == "fedsa" else ""
+        whose = f" {OWN_MODELS}, not of this one." if flags.aggregation.method == "fedsa" else ""
         yield f"On the public test set: {', '.join(scores)}.{whose}"

@@ -23,17 +23,17 @@ def line(folder):
     metrics = f"test {', '.join(scores)}" if scores else "not evaluated"
     confirmed = ledger.agreement(folder)
     budget = (
-        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.delta:g} for {PROTECTED[flags.trust]}"
+        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {PROTECTED[flags.privacy.trust]}"
         if stored.private
         else run_files.NO_PRIVACY
     )
-    each = sent_uploads([line.values for line in lines], flags.clients) / flags.clients
+    each = sent_uploads([line.values for line in lines], flags.schedule.clients) / flags.schedule.clients
     up, full = (each * sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "full_bytes"))
     kind = " (synthetic data)" if stored.facts["data"]["synthetic"] else ""
-    seeded = " NOT FOR RELEASE (--seed)." if flags.seed is not None and stored.private else ""
+    seeded = " NOT FOR RELEASE (--seed)." if flags.privacy.seed is not None and stored.private else ""
     doubt = "" if confirmed.holds else f"DO NOT RELY ON THESE FIGURES. {confirmed.words} "
     return (
-        f"{doubt}{flags.dataset}{kind}, {flags.clients} clients, {last['round']} rounds: {metrics}; {budget}; "
+        f"{doubt}{flags.data.dataset}{kind}, {flags.schedule.clients} clients, {last['round']} rounds: {metrics}; {budget}; "
         f"{formats.size(up)} sent by each client instead of {formats.size(full)} for full fine-tuning "
         f"({sent['ratio']:,.0f}x less). Adapter: {folder / 'adapter'}  Report: {folder / 'report.html'}{seeded}"
     )

@@ -91,7 +91,7 @@ class Stored(NamedTuple):
     @property
     def private(self):
         """Whether the run has any guarantee."""
-        return self.flags.private and self.release != NO_PRIVACY
+        return self.flags.privacy.private and self.release != NO_PRIVACY
 
 
 class Line(NamedTuple):

@@ -45,7 +45,7 @@ def write(workdir, sweep=None):
     """
     workdir = pathlib.Path(workdir)
     stored = run_files.read_config(workdir)
-    rows = [line.values for line in run_files.read_metrics(workdir, stored.flags.rounds)]
+    rows = [line.values for line in run_files.read_metrics(workdir, stored.flags.schedule.rounds)]
     contents = sections.contents(workdir, stored, rows, ledger.agreement(workdir), sweep)
     path = workdir / "report.html"
     replace_durably(path, templates.html("report.html.j2", contents))

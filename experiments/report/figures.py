@@ -118,16 +118,20 @@ def of_run(flags, rows, private):
     # A perplexity and an accuracy share no axis.
     groups = [{k: v for k, v in metrics.items() if ("perplexity" in k) == low} for low in (False, True)]
     groups = list(filter(None, groups))
-    average = f" The metrics are the averaged adapter’s (ema {formats.number(flags.ema)})." if flags.ema else ""
+    average = (
+        f" The metrics are the averaged adapter’s (ema {formats.number(flags.aggregation.ema)})."
+        if flags.aggregation.ema
+        else ""
+    )
     made = [
         figure(f"utility{i}", "Utility per round", series, f"Round 0 is the base model.{average}",
                _plot_metrics(series, against_epsilon=False), broken=1)
         for i, series in enumerate(groups)
     ]  # fmt: skip
     if rows and private and all(math.isfinite(row["epsilon_max"]) for row in rows):
-        budget = math.inf if flags.epsilon is None else flags.epsilon
+        budget = math.inf if flags.privacy.epsilon is None else flags.privacy.epsilon
         keys = ["epsilon_max"] + ["budget (epsilon)"] * math.isfinite(budget)
-        caption = f"What the uploads so far have cost, at delta {flags.delta:g}; the band spans all clients."
+        caption = f"What the uploads so far have cost, at delta {flags.privacy.delta:g}; the band spans all clients."
         made.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget), broken=1))
         caption = (
             "One point per evaluated round of this run; a run calibrated for a smaller epsilon draws another curve."

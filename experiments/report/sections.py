@@ -43,8 +43,8 @@ def contents(workdir, stored, rows, agreement, sweep):
     metrics = figures.by_metric(rows)
     finite = private and bool(rows) and agreement.holds
     return {
-        "title": f"{flags.model} on {flags.dataset}",
-        "names": [flags.model, flags.dataset],
+        "title": f"{flags.base.name} on {flags.data.dataset}",
+        "names": [flags.base.name, flags.data.dataset],
         "description": facts["data"]["description"] or "",
         "facts": _facts(stored),
         "tiles": _tiles(stored, rows, metrics, private, agreement.holds),
@@ -59,7 +59,7 @@ def contents(workdir, stored, rows, agreement, sweep):
         else "",
         "trust": facts["trust"],
         "epsilon": formats.epsilon(last["epsilon_max"]) if finite else None,
-        "delta": formats.number(flags.delta),
+        "delta": formats.number(flags.privacy.delta),
         "accounting": facts["accounting"],
         "ledger": agreement.words,
         "audit": audit(workdir, stored) if private else None,
@@ -78,8 +78,12 @@ def contents(workdir, stored, rows, agreement, sweep):
 def _facts(stored):
     """The run in a few words each."""
     flags, data = stored.flags, stored.facts["data"]
-    words = [f"clients {formats.number(flags.clients)}", f"rounds {formats.number(flags.rounds)}", f"rank {flags.rank}"]
-    words += [f"targets {flags.targets}", f"trust {flags.trust}"]
+    words = [
+        f"clients {formats.number(flags.schedule.clients)}",
+        f"rounds {formats.number(flags.schedule.rounds)}",
+        f"rank {flags.lora.rank}",
+    ]
+    words += [f"targets {','.join(flags.lora.targets)}", f"trust {flags.privacy.trust}"]
     names = ("train_records", "test_records")
     return words + [f"{formats.number(data[name])} {name.replace('_', ' ')}" for name in names if data[name]]
 
@@ -95,11 +99,11 @@ def _tiles(stored, rows, metrics, private, confirmed):
     if not metrics:
         tiles.append(("test metrics", "—", "no round was evaluated on test data", False))
     if not private:
-        tiles.append(("epsilon", "∞", f"no privacy: trust {flags.trust}", True))
+        tiles.append(("epsilon", "∞", f"no privacy: trust {flags.privacy.trust}", True))
     elif rows:
-        note = f"epsilon_max over {formats.number(flags.clients)} clients, at delta {formats.number(flags.delta)}, "
-        note += f"after round {rows[-1]['round']} of {formats.number(flags.rounds)}"
-        note += "" if flags.epsilon is None else f"; budget {formats.epsilon(flags.epsilon)}"
+        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, at delta {formats.number(flags.privacy.delta)}, "
+        note += f"after round {rows[-1]['round']} of {formats.number(flags.schedule.rounds)}"
+        note += "" if flags.privacy.epsilon is None else f"; budget {formats.epsilon(flags.privacy.epsilon)}"
         note += "" if confirmed else "; NOT CONFIRMED by the ledger"
         tiles.append(("epsilon", formats.epsilon(rows[-1]["epsilon_max"]), note, not confirmed))
     sent = stored.facts["communication"]
@@ -121,14 +125,14 @@ def _bands(stored, rows, private, agreement):
         bands.append(("bad", "There is no privacy in this run.", why))
     elif stored.release != "for release":
         bands.append(("care", stored.release, ""))
-    if flags.trust == "distributed":
+    if flags.privacy.trust == "distributed":
         why = "The guarantee is for those who see totals alone; a deployment needs a real protocol."
         bands.append(("info", "Secure aggregation is simulated.", why))
     if stored.facts["data"]["synthetic"]:
         bands.append(("info", "Synthetic data.", "The metrics show that the program works, not how well a model does."))
     done = rows[-1]["round"] if rows else 0
-    if done < flags.rounds:
-        bands.append(("info", f"{done} of {flags.rounds} rounds.", "The run has not reached its last round."))
+    if done < flags.schedule.rounds:
+        bands.append(("info", f"{done} of {flags.schedule.rounds} rounds.", "The run has not reached its last round."))
     return bands
 
 
@@ -185,7 +189,7 @@ def communication_table(stored, rows):
     """What travels, beside what full fine-tuning would send."""
     sent, times = stored.facts["communication"], rows[-1]["round"] if rows else 0
     up, down, full = (sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "bytes_down", "full_bytes"))
-    uploads = sent_uploads(rows, stored.flags.clients)
+    uploads = sent_uploads(rows, stored.flags.schedule.clients)
     total = [formats.size(None if count is None else count * uploads) for count in (up, full)]
     parameters = [formats.number(sent[name]) for name in ("adapter_parameters", "full_parameters")]
     body = [

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dplora_jax.federation.workdir import digest
+from dplora_jax.federation.run_files import read_config
 from tests.experiments.ledger_workdirs import MECHANISMS, edit, newer, reflag, reforge, run, write_run
 
 
@@ -73,7 +73,7 @@ def test_what_the_flags_decide_holds(workdir, capsys, sizes, flags):
 
 def test_another_config_json_than_the_entries_know_is_refused(workdir, capsys):
     """What no other check looks at included: here, the features' centre."""
-    reforge(workdir, newer(config=digest(workdir)))
+    reforge(workdir, newer(config=read_config(workdir).digest))
     assert run(capsys, "verify", workdir)[0] == 0
     edit(workdir / "config.json", lambda config: config["federation"].update(features={"center": [0.5]}))
     assert "entry 1 has other config" in run(capsys, "verify", workdir)[2]
