@@ -8,7 +8,7 @@ import math
 from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation_checks
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, noises
 from dplora_jax.privacy.accounting import MOST_NOISE, MOST_STEPS
 
 # The flags of one trust mode alone, and what they are when not given.
@@ -182,8 +182,7 @@ def _variants(config, trust):
     bands = steps if config.privacy.bands is None else config.privacy.bands
     known = ("flat", "per_layer", "automatic", "adaptive")
     yield config.privacy.clipping in known, f"clipping={config.privacy.clipping} is not known: {', '.join(known)}."
-    noises = ("independent", "banded", "hardened")
-    yield config.privacy.noise in noises, f"noise={config.privacy.noise} is not known: {', '.join(noises)}."
+    yield config.privacy.noise in noises.KINDS, f"noise={config.privacy.noise} is not known: {', '.join(noises.KINDS)}."
     yield (
         not hardened or trust == "local",
         f"noise=hardened is of trust=local: rounded shares are no rounded total; leave it out of trust={trust}.",

@@ -49,7 +49,7 @@ def rates(members, others):
 
 def _train(config, prepared, seed):
     """The adapter that the run releases."""
-    count = trust_modes.parties(config)
+    count = trust_modes.mode(config).parties(config)
     held = [os.urandom(32) for _ in range(count)] if seed is None else secrets.from_seed(seed, count)
     return final_adapter.adapter(config, unsaved.train(config, prepared, held))
 

@@ -173,7 +173,7 @@ def results(config, own):
         if measure is None:
             measure = _measure(config, own, task, prepared, tokenizer, found)
             yield "base model", measure(final_adapter.adapter(settings, prepared.state)) | {"epsilon": "-"}
-        held = secrets.from_seed(own.seed, trust_modes.parties(settings))
+        held = secrets.from_seed(own.seed, trust_modes.mode(settings).parties(settings))
         trained = final_adapter.adapter(settings, unsaved.train(settings, prepared, held))
         spent = max(client["epsilon"] for client in prepared.facts["clients"])
         yield name, measure(trained) | {"epsilon": f"{spent:.3f}" if one.private else "inf"}

@@ -117,7 +117,7 @@ def _open(config, folder):
         ledger.check(anchor, name)
     if ledger.ended:
         seeded = config.privacy.seed is not None
-        parties = trust_modes.parties(config)
+        parties = trust_modes.mode(config).parties(config)
         held = secrets.from_seed(config.privacy.seed, parties) if seeded else secrets.load(folder / "private")
         if held:  # an end that someone else wrote must not cost the secrets
             ledger.seal_with(b"".join(held))
@@ -134,7 +134,7 @@ def _secrets(config, folder, ledger):
     from dplora_jax.federation import processes, trust_modes
     from dplora_jax.privacy import secrets
 
-    parties, made = trust_modes.parties(config), None
+    parties, made = trust_modes.mode(config).parties(config), None
     if processes.primary():
         if not ledger.entries:  # nothing ran under secrets that an earlier start left, or nothing tells what did
             secrets.destroy(folder / "private")

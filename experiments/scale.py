@@ -103,7 +103,7 @@ def measure(name, clients, wave, records, length, repeats):
 
 
 def _arguments(name, clients, wave, records, length):
-    """(Federation, mesh, (state, params, clients, data, keys)) of a round of random rows."""
+    """(Rounds, mesh, (state, params, clients, data, keys)) of a round of random rows."""
     from experiments import benchmark_rounds, benchmark_steps
 
     case = benchmark_steps.Case(name, None, 1, length, RANK, ("q", "v"), False, "classification", "float32", False)

@@ -153,11 +153,12 @@ def _trained(config, kind, memo, programs):
             replace(config, seed=0, split_seed=0, party=0),
             prepared.federation.local,
             prepared.federation.rule,
+            prepared.federation.rows,
         )
         if like not in programs:
             programs.clear()  # one case at a time
             programs[like] = make(prepared.federation, prepared.mesh)
-        held = secrets.from_seed(config.privacy.seed, trust_modes.parties(config))
+        held = secrets.from_seed(config.privacy.seed, trust_modes.mode(config).parties(config))
         state = unsaved.train(config, prepared, held, programs[like])
     return prepared.evaluate(state, ends=True), prepared.facts
 

@@ -7,16 +7,17 @@ import numpy as np
 
 from dplora_jax import lora, models
 from dplora_jax.federation import participants, round_bytes, trust_modes
-from dplora_jax.privacy import accounting, integers, paper_bound
+from dplora_jax.privacy import accounting
 
 
-def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
-    """What `config.json` and the report say beyond the flags; all of it public."""
+def of_run(config, corpus, sizes, mechanisms, model, adapter, grid, noise):
+    """What `config.json` and the report say beyond the flags; all of it public. `noise` is the rounds' own (`noise.Noise`)."""
+    trust_mode = trust_modes.mode(config)
     total, steps = sum(sizes), participants.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, count, config.privacy.delta) for m, count in zip(mechanisms, steps, strict=True)]
     up, down = round_bytes.of_run(config, adapter)
-    weights = trust_modes.weights(config, sizes, mechanisms)
+    weights = trust_mode.weights(config, sizes, mechanisms)
     clients = [  # `sampled_from` is the mechanism's own records: with null ones, or in mode `client` the clients
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
@@ -34,7 +35,7 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "labels": list(corpus.label_names),
             "commonest_label": _commonest(corpus),
         },
-        "trust": list(trust_modes.statements(config)),
+        "trust": list(trust_mode.statements(config)),
         "release": _release(config),
         "communication": {
             "adapter_parameters": sent,
@@ -44,18 +45,13 @@ def of_run(config, corpus, sizes, mechanisms, model, adapter, grid):
             "full_bytes_per_client_per_round": 4 * full,
             "ratio": 4 * full / mean_up,
         },
-        "method": _method(config, mechanisms),
+        "method": _method(config, noise),
         "environment": {
             "jax": jax.__version__,
             "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
-        "accounting": trust_modes.accounted_as(config)
-        + (
-            f" {paper_bound.sentence(mechanisms, max(steps), config.privacy.delta)}"
-            if config.privacy.trust == "local"
-            else ""
-        ),
+        "accounting": trust_mode.accounting(config, mechanisms, max(steps)),
     }
 
 
@@ -64,10 +60,10 @@ def of_base(config):
     return {"base_files": models.file_digests(config.base.name)}
 
 
-def _method(config, mechanisms):
+def _method(config, noise):
     """How the run trains, in words."""
     method = [
-        *trust_modes.method(config),
+        *trust_modes.mode(config).method(config),
         "head alone, no LoRA"
         if config.lora.head_only
         else f"LoRA rank {config.lora.rank} on {config.lora.targets}"
@@ -78,16 +74,7 @@ def _method(config, mechanisms):
             f"the head's features centred, and scaled to norm {config.base.feature_norm:g}, by the text of the public test set that "
             "the metrics are of (its labels unused)"
         )
-    if config.privacy.noise == "banded":
-        method.append(
-            f"noise correlated over {config.privacy.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
-            f"each of them on its own {config.privacy.bands}th of a client's records"
-        )
-    if config.privacy.noise == "hardened":
-        method.append(
-            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
-            "host from SHAKE-256"
-        )
+    method += noise.words()
     return method + (
         [f"average of released adapters, decay {config.aggregation.ema:g}"] if config.aggregation.ema else []
     )

@@ -14,8 +14,8 @@ from dplora_jax import private_files
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming, workdir
 from dplora_jax.files import to_json
-from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
+from dplora_jax.privacy import secrets
 from experiments import tensorboard
 
 
@@ -176,13 +176,8 @@ def round_keys(job, rounds, attempt):
 def _most_rounds(job):
     """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
     config, local = job.config, job.prepared.federation.local
-    if local.bits is None:
-        return config.execution.dispatch_rounds
     sent = job.prepared.facts["communication"]["adapter_parameters"]
-    return min(
-        config.execution.dispatch_rounds,
-        host_noise.most_rounds(config.schedule.clients, config.schedule.local_steps, sent, local.records),
-    )
+    return min(config.execution.dispatch_rounds, local.noise.most_rounds(config.schedule.clients, sent, local))
 
 
 def execute(job, state, rounds, attempt):

@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
     model: Any
     params: Any
     lora_config: lora.LoraConfig
-    federation: round.Federation
+    federation: round.Rounds
     mesh: Any
     placement: mesh.Placement
     stream: Any  # streaming.Stream, or None where the records lie on the devices
@@ -93,8 +93,8 @@ def prepare(config, stored=None, memo=None, dealt=None):
     del local
     none = np.zeros(0, int)
     shards = [{name: array[shares.get(k, none)] for name, array in train.items()} for k in everyone]
-    own = trust_modes.own(config, sizes, mechanisms)
-    placement = mesh.place(grid, shards, own, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed)
+    shares = trust_modes.mode(config).shares(config, sizes, mechanisms)
+    placement = mesh.place(grid, shards, shares, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed)
     federation = program.federation(config, model, aim.loss, mechanisms, adapter, placement, wave, streamed)
     stream = None
     if streamed:
@@ -107,7 +107,7 @@ def prepare(config, stored=None, memo=None, dealt=None):
     else:
         whole, classifies = dataclasses.replace(model, start=0), aim.kind == objectives.CLASSIFIER
         probe = finite.sentence(config, classifies, whole, params, sizes, grid, tokenizer)
-    told = description.of_run(config, corpus, sizes, mechanisms, model, adapter, grid)
+    told = description.of_run(config, corpus, sizes, mechanisms, model, adapter, grid, federation.local.noise)
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         told["method"].append(start)
     if features.KEY in params:
