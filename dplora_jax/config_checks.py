@@ -9,7 +9,7 @@ import numbers
 from dplora_jax.config import FIELDS, RunConfig, field_value, fields, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation_checks
-from dplora_jax.privacy import accounting
+from dplora_jax.privacy import accounting, noises
 from dplora_jax.privacy.accounting import MOST_NOISE, MOST_STEPS
 
 # The fields of one trust mode alone, and what they are when not given.
@@ -197,6 +197,7 @@ def _variants(config):
     )
     bands = steps if privacy.bands is None else privacy.bands
     trust = privacy.trust
+    yield privacy.noise in noises.KINDS, f"noise={privacy.noise} is not known: {', '.join(noises.KINDS)}."
     yield (
         not hardened or trust == "local",
         f"noise=hardened cannot be used with trust={trust}: rounded shares do not make a rounded total; use trust=local.",
@@ -249,12 +250,6 @@ def _records(config):
     yield (
         data.parties is None or (data.parties >= clients and data.partition != "folders"),
         f"parties={data.parties} must be at least clients={clients}, of a table that is dealt.",
-    )
-    folds = config.aggregation.method in aggregation_checks.FOLDING
-    yield (
-        not folds or (config.base.quantize is None and config.base.dtype == "float32"),
-        f"aggregation={config.aggregation.method} folds into the base what `quantize` and dtype=bfloat16 would round "
-        "away: use dtype=float32.",
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dplora_jax import checkpoint, guard
 from dplora_jax.errors import InputError, StorageError
-from dplora_jax.federation import ledger_checks, run_files
+from dplora_jax.federation import ledger_checks, run_files, trust_modes
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
 from experiments import cli, exits, formats
@@ -94,7 +94,7 @@ def verify(workdir):
 
 def _seals(workdir, config, ledger):
     """Check the seals where the secrets are there to do it -> words."""
-    parties = config.schedule.clients + (config.privacy.trust == "client")  # there, the server has a secret too
+    parties = trust_modes.mode(config).parties(config)
     if config.privacy.seed is not None:
         ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, parties)))
         return "fit, but anyone who knows --seed can make them"

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from dplora_jax.federation import methods
 from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
@@ -49,7 +50,7 @@ def of_adapters(config, model, line, labels=()):
     """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
     client."""
     note = of_adapter(model, line, labels)
-    if config.aggregation.method != "fedsa":
+    if not methods.BY_NAME[config.aggregation.method].personal:
         return [(".", note)]
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"
     own = [

@@ -1,7 +1,6 @@
 """From uploads to the next global adapter: small pure functions."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,37 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from dplora_jax import lora
-from dplora_jax.privacy import noise
+from dplora_jax.federation import client
+from dplora_jax.federation.waves import Shown
 
 CLIENTS = "clients"  # the mesh axis
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How one round's uploads become a mean upload, by trust mode; every number is public and fixed before the run.
-
-    `local` and `none` take the mean by the clients' weights. `distributed` takes the total of noisy sums over `divisor` (the
-    sum of all expected batches), if at least `survivors` clients sent theirs. `client` clips each whole update to `clip_norm`,
-    adds noise of `noise_std` to the sum of those who joined, and divides by `divisor` (how many are expected to).
-    """
-
-    trust: str = "local"
-    divisor: float = 1.0
-    survivors: int = 0
-    clip_norm: float = math.inf
-    noise_std: float = 0.0
-
-
-LOCAL = Rule()
-
-
-def noisy_mean(total, keys, rule):
-    """(sum of clipped updates + the server's noise) / the public number of clients expected (McMahan et al. 2018, algorithm 1).
-
-    `keys` [4, 2] uint32 are the server's of this round.
-    """
-    noisy = noise.add(total, noise.gaussian(keys, total, rule.noise_std, 0))
-    return jax.tree.map(lambda x: x / rule.divisor, noisy)
 
 
 def choose(flags, new, old):
@@ -100,3 +72,73 @@ def average_update(average, adapter, decay):
     rounds = average.rounds + 1
     rate = (1 - decay) / (1 - decay ** rounds.astype(jnp.float32)) if decay else 1.0
     return Average(jax.tree.map(lambda m, x: m + rate * (x - m), average.mean, adapter), rounds)
+
+
+class Settled(NamedTuple):
+    """What a round comes to: the mean upload, the next residual, what the server shows {name: tree}, and whether it counts, where
+    it may not."""
+
+    mean: Any
+    residual: Any
+    shown: dict
+    counts: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """The rule of modes `local` and `none`: the mean of uploads that everyone may see, by the clients' weights.
+
+    A rule is what a trust mode is to the rounds; `secure_sum` and `trusted_server` have others. `keys` are what a dispatch's keys
+    hold for it, and `shows` whether it needs the uploads side by side.
+    """
+
+    keys = ()
+    shows = False
+
+    def check(self, rounds):
+        """Raise ValueError where `rounds` (a `round.Rounds`) does not go with the rule."""
+
+    def train(self, rounds, sums, began, member):
+        """A client's part, from the adapter that it `began` with -> (change, Trace, what the clipper keeps)."""
+        return client.update(
+            rounds.local, rounds.client_optimizer, sums, began, member.client, member.keys, member.clip_norm
+        )
+
+    def total(self, rounds, group, done):
+        """(sum of terms, sum of weights, `Shown`) of a wave: uploads that are there and finite count, by their clients' weights.
+        One that does not count leaves its client with what it had."""
+        there = rounds.attendance.there(group)
+        valid = there & jax.vmap(finite)((done.upload, done.own)) & (group.client.size > 0)
+        kept = choose(valid, (done.clip_norm, done.own), (group.clip_norm, group.own))
+        weights = group.client.weight * valid
+        total = weighted_sum(weights, masked(valid, done.terms))
+        # What never left its client is no upload, and its noisy gradients are no one's to see.
+        upload, released, count = masked(there, (done.upload, done.trace.released, done.trace.count))
+        trace = done.trace._replace(released=released, count=count)
+        return total, weights.sum(), Shown(upload, trace, *kept, valid)
+
+    def mean(self, terms, weight, counts, shown):
+        """The mean of what counted, from the sums over all clients; 0 in a void round."""
+        return jax.tree.map(lambda x: x / jnp.where(counts, weight, 1), terms)
+
+    def settle(self, rounds, terms, weight, state, shown, server_keys):
+        """The `Settled` round, from the sums over all clients."""
+        counts = weight > 0
+        mean = self.mean(terms, weight, counts, shown)
+        mean, residual = rounds.method.settle(mean, state.adapter, state.residual, state.average.rounds)
+        return Settled(mean, residual, {}, counts)
+
+    def next(self, settled, new, state):
+        """The state after the round. A void round leaves no trace: neither momentum nor the average may move by what was not
+        released."""
+        return choose(settled.counts, new, state)
+
+
+MEAN = Mean()
+
+
+def joined_total(group, done):
+    """What a wave comes to where uploads are not public: those who joined count in full, whatever their size."""
+    weights = group.keys["joins"]
+    shown = Shown(done.upload, done.trace, done.clip_norm, done.own, None)
+    return weighted_sum(weights, done.terms), weights.sum(), shown

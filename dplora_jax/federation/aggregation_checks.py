@@ -1,27 +1,16 @@
 """What the fields of aggregation and participation must be, each alone and together."""
 
-from dplora_jax.config import field_value
+from dplora_jax.config import field_value, fields
 from dplora_jax.errors import InputError
-from dplora_jax.federation import participation
-
-AGGREGATIONS = ("fedavg", "rolora", "fedsa", "fedex", "flora", "flexlora")
-# Their server takes the factors as settled: an exact mean would be undone by a step of another length, and RoLoRA's halves,
-# trained in turn, would be moved by a memory in the other's rounds. The server's momentum or moments are the head's alone.
-WHOLE = ("rolora", "fedex", "flora", "flexlora")
-FOLDING = ("fedex", "flora")  # what the factors miss is folded into the base
-# Where an average over rounds makes no model, and why.
-NO_AVERAGE = {
-    "fedsa": "an average has no client's own B",
-    **dict.fromkeys(("fedex", "flora", "flexlora"), "factors of several rounds do not average to their products' mean"),
-}
+from dplora_jax.federation import methods, participation, trust_modes
 
 
 def checks(config):
     """(holds, what to say if not) for every field of who takes part and how uploads are put together."""
     trust = config.privacy.trust
     yield (
-        config.aggregation.method in AGGREGATIONS,
-        f"aggregation={config.aggregation.method} is not known: {', '.join(AGGREGATIONS)}.",
+        config.aggregation.method in methods.BY_NAME,
+        f"aggregation={config.aggregation.method} is not known: {', '.join(methods.BY_NAME)}.",
     )
     yield (
         config.aggregation.server_optimizer == "sgd" or not config.aggregation.server_momentum,
@@ -53,7 +42,7 @@ def _one_by_one(config, trust):
     others = {"aggregation": "fedavg", "robust": "none", "ranks": None, "upload_bits": None, "participation": "all"}
     for name, usual in others.items():
         yield (
-            trust in ("local", "none") or field_value(config, name) == usual,
+            trust_modes.BY_NAME[trust].public_uploads or field_value(config, name) == usual,
             f"{name}={field_value(config, name)} handles each client's upload by itself, which trust={trust} does not: leave it "
             "out, or use trust=local.",
         )
@@ -61,38 +50,34 @@ def _one_by_one(config, trust):
 
 def _factors(config):
     """What goes with which way of averaging factors."""
-    usual = config.aggregation.method == "fedavg"
-    yield (
-        usual or not config.lora.head_only,
-        f"aggregation={config.aggregation.method} is of LoRA matrices: leave out `head_only`.",
-    )
-    yield (
-        usual or not config.lora.freeze_a,
-        f"`freeze_a` with aggregation={config.aggregation.method}: with A frozen the mean of B is exact already; leave one of them "
-        "out.",
-    )
-    for name, usual in (("server_lr", 1.0), ("lr_decay", 1.0)):
+    for field, usual, reason in methods.BY_NAME[config.aggregation.method].refuses:
+        if field not in fields(config):
+            continue
+        given = field_value(config, field)
         yield (
-            field_value(config, name) == usual or config.aggregation.method not in (*FOLDING, "flexlora"),
-            f"{name}={field_value(config, name):g} does not go with aggregation={config.aggregation.method}: the mean product is "
-            f"taken as it is; use {name}=1.",
+            given == usual,
+            f"{field}={given} cannot be used with aggregation={config.aggregation.method}: {reason}; "
+            f"{_instead(field, usual)}.",
         )
-    yield (
-        not config.aggregation.ema or config.aggregation.method not in NO_AVERAGE,
-        f"ema={config.aggregation.ema:g} does not go with aggregation={config.aggregation.method}: {NO_AVERAGE.get(config.aggregation.method)}; use "
-        "ema=0.",
-    )
     if config.lora.ranks is None:
         return
     ranks = config.lora.ranks
     yield (
         all(1 <= rank <= config.lora.rank for rank in ranks) and len(ranks) == config.schedule.clients,
-        f"ranks={','.join(map(str, ranks))} must be a whole number from 1 to rank={config.lora.rank} for each of {config.schedule.clients} clients.",
+        f"ranks={','.join(map(str, ranks))} must be a whole number from 1 to rank={config.lora.rank} for each of "
+        f"{config.schedule.clients} clients.",
     )
     yield (
-        config.aggregation.method not in ("rolora", "fedsa") and not config.lora.freeze_a and not config.lora.head_only,
-        "`ranks` goes with aggregation=fedavg, fedex, flora or flexlora, and with an A that is trained.",
+        not config.lora.freeze_a and not config.lora.head_only,
+        "`ranks` cannot be used with `freeze_a` or `head_only`: a rank is of an A and a B that are trained.",
     )
+
+
+def _instead(field, usual):
+    """What to do about a field that is to be `usual`."""
+    if usual is None or usual is False:
+        return "leave it out"
+    return f"use {field}={usual:g}" if isinstance(usual, float) else f"use {field}={usual}"
 
 
 def _robust(config):
@@ -107,8 +92,7 @@ def _robust(config):
         f"robust={config.aggregation.robust} is malformed: none, median, or trimmed_mean:SHARE with SHARE below 0.5.",
     )
     yield (
-        config.aggregation.robust == "none"
-        or (config.aggregation.method in ("fedavg", "rolora") and config.lora.ranks is None),
-        f"robust={config.aggregation.robust} takes the place of a mean of like uploads: use aggregation=fedavg or rolora, "
-        "without `ranks`.",
+        config.aggregation.robust == "none" or config.lora.ranks is None,
+        f"robust={config.aggregation.robust} takes the place of a mean of like uploads, and `ranks` makes them unlike: leave one of them "
+        "out.",
     )

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import participants
+from dplora_jax.federation import participants, trust_modes
 from dplora_jax.privacy import accounting, size_classes
 
 LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
@@ -13,14 +13,17 @@ LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
 def mechanisms(config, sizes):
     """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
-    if config.privacy.trust == "client":
-        return _of_clients(config)
+    return trust_modes.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
+
+
+def _by_client(config, sizes):
+    """The mechanism that each client's own noise makes, calibrated to the steps that it is in."""
     steps, made = planned_steps(participants.total_steps(config), sizes), [None] * len(sizes)
     for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
         own = [client for client, of_client in enumerate(steps) if of_client == count]
         for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
             made[client] = mechanism
-    return _of_one_noise(made) if config.privacy.trust == "distributed" else made
+    return made
 
 
 def kept(stored, sizes):
@@ -67,25 +70,3 @@ def _planned(config, sizes, steps):
     return accounting.with_noise(
         sizes, config.schedule.expected_batch_size, steps, sigma, config.privacy.delta, **options
     )
-
-
-def _of_clients(config):
-    """Mode `client`'s one mechanism, once for each client: a sample of the clients, one whole update being the record."""
-    noise = config.privacy.noise_multiplier
-    if noise is None:
-        noise = accounting.least_noise(
-            config.schedule.clients,
-            config.privacy.client_rate,
-            config.schedule.rounds,
-            config.privacy.epsilon,
-            config.privacy.delta,
-        )
-    return [
-        accounting.Mechanism(config.schedule.clients, config.privacy.client_rate, config.schedule.clients, noise)
-    ] * config.schedule.clients
-
-
-def _of_one_noise(made):
-    """Mode `distributed`'s: all clients' records hide in one and the same noise, that of the client which needs most."""
-    most = max(m.noise_multiplier for m in made)
-    return [dataclasses.replace(m, noise_multiplier=most) for m in made]

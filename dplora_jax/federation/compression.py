@@ -3,6 +3,8 @@
 Letters: L layers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -47,3 +49,31 @@ def size(tree, bits=None):
         matrices = leaf.shape[0] if path[0].key == "layers" else 1
         total += matrices * (SCALE_BYTES + -(-leaf.size // matrices * bits // 8))
     return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Uploads that arrive as they were sent."""
+
+    draws = False  # whether it takes the device's keys
+
+    def __call__(self, upload, keys, local_steps):
+        """`upload` itself."""
+        return upload
+
+
+EXACT = Exact()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """Uploads that arrive `rounded` to `bits` a number."""
+
+    bits: int
+    draws = True
+
+    def __call__(self, upload, keys, local_steps):
+        """`upload` as it arrives, by a client's `keys` of the round."""
+        key = jax.random.wrap_key_data(keys["noise"][0], impl="threefry2x32")
+        key = jax.random.fold_in(key, local_steps)  # a step that no noise is drawn for
+        return rounded(key, upload, self.bits)

@@ -6,16 +6,17 @@ import jax
 
 from dplora_jax import lora
 from dplora_jax.federation import participants, round_bytes, trust_modes
-from dplora_jax.privacy import accounting, integers, paper_bound
+from dplora_jax.privacy import accounting
 
 
-def describe(config, sizes, mechanisms, model, adapter, grid):
-    """What config.json and the report say of a run beyond its fields; all of it public."""
+def describe(config, sizes, mechanisms, model, adapter, grid, noise):
+    """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own (`noise.Noise`)."""
+    trust_mode = trust_modes.mode(config)
     steps = participants.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, count, config.privacy.delta) for m, count in zip(mechanisms, steps, strict=True)]
     up, down = round_bytes.of_run(config, adapter)
-    weights = trust_modes.weights(config, sizes, mechanisms)
+    weights = trust_mode.weights(config, sizes, mechanisms)
     clients = [  # `sampled_from` is the mechanism's own records: with null ones, or in mode `client` the clients
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
@@ -25,7 +26,7 @@ def describe(config, sizes, mechanisms, model, adapter, grid):
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,
-        "trust": list(trust_modes.statements(config)),
+        "trust": list(trust_mode.statements(config)),
         "release": _release(config),
         "communication": {
             "adapter_parameters": sent,
@@ -35,40 +36,26 @@ def describe(config, sizes, mechanisms, model, adapter, grid):
             "full_bytes_per_client_per_round": 4 * full,
             "ratio": 4 * full / mean_up,
         },
-        "method": _method(config, mechanisms),
+        "method": _method(config, noise),
         "environment": {
             "jax": jax.__version__,
             "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
-        "accounting": trust_modes.accounted_as(config)
-        + (
-            f" {paper_bound.sentence(mechanisms, max(steps), config.privacy.delta)}"
-            if config.privacy.trust == "local"
-            else ""
-        ),
+        "accounting": trust_mode.accounting(config, mechanisms, max(steps)),
     }
 
 
-def _method(config, mechanisms):
+def _method(config, noise):
     """How the run trains, in words."""
     method = [
-        *trust_modes.method(config),
+        *trust_modes.mode(config).method(config),
         "head alone, no LoRA"
         if config.lora.head_only
         else f"LoRA rank {config.lora.rank} on {','.join(config.lora.targets)}"
         + (", A frozen (FFA-LoRA)" if config.lora.freeze_a else ""),
     ]
-    if config.privacy.noise == "banded":
-        method.append(
-            f"noise correlated over {config.privacy.bands} local steps (banded matrix factorisation, Choquette-Choo et al. 2023), "
-            f"each of them on its own {config.privacy.bands}th of a client's records"
-        )
-    if config.privacy.noise == "hardened":
-        method.append(
-            f"gradients cut to integers of clip_norm 2^-{integers.bits_for(mechanisms)}, and integer noise drawn on the "
-            "host from SHAKE-256"
-        )
+    method += noise.words()
     return method + (
         [f"average of released adapters, decay {config.aggregation.ema:g}"] if config.aggregation.ema else []
     )

@@ -10,8 +10,8 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming
-from dplora_jax.privacy import host_noise, secrets
 from dplora_jax.privacy import ledger as ledgers
+from dplora_jax.privacy import secrets
 
 
 class Job(NamedTuple):
@@ -163,13 +163,8 @@ def round_keys(job, rounds, attempt):
 def _most_rounds(job):
     """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
     config, local = job.config, job.prepared.rounds.local
-    if local.bits is None:
-        return config.execution.dispatch_rounds
     sent = job.description["communication"]["adapter_parameters"]
-    return min(
-        config.execution.dispatch_rounds,
-        host_noise.most_rounds(config.schedule.clients, config.schedule.local_steps, sent, local.records),
-    )
+    return min(config.execution.dispatch_rounds, local.noise.most_rounds(config.schedule.clients, sent, local))
 
 
 def execute(job, state, rounds, attempt):

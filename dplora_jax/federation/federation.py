@@ -88,7 +88,7 @@ class Prepared(NamedTuple):
     model: Any  # above the frozen layers, where these ran once
     params: Any
     lora_config: lora.LoraConfig
-    rounds: round.Federation  # the static part of the compiled program
+    rounds: round.Rounds  # the static part of the compiled program
     mesh: Any
     placement: mesh.Placement
     stream: Any  # streaming.Stream, or None where the records lie on the devices
@@ -186,7 +186,9 @@ class Federation:
     def describe(self, describe=None):
         """What config.json says under "federation", with what `describe(prepared)` (see `fit`) adds; needs `prepare` before."""
         p = self.prepared
-        told = description.describe(self.config, p.sizes, p.mechanisms, p.model, p.adapter, self.mesh)
+        told = description.describe(
+            self.config, p.sizes, p.mechanisms, p.model, p.adapter, self.mesh, p.rounds.local.noise
+        )
         more = describe(p) if describe else {}
         return told | more | {"method": [*told["method"], *more.get("method", ())]}
 
@@ -225,7 +227,7 @@ class Federation:
         model, rows = frozen_layers.split(config, self.model, local, sum(sizes), length, self._memo)
         table = rows(table)
         placed = _shards(table, sizes, held)
-        parts = trust_modes.own(config, sizes, mechanisms)
+        parts = trust_modes.mode(config).shares(config, sizes, mechanisms)
         placement = mesh.place(
             self.mesh, placed, parts, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed
         )

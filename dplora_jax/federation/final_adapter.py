@@ -20,10 +20,11 @@ def adapter(config, state):
 def metrics(config, sizes, evaluate, state):
     """The public metrics of `state` (a `round.State`), by `evaluate(adapter, residual)`; where every client keeps its own B, the
     mean over the clients' own models, by their shares of the mean, and each one's."""
-    if config.aggregation.method != "fedsa":
+    method = methods.BY_NAME[config.aggregation.method]
+    if not method.personal:
         return evaluate(adapter(config, state), state.residual)
     each = [
-        evaluate(methods.with_own(state.adapter, jax.tree.map(lambda b, k=client: b[k], state.own)), ())
+        evaluate(method.begin(state.adapter, jax.tree.map(lambda x, k=client: x[k], state.own)), ())
         for client in range(config.schedule.clients)
     ]
     shares = np.array(sizes) / sum(sizes)
@@ -53,11 +54,12 @@ def save(folder, config, model, lora_config, parts, base):
     """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where
     every client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
     whole = parts.adapter
-    if config.aggregation.method in ("fedex", "flora"):  # a PEFT file has no place for what was folded into the base
+    if len(parts.residual):  # a PEFT file has no place for what was folded into the base
         whole, rank = exact.whole(whole, parts.residual)
         lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
     peft.save(folder, model, whole, lora_config, base)
-    if config.aggregation.method == "fedsa":
+    method = methods.BY_NAME[config.aggregation.method]
+    if method.personal:
         for client in range(config.schedule.clients):
-            own = methods.with_own(whole, {name: b[client] for name, b in parts.own.items()})
+            own = method.begin(whole, jax.tree.map(lambda x, k=client: x[k], parts.own))
             peft.save(folder / "clients" / str(client), model, own, lora_config, base)

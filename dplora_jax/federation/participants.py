@@ -4,13 +4,13 @@ import functools
 
 import numpy as np
 
-from dplora_jax.federation import participation
+from dplora_jax.federation import participation, trust_modes
 from dplora_jax.privacy import secrets
 
 
 def partial(config):
     """Whether, in modes `local` and `none`, some client may be missing from some round."""
-    return config.privacy.trust in ("local", "none") and (
+    return trust_modes.mode(config).public_uploads and (
         config.schedule.participation != "all" or bool(config.schedule.dropout)
     )
 

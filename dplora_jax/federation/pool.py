@@ -7,13 +7,14 @@ the pool was sized for, more turns of the loop take them.
 Letters: K clients, C rows of a client's capacity, M rows at a time.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from dplora_jax.federation.client import Sums, sample
-from dplora_jax.privacy import clipping
+from dplora_jax.federation.client import Sums, whole
 
 OVERFLOW = 1e-9  # how likely a step may need more rows than its pool: its time then tells that many joined, and no more
 
@@ -34,20 +35,63 @@ def at_a_time(pool, most):
     return -(-pool // -(-pool // min(pool, most)))
 
 
-def sums(loss_fn, config, data, adapter, clients, keys):
-    """Every client's sum of clipped gradients in local step 0 -> `client.Sums` of [K, ...].
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """In the place of `client.Apart`: the clients of a wave fill `rows` rows together, in their only local step. They are taken M
+    (`microbatch`, or one client's capacity, at most) at a time, and more of them where more joined."""
 
-    `clients` and `keys` are those of K clients; `config.pool` rows are taken M (`config.microbatch`, or one client's capacity, at
-    most) at a time, and more of them where more joined."""
-    if "batch" in keys:  # as the host drew and sent it
-        weights = keys["weights"][:, 0]
-        data = {name: array[:, 0].reshape(-1, *array.shape[3:]) for name, array in keys["batch"].items()}
-        picked = jnp.arange(weights.size)
-    else:
-        picked, weights = jax.vmap(lambda client, keys: sample(config, client, keys, 0))(clients, keys)
-        picked = clients.offset[:, None] + picked
+    rows: int
+
+    def check(self, rounds):
+        """Raise ValueError where rows of several clients of `rounds` (a `round.Rounds`) may not be clipped together."""
+        local, method = rounds.local, rounds.method
+        if local.local_steps > 1 or not local.clipper.pools or not local.noise.pools or local.cut is not whole:
+            raise ValueError(
+                "rows are pooled in a single local step of one adapter and one finite clip norm, in floating point."
+            )
+        if method.personal or rounds.attendance.keys:
+            raise ValueError("rows are pooled where every client starts from one adapter and takes part.")
+
+    def prepare(self, loss_fn, local, data, adapter, clients, keys):
+        """Every client's sum of clipped gradients in local step 0 -> `client.Sums` of [K, ...]."""
+        data, picked, weights = local.batches.first_rows(local, data, clients, keys)
+        turns, order = _turns(picked, weights, at_a_time(self.rows, local.microbatch or local.capacity))
+        count, size = len(weights), turns["row"].shape[1]
+
+        def take(turn):
+            batch = {name: array[turn["row"]] for name, array in data.items()}
+            norm, owners = local.clipper.clip_norm, (turn["owner"], count)
+            return local.clipper.sum(loss_fn, adapter, batch, turn["weight"], norm, owners=owners)
+
+        shapes = jax.eval_shape(take, jax.tree.map(lambda x: x[0], turns))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        joined = weights.sum()
+
+        def step(total, turn):
+            # How many turns there are follows public sizes alone, unless the pool overflows.
+            wanted = (turn["index"] * size < self.rows) | (turn["index"] * size < joined)
+            grad, norms, losses = jax.lax.cond(wanted, take, lambda _: nothing, turn)
+            return jax.tree.map(jnp.add, total, grad), (norms, losses)
+
+        total, per_row = jax.lax.scan(step, nothing[0], turns)
+        back = (
+            jnp.zeros(order.size).at[order].set(x.reshape(-1)[: order.size]).reshape(weights.shape) for x in per_row
+        )
+        return Sums(weights, total, *back)
+
+    def sums(self, prepared, loss_fn, local, data, client, keys):
+        """The function (adapter, index, clip_norm) -> Sums of one client's only step: what was prepared for it."""
+        return lambda adapter, index, clip_norm: prepared
+
+    def padded_rows(self, local, clients):
+        """How many rows a step of `clients` clients computes, padding included."""
+        size = at_a_time(self.rows, local.microbatch or local.capacity)
+        return -(-self.rows // size) * size
+
+
+def _turns(picked, weights, size):
+    """The rows `picked` [K, C] in turns of `size` -> ({"row", "weight", "owner": [turns, size], "index"}, their order [K C])."""
     count, capacity = weights.shape
-    size = at_a_time(config.pool, config.microbatch or config.capacity)
     order = jnp.argsort(-weights.reshape(-1), stable=True)  # those who joined come first
     turns = -(-order.size // size)
 
@@ -56,25 +100,5 @@ def sums(loss_fn, config, data, adapter, clients, keys):
         return jnp.pad(values, (0, turns * size - order.size)).reshape(turns, size)
 
     owners = jnp.repeat(jnp.arange(count), capacity)
-    joined = weights.sum()
     turn = {"row": in_turns(picked), "weight": in_turns(weights), "owner": in_turns(owners)}
-
-    def take(turn):
-        batch = {name: array[turn["row"]] for name, array in data.items()}
-        return clipping.clipped_grad_sum(
-            loss_fn, adapter, batch, config.clip_norm, turn["weight"], config.form, config.clipping,
-            owners=(turn["owner"], count),
-        )  # fmt: skip
-
-    shapes = jax.eval_shape(take, jax.tree.map(lambda x: x[0], turn))
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def step(total, turn):
-        # How many turns there are follows public sizes alone, unless the pool overflows.
-        wanted = (turn["index"] * size < config.pool) | (turn["index"] * size < joined)
-        grad, norms, losses = jax.lax.cond(wanted, take, lambda _: nothing, turn)
-        return jax.tree.map(jnp.add, total, grad), (norms, losses)
-
-    total, per_row = jax.lax.scan(step, nothing[0], turn | {"index": jnp.arange(turns)})
-    back = (jnp.zeros(order.size).at[order].set(x.reshape(-1)[: order.size]).reshape(weights.shape) for x in per_row)
-    return Sums(weights, total, *back)
+    return turn | {"index": jnp.arange(turns)}, order

@@ -12,16 +12,22 @@ from dplora_jax import lora, per_row
 from dplora_jax.errors import InputError
 from dplora_jax.federation import (
     aggregation,
-    aggregation_checks,
+    attendance,
+    compression,
     methods,
     participants,
     pool,
+    ranks,
     robust,
     round,
+    streaming,
     trust_modes,
 )
-from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, clipping, host_noise, integers
+from dplora_jax.federation.client import APART, ON_DEVICE, LocalConfig, whole
+from dplora_jax.privacy import clipping, noises
+from dplora_jax.privacy.adaptive import Adaptive
+from dplora_jax.privacy.noise import NoNoise
+from dplora_jax.privacy.unclipped import Unclipped
 
 MOST_POOLED, POOLED_BYTES = 8, 256 << 20  # clients of a wave, and bytes of their uploads, unless `wave` says otherwise
 # Decay of the server's first and second moments, and what is added to the root (Reddi et al. 2021, section 5.1: tau 1e-3).
@@ -43,40 +49,55 @@ def adapter(config, model, params):
 
 
 def federation(config, model, loss, mechanisms, adapter, placement, length, wave=1, streamed=False):
-    """The static part of the rounds (`round.Federation`) for clients that lie as `placement` says, `wave` at a time."""
-    plain = config.privacy.trust == "client"  # there, clipping and noise are the server's
+    """The static part of the rounds (`round.Rounds`) for clients that lie as `placement` says, `wave` at a time."""
+    trust_mode = trust_modes.mode(config)
+    noise = noises.kind(config.privacy.noise).from_config(config, mechanisms, adapter) if _noisy(config) else NoNoise()
     local = LocalConfig(
         config.schedule.local_steps,
-        math.inf if plain else config.privacy.clip_norm,
         placement.records,
         placement.capacity,
+        _clipper(config),
+        noise,
+        batches=streaming.Streamed() if streamed else ON_DEVICE,
+        upload=compression.Rounded(config.aggregation.upload_bits)
+        if config.aggregation.upload_bits
+        else compression.EXACT,
+        cut=whole if config.lora.ranks is None else ranks.cut,
         microbatch=config.execution.microbatch,
-        private=config.privacy.private and not plain,
-        clipping=config.privacy.clipping,
-        quantile=config.privacy.clip_quantile,
-        quantile_rate=config.privacy.clip_rate,
-        bands=config.privacy.bands or 1,
-        bits=bits(config, mechanisms, adapter),
-        ranks=config.lora.ranks is not None,
-        upload_bits=config.aggregation.upload_bits,
-        pool=_pool(config, mechanisms, model, adapter, wave, length),
     )
-    method = methods.BY_NAME[config.aggregation.method]
-    if config.lora.ranks is not None and config.aggregation.method == "fedavg":
-        method = methods.padded(config.lora.rank)
-    return round.Federation(
+    return round.Rounds(
         model,
         loss,
         local,
         *optimizers(config),
         ema=config.aggregation.ema,
         wave=wave,
-        rule=trust_modes.rule(config, mechanisms, placement.sizes),
-        method=method,
-        robust=_robust(config.aggregation.robust),
-        partial=participants.partial(config),
-        streamed=streamed,
+        rule=trust_mode.rule(config, mechanisms, placement.sizes, _robust(config.aggregation.robust)),
+        method=_method(config),
+        attendance=attendance.Some() if participants.partial(config) else attendance.EVERYONE,
+        rows=_rows(config, mechanisms, model, adapter, wave, length),
     )
+
+
+def _noisy(config):
+    """Whether clients add noise of their own."""
+    trust_mode = trust_modes.mode(config)
+    return trust_mode.private and not trust_mode.bare_clients
+
+
+def _clipper(config):
+    """What clients do to their rows' gradients."""
+    if trust_modes.mode(config).bare_clients or math.isinf(config.privacy.clip_norm):
+        return Unclipped()
+    if config.privacy.clipping == "adaptive":
+        return Adaptive(config.privacy.clip_norm, config.privacy.clip_quantile, config.privacy.clip_rate)
+    return clipping.Clip(config.privacy.clip_norm, config.privacy.clipping)
+
+
+def _method(config):
+    """The aggregation, of several ranks where clients have such."""
+    method = methods.BY_NAME[config.aggregation.method]
+    return method if config.lora.ranks is None else method.ranked(method, config.lora.rank)
 
 
 def _robust(spec):
@@ -105,45 +126,23 @@ def _poolable(config, model, adapter, length):
     )
     return not any(kept) and (
         config.schedule.local_steps == 1
-        and config.privacy.trust != "client"
-        and math.isfinite(config.privacy.clip_norm)
-        and config.privacy.clipping != "adaptive"
-        and config.privacy.noise != "hardened"
+        and _clipper(config).pools
+        and noises.kind(config.privacy.noise).pools
         and config.lora.ranks is None
-        and not methods.BY_NAME[config.aggregation.method].keeps_b
+        and not _method(config).personal
         and not participants.partial(config)
     )
 
 
-def _pool(config, mechanisms, model, adapter, wave, length):
-    """The rows that a wave's clients fill together, the fullest wave's; None where they do not pool them."""
+def _rows(config, mechanisms, model, adapter, wave, length):
+    """Whether a wave's clients fill rows together, and then how many, the fullest wave's (`pool.Pooled`, else `client.Apart`)."""
     if wave == 1 or not _poolable(config, model, adapter, length):
-        return None
+        return APART
     waves = (mechanisms[first : first + wave] for first in range(0, len(mechanisms), wave))
     rows = max(map(pool.rows, waves))
     most = config.execution.microbatch or max(m.capacity for m in mechanisms)
     fits = 4 * pool.at_a_time(rows, most) * lora.count(adapter) <= clipping.ONE_PASS_BYTES
-    return rows if fits else None
-
-
-def bits(config, mechanisms, adapter):
-    """How fine the grid of hardened noise is; None for other noise."""
-    if config.privacy.noise != "hardened":
-        return None
-    integers.check_size(adapter)
-    worst = host_noise.excess_log2(
-        config.schedule.rounds * config.schedule.local_steps * lora.count(adapter),
-        max(
-            accounting.epsilon(m, config.schedule.rounds * config.schedule.local_steps, config.privacy.delta)
-            for m in mechanisms
-        ),
-    )
-    if worst > math.log2(accounting.ROUNDING / 100):  # or what an epsilon leaves of delta would not pay for it
-        raise InputError(
-            f"noise=hardened is exact to 2^{host_noise.DISTANCE_LOG2} a draw, which at this epsilon would add 2^{worst:.0f} to "
-            "delta, more than the accountant sets aside: take more noise, or a smaller `epsilon`."
-        )
-    return integers.bits_for(mechanisms)
+    return pool.Pooled(rows) if fits else APART
 
 
 def optimizers(config):
@@ -168,6 +167,6 @@ def optimizers(config):
         "adagrad": optax.scale_by_rss(initial_accumulator_value=0.0, eps=MOMENTS[2] ** 2),  # it stands inside the root
     }[config.aggregation.server_optimizer]
     server = optax.chain(server, optax.scale_by_learning_rate(rate))
-    if config.aggregation.method in aggregation_checks.WHOLE:
+    if methods.BY_NAME[config.aggregation.method].settled:
         server = aggregation.groups({"layers": optax.sgd(rate), "head": server})
     return client, server

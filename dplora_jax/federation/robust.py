@@ -3,8 +3,14 @@
 Letters: K clients.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from dplora_jax.federation import aggregation
 
 
 def _sorted(leaf, valid):
@@ -18,6 +24,7 @@ def _mean_of(leaf, kept):
     return jnp.where(kept, leaf, 0).sum(0) / jnp.maximum(kept.sum(0), 1)
 
 
+@functools.cache  # so that rounds of one share are equal
 def trimmed_mean(share):
     """A function (uploads [K, ...], valid bool [K]) -> the mean of each coordinate without its ceil(share m) smallest and as many
     largest values, of the m valid ones (Yin et al. 2018, definition 2), and with one left at least. So up to that many clients of
@@ -46,3 +53,17 @@ def median(uploads, valid):
         return _mean_of(ordered, ((place == (count - 1) // 2) | (place == count // 2)) & (place < count))
 
     return jax.tree.map(one, uploads)
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustMean(aggregation.Mean):
+    """The rule of modes `local` and `none` with `combine`, a robust mean (uploads [K, ...], valid [K]) -> mean, in the place
+    of the weighted one."""
+
+    combine: Callable
+    shows = True
+
+    def mean(self, terms, weight, counts, shown):
+        """The robust mean of all clients' uploads, from all devices."""
+        gather = lambda x: jax.lax.all_gather(x, aggregation.CLIENTS, tiled=True)  # noqa: E731
+        return self.combine(jax.tree.map(gather, shown.upload), gather(shown.valid))

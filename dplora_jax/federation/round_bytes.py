@@ -2,35 +2,20 @@
 
 import jax
 
-from dplora_jax import lora
-from dplora_jax.federation import compression, exact, participants
+from dplora_jax.federation import methods, participants
 
 
 def of_run(config, adapter):
     """(bytes up, bytes down) of each client in a round, two lists of K; `adapter` is the one that is trained (shapes suffice).
 
-    Down travels what a client lacks to begin the next round, in float32: the means, of several ranks its own components. With
-    `fedex` and `flora` it is all clients' factors, or the dense residual (and with `fedex` the factors' means), whichever is
-    less; the residual, where a client may have missed rounds. FLoRA's fresh A is public, like the first one. With `rolora`
-    both are means over the two halves' rounds.
+    Down travels what a client lacks to begin the next round, in float32: as a rule the means, of several ranks its own
+    components (`methods.Method.transfers`).
     """
     ranks = config.lora.ranks or [config.lora.rank] * config.schedule.clients
     shapes = jax.eval_shape(lambda tree: tree, adapter)
-    own = [_cut(shapes, rank) for rank in ranks]
-    if config.aggregation.method == "rolora":
-        halves = [[lora.freeze({}, tree, letter)[1] for letter in "ab"] for tree in own]
-        up = [sum(compression.size(half, config.aggregation.upload_bits) for half in pair) / 2 for pair in halves]
-        return up, [sum(map(compression.size, pair)) / 2 for pair in halves]
-    if config.aggregation.method == "fedsa":
-        own = [lora.freeze({}, tree, "b")[1] for tree in own]
-    up, down = ([compression.size(tree, bits) for tree in own] for bits in (config.aggregation.upload_bits, None))
-    head = compression.size({part: value for part, value in shapes.items() if part != "layers"})
-    stack = sum(down) - head * (len(down) - 1)  # all clients' factors, and one head
-    if config.aggregation.method in ("fedex", "flora"):
-        dense = compression.size(jax.eval_shape(exact.product, shapes))
-        dense += compression.size(shapes) if config.aggregation.method == "fedex" else head
-        down = [dense if participants.partial(config) else min(stack, dense)] * len(down)
-    return up, down
+    adapters = [_cut(shapes, rank) for rank in ranks]
+    method = methods.BY_NAME[config.aggregation.method]
+    return method.transfers(shapes, adapters, config.aggregation.upload_bits, participants.partial(config))
 
 
 def _cut(shapes, rank):

@@ -29,7 +29,7 @@ class InMemory:
 
     def secrets(self, config):
         """Each party's secret, 32 bytes."""
-        parties = trust_modes.parties(config)
+        parties = trust_modes.mode(config).parties(config)
         if config.privacy.seed is not None:
             return secrets.from_seed(config.privacy.seed, parties)
         if processes.count() > 1:
@@ -67,7 +67,7 @@ class Workdir:
 
     def secrets(self, config):
         """Each party's secret: process 0 makes them where there are none, the others read its file."""
-        parties, private, made = trust_modes.parties(config), self.directory / "private", None
+        parties, private, made = trust_modes.mode(config).parties(config), self.directory / "private", None
         if processes.primary():
             if (
                 not self.ledger.entries
@@ -170,7 +170,7 @@ def _checked_ledger(config, folder):
         ledger.check(anchor, name)
     seeded = config.privacy.seed is not None
     if ledger.ended:
-        held = secrets.from_seed(config.privacy.seed, trust_modes.parties(config)) if seeded else secrets.load(private)
+        held = secrets.from_seed(config.privacy.seed, trust_modes.mode(config).parties(config)) if seeded else secrets.load(private)
         if held:  # an end that someone else wrote must not cost the secrets
             ledger.seal_with(b"".join(held))
         secrets.destroy(private)

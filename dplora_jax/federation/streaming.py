@@ -12,6 +12,7 @@ import math
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dplora_jax.federation import client, mesh
@@ -26,6 +27,22 @@ def wanted(config, grid, table, sizes):
     limit = (grid.local_devices[0].memory_stats() or {}).get("bytes_limit")
     row = sum(array.itemsize * math.prod(array.shape[1:]) for array in table.values())
     return limit is not None and row * sum(sizes) / len(grid.devices) > SHARE * limit
+
+
+class Streamed:
+    """In the place of `client.OnDevice`: batches that the host drew and sent."""
+
+    keys = ("batch", "weights")
+
+    def batch(self, local, data, client, keys, index):
+        """The padded batch of local step `index` and its weights."""
+        return jax.tree.map(lambda x: x[index], (keys["batch"], keys["weights"]))
+
+    def first_rows(self, local, data, clients, keys):
+        """The first step's rows of K clients together -> (dict of [N, ...], the rows that were drawn [K, C], weights [K, C])."""
+        weights = keys["weights"][:, 0]
+        rows = {name: array[:, 0].reshape(-1, *array.shape[3:]) for name, array in keys["batch"].items()}
+        return rows, jnp.arange(weights.size), weights
 
 
 class Stream:

@@ -8,15 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dplora_jax import lora
-from dplora_jax.federation import aggregation, methods, pool
-from dplora_jax.federation.client import sent, share, update
-from dplora_jax.privacy import clipping
+from dplora_jax.federation.client import Trace
 
 
 class Members(NamedTuple):
-    """What each client of a wave comes with: its `Client`, its keys, and what it keeps from round to round (its clip norm under
-    adaptive clipping, its own B where the method leaves it there; else ())."""
+    """What each client of a wave comes with: its `Client`, its keys, and what it keeps from round to round of clip norm and
+    adapter."""
 
     client: Any
     keys: dict
@@ -24,9 +21,21 @@ class Members(NamedTuple):
     own: Any = ()
 
 
+class Trained(NamedTuple):
+    """What a client's local steps came to: the adapter that it `began` with, its change as it arrives at the server (`upload`),
+    what the method sums (`terms`), its Trace, and what it keeps."""
+
+    began: Any
+    upload: Any
+    terms: Any
+    trace: Trace
+    clip_norm: Any
+    own: Any
+
+
 class Shown(NamedTuple):
     """What each client shows [K, ...]: its upload and `Trace` (uploads, noisy gradients and counts are () unless asked for), what
-    it keeps, and whether its upload counts."""
+    it keeps, and whether its upload counts (None where uploads are not public)."""
 
     upload: Any
     trace: Any
@@ -35,99 +44,47 @@ class Shown(NamedTuple):
     valid: Any
 
 
-def run(federation, params, members, data, state, shows, letter=None):
+def run(rounds, params, members, data, state, shows, split):
     """The sum over this device's clients of their weights times the terms of the aggregation, the sum of these weights, and the
     clients' `Shown` -> (terms, weight, Shown).
 
-    `shows` asks for uploads and noisy gradients one by one, whose memory grows with K. `letter` is the half of every pair that is
-    trained in this round, None for both. A client that does not take part ("joins" 0 in its keys), or whose upload is not
-    finite, is in neither sum and keeps what it had. Modes `distributed` and `client` sum what they are given.
+    `shows` asks for uploads and noisy gradients one by one, whose memory grows with K. `split(params, adapter)` moves into the
+    base what is not trained in this round. Who counts, and with what weight, is the rule's.
     """
-    partial = "joins" in members.keys and federation.rule.trust in ("local", "none")
 
     def one(group):
-        *sums, shown = _wave(federation, params, group, data, state, letter)
+        *sums, shown = _wave(rounds, params, group, data, state, split)
         if not shows:
-            shown = shown._replace(upload=(), trace=shown.trace._replace(released=(), count=()))
+            shown = shown._replace(upload=(), trace=shown.trace._replace(released=(), count={}))
         return *sums, shown
 
-    size = federation.wave
-    # Those who take part share waves, and the others' are idle.
-    order = jnp.argsort(-members.keys["joins"]) if partial else None
-    chosen = members if order is None else jax.tree.map(lambda x: x[order], members)
-    waves = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), chosen)
+    members, back = rounds.attendance.arranged(members)
+    waves = jax.tree.map(lambda x: x.reshape(-1, rounds.wave, *x.shape[1:]), members)
     terms, weight, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], waves))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (terms, weight))
 
     def step(total, group):
-        if partial:
-            *sums, shown = jax.lax.cond(
-                (group.keys["joins"] > 0).any(), one, lambda group: _idle(jax.eval_shape(one, group), group), group
-            )
-        else:
-            *sums, shown = one(group)
+        *sums, shown = rounds.attendance.run(one, group)
         return jax.tree.map(jnp.add, total, tuple(sums)), shown
 
     (terms, weight), shown = jax.lax.scan(step, zeros, waves)
-    shown = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown)
-    return terms, weight, shown if order is None else jax.tree.map(lambda x: x[jnp.argsort(order)], shown)
+    return terms, weight, back(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), shown))
 
 
-def _idle(shapes, group):
-    """The outcome of a wave of which no client takes part: nothing, and everyone keeps what it has."""
-    terms, weight, shown = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return terms, weight, shown._replace(clip_norm=group.clip_norm, own=group.own)
-
-
-def _wave(federation, params, group, data, state, letter):
+def _wave(rounds, params, group, data, state, split):
     """(terms, weight, Shown) of one wave of clients, under `vmap`."""
-    method, local, rule = federation.method, federation.local, federation.rule
-    start = state.adapter
-    if letter is not None:  # the other half is a constant of the round, and no leaf of what is clipped and noised
-        params, start = lora.freeze(params, start, {"a": "b", "b": "a"}[letter])
-    loss = federation.loss(federation.model, params)
-    sums = pool.sums(loss, local, data, start, group.client, group.keys) if local.pool else None
+    method, local, rule, rows = rounds.method, rounds.local, rounds.rule, rounds.rows
+    params, start = split(params, state.adapter)
+    loss = rounds.loss(rounds.model, params)
+    prepared = rows.prepare(loss, local, data, start, group.client, group.keys)
 
-    def one(member, sums):
-        begun = methods.with_own(start, member.own) if method.keeps_b else start
-        begun = lora.truncate(begun, member.client.rank) if local.ranks else begun
-        if rule.trust == "distributed":
-            upload, trace = share(loss, local, data, begun, member.client, member.keys, sums)
-            return upload, trace, member.clip_norm, upload
-        optimizer = federation.client_optimizer
-        made, trace, clip_norm = update(
-            loss, optimizer, local, data, begun, member.client, member.keys, member.clip_norm, sums
-        )
-        upload = sent(local, made, member.keys)
-        if method.keeps_b:  # what does not travel is not rounded
-            upload = methods.with_own(upload, methods.own_of(made))
-        return upload, trace, clip_norm, method.terms(member.client, begun, upload)
+    def one(member, prepared):
+        client, keys = member.client, member.keys
+        began = local.cut(method.begin(start, member.own), client)
+        sums = rows.sums(prepared, loss, local, data, client, keys)
+        change, trace, clip_norm = rule.train(rounds, sums, began, member)
+        upload = local.upload(change, keys, local.local_steps)
+        done = Trained(began, upload, (), trace, clip_norm, method.keep(member.own, change))
+        return done._replace(upload=method.send(upload), terms=method.terms(client, start, done))
 
-    uploads, trace, clip_norms, terms = jax.vmap(one)(group, sums)
-    if rule.trust == "client":
-        uploads = terms = clipping.clip_each(uploads, rule.clip_norm)
-    if rule.trust not in ("local", "none"):
-        weights = group.keys["joins"]  # who takes part counts in full, whatever its size
-        shown = Shown(uploads, trace, clip_norms, group.own, weights > 0)
-        return aggregation.weighted_sum(weights, terms), weights.sum(), shown
-    return _valid(method, group, start, uploads, trace, clip_norms, terms)
-
-
-def _valid(method, group, start, uploads, trace, clip_norms, terms):
-    """The sums and `Shown` of a wave whose uploads the adversary sees one by one: those that are there and finite count."""
-    there = group.keys.get("joins", jnp.ones_like(group.client.weight)) > 0
-    valid = there & jax.vmap(aggregation.finite)(uploads) & (group.client.size > 0)
-    if method.keeps_b:  # the global B is the mean of the clients' own, which follow their own steps
-        own = jax.tree.map(jnp.add, group.own, methods.own_of(uploads))
-        apart = jax.tree.map(jnp.subtract, own, methods.own_of(start))
-        terms = methods.with_own(uploads, apart)
-        uploads = {**uploads, "layers": {n: pair.replace(b=None) for n, pair in uploads["layers"].items()}}
-    else:
-        own = group.own
-    clip_norms, own = aggregation.choose(valid, (clip_norms, own), (group.clip_norm, group.own))
-    weights = group.client.weight * valid
-    total = aggregation.weighted_sum(weights, aggregation.masked(valid, terms))
-    # What never left its client is no upload, and its noisy gradients are no one's to see.
-    uploads, released, count = aggregation.masked(there, (uploads, trace.released, trace.count))
-    trace = trace._replace(released=released, count=count)
-    return total, weights.sum(), Shown(uploads, trace, clip_norms, own, valid)
+    return rule.total(rounds, group, jax.vmap(one)(group, prepared))

@@ -67,6 +67,7 @@ def chosen(sizes, clients, epsilon, objective):
 def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
     from dplora_jax.data import tasks
+    from dplora_jax.federation import methods
     from dplora_jax.finetuning import dealing, objectives
     from dplora_jax.models import pretrained
 
@@ -98,6 +99,6 @@ def for_run(config, given):
         kind = CENTRED
     found = chosen(sizes, config.schedule.clients, private, kind)
     found["last_layers"] = min(found["last_layers"], pretrained.depth(config.base.name))
-    if config.aggregation.method != "fedavg":  # the others want A trained, or have their own way with it
+    if any(refusal.field == "freeze_a" for refusal in methods.BY_NAME[config.aggregation.method].refuses):
         del found["freeze_a"]
     return {name: value for name, value in found.items() if name not in given}

@@ -3,6 +3,7 @@
 Letters: B rows.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -78,6 +79,54 @@ def clipped_grad_sum(
     if at_once < rows:
         slots = _slots(form, loss_fn, adapter, batch, at_once, bits is not None)
     return in_turns(of_rows, at_once, batch, weights)
+
+
+class Clipper:
+    """What a local step does to rows' gradients before its noise, and what most clippers have in common.
+
+    `clip_norm` is the norm before round 1, `moves` says whether it then moves, and `pools` whether rows of several clients may be
+    clipped together.
+    """
+
+    moves = False
+    pools = True
+
+    def kept(self, clients):
+        """What each of `clients` clients keeps from round to round, [K, ...]."""
+        return ()
+
+    def norm(self, kept):
+        """The norm that a client's next step clips to."""
+        return self.clip_norm
+
+    def sum(self, loss_fn, adapter, batch, weights, clip_norm, **how):
+        """`clipped_grad_sum` of a batch; `how` are its `bits` or `owners`."""
+        raise NotImplementedError
+
+    def count(self, norms, clip_norm, weights):
+        """What is noised and shown beside the gradients' sum: {name: number}."""
+        return {}
+
+    def stds(self, client, clip_norm):
+        """The standard deviation of the noise on (gradients' sum, `count`): a number, or a tree that begins like them."""
+        return client.noise_std
+
+    def move(self, kept, count, divisor):
+        """What a client keeps after a step, from the noisy `count` and its expected batch size `divisor`."""
+        return kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip(Clipper):
+    """Rows cut to one norm, in one of MODES."""
+
+    clip_norm: float
+    mode: str = "flat"
+    form: str = "auto"
+
+    def sum(self, loss_fn, adapter, batch, weights, clip_norm, **how):
+        """`clipped_grad_sum` in the mode and form."""
+        return clipped_grad_sum(loss_fn, adapter, batch, clip_norm, weights, self.form, self.mode, **how)
 
 
 def clip_each(rows, clip_norm):

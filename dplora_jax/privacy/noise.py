@@ -1,15 +1,19 @@
-"""Gaussian noise for a pytree, from keys that no two draws share; independent over steps, or correlated."""
+"""Gaussian noise for a pytree, from keys that no two draws share, and the noise of a local step that is made of it."""
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from dplora_jax.privacy import threefry
+from dplora_jax.privacy import sampling, secrets, threefry
 
 DRAWS = 4  # keys to a draw; 4 x 64 bits carry a client's whole 256-bit digest
 
 
 def gaussian(keys, tree, std, step):
-    """Noise like `tree`: independent N(0, std^2) in every coordinate, float32.
+    """Noise like `tree`: independent N(0, std^2) in every coordinate, float32. `std` is a number, or a tree of them that begins
+    like `tree`.
 
     `keys` [4, 2] uint32 are four threefry keys of one client, round and attempt; `step` (int32, traced or not) and the leaf's
     index are folded into each, so that no two leaves or steps share a draw. Each draw is half the sum of four standard
@@ -18,11 +22,12 @@ def gaussian(keys, tree, std, step):
     leaves, treedef = jax.tree.flatten(tree)
     own = [jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step) for key in keys]
 
-    def draw(index, shape):
+    def draw(index, std, shape):
         four = [jax.random.key_data(jax.random.fold_in(key, index)) for key in own]
         return std * 0.5 * sum(threefry.normal(key, shape) for key in four)
 
-    return treedef.unflatten([draw(index, leaf.shape) for index, leaf in enumerate(leaves)])
+    stds = jax.tree.leaves(jax.tree.broadcast(std, tree))
+    return treedef.unflatten([draw(index, stds[index], leaf.shape) for index, leaf in enumerate(leaves)])
 
 
 def add(tree, noise):
@@ -30,15 +35,75 @@ def add(tree, noise):
     return jax.tree.map(lambda x, n: x.astype(jnp.float32) + n, tree, noise)
 
 
-def banded(steps, bands):
-    """Noise C^-1 z over `steps` local steps, z independent, for a lower triangular C of `bands` bands whose columns have norm 1
-    (banded matrix factorisation, Choquette-Choo et al. 2023, algorithm 9) -> jax_privacy's StreamingMatrix: its
-    `init_multiply(tree)` gives a memory, and `multiply_next(noise, memory)` a step's correlated noise and the next memory.
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What a kind of noise is to the rounds, and what most kinds have in common; `noises` lists the kinds.
 
-    C's bands are the coefficients of (1 - x)^-1/2, the best there are for the largest error of a running sum (Fichtenberger
-    et al. 2023), cut off and normalised.
+    `sampler` draws which records join a step, `bits` is the grid of integer sums (None: sums are float32), `one_scale` whether
+    the noise is accounted as of one clip norm for all of a round's steps, `pools` whether clients' rows may be clipped together.
     """
-    from jax_privacy.matrix_factorization import banded as factorization  # slow to import; most runs need none of it
 
-    with jax.ensure_compile_time_eval():
-        return factorization.ColumnNormalizedBanded.default(steps, bands).inverse_as_streaming_matrix()
+    sampler = sampling.ByKeys()
+    bits = None
+    one_scale = False
+    pools = True
+
+    @classmethod
+    def from_config(cls, config, mechanisms, adapter):
+        """The noise of a run's `config`; `mechanisms` are the clients' and `adapter` is what they train. Raises InputError."""
+        return cls()
+
+    def check(self, local):
+        """Raise ValueError where `local` (a `client.LocalConfig`) makes sums that this noise does not hide."""
+        if not math.isfinite(local.clipper.clip_norm):
+            raise ValueError("noise hides only what is clipped: give a clipper of a finite norm, or no noise.")
+        if self.one_scale and local.clipper.moves:
+            raise ValueError(f"{type(self).__name__} noise is of one scale, and the norm of this clipper moves.")
+
+    def init(self, adapter):
+        """What the noise of a round's first step remembers of the steps before."""
+        return ()
+
+    def add(self, sums, stds, keys, step, memory):
+        """(`sums` plus the noise of local step `step`, the next memory). `stds` are a number, or a tree that begins like `sums`;
+        `keys` are the client's of this round: its part of `round_keys`."""
+        raise NotImplementedError
+
+    def words(self):
+        """Lines on this noise, for config.json and the report; none on the usual one."""
+        return []
+
+    def round_keys(self, held, numbers, attempt, clients, rate, local, mechanisms, adapter):
+        """What rounds `numbers` draw from, by the secrets `held` (`secrets.round_keys`)."""
+        return secrets.round_keys(held, numbers, attempt, clients, rate)
+
+    def key_shapes(self, parties, clients, rate, local, adapter):
+        """One round's `round_keys` as jax.ShapeDtypeStruct; `parties` have a secret, of whom the first `clients` are clients."""
+        keys = secrets.round_keys(secrets.from_seed(0, parties), range(1, 2), 0, clients, rate)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), keys)
+
+    def most_rounds(self, clients, parameters, local):
+        """How many rounds' keys are made at a time."""
+        return math.inf
+
+
+class Independent(Noise):
+    """Noise that no two steps share anything of."""
+
+    def add(self, sums, stds, keys, step, memory):
+        """`sums` plus Gaussian noise of standard deviation `stds`."""
+        return add(sums, gaussian(keys, sums, stds, step)), memory
+
+
+INDEPENDENT = Independent()
+
+
+class NoNoise(Noise):
+    """No noise: for a client whose server adds it, and for the control without privacy."""
+
+    def check(self, local):
+        """Where there is no noise, any sums are as good."""
+
+    def add(self, sums, stds, keys, step, memory):
+        """`sums` as they are."""
+        return sums, memory

@@ -1,5 +1,6 @@
 """Poisson sampling into a batch of fixed capacity (design as accounted by Chua et al., arXiv 2508.15089)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,3 +34,18 @@ def chosen(draws, size, join_below, own_capacity, capacity):
     negated, indices = jax.lax.top_k(-draws, capacity)
     joined = (-negated < join_below) & (jnp.arange(capacity) < own_capacity)
     return jnp.where(joined, indices, 0), joined.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByKeys:
+    """Which records join a step, by the device's own generator; a step samples from one of `parts` parts of them."""
+
+    parts: int = 1
+
+    def rows(self, keys, step, client, records, capacity):
+        """`poisson` of local step `step` for a `client.Client`, by its `keys` uint32 [4, 2] of this round -> (rows of the part,
+        weights)."""
+        part = lambda size: (size + self.parts - 1) // self.parts  # noqa: E731
+        four = jax.vmap(lambda key: jax.random.fold_in(key, step))(jax.random.wrap_key_data(keys, impl="threefry2x32"))
+        population, records = part(client.population), part(records)
+        return poisson(four, population, client.join_below, client.capacity, records, capacity)

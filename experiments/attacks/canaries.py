@@ -22,7 +22,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, mesh, round
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.models import bert
-from dplora_jax.privacy import accounting, auditing, secrets
+from dplora_jax.privacy import accounting, auditing, clipping, secrets
 
 FEWEST = 32  # coins: a quarter is the pilot's, and 23 right guesses beat a claim of 1
 LOUD = 1e4  # a canary's gradient norm before clipping, in units of the clipping norm
@@ -39,7 +39,7 @@ SMALL_RATE = 2.0  # the small model's learning rate: its adapter has to move for
 class Subject(NamedTuple):
     """What is audited: the program's static part, where it lies, and the claim."""
 
-    federation: round.Federation
+    federation: round.Rounds
     grid: Any
     params: Any
     adapter: Any
@@ -87,13 +87,13 @@ def small(epsilon, delta=1e-5, clients=1200, records=2, rate=1.0, rounds=4):
 
 @functools.lru_cache(maxsize=4)
 def _small_program(clients, records, capacity):
-    """(Federation, mesh, params, adapter) of `small`: the same for every epsilon, so that it compiles once."""
+    """(Rounds, mesh, params, adapter) of `small`: the same for every epsilon, so that it compiles once."""
     model = bert.Bert(bert.BertConfig(20, 8, 1, 2, 16, 8, 2, num_labels=3, pooling="mean"))
     params = jax.tree.map(lambda p: 4 * p, jax.jit(model.init)(jax.random.key(0)))
     adapter = lora.init(jax.random.key(1), model, params, lora.LoraConfig(1, 2.0))
     optimizer = aggregation.groups({part: optax.sgd(SMALL_RATE) for part in ("layers", "head")})
-    local = LocalConfig(1, 1.0, records, capacity)
-    federation = round.Federation(model, scaled(losses.classification), local, optimizer, optax.sgd(1.0), wave=clients)
+    local = LocalConfig(1, records, capacity, clipping.Clip(1.0))
+    federation = round.Rounds(model, scaled(losses.classification), local, optimizer, optax.sgd(1.0), wave=clients)
     return federation, mesh.make("1x1", clients, model), params, adapter
 
 
@@ -145,7 +145,7 @@ def canary_records(subject, count, rng):
     for _ in range(count - 1):
         chosen.append(int(np.argmin(np.abs(unit @ unit[chosen].T).max(1))))
     picked = {name: value[chosen] for name, value in records.items()}
-    picked["scale"] = (LOUD * subject.federation.local.clip_norm / norms[chosen]).astype(np.float32)
+    picked["scale"] = (LOUD * subject.federation.local.clipper.clip_norm / norms[chosen]).astype(np.float32)
     return picked
 
 
@@ -204,7 +204,11 @@ def transcript(subject, canaries, coins, keys, program=None):
     local, count = subject.federation.local, len(subject.mechanisms)
     program = program or _program(subject.federation, subject.grid)
     place = mesh.place(
-        subject.grid, shards(subject, canaries, coins), subject.mechanisms, local.clip_norm, subject.federation.wave
+        subject.grid,
+        shards(subject, canaries, coins),
+        subject.mechanisms,
+        local.clipper.clip_norm,
+        subject.federation.wave,
     )
     whole = NamedSharding(subject.grid, PartitionSpec())
     state = jax.device_put(subject.federation.init(jax.tree.map(jnp.array, subject.adapter)), whole)
@@ -212,7 +216,7 @@ def transcript(subject, canaries, coins, keys, program=None):
     divisors = np.array([m.sampling_rate * m.records for m in subject.mechanisms])
     sums, seen = [], []
     for index in range(subject.rounds):
-        seen.append(_clipped(gradients(subject, state.adapter, canaries), local.clip_norm))
+        seen.append(_clipped(gradients(subject, state.adapter, canaries), local.clipper.clip_norm))
         one = mesh.place_keys(
             subject.grid, {p: k[index : index + 1] for p, k in numbers.items()}, place.clients.size.shape[0]
         )
@@ -222,7 +226,7 @@ def transcript(subject, canaries, coins, keys, program=None):
         }
         sums.append(
             {
-                name: -leaf.reshape(count, -1) * (divisors / local.clip_norm)[:, None] / rate
+                name: -leaf.reshape(count, -1) * (divisors / local.clipper.clip_norm)[:, None] / rate
                 for part, rate in subject.rates.items()
                 if part in uploads and rate
                 for name, leaf in _named({part: uploads[part]}).items()

@@ -11,8 +11,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax.federation import aggregation, mesh, pool, round, waves
-from dplora_jax.federation.client import LocalConfig
-from dplora_jax.privacy import accounting, secrets
+from dplora_jax.federation.client import APART, LocalConfig
+from dplora_jax.privacy import accounting, clipping, secrets
 from experiments.benchmark import steps as benchmark_steps
 from experiments.tables import Table
 
@@ -21,7 +21,7 @@ RECORDS = 10  # of a client, as a multiple of its expected batch
 
 def federation(case, clients, records, expected, wave=1, pooled=False, microbatch=None):
     """A round of `clients` clients of `records` random rows each, one local step of `expected` rows, on one device ->
-    (Federation, mesh, (state, params, clients, data, keys))."""
+    (Rounds, mesh, (state, params, clients, data, keys))."""
     model, params, adapter, _ = benchmark_steps.arguments(case._replace(batch=1))
     grid = mesh.make("1x1", clients, model)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
@@ -35,11 +35,10 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     shards = [{key: value[k * records : (k + 1) * records] for key, value in rows.items()} for k in range(clients)]
     mechanisms = _mechanisms(clients, records, expected)
     placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
-    local = LocalConfig(
-        1, 1.0, placed.records, placed.capacity, microbatch=microbatch, pool=pool.rows(mechanisms) if pooled else None
-    )
+    local = LocalConfig(1, placed.records, placed.capacity, clipping.Clip(1.0), microbatch=microbatch)
+    rows = pool.Pooled(pool.rows(mechanisms)) if pooled else APART
     optimizer = aggregation.groups({"layers": optax.sgd(0.1), "head": optax.sgd(0.1)})
-    made = round.Federation(model, benchmark_steps.loss_of(case), local, optimizer, optax.sgd(1.0), 0.9, wave)
+    made = round.Rounds(model, benchmark_steps.loss_of(case), local, optimizer, optax.sgd(1.0), 0.9, wave, rows=rows)
     keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, 2), 0)
     keys = mesh.place_keys(grid, keys, placed.clients.size.shape[0])
     state = jax.device_put(made.init(adapter), NamedSharding(grid, PartitionSpec()))
@@ -92,7 +91,7 @@ def _steps(made, grid, arguments):
 
     def local(state, params, clients, data, keys):
         members = waves.Members(clients, {name: value[0] for name, value in keys.items()})
-        return waves.run(made, params, members, data, state, False)[:2]
+        return waves.run(made, params, members, data, state, False, lambda *whole: whole)[:2]
 
     compiled = jax.jit(local).lower(state, params, clients, data, keys).compile()
     return lambda: compiled(state, params, clients, data, keys)
@@ -100,9 +99,4 @@ def _steps(made, grid, arguments):
 
 def _rows(made, grid, arguments):
     """How many rows a round's local steps compute, padding included."""
-    local, clients = made.local, len(arguments[2].size)
-    held = local.pool or local.capacity
-    size = (
-        pool.at_a_time(held, local.microbatch or local.capacity) if local.pool else min(held, local.microbatch or held)
-    )
-    return -(-held // size) * size * (1 if local.pool else clients)
+    return made.rows.padded_rows(made.local, len(arguments[2].size))

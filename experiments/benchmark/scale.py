@@ -107,7 +107,7 @@ def measure(name, clients, wave, records, length, repeats):
 
 
 def _arguments(name, clients, wave, records, length):
-    """(Federation, mesh, (state, params, clients, data, keys)) of a round of random rows."""
+    """(Rounds, mesh, (state, params, clients, data, keys)) of a round of random rows."""
     from experiments.benchmark import rounds as benchmark_rounds
     from experiments.benchmark import steps as benchmark_steps
 

@@ -18,7 +18,6 @@ from dplora_jax import losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, frozen_layers, mesh, participants, program, round, trust_modes
 from dplora_jax.federation.aggregation import CLIENTS
-from dplora_jax.privacy import secrets
 from experiments import flops
 from experiments.plan import collectives as plan_collectives
 from experiments.plan import models as plan_models
@@ -28,7 +27,7 @@ class Program(NamedTuple):
     """What `round.make` takes and is called with: `arguments` are (state, params, clients, data, keys) of
     jax.ShapeDtypeStruct, sharded; `clients` is how many clients a device computes, one wave after the other."""
 
-    federation: round.Federation
+    federation: round.Rounds
     mesh: jax.sharding.Mesh
     arguments: tuple
     clients: int
@@ -75,11 +74,11 @@ def abstract(config, devices, sizes, task, classes):
     shards = [
         {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
     ]
-    own = trust_modes.own(config, sizes, mechanisms)
+    shares = trust_modes.mode(config).shares(config, sizes, mechanisms)
     limits = []
 
     def place():
-        placement = mesh.place(grid, shards, own, config.privacy.clip_norm, wave, config.lora.ranks)
+        placement = mesh.place(grid, shards, shares, config.privacy.clip_norm, wave, config.lora.ranks)
         limits.append(placement)
         return placement.clients, placement.data
 
@@ -122,16 +121,10 @@ def _rows(config, model, task, records):
 
 def _keys(config, local, adapter, count):
     """What one round of `count` clients (padding included) draws from."""
-    if local.bits is not None:
-        shape = (1, count, config.schedule.local_steps)
-        noise = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*shape, *x.shape), jnp.int32), adapter)
-        keys = {"noise": noise, "sampling": jax.ShapeDtypeStruct((*shape, local.records), jnp.int32)}
-        joins = {"joins": jax.ShapeDtypeStruct((1, count), jnp.float32)}
-        return keys | (joins if participants.partial(config) else {})
-    parties = secrets.from_seed(0, count + (config.privacy.trust == "client"))
-    rate = 1.0 if participants.partial(config) else trust_modes.joining(config)
-    keys = secrets.round_keys(parties, range(1, 2), 0, count, rate)
-    return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in keys.items()}
+    trust_mode, partial = trust_modes.mode(config), participants.partial(config)
+    parties = trust_mode.parties(config) - config.schedule.clients + count
+    keys = local.noise.key_shapes(parties, count, trust_mode.joining(config), local, adapter)
+    return keys | ({"joins": jax.ShapeDtypeStruct((1, count), jnp.float32)} if partial else {})
 
 
 def device_bytes(tree):

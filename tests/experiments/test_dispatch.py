@@ -8,6 +8,7 @@ import pytest
 from dplora_jax.config import RunConfig, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import dispatch
+from dplora_jax.privacy import noise
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 
@@ -22,12 +23,18 @@ def keys(tmp_path):
         kept = Ledger(tmp_path / f"{name}.jsonl")
         for attempt, nonce in enumerate(nonces):
             kept.begin((1, 3), attempt, MECHANISMS, 1, {}, nonce=nonce)
+        local = types.SimpleNamespace(noise=noise.INDEPENDENT)
+        prepared = types.SimpleNamespace(
+            federation=types.SimpleNamespace(local=local),
+            mechanisms=MECHANISMS,
+            state=types.SimpleNamespace(adapter={}),
+        )
         job = types.SimpleNamespace(
             secrets=[b"s" * 32],
             paid=None,
             ledger=kept,
             config=replace(RunConfig(), seed=seed, clients=1),
-            prepared=None,
+            prepared=prepared,
         )
         return dispatch.round_keys(job, (1, 3), 0)["noise"]
 
@@ -56,10 +63,11 @@ def job(tmp_path):
             **{"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
             | changes,
         )
-        local = types.SimpleNamespace(bits=None)
+        local = types.SimpleNamespace(noise=noise.INDEPENDENT)
+        facts = {"release": "for release", "communication": {"adapter_parameters": 9}}
         prepared = types.SimpleNamespace(
-            inputs={"data": data, "base": base}, mechanisms=mechanisms, facts={"release": "for release"},
-            federation=types.SimpleNamespace(local=local),
+            inputs={"data": data, "base": base}, mechanisms=mechanisms, facts=facts,
+            federation=types.SimpleNamespace(local=local), state=types.SimpleNamespace(adapter={}),
         )  # fmt: skip
         ledger = Ledger(tmp_path / "charged.jsonl")
         if not ledger.begun:

@@ -111,7 +111,7 @@ def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
     for have, planned in zip(jax.tree.leaves(real), jax.tree.leaves(program.arguments[:4]), strict=True):
         assert (have.shape, have.dtype) == (planned.shape, planned.dtype)
         assert have.sharding.is_equivalent_to(planned.sharding, have.ndim)
-    names = ("model", "loss", "local", "ema", "wave", "rule")
+    names = ("model", "loss", "local", "ema", "wave", "rule", "method", "attendance", "rows")
     for name in names:
         assert getattr(prepared.federation, name) == getattr(program.federation, name), name
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import dispatch, program
+from dplora_jax.federation import dispatch
 from dplora_jax.privacy import accounting, host_noise
+from dplora_jax.privacy.hardened import Hardened
 from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, run
 from tests.experiments.small_runs import adapter_of, arguments, crash_before, lines_of
@@ -73,9 +74,9 @@ def test_an_unknown_noise_is_refused_by_the_known_ones(command):
 
 def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):
     config, adapter = cli.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
-    assert program.bits(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter) == 20
+    assert Hardened.from_config(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter).bits == 20
     with pytest.raises(InputError, match="more than the accountant sets aside"):
-        program.bits(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
+        Hardened.from_config(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
 
 
 def test_the_generators_distance_is_far_below_delta():

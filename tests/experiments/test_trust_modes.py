@@ -47,9 +47,10 @@ def test_the_shares_of_the_clients_that_are_counted_on_make_the_whole_noise(more
     config = cli.parse([*DISTRIBUTED, *more])
     sizes = [100] * config.schedule.clients
     found = mechanisms(config, sizes)
-    shares = [m.noise_multiplier for m in trust_modes.own(config, sizes, found)]
+    trust_mode = trust_modes.mode(config)
+    shares = [m.noise_multiplier for m in trust_mode.shares(config, sizes, found)]
     assert math.sqrt(sum(share**2 for share in shares[:honest])) == pytest.approx(found[0].noise_multiplier)
-    rule = trust_modes.rule(config, found, sizes)
+    rule = trust_mode.rule(config, found, sizes, None)
     assert rule.survivors == (config.privacy.survivors or config.schedule.clients)
     assert rule.divisor == pytest.approx(64 * config.schedule.clients)
 
@@ -60,12 +61,13 @@ def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
     assert found == [Mechanism(30, 0.3, 30, found[0].noise_multiplier)] * 30
     assert config.steps_per_round == 1
     assert 3.98 < accounting.epsilon(found[0], 10, config.privacy.delta) <= 4
-    rule = trust_modes.rule(config, found, [50] * 30)
+    trust_mode = trust_modes.mode(config)
+    rule = trust_mode.rule(config, found, [50] * 30, None)
     assert rule.noise_std == pytest.approx(found[0].noise_multiplier * config.privacy.clip_norm)
     assert (rule.clip_norm, rule.divisor) == (config.privacy.clip_norm, pytest.approx(9))
-    assert {m.noise_multiplier for m in trust_modes.own(config, [50] * 30, found)} == {0}
-    assert trust_modes.parties(config) == 31
-    assert trust_modes.joining(config) == 0.3
+    assert {m.noise_multiplier for m in trust_mode.shares(config, [50] * 30, found)} == {0}
+    assert trust_mode.parties(config) == 31
+    assert trust_mode.joining(config) == 0.3
 
 
 @pytest.mark.parametrize("argv", [DISTRIBUTED, [*CLIENT, "--clients=3"]], ids=["distributed", "client"])
@@ -95,11 +97,12 @@ def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_cla
     assert [(m.records, m.sampling_rate) for m in found] == [(400, 1), (400, 1), (900, 64 / 900)]
     assert all(accounting.epsilon(m, 10, config.privacy.delta) <= 4 for m in found)
     expected = [400, 60, 64]
-    assert trust_modes.expected_batches(config, SIZES, found) == pytest.approx(expected)
+    trust_mode = trust_modes.mode(config)
+    assert trust_mode.expected(config, SIZES, found) == pytest.approx(expected)
     assert trust_modes.examples(config, SIZES, found) == pytest.approx(sum(expected))
     if config.privacy.trust == "distributed":
-        assert trust_modes.rule(config, found, SIZES).divisor == pytest.approx(sum(expected))
-        assert trust_modes.weights(config, SIZES, found) == pytest.approx([part / 524 for part in expected])
+        assert trust_mode.rule(config, found, SIZES, None).divisor == pytest.approx(sum(expected))
+        assert trust_mode.weights(config, SIZES, found) == pytest.approx([part / 524 for part in expected])
     rows = [
         dataclasses.asdict(m) | {"records": n, "sampled_from": m.records} for m, n in zip(found, SIZES, strict=True)
     ]

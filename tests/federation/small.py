@@ -16,10 +16,16 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import lora, losses
-from dplora_jax.federation import aggregation, mesh, methods, robust, round
-from dplora_jax.federation.client import Client, LocalConfig
+from dplora_jax.federation import aggregation, attendance, compression, mesh, methods, pool, ranks, robust, round
+from dplora_jax.federation.client import APART, Client, LocalConfig, whole
+from dplora_jax.federation.secure_sum import SecureSum
+from dplora_jax.federation.trusted_server import TrustedServer
 from dplora_jax.models import bert
-from dplora_jax.privacy import accounting, secrets
+from dplora_jax.privacy import accounting, clipping, secrets
+from dplora_jax.privacy.adaptive import Adaptive
+from dplora_jax.privacy.banded import Banded
+from dplora_jax.privacy.noise import INDEPENDENT, NoNoise
+from dplora_jax.privacy.unclipped import Unclipped
 
 SIZES, CAPACITIES, NOISES = (13, 4, 20, 9, 16), (8, 4, 9, 5, 7), (0.5, 0.8, 1.1, 1.4, 1.7)
 EXPECTED, CLIP = 5, 0.7
@@ -36,9 +42,9 @@ SIGMA, HONEST = 1.3, 3
 # Trust mode `client`: what a whole update is clipped to, the server's noise, and how often a client takes part.
 UPDATE_CLIP, SERVER_STD, CLIENT_RATE = 0.05, 0.11, 0.6
 RULES = {
-    "local": aggregation.LOCAL,
-    "distributed": aggregation.Rule("distributed", float(DIVISORS.sum()), survivors=4),
-    "client": aggregation.Rule("client", CLIENT_RATE * 5, clip_norm=UPDATE_CLIP, noise_std=SERVER_STD),
+    "local": aggregation.MEAN,
+    "distributed": SecureSum(float(DIVISORS.sum()), survivors=4),
+    "client": TrustedServer(CLIENT_RATE * 5, clip_norm=UPDATE_CLIP, noise_std=SERVER_STD),
 }
 SECRETS = secrets.from_seed(7, len(SIZES))
 SERVER = secrets.from_seed(8, 1)
@@ -113,17 +119,41 @@ def grid_of(setup):
 def federation(setup):
     """The static part of a setup's program."""
     plain = setup.trust == "client"
-    variant = {"microbatch": setup.microbatch, "clipping": setup.clipping, "bands": setup.bands, "private": not plain}
-    variant |= {"pool": setup.pool, "ranks": setup.ranks is not None, "upload_bits": setup.upload_bits}
-    local = LocalConfig(setup.local_steps, math.inf if plain else CLIP, max(SIZES), max(CAPACITIES), **variant)
     client = aggregation.groups({part: optax.sgd(rate) for part, rate in RATES.items()})
     server = optax.chain(optax.trace(MOMENTUM), optax.scale_by_learning_rate(SERVER_RATE))
     server, ema = (optax.sgd(1.0), 0.0) if setup.plain else (server, EMA)
     method = methods.BY_NAME[setup.method]
-    method = methods.padded(2) if setup.ranks and setup.method == "fedavg" else method
-    how = {None: None, "median": robust.median, "trimmed": robust.trimmed_mean(0.2)}[setup.robust]
-    rest = server, ema, setup.wave, RULES[setup.trust], method, how, setup.partial
-    return round.Federation(model_and_params()[0], loss, local, client, *rest)
+    rule = RULES[setup.trust]
+    if setup.robust:
+        rule = robust.RobustMean({"median": robust.median, "trimmed": robust.trimmed_mean(0.2)}[setup.robust])
+    local = LocalConfig(
+        setup.local_steps,
+        max(SIZES),
+        max(CAPACITIES),
+        Unclipped() if plain else clipper(setup.clipping),
+        NoNoise() if plain else Banded(setup.local_steps, setup.bands) if setup.bands > 1 else INDEPENDENT,
+        upload=compression.Rounded(setup.upload_bits) if setup.upload_bits else compression.EXACT,
+        cut=ranks.cut if setup.ranks else whole,
+        microbatch=setup.microbatch,
+    )
+    return round.Rounds(
+        model_and_params()[0],
+        loss,
+        local,
+        client,
+        server,
+        ema,
+        setup.wave,
+        rule,
+        method.ranked(method, 2) if setup.ranks else method,
+        attendance.Some() if setup.partial else attendance.EVERYONE,
+        pool.Pooled(setup.pool) if setup.pool else APART,
+    )
+
+
+def clipper(name):
+    """The clipper of this name, from CLIP on."""
+    return Adaptive(CLIP) if name == "adaptive" else clipping.Clip(CLIP, name)
 
 
 @functools.cache
@@ -180,3 +210,10 @@ def run(setup=None, rounds=ROUNDS, **options):
     public, private, _ = jax.tree.map(lambda x: np.array(x)[:, : len(SIZES)], shown)
     public |= {} if aggregate is None else {"aggregate": aggregate}
     return jax.tree.map(np.array, state), public, private
+
+
+def run_made(made, setup, rounds, **options):
+    """(state, transcript) of one dispatch of `made` (a `round.Rounds`) where `setup` has its clients, as `run` gives them."""
+    program = round.make(made, grid_of(setup), transcript=True)
+    state, (public, _, _) = program(*arguments(setup, rounds, **options))
+    return jax.tree.map(np.array, state), jax.tree.map(lambda x: np.array(x)[:, : len(SIZES)], public)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from dplora_jax.federation import client, mesh
-from dplora_jax.privacy import accounting, noise, sampling, secrets
+from dplora_jax.privacy import accounting, clipping, noise, sampling, secrets
+from dplora_jax.privacy.adaptive import Adaptive
+from dplora_jax.privacy.banded import Banded
 from tests.federation import small
 
 STEPS, BANDS = 4, 2
@@ -85,7 +87,7 @@ def test_a_step_samples_from_its_own_part_of_the_records():
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_part_is_all_its_records_once_and_a_null_record_where_it_is_short(index):
-    config = client.LocalConfig(3, 1.0, 8, 3, bands=3)
+    config = client.LocalConfig(3, 8, 3, clipping.Clip(1.0), Banded(3, 3))
     of = client.Client(0, 8, 8, 2**30, 3, 1.0, 0.0, 1.0, 0.0, 0)
     keys = {name: value[0, 0] for name, value in secrets.round_keys(secrets.from_seed(0, 1), [1], 0).items()}
     rows, weights = jax.jit(lambda keys: client.sample(config, of, keys, index))(keys)
@@ -100,7 +102,14 @@ def test_parts_join_at_their_own_rate_and_the_expected_batch_stays():
     assert (clients.count_std[:5] == 2.0).all()
 
 
-@pytest.mark.parametrize("wrong", [{"local_steps": 3}, {"clipping": "adaptive"}])
-def test_turns_cut_short_and_noise_of_a_moving_scale_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"bands \(2\) must divide local_steps"):
-        client.LocalConfig(**{"local_steps": 4, "clip_norm": 1.0, "records": 8, "capacity": 4, "bands": 2} | wrong)
+@pytest.mark.parametrize(
+    ("steps", "clipper", "noise", "words"),
+    [
+        (3, clipping.Clip(1.0), Banded(3, 2), r"bands \(2\) must divide local_steps"),
+        (2, clipping.Clip(1.0), Banded(4, 2), r"local_steps \(2\), the noise's own \(4\)"),
+        (4, Adaptive(1.0), Banded(4, 2), "of one scale"),
+    ],
+)
+def test_turns_cut_short_and_noise_of_a_moving_scale_are_refused(steps, clipper, noise, words):
+    with pytest.raises(ValueError, match=words):
+        client.LocalConfig(steps, 8, 4, clipper, noise)

@@ -11,7 +11,10 @@ import pytest
 from scipy import stats
 
 from dplora_jax.federation import client, mesh
-from dplora_jax.privacy import sampling, secrets
+from dplora_jax.privacy import clipping, sampling, secrets
+from dplora_jax.privacy.banded import Banded
+from dplora_jax.privacy.hardened import Hardened
+from dplora_jax.privacy.noise import Independent
 from tests.federation import small
 
 OWN, POPULATION, RATE, CAPACITY = 13, 20, 0.45, 7
@@ -31,8 +34,8 @@ def by_keys(rng, count, config):
 @functools.cache
 def samples(kind):
     """(rows, weights) of many first steps."""
-    bits = 8 if kind is by_host else None
-    config = client.LocalConfig(1, 1.0, POPULATION, CAPACITY + 2, bits=bits)
+    noise = Hardened(1.0, 8) if kind is by_host else Independent()
+    config = client.LocalConfig(1, POPULATION, CAPACITY + 2, clipping.Clip(1.0), noise)
     keys = jnp.asarray(kind(np.random.default_rng(0), DRAWS, config))
     return jax.device_get(jax.jit(jax.vmap(lambda k: client.sample(config, OF, {"sampling": k}, 0)))(keys))
 
@@ -65,7 +68,7 @@ def test_the_sample_is_one_of_all_records_null_ones_included(kind):
 
 def test_parts_are_of_the_records_that_are_accounted():
     """With bands, a step samples from ceil(n' / bands) records, of which those beyond the client's own are null."""
-    config = client.LocalConfig(3, 1.0, POPULATION, 7, bands=3)
+    config = client.LocalConfig(3, POPULATION, 7, clipping.Clip(1.0), Banded(3, 3))
     of = OF._replace(join_below=2**30, capacity=7)
     keys = {name: value[0, 0] for name, value in secrets.round_keys(secrets.from_seed(0, 1), [1], 0).items()}
     for index in range(3):

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 
 from dplora_jax.federation import pool
-from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting
+from dplora_jax.privacy.hardened import Hardened
 from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
@@ -61,14 +61,16 @@ def test_no_row_enters_another_clients_sum():
 def test_how_long_it_takes_follows_public_sizes_unless_the_pool_overflows(pooled):
     """Turns of two rows: as many as the pool asks for under each of twenty samples, more only where more joined."""
     taken = []
-    config = LocalConfig(1, small.CLIP, max(small.SIZES), max(small.CAPACITIES), pool=pooled, microbatch=2)
+    local = dataclasses.replace(small.federation(ALONE).local, microbatch=2)
     _, params, clients, data, keys = small.arguments(ALONE, range(20))
 
     def loss(adapter, batch):
         jax.debug.callback(lambda: taken.append(1))
         return small.loss(small.model_and_params()[0], params)(adapter, batch)
 
-    run = jax.jit(lambda keys: pool.sums(loss, config, data, small.adapter(), clients, keys).weights.sum())
+    run = jax.jit(
+        lambda keys: pool.Pooled(pooled).prepare(loss, local, data, small.adapter(), clients, keys).weights.sum()
+    )
     for index in range(20):
         taken.clear()
         joined = int(run(jax.tree.map(lambda x, i=index: x[i], keys)))
@@ -98,9 +100,9 @@ def test_turns_are_of_one_size():
     assert pool.at_a_time(20, 30) == 20
 
 
-@pytest.mark.parametrize("fields", [{"method": "fedsa"}, {"partial": True}, {"trust": "client"}])
+@pytest.mark.parametrize("fields", [{"method": "fedsa"}, {"partial": True}])
 def test_what_cannot_be_pooled_among_clients_is_refused(fields):
-    with pytest.raises(ValueError, match="every client starts from one adapter, takes part, and clips"):
+    with pytest.raises(ValueError, match="every client starts from one adapter and takes part"):
         small.federation(ALONE._replace(wave=5, pool=WHOLE, **fields))
 
 
@@ -133,7 +135,16 @@ def test_a_pooled_record_without_a_finite_gradient_counts_as_the_null_record():
     jax.tree.map(close, poisoned[:2], null[:2])
 
 
-@pytest.mark.parametrize("fields", [{"local_steps": 2}, {"clipping": "adaptive"}, {"ranks": True}, {"bits": 16}])
-def test_what_cannot_be_pooled_is_refused(fields):
-    with pytest.raises(ValueError, match="pooled"):
-        LocalConfig(**{"local_steps": 1, "clip_norm": 1.0, "records": 9, "capacity": 3, "pool": 4} | fields)
+@pytest.mark.parametrize(
+    "fields", [{"local_steps": 2}, {"clipping": "adaptive"}, {"ranks": (1, 2, 1, 2, 1)}, {"trust": "client"}]
+)
+def test_what_cannot_be_pooled_in_a_step_is_refused(fields):
+    with pytest.raises(ValueError, match="pooled in a single local step"):
+        small.federation(ALONE._replace(wave=5, pool=WHOLE, **fields))
+
+
+def test_integers_are_not_pooled():
+    made = small.federation(ALONE)
+    local = dataclasses.replace(made.local, noise=Hardened(small.CLIP, 16))
+    with pytest.raises(ValueError, match="in floating point"):
+        dataclasses.replace(made, local=local, rows=pool.Pooled(WHOLE))

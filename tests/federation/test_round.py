@@ -1,5 +1,6 @@
 """The compiled round does what a naive federation in a Python loop does, and its uploads hold no more than they may."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,8 @@ import optax
 import pytest
 
 from dplora_jax.privacy import sampling, secrets
+from dplora_jax.privacy.noise import NoNoise
+from dplora_jax.privacy.unclipped import Unclipped
 from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
@@ -154,6 +157,13 @@ def with_scale(client, record, value):
     data = small.records()
     data[client]["scale"][record] = value
     return data
+
+
+def test_noise_on_what_is_not_clipped_is_refused():
+    local = small.federation(small.Setup()).local
+    with pytest.raises(ValueError, match="hides only what is clipped"):
+        dataclasses.replace(local, clipper=Unclipped())
+    assert dataclasses.replace(local, clipper=Unclipped(), noise=NoNoise())
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 1e38])

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from dplora_jax.federation import mesh, round
-from dplora_jax.privacy import host_noise, integers, sampling
+from dplora_jax.federation import compression, mesh, round
+from dplora_jax.privacy import clipping, host_noise, integers, sampling
+from dplora_jax.privacy.adaptive import Adaptive
+from dplora_jax.privacy.hardened import Hardened
+from dplora_jax.privacy.unclipped import Unclipped
 from tests.federation import small
 from tests.federation.test_round import row_gradient
 from tests.federation.test_round_noise import check_std, chi_square_bounds
@@ -23,8 +26,8 @@ PLAIN, WIDE = small.Setup(), small.Setup(rows=4, wave=2, microbatch=3)
 @functools.cache
 def compiled(setup):
     plain = small.federation(setup)
-    federation = dataclasses.replace(plain, local=dataclasses.replace(plain.local, bits=BITS))
-    program = round.make(federation, small.grid_of(setup), True, True)
+    rounds = dataclasses.replace(plain, local=dataclasses.replace(plain.local, noise=Hardened(small.CLIP, BITS)))
+    program = round.make(rounds, small.grid_of(setup), True, True)
     return program.lower(*arguments(setup, draws())).compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -168,10 +171,18 @@ def test_the_server_averages_what_was_released():
         )
 
 
-@pytest.mark.parametrize("other", [{"clipping": "adaptive"}, {"bands": 2}, {"private": False}])
-def test_combinations_without_a_meaning_are_refused(other):
-    with pytest.raises(ValueError, match="integer noise"):
-        dataclasses.replace(small.federation(small.Setup()).local, bits=BITS, **other)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"clipper": Adaptive(small.CLIP)}, "of one scale"),
+        ({"clipper": clipping.Clip(2 * small.CLIP)}, "units of the clip norm"),
+        ({"clipper": Unclipped()}, "hides only what is clipped"),
+        ({"upload": compression.Rounded(8)}, "rounded by device keys"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(small.federation(PLAIN).local, noise=Hardened(small.CLIP, BITS), **fields)
 
 
 def test_optimizers_see_floats():

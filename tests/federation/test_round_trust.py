@@ -106,6 +106,13 @@ def test_who_fails_to_send_is_in_no_total_and_too_few_void_the_round():
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(before.server))
 
 
+@pytest.mark.parametrize("fields", [{"local_steps": 2}, {"upload_bits": 8}])
+def test_shares_that_are_more_than_a_term_of_the_total_are_refused(fields):
+    """A share by itself has too little noise to be stepped on, or rounded."""
+    with pytest.raises(ValueError, match="only a total of shares carries enough noise"):
+        small.federation(TOTAL._replace(**fields))
+
+
 @pytest.mark.parametrize("client", [0, 2])
 def test_a_record_moves_the_total_by_at_most_clip_norm_over_the_divisor(client):
     """Replaced by the null record, and large enough to be clipped: by exactly that if it joined, else not at all."""

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dplora_jax.federation import aggregation, client, pool, round
+from dplora_jax.federation import pool, round
+from dplora_jax.federation.trusted_server import TrustedServer
+from dplora_jax.privacy.banded import Banded
+from dplora_jax.privacy.noise import Independent
 from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -41,9 +44,9 @@ def other_records():
 def severed(patch):
     """Make each place that adds noise do so to zeros."""
     nothing = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
-    add, mean = client._add_noise, aggregation.noisy_mean
-    patch.setattr(client, "_add_noise", lambda config, sums, *rest: add(config, nothing(sums), *rest))
-    patch.setattr(aggregation, "noisy_mean", lambda total, *rest: mean(nothing(total), *rest))
+    for kind, name in ((Independent, "add"), (Banded, "add"), (TrustedServer, "noisy_mean")):
+        real = getattr(kind, name)
+        patch.setattr(kind, name, lambda self, sums, *rest, real=real: real(self, nothing(sums), *rest))
 
 
 def shown(setup, data, program=None):

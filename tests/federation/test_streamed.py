@@ -16,7 +16,8 @@ ONE = small.Setup(local_steps=1)
 
 def streamed(setup, rounds):
     """The state after `rounds`, and what each showed, with records on the host."""
-    made, grid = dataclasses.replace(small.federation(setup), streamed=True), small.grid_of(setup)
+    made, grid = small.federation(setup), small.grid_of(setup)
+    made = dataclasses.replace(made, local=dataclasses.replace(made.local, batches=streaming.Streamed()))
     program = round.make(made, grid, transcript=True)
     state, params, clients, _, _ = small.arguments(setup, rounds)
     stream = streaming.Stream(made.local, jax.device_get(clients), small.records(), grid)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dplora_jax.privacy import noise, secrets
+from dplora_jax.privacy import banded, noise, secrets
 
 STD = 0.7
 TREE = {"a": jnp.zeros(128), "b": jnp.zeros(128), "c": jnp.zeros((2, 16, 4)), "small": jnp.zeros(3)}
@@ -111,7 +111,7 @@ def test_add_adds_in_float32():
 @pytest.mark.parametrize(("steps", "bands"), [(4, 4), (6, 2), (9, 3), (24, 8), (25, 5)])
 def test_undone_correlation_leaves_a_record_no_more_than_its_turns_are_charged_as(steps, bands):
     """C, of what is really added: a record's steps, one in `bands`, meet in no row of it, and each comes to norm 1."""
-    made = noise.banded(steps, bands)
+    made = banded.streaming_matrix(steps, bands)
 
     def step(memory, draw):
         drawn, memory = made.multiply_next(draw, memory)

@@ -1,0 +1,35 @@
+"""How uploads are put together, in words: for config.json and the report."""
+
+from dplora_jax.federation import methods
+
+
+def lines(config):
+    """A line for each flag that says so."""
+    method = methods.BY_NAME[config.aggregation.method]
+    lines = [method.words]
+    if config.aggregation.robust != "none":
+        lines = [
+            f"{config.aggregation.robust.replace('_', ' ')} of each coordinate, every client counting the same (Yin et al. 2018)"
+        ]
+    if config.lora.ranks is not None:
+        lines.append(f"clients of ranks {config.lora.ranks}")
+    if config.schedule.participation != "all":
+        lines.append(
+            f"participation {config.schedule.participation} by a public schedule: each client pays for its own rounds"
+        )
+    if config.schedule.dropout:
+        lines.append(
+            f"clients fail to send with probability {config.schedule.dropout:g} (simulated), and pay all the same"
+        )
+    if config.optimizer.proximal:
+        lines.append(f"FedProx, strength {config.optimizer.proximal:g}")
+    of_head = " on the head alone" if method.settled else ""
+    if config.aggregation.server_optimizer != "sgd":
+        lines.append(
+            f"Fed{config.aggregation.server_optimizer.capitalize()} at the server{of_head} (Reddi et al. 2021)"
+        )
+    if config.aggregation.server_momentum and of_head:
+        lines.append(f"server momentum {config.aggregation.server_momentum:g}{of_head}")
+    if config.aggregation.upload_bits:
+        lines.append(f"uploads rounded at random to {config.aggregation.upload_bits} bits a number")
+    return lines
