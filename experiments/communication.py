@@ -50,7 +50,7 @@ def rows(rounds, targets=TARGETS, models=MODELS, ranks=RANKS):
 def of_run(config):
     """(targets, rows) of all models, for the rounds and targets of a RunConfig; for the usual targets where it names none, or a
     family's own."""
-    targets = tuple(name.strip() for name in config.lora.targets.split(",") if name.strip()) or TARGETS
+    targets = config.lora.targets or TARGETS
     try:
         return targets, list(rows(config.schedule.rounds, targets))
     except (ValueError, KeyError):

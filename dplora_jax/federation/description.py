@@ -27,7 +27,7 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
     return {
         "clients": clients,
         "trust": list(trust_mode.statements(config)),
-        "release": _release(config),
+        "release": release(config),
         "communication": {
             "adapter_parameters": sent,
             "full_parameters": full,
@@ -61,7 +61,7 @@ def _method(config, noise):
     )
 
 
-def _release(config):
+def release(config):
     """Whether the outputs may leave the house; None where there is no privacy to speak of."""
     if not config.privacy.private:
         return None

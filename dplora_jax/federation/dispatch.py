@@ -27,7 +27,13 @@ class Job(NamedTuple):
     description: dict
     clock: Any
     programs: dict
+    members: list | None = None  # the clients whose ledger this is; None: all
     paid: str | None = None
+
+    def steps(self, rounds=None):
+        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in all."""
+        steps = participants.steps(self.config, rounds)
+        return steps if self.members is None else steps[:, self.members]
 
     @property
     def ledger(self):
@@ -101,7 +107,7 @@ def charge(job, done):
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
-    more = {"steps": participants.steps(config, rounds).sum(0).tolist()} if participants.scheduled(config) else {}
+    more = {"steps": job.steps(rounds).sum(0).tolist()} if participants.scheduled(config) else {}
     more |= {
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
@@ -123,7 +129,7 @@ def _stay_within(job, rounds):
         return
     mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
     planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
-    planned["steps"] = participants.steps(config, rounds).sum(0).tolist()
+    planned["steps"] = job.steps(rounds).sum(0).tolist()
     spent = max(job.ledger.epsilons(config.privacy.delta, [planned]))
     if spent > config.privacy.epsilon:
         raise InputError(
@@ -137,8 +143,9 @@ def _affordable(job, done):
     config = job.config
     if not participants.scheduled(config):
         return done + config.schedule.rounds - job.ledger.charged_rounds()
-    left = participants.steps(config).sum(0) - job.ledger.charged_steps(config.schedule.clients)
-    needed = np.cumsum(participants.steps(config, (done + 1, config.schedule.rounds + 1)), 0)
+    planned = job.steps().sum(0)
+    left = planned - job.ledger.charged_steps(len(planned))
+    needed = np.cumsum(job.steps((done + 1, config.schedule.rounds + 1)), 0)
     return done + int(np.logical_and.accumulate((needed <= left).all(1)).sum())
 
 

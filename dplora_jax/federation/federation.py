@@ -280,7 +280,7 @@ class Federation:
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
             )
         kept.describe(config, told)
-        keys = kept.secrets(config)
+        keys = kept.secrets(trust_modes.mode(config).parties(config), config.privacy.seed)
         if kept.ledger is not None:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()

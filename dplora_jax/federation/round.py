@@ -122,13 +122,20 @@ def _round(rounds, params, clients, data, state, keys, transcript, diagnostics):
     terms, weight, shown = rounds.method.train(run, number)
     if jax.lax.axis_size(CLIENTS) > 1:  # XLA's partitioner of `model` refuses a sum over an axis of one
         terms, weight = jax.lax.psum((terms, weight), CLIENTS)
+    new, settled = server_step(rounds, state, terms, weight, shown, server_keys)
+    return new, _select(shown, settled.shown, transcript, diagnostics)
+
+
+def server_step(rounds, state, terms, weight, shown, server_keys=None):
+    """The server's half of a round, from the sums over all clients of their weighted terms and of their weights, and what the clients
+    show (`waves.Shown`) -> (State, what the round came to)."""
     settled = rounds.rule.settle(rounds, terms, weight, state, shown, server_keys)
     up = jax.tree.map(jnp.negative, settled.mean)
     step, server = rounds.server_optimizer.update(up, state.server, state.adapter)
     adapter = optax.apply_updates(state.adapter, step)
     average = aggregation.average_update(state.average, adapter, rounds.ema)
     new = State(adapter, server, average, shown.clip_norm, shown.own, settled.residual)
-    return rounds.rule.next(settled, new, state), _select(shown, settled.shown, transcript, diagnostics)
+    return rounds.rule.next(settled, new, state), settled
 
 
 def _select(shown, of_server, transcript, diagnostics):

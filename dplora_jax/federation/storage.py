@@ -6,17 +6,20 @@ a checkpoint.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import sys
 
 from dplora_jax import checkpoint, private_files
+from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.federation import processes, run_files, trust_modes, workdir
 from dplora_jax.files import to_json
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
+from dplora_jax.privacy.chain import replace_durably
 
 
 class InMemory:
@@ -27,11 +30,10 @@ class InMemory:
     def __init__(self):
         self.ledger = ledgers.InMemoryLedger() if processes.primary() else None
 
-    def secrets(self, config):
-        """Each party's secret, 32 bytes."""
-        parties = trust_modes.mode(config).parties(config)
-        if config.privacy.seed is not None:
-            return secrets.from_seed(config.privacy.seed, parties)
+    def secrets(self, parties, seed):
+        """The secret of each of so many `parties`, 32 bytes; by a `seed`, anyone can derive them."""
+        if seed is not None:
+            return secrets.from_seed(seed, parties)
         if processes.count() > 1:
             raise InputError("several processes need a workdir, where process 0 leaves the secrets for the others.")
         return [os.urandom(32) for _ in range(parties)]
@@ -65,18 +67,18 @@ class Workdir:
         self.directory, self.ledger, self.stored, self.finished = directory, ledger, stored, finished
         self._checkpoints = None
 
-    def secrets(self, config):
-        """Each party's secret: process 0 makes them where there are none, the others read its file."""
-        parties, private, made = trust_modes.mode(config).parties(config), self.directory / "private", None
+    def secrets(self, parties, seed):
+        """The secret of each of so many `parties`: process 0 makes them where there are none, the others read its file."""
+        private, made = self.directory / "private", None
         if processes.primary():
             if (
                 not self.ledger.entries
             ):  # nothing ran under secrets that an earlier start left, or nothing tells what did
                 secrets.destroy(private)
-            made = secrets.load_or_create(private, parties) if config.privacy.seed is None else None
+            made = secrets.load_or_create(private, parties) if seed is None else None
         processes.meet()
-        if config.privacy.seed is not None:
-            return secrets.from_seed(config.privacy.seed, parties)
+        if seed is not None:
+            return secrets.from_seed(seed, parties)
         held = made or secrets.load(private)
         if held is None:
             raise InputError(
@@ -161,6 +163,40 @@ def open_workdir(directory, config):
             # Closing waits for the other processes, who may be gone.
             if processes.count() == 1 or sys.exc_info()[0] is None:
                 opened.close()
+
+
+class SiloWorkdir(Workdir):
+    """A silo's working directory: its ledger, its secret and its state; silo.json says what they were begun with."""
+
+    FILE = "silo.json"
+
+    def describe(self, config, description):
+        """Write silo.json, or hold it against what is there: InputError where a silo of another plan began here."""
+        path, text = self.directory / self.FILE, to_json(to_flat(config) | description, indent=2) + "\n"
+        if self.ledger.begun and (not path.exists() or path.read_text() != text):
+            raise InputError(f"{self.directory} was begun with another plan: restore {path}, or give another workdir.")
+        replace_durably(path, text)
+
+    def config_digest(self):
+        """SHA-256 of silo.json, which each begin entry of the ledger has."""
+        return hashlib.sha256((self.directory / self.FILE).read_bytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def open_silo(directory, config):
+    """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is None.
+
+    Raises InputError as `open_workdir` does.
+    """
+    if directory is None:
+        yield InMemory()
+        return
+    with workdir.locked(directory) as folder:
+        opened = SiloWorkdir(folder, _checked_ledger(config, folder), None, False)
+        try:
+            yield opened
+        finally:
+            opened.close()
 
 
 def _checked_ledger(config, folder):
