@@ -1,7 +1,7 @@
 """The configuration of a run: nested frozen dataclasses, one for each concern.
 
-A script, a notebook and the command line build the same. A field says once what it is called, its default, its meaning, its range,
-and what it decides.
+A script, a notebook and the command line build the same. A field says once its name, its default, its meaning, its range and
+what it decides.
 """
 
 import dataclasses
@@ -55,13 +55,13 @@ class Base:
     )
     dtype: str = field("float32", "type of the base's weights and of matrix products", choices=("float32", "bfloat16"))
     quantize: str | None = field(
-        None, "keep the frozen matrices in 8 or 4 bits; default: as `dtype` says", choices=("int8", "nf4")
+        None, "store the frozen matrices in 8 or 4 bits; default: in `dtype`", choices=("int8", "nf4")
     )
-    remat: bool = field(False, "compute each layer's activations again in the backward pass: less memory, more time")
+    remat: bool = field(False, "recompute each layer's activations in the backward pass: less memory, more time")
     feature_norm: float = field(
         0.0,
-        "classifier (BERT): centre the head's features and scale them to this norm, both measured on the public test set's text "
-        "(not its labels); the released head has it folded in; 0 leaves them as the model makes them",
+        "BERT classifiers: centre the head's features and scale them to this norm, both as measured on the text of the public "
+        "test set, not its labels; the released head has it folded in; 0 changes nothing",
         least=0.0, below=math.inf,
     )  # fmt: skip
 
@@ -79,30 +79,30 @@ class Data:
     data_dir: str | None = field(None, "directory with train.* (and test.*) of `dataset`", common=True)
     test_data: str | None = field(None, "file with the public test set", common=True)
     encoding: str | None = field(
-        None, "encoding of the csv, jsonl and text files that are not UTF-8 and have no byte-order mark, as cp1252"
+        None, "encoding of csv, jsonl and text files that are not UTF-8 and have no byte-order mark, such as cp1252"
     )
     separator: str | None = field(
         None,
-        "what parts the cells of csv files: comma, semicolon, tab, pipe or a character; a file whose header has the columns "
-        "only at commas (in .tsv, tabs) is read so all the same",
+        "separator of csv files: comma, semicolon, tab, pipe or any one character; a file whose header has the columns only "
+        "with commas (.tsv: tabs) is still read that way",
     )
     text_column: str | None = field(None, "column of the text, for csv, jsonl and parquet", common=True)
     label_column: str | None = field(None, "column of the label, for csv, jsonl and parquet", common=True)
-    prompt_column: str | None = field(None, "column of the prompt, for answers to train a language model on")
+    prompt_column: str | None = field(None, "column of the prompt, to train a language model on answers")
     answer_column: str | None = field(None, "column of the answer to each prompt")
     labels: tuple[str, ...] | None = field(
-        None, "comma-separated label set; default: the task's, else the public test's", common=True
+        None, "comma-separated labels; default: the task's, else those of the public test set", common=True
     )
     test_fraction: float | None = field(
-        None, "share of the table held out as the test set; giving it declares that share public"
+        None, "share of the table to hold out as the test set; giving it declares that share public"
     )
     train_records: int | None = field(
-        None, "use so many of the training records, drawn by `split_seed`; default: all", least=1
+        None, "use this many training records, drawn by `split_seed`; default: all", least=1
     )
     test_records: int | None = field(
-        None, "evaluate on so many of the test records, drawn by `split_seed`; default: all", least=1
+        None, "evaluate on this many test records, drawn by `split_seed`; default: all", least=1
     )
-    max_length: int = field(64, "tokens a row, public; longer texts are cut", least=1)
+    max_length: int = field(64, "tokens in a row; longer texts are cut. It is public", least=1)
     objective: str = field(
         "auto",
         "classifier: a head for the labels; language_model: the tokens of answers, of text, or of a label's word; auto: a "
@@ -116,9 +116,10 @@ class Data:
         common=True,
     )
     parties: int | None = field(
-        None, "deal the records to so many, of whom the first `clients` take part: a control; default: `clients`"
+        None,
+        "deal the records to this many parties, of whom the first `clients` take part: a control; default: `clients`",
     )
-    party: int = field(0, "with `parties` and clients=1: which of them, from 0")
+    party: int = field(0, "with `parties` and clients=1: which party takes part, counted from 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Lora:
     freeze_a: bool = field(False, "train B alone (FFA-LoRA)")
     head_only: bool = field(False, "train the classification head alone, no LoRA: a control")
     ranks: tuple[int, ...] | None = field(
-        None, "comma-separated LoRA rank of each client, up to `rank`; default: `rank` for all"
+        None, "comma-separated LoRA ranks, one for each client, up to `rank`; default: `rank` for all"
     )
 
     @property
@@ -147,18 +148,18 @@ class Privacy:
 
     trust: str = field(
         "local",
-        "local: each client's noise carries its guarantee; distributed: the clients' noises together do, under secure "
-        "aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
+        "local: each client's own noise protects its records; distributed: the noise of all clients together does, under "
+        "secure aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
         choices=("local", "distributed", "client", "none"), common=True,
     )  # fmt: skip
     epsilon: float | None = field(
         None,
-        "privacy budget of each client; inf is trust=none, none unsets a flagfile's",
+        "privacy budget of each client; inf means trust=none, none unsets a flagfile's value",
         above=0.0, common=True,
     )  # fmt: skip
     delta: float = field(1e-5, "delta of the guarantee", above=0.0, below=1.0, common=True)
     noise_multiplier: float | None = field(
-        None, "sigma, in place of `epsilon`: noise std = sigma * clip_norm on the sum", common=True
+        None, "sigma, instead of `epsilon`: the noise on the sum has standard deviation sigma * clip_norm", common=True
     )
     clip_norm: float = field(
         1.0,
@@ -168,35 +169,42 @@ class Privacy:
     )  # fmt: skip
     clipping: str = field(
         "flat",
-        "flat: each example's whole gradient to clip_norm; per_layer: each matrix's to its share; automatic: every gradient "
-        "scaled to about clip_norm; adaptive: clip_norm follows a privately estimated quantile of the norms",
+        "flat: clip each example's whole gradient to `clip_norm`; per_layer: clip each matrix's gradient to its share of it; "
+        "automatic: scale every gradient to about `clip_norm`; adaptive: let `clip_norm` follow a privately estimated "
+        "quantile of the norms",
         choices=("flat", "per_layer", "automatic", "adaptive"),
     )
     clip_quantile: float = field(
-        0.5, "clipping=adaptive: the share of gradients that the clip norm should leave whole", above=0.0, below=1.0
+        0.5, "clipping=adaptive: the share of gradients that should be within the clip norm", above=0.0, below=1.0
     )
     clip_rate: float = field(
-        0.2, "clipping=adaptive: how fast the clip norm moves, in logarithms a step", above=0.0, most=5.0
+        0.2,
+        "clipping=adaptive: how fast the clip norm moves, as the change of its logarithm in a step",
+        above=0.0,
+        most=5.0,
     )
     count_noise_multiplier: float | None = field(
         None,
-        "clipping=adaptive: std of the noise on the count within the clip norm; default: chosen for each client",
+        "clipping=adaptive: standard deviation of the noise on the count of gradients within the clip norm; default: chosen "
+        "for each client",
     )
     noise: str = field(
         "independent",
-        "independent: in each local step; banded: correlated over the local steps of a round; hardened: as independent, but "
-        "drawn on the host by a cryptographic generator, and integer like the gradients, which takes per-row gradients",
+        "independent: fresh in each local step; banded: correlated over the local steps of a round; hardened: independent, "
+        "drawn on the host by a cryptographic generator and added as integers, which needs per-row gradients",
         choices=("independent", "banded", "hardened"),
     )
-    bands: int | None = field(None, "noise=banded: how many steps' noise is correlated; default: `local_steps`")
+    bands: int | None = field(None, "noise=banded: over how many steps the noise is correlated; default: `local_steps`")
     survivors: int | None = field(
-        None, "trust=distributed: clients that surely send their sum, fewer void the round; default: all"
+        None, "trust=distributed: how many clients surely send their sum; with fewer the round is void; default: all"
     )
-    colluding: int | None = field(None, "trust=distributed: clients assumed to tell their own noise; default: 1")
+    colluding: int | None = field(
+        None, "trust=distributed: how many clients may tell others their own noise; default: 1"
+    )
     client_rate: float | None = field(
         None, "trust=client: probability with which each client takes part in a round; default: 1"
     )
-    seed: int | None = field(None, "makes the run reproducible, noise included: its outputs are NOT for release")
+    seed: int | None = field(None, "make the run reproducible, noise included: its outputs are NOT for release")
 
     @property
     def private(self):
@@ -214,16 +222,20 @@ class Privacy:
 class Schedule:
     """How many clients, rounds and local steps, how large their batches, and who is in which round."""
 
-    clients: int = field(5, "how many parties", least=1, common=True)
-    rounds: int = field(50, "rounds of the federation", least=1, common=True)
+    clients: int = field(5, "number of clients", least=1, common=True)
+    rounds: int = field(50, "number of rounds", least=1, common=True)
     local_steps: int = field(1, "noisy steps of each client in a round", least=1)
     expected_batch_size: float = field(
-        64.0, "mean of the Poisson sample of each client's step", above=0.0, below=math.inf, common=True
+        64.0,
+        "records that a client's step samples on average (Poisson sampling)",
+        above=0.0,
+        below=math.inf,
+        common=True,
     )
     participation: str = field(
         "all",
         "who is in a round: all; fixed:M, M clients in turn; poisson:P, each with probability P. The schedule is public, drawn "
-        "from `split_seed`, and a client pays for its own rounds",
+        "from `split_seed`, and a client pays only for its own rounds",
     )
     dropout: float | None = field(
         None,
@@ -237,13 +249,15 @@ class Schedule:
 class Optimizer:
     """A client's local steps."""
 
-    client_optimizer: str = field("sgd", "fresh in every round", choices=("sgd", "adam"))
+    client_optimizer: str = field(
+        "sgd", "optimizer of a client's local steps; its state is fresh in every round", choices=("sgd", "adam")
+    )
     client_lr: float = field(0.3, "learning rate of the adapter matrices", above=0.0, below=math.inf, common=True)
     head_lr: float | None = field(
         None, "learning rate of the classification head; default: `client_lr`", least=0.0, below=math.inf, common=True
     )
     lr_decay: float = field(
-        1.0, "learning rates fall linearly over the rounds, to this share of themselves", least=0.0, most=1.0
+        1.0, "learning rates fall linearly over the rounds to this share of their start", least=0.0, most=1.0
     )
     proximal: float = field(
         0.0, "FedProx: how strongly local steps are pulled back to where the round began", least=0.0, below=math.inf
@@ -263,17 +277,19 @@ class Aggregation:
     )
     robust: str = field(
         "none",
-        "none, median, or trimmed_mean:SHARE (cut at either end): of each coordinate, in place of the weighted mean",
+        "none, median, or trimmed_mean:SHARE (SHARE is cut at either end): taken of each coordinate instead of the weighted mean",
     )
     upload_bits: int | None = field(
-        None, "round uploads at random to so many bits a number; default: float32", choices=(8, 4)
+        None, "round each number of an upload at random to this many bits; default: float32", choices=(8, 4)
     )
     server_lr: float = field(1.0, "learning rate of the server on the mean upload", above=0.0, below=math.inf)
     server_momentum: float = field(0.0, "momentum of the server", least=0.0, below=1.0)
     server_optimizer: str = field(
-        "sgd", "the server's step on the mean upload (FedOpt)", choices=("sgd", "adam", "yogi", "adagrad")
+        "sgd", "FedOpt: how the server steps on the mean upload", choices=("sgd", "adam", "yogi", "adagrad")
     )
-    ema: float = field(0.0, "decay of the running average of released adapters; 0 keeps the last", least=0.0, below=1.0)
+    ema: float = field(
+        0.0, "decay of the running average of released adapters; 0 releases the last adapter", least=0.0, below=1.0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,18 +323,18 @@ class Execution:
     )
     coordinator: str | None = field(
         None,
-        "HOST:PORT of process 0, to join several processes; auto: as Slurm, a TPU pod or Kubernetes tells; default: one",
+        "HOST:PORT of process 0, to join several processes; auto: as Slurm, the TPU pod or Kubernetes says; default: one process",
         PROCESS,
     )
     processes: int | None = field(
-        None, "how many processes the run has; default: one, or as coordinator=auto finds", PROCESS
+        None, "how many processes the run has; default: 1, or what coordinator=auto finds", PROCESS
     )
     process: int | None = field(
-        None, "which of them this is, from 0; process 0 writes the workdir, which all must see", PROCESS
+        None, "number of this process, from 0; process 0 writes the workdir, which all must see", PROCESS
     )
     stall_timeout: float = field(
         1800.0,
-        "seconds that a process may keep the others waiting (compilation, the longest dispatch) before all end",
+        "seconds that a process may keep the others waiting before all end; compilation and the longest dispatch must fit",
         PROCESS, least=10.0,
     )  # fmt: skip
 
@@ -329,10 +345,10 @@ class Evaluation:
 
     generate: int = field(
         32,
-        "test prompts that are answered before the first round and after the last, for token F1 and ROUGE-L",
+        "number of test prompts to answer before the first round and after the last, for token F1 and ROUGE-L",
         METRICS, least=0,
     )  # fmt: skip
-    new_tokens: int = field(48, "tokens of such an answer, at most", METRICS, least=1)
+    new_tokens: int = field(48, "most tokens of such an answer", METRICS, least=1)
     benchmarks: tuple[str, ...] = field(
         (),
         "comma-separated public tasks (docs/data.md) to evaluate on before the first round and after the last",
@@ -340,7 +356,7 @@ class Evaluation:
     )
     benchmarks_dir: str | None = field(None, "folder with a folder for each of `benchmarks`; default: the hub", METRICS)
     benchmark_records: int | None = field(
-        None, "records of each of `benchmarks`, drawn by `split_seed`; default: all", METRICS, least=1
+        None, "use this many records of each of `benchmarks`, drawn by `split_seed`; default: all", METRICS, least=1
     )
 
 
@@ -350,7 +366,7 @@ class Output:
 
     auto: bool = field(
         False,
-        "fill the flags that matter for utility, where not given, from public sizes and epsilon, and say what was chosen",
+        "choose the flags that matter for utility and are not given, from public sizes and epsilon, and say what was chosen",
         common=True,
     )
     workdir: str | None = field(None, "where everything goes; default: runs/<flagfile's name>", DISPLAY, common=True)

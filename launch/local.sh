@@ -2,7 +2,7 @@
 # A run on this machine: one process over all its devices (one GPU, eight GPUs, the chips of one TPU host, or a CPU), or, on GPUs and
 # CPUs, several processes that share them.
 #   launch/local.sh [--dry_run] [flags of experiments.run]
-# Interrupted or ended, it goes on when started again. Exit codes are a run's (README.md): 0 done, 2 bad input, 75 stopped with everything saved.
+# Interrupted or ended, it goes on when started again. Exit codes are those of a run (docs/quickstart.md): 0 done, 2 bad input, 75 stopped with everything saved.
 set -euo pipefail
 
 # 1. What to run.

@@ -1,6 +1,6 @@
 """Settings that do well, from what is public: how many records each client has, how many clients, epsilon, and the objective.
 
-`auto` fills with them whatever flags are not given, and says what it chose. Why, in short (BUILD_NOTES.md, The recipe):
+`auto` fills with them whatever flags are not given, and says what it chose. Why, in short (docs/results/recipe.md):
 
 - Expected batches of a fifth of a client's records: less noise on the mean than smaller batches at the same epsilon; larger
   ones cost time and gain little.
@@ -89,7 +89,7 @@ def for_run(config, given):
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
         warnings.warn(
             "`auto` knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
-            "label is common (BUILD_NOTES.md).",
+            "label is common (docs/results/language.md).",
             InputWarning,
             stacklevel=1,
         )

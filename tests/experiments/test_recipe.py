@@ -36,7 +36,7 @@ def test_a_head_on_centred_features_goes_further_the_less_noise_there_is():
         recipe.chosen([n] * 5, 5, e, recipe.CENTRED)["head_lr"]
         for n, e in ((382, 2.0), (775, 2.0), (382, 8.0), (775, 8.0))
     ]
-    assert rates == pytest.approx([0.25, 0.46, 0.79, 1.27], abs=0.01)  # BUILD_NOTES.md: the recipe
+    assert rates == pytest.approx([0.25, 0.46, 0.79, 1.27], abs=0.01)  # docs/results/recipe.md
     assert recipe.chosen([775] * 5, 5, None, recipe.CENTRED)["head_lr"] == 3.0
 
 
