@@ -8,9 +8,9 @@ import shutil
 import jax
 import numpy as np
 import safetensors.numpy
-from conftest import GOLDEN, write_tokenizer
 
 from dplora_jax import lora, models, peft
+from tests.conftest import GOLDEN, write_tokenizer
 
 ALL = lora.LoraConfig(3, 6, ("all-linear",))
 # name: (base, adapter), both below GOLDEN; of an adapter that is drawn here, its seed, rank, alpha and targets.

@@ -6,11 +6,11 @@ import shutil
 import struct
 
 import pytest
-from conftest import GOLDEN
 
 from dplora_jax import models, peft
 from dplora_jax.errors import InputError
 from experiments import export
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SOURCE = GOLDEN / "peft_gpt2_tiny"

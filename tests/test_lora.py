@@ -9,6 +9,7 @@ import pytest
 
 from dplora_jax import lora, losses, models
 from dplora_jax.models.bert import Bert
+from tests.conftest import GOLDEN
 
 SHAPES = {
     "q and v": lora.LoraConfig(4, 8, ("q", "v")),
@@ -25,15 +26,11 @@ apply = jax.jit(Bert.apply, static_argnums=0)
 
 @pytest.fixture(scope="module")
 def classifier():
-    from conftest import GOLDEN
-
     return *models.from_pretrained(GOLDEN / "bert_tiny_classifier"), read(GOLDEN / "bert_tiny_classifier")
 
 
 @pytest.fixture(scope="module")
 def mlm():
-    from conftest import GOLDEN
-
     return *models.from_pretrained(GOLDEN / "bert_tiny_mlm"), read(GOLDEN / "bert_tiny_mlm")
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.models.bert import Bert, BertConfig
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = {

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import lora, losses, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.privacy import clipping
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time

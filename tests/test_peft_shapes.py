@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import lora, losses, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.models.bert import Bert
 from dplora_jax.privacy import clipping
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 BATCH = {"input_ids": np.arange(3, 23).reshape(2, 10), "attention_mask": np.ones((2, 10), np.int32)}

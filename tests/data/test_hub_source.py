@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import hub_stand_in
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_stand_in import UNREACHABLE, run_python
 
 from dplora_jax.data.tasks import TASKS
+from tests import hub_stand_in
+from tests.hub_stand_in import UNREACHABLE, run_python
 
 
 def stand_in(dataset: str, files: dict[str, bytes]):

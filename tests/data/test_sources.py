@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_stand_in import run_python
 
 from dplora_jax.data.sources import Source, load
 from dplora_jax.errors import InputError
+from tests.hub_stand_in import run_python
 
 MARKER = "zebra-crossing-secret"
 

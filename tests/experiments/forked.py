@@ -6,12 +6,10 @@ A line of JSON in, a line of JSON out: {"start": flags, "devices": n, "folder": 
 
 import json
 import os
-import pathlib
 import sys
 import time
 import traceback
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 os.environ |= {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": sys.argv[1], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 

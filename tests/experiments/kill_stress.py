@@ -1,7 +1,7 @@
 """Kill a real run again and again, and see that it ends as if nothing had happened.
 
-    python tests/experiments/kill_stress.py --kills=200    # at random instants and boundaries, one mesh or changing ones
-    python tests/experiments/kill_stress.py --boundaries   # once at each boundary: what the test suite does
+    python -m tests.experiments.kill_stress --kills=200    # at random instants and boundaries, one mesh or changing ones
+    python -m tests.experiments.kill_stress --boundaries   # once at each boundary: what the test suite does
 
 Each start is forked from this process, which has imported everything and touched no device, and compiled programs come from a
 cache. A journal of its own, apart from the ledger, notes for each dispatch which keys it uses, on what, and what came out.
@@ -16,13 +16,10 @@ import pathlib
 import random
 import select
 import signal
-import sys
 import tempfile
 import time
 import traceback
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -233,7 +230,7 @@ def prepare(scratch):
         (scratch / name).mkdir()
 
     def write():
-        import conftest
+        from tests import conftest
 
         conftest.write_bert(scratch / "model")
         conftest.write_table(scratch / "tables")

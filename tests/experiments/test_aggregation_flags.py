@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_runs import crash_before, lines_of
 
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError
@@ -23,6 +22,7 @@ from dplora_jax.finetuning import setup
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, ledger, run
+from tests.experiments.small_runs import crash_before, lines_of
 
 
 def parse(*more):

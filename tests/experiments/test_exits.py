@@ -6,7 +6,6 @@ import os
 
 import jax.numpy as jnp
 import pytest
-from report_pages import config, metrics
 
 from dplora_jax import checkpoint
 from dplora_jax.errors import InputError, NotFiniteError, Refused, StorageError
@@ -15,6 +14,7 @@ from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 from experiments import budget, exits, ledger, report, run, sweep
+from tests.experiments.report_pages import config, metrics
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
 

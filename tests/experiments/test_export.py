@@ -4,17 +4,17 @@ import json
 import re
 import shutil
 
-import exported
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import lora, models, peft
 from dplora_jax.federation import workdir
 from dplora_jax.finetuning import setup
 from experiments import cli, export, model_card, summary
+from tests import exported
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -6,13 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import write_tokenizer
 
 from dplora_jax import lora, models, peft
 from dplora_jax.federation import mesh, methods
 from dplora_jax.finetuning import setup
 from dplora_jax.models import features
 from experiments import cli, run
+from tests.conftest import write_tokenizer
 
 run_finish = run._finish
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import small_runs
 
 from dplora_jax import models
 from dplora_jax.config import RunConfig
@@ -16,6 +15,7 @@ from dplora_jax.errors import InputError, NotFiniteError
 from dplora_jax.federation import aggregation, dispatch, finite, round
 from dplora_jax.finetuning import setup
 from experiments import cli, run
+from tests.experiments import small_runs
 
 ADAPTER = {"layers": {"q": jnp.ones((2, 3))}, "head": {"kernel": jnp.ones(3)}}
 

@@ -9,14 +9,13 @@ import stat
 from typing import NamedTuple
 
 import jax
-import leaks
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import reductions
 
 from dplora_jax.privacy import clipping
 from experiments import run
+from tests.experiments import leaks, reductions
 
 CLIP = 3.0
 

@@ -3,7 +3,11 @@
 import math
 
 import pytest
-from ledger_workdirs import (
+
+from dplora_jax.federation import run_files
+from dplora_jax.privacy import accounting
+from experiments import ledger
+from tests.experiments.ledger_workdirs import (
     DELTA,
     edit,
     edit_lines,
@@ -17,10 +21,6 @@ from ledger_workdirs import (
     write_lines,
     write_run,
 )
-
-from dplora_jax.federation import run_files
-from dplora_jax.privacy import accounting
-from experiments import ledger
 
 
 @pytest.fixture

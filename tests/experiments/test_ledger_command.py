@@ -7,11 +7,20 @@ import subprocess
 import sys
 
 import pytest
-from ledger_workdirs import DELTA, MECHANISMS, SECRETS, edit, lose_checkpoints, run, write_lines, write_run
 
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
 from experiments import ledger
+from tests.experiments.ledger_workdirs import (
+    DELTA,
+    MECHANISMS,
+    SECRETS,
+    edit,
+    lose_checkpoints,
+    run,
+    write_lines,
+    write_run,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-from ledger_workdirs import MECHANISMS, edit, newer, reflag, reforge, run, write_run
 
 from dplora_jax.federation.workdir import digest
+from tests.experiments.ledger_workdirs import MECHANISMS, edit, newer, reflag, reforge, run, write_run
 
 
 @pytest.fixture

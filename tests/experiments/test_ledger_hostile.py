@@ -9,10 +9,10 @@ import signal
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from ledger_workdirs import MECHANISMS, edit, reforge, run, write_checkpoint, write_run
 
 from dplora_jax import json_files
 from dplora_jax.privacy.ledger import Ledger
+from tests.experiments.ledger_workdirs import MECHANISMS, edit, reforge, run, write_checkpoint, write_run
 
 BOUND = 60  # seconds: not what it takes, but what no honest machine needs
 

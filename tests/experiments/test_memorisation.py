@@ -7,10 +7,10 @@ import string
 import numpy as np
 import pytest
 import tokenizers
-from conftest import GOLDEN
 
 from dplora_jax.finetuning import dealing, recipe
 from experiments import memorisation
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 from dplora_jax.federation import processes
 from experiments import ledger
 
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[2]
 BOUND = 240  # seconds, of a busy machine: whatever is waited for, not what is measured
 ROUNDS = 10
 
@@ -29,7 +29,8 @@ class Starts:
     def __init__(self, flags, folder):
         self.flags, self.folder, self.logs = flags, folder, {}
         self.server = subprocess.Popen(
-            [sys.executable, str(HERE / "forked.py"), str(folder / "cache")],
+            [sys.executable, "-m", "tests.experiments.forked", str(folder / "cache")],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from report_pages import SCORES, config, metrics, page
 
 from dplora_jax.errors import InputError
 from experiments import report
+from tests.experiments.report_pages import SCORES, config, metrics, page
 
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=y>'
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from report_pages import SCORES, config, metrics, page
 
 from experiments import communication, report, sweep_report
+from tests.experiments.report_pages import SCORES, config, metrics, page
 
 
 def test_the_audit_beside_a_run_and_its_absence_are_told(tmp_path):

@@ -6,7 +6,6 @@ import stat
 
 import numpy as np
 import pytest
-from small_runs import adapter_of, arguments, lines_of, strict_json_files
 
 import experiments.report
 from dplora_jax import checkpoint, models
@@ -14,6 +13,7 @@ from dplora_jax.finetuning import setup
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, rebuild
 from experiments import ledger, progress, run
+from tests.experiments.small_runs import adapter_of, arguments, lines_of, strict_json_files
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_runs import adapter_of, arguments, crash_before, lines_of
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import dispatch, program
 from dplora_jax.privacy import accounting, host_noise
 from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, run
+from tests.experiments.small_runs import adapter_of, arguments, crash_before, lines_of
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, WORDS, write_tokenizer
 
 from dplora_jax import models, peft
 from experiments import audit, ledger, membership, run
 from experiments import cli as run_flags
+from tests.conftest import GOLDEN, WORDS, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NOUNS, VERBS = WORDS[5:9], WORDS[9:13]

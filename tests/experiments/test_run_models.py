@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN, write_tokenizer
 
 from dplora_jax import models, peft
 from experiments import run
+from tests.conftest import GOLDEN, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

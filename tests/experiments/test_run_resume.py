@@ -11,11 +11,11 @@ import time
 
 import numpy as np
 import pytest
-from small_runs import adapter_of, arguments, crash_before, lines_of
 
 from dplora_jax.federation import dispatch
 from dplora_jax.privacy.ledger import Ledger
 from experiments import ledger, run
+from tests.experiments.small_runs import adapter_of, arguments, crash_before, lines_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -190,9 +190,10 @@ def test_records_that_changed_since_the_start_are_refused(command, finance_table
     assert "not those" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_killed_at_every_boundary_lose_no_round_and_pay_for_none_twice():
     """From begin to commit and at the end, with torn lines, by SIGKILL; the adapter is the uninterrupted run's bit for bit."""
-    script = pathlib.Path(__file__).parent / "kill_stress.py"
-    done = subprocess.run([sys.executable, script, "--boundaries"], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tests.experiments.kill_stress", "--boundaries"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("9 kills: no round lost")

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from small_runs import crash_before, lines_of
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import ledger
 from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, run
+from tests.experiments.small_runs import crash_before, lines_of
 
 
 @pytest.fixture

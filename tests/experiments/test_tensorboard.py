@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from small_runs import arguments, lines_of
 
 from dplora_jax.errors import InputError
 from experiments import run, tensorboard
+from tests.experiments.small_runs import arguments, lines_of
 
 
 def scalars(folder):

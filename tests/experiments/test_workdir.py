@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from ledger_workdirs import write_checkpoint
 
 from dplora_jax.config import RunConfig
 from dplora_jax.errors import InputError
@@ -12,6 +11,7 @@ from dplora_jax.finetuning import setup
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, run
+from tests.experiments.ledger_workdirs import write_checkpoint
 
 CONFIG = cli.RunConfig()
 

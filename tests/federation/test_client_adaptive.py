@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-import small
 
 from dplora_jax.privacy import adaptive, noise, secrets
+from tests.federation import small
 
 SETUP = small.Setup(clipping="adaptive")
 QUANTILE, RATE, COUNT_STD = 0.5, 0.2, 0.9

@@ -8,10 +8,10 @@ import functools
 import jax
 import numpy as np
 import pytest
-import small
 
 from dplora_jax.federation import client, mesh
 from dplora_jax.privacy import accounting, noise, sampling, secrets
+from tests.federation import small
 
 STEPS, BANDS = 4, 2
 SETUP = small.Setup(local_steps=STEPS, bands=BANDS)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 from scipy import stats
 
 from dplora_jax.federation import client, mesh
 from dplora_jax.privacy import sampling, secrets
+from tests.federation import small
 
 OWN, POPULATION, RATE, CAPACITY = 13, 20, 0.45, 7
 DRAWS = 4000

@@ -3,8 +3,9 @@
 import re
 
 import pytest
-import small
 from jax import export
+
+from tests.federation import small
 
 SETUPS = {
     "local": small.Setup(rows=4, columns=2, wave=2, transcript=False, diagnostics=False),

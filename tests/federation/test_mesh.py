@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-import small
 from jax.sharding import PartitionSpec
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh
 from dplora_jax.privacy import sampling
+from tests.federation import small
 
 
 @pytest.mark.parametrize(

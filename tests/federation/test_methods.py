@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
 from dplora_jax import lora
 from dplora_jax.federation import exact
+from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 WEIGHTS = np.array(small.SIZES) / sum(small.SIZES)

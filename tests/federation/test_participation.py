@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-import small
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, compression, participation, robust
+from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 SOME = small.Setup(partial=True, plain=True)

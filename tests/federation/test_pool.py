@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-import small
 
 from dplora_jax.federation import pool
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.privacy import accounting
+from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 ALONE = small.Setup(local_steps=1)

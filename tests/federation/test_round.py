@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import optax
 import pytest
-import small
 
 from dplora_jax.privacy import sampling, secrets
+from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import optax
 import pytest
-import small
-from test_round import row_gradient
-from test_round_noise import check_std, chi_square_bounds
 
 from dplora_jax.federation import mesh, round
 from dplora_jax.privacy import host_noise, integers, sampling
+from tests.federation import small
+from tests.federation.test_round import row_gradient
+from tests.federation.test_round_noise import check_std, chi_square_bounds
 
 BITS = integers.bits_for(small.MECHANISMS)
 STDS = [sigma * 2.0**BITS for sigma in small.NOISES]

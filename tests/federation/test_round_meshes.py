@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax.federation import mesh
 from dplora_jax.privacy import secrets
+from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 name = lambda s: f"{s.rows}x{s.columns}-wave{s.wave}-micro{s.microbatch}"  # noqa: E731

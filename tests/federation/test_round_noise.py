@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
-import small
 
 from dplora_jax.privacy import noise, secrets
+from tests.federation import small
 
 ATTEMPTS = 8
 STD = np.array(small.NOISES) * small.CLIP / small.DIVISORS  # of each client's noisy mean gradient

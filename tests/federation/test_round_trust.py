@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import optax
 import pytest
-import small
-from test_round_noise import chi_square_bounds
 
 from dplora_jax.privacy import clipping, noise
+from tests.federation import small
+from tests.federation.test_round_noise import chi_square_bounds
 
 TOTAL = small.Setup(local_steps=1, trust="distributed")
 TRUSTED = small.Setup(trust="client")

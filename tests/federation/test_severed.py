@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
 from dplora_jax.federation import aggregation, client, pool, round
+from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ROUNDS = range(1, 3)

@@ -6,9 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-import small
 
 from dplora_jax.federation import pool, round, streaming
+from tests.federation import small
 
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 ONE = small.Setup(local_steps=1)

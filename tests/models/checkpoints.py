@@ -5,7 +5,8 @@ import json
 import jax
 import numpy as np
 import safetensors.numpy
-from conftest import GOLDEN
+
+from tests.conftest import GOLDEN
 
 CLASSIFIER = GOLDEN / "bert_tiny_classifier"
 TENSORS = safetensors.numpy.load_file(CLASSIFIER / "model.safetensors")

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
 from dplora_jax import lora, models
 from dplora_jax.models import layers
 from dplora_jax.models.bert import Bert
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 apply = jax.jit(Bert.apply, static_argnums=0)

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import models
+from tests.conftest import GOLDEN
 
 
 def test_a_checkpoint_that_saves_the_shared_matrix_once_gives_the_same_logits(tmp_path):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import lora, models
 from dplora_jax.errors import InputError
@@ -18,6 +17,7 @@ from dplora_jax.models import layers, llama, parameters, pretrained
 from dplora_jax.models.chatglm import Glm
 from dplora_jax.models.chatglm2 import Glm2
 from dplora_jax.models.decoder import Decoder
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time

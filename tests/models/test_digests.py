@@ -5,12 +5,12 @@ import importlib.util
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import TENSORS, write
-from conftest import write_tokenizer
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
 from dplora_jax.models import digests, pretrained
+from tests.conftest import write_tokenizer
+from tests.models.checkpoints import TENSORS, write
 
 
 def test_the_files_of_a_model_are_told_by_their_digests(tmp_path):

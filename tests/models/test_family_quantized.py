@@ -5,12 +5,12 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
 from dplora_jax import lora, losses, models
 from dplora_jax.models import quantized
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.privacy import clipping
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time

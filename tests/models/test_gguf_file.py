@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf_writing import (
+
+from dplora_jax.errors import InputError
+from dplora_jax.models import gguf_file
+from tests.models.gguf_writing import (
     BYTE_LEVEL,
     HEAD,
     HEADS,
@@ -22,9 +25,6 @@ from gguf_writing import (
     random_blocks,
     write,
 )
-
-from dplora_jax.errors import InputError
-from dplora_jax.models import gguf_file
 
 Q, K = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
 

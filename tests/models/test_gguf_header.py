@@ -7,11 +7,11 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf_writing import write
 
 from dplora_jax.errors import StorageError
 from dplora_jax.models import gguf_file, safetensors_file
 from dplora_jax.models.gguf_header import AS_STORED, TYPES
+from tests.models.gguf_writing import write
 
 
 def test_every_type_that_the_library_decodes_is_read_by_rows(tmp_path):

@@ -5,10 +5,10 @@ import struct
 
 import numpy as np
 import pytest
-from gguf_writing import BYTE_LEVEL, SENTENCEPIECE, TENSORS, WIDTH, write
 
 from dplora_jax.errors import InputError
 from dplora_jax.models import gguf_file, gguf_reader
+from tests.models.gguf_writing import BYTE_LEVEL, SENTENCEPIECE, TENSORS, WIDTH, write
 
 
 def refusal(call, *args):

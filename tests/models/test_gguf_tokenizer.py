@@ -6,10 +6,10 @@ import pathlib
 
 import numpy as np
 import pytest
-from gguf_writing import BYTE_LEVEL, BYTES, PIECES, SENTENCEPIECE, TEXTS, write
 
 from dplora_jax.errors import InputError
 from dplora_jax.models import gguf_file
+from tests.models.gguf_writing import BYTE_LEVEL, BYTES, PIECES, SENTENCEPIECE, TEXTS, write
 
 
 def tokenizer(directory, base=BYTE_LEVEL, template=None, **changes):

@@ -6,20 +6,20 @@ import math
 import struct
 import weakref
 
-import exported
-import gguf_writing
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from conftest import GOLDEN, write_tokenizer
 
 from dplora_jax import models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.models import gguf_file, hf_checkpoint, quantized
 from dplora_jax.models.hf_checkpoint import Tensor
 from experiments import export
+from tests import exported
+from tests.conftest import GOLDEN, write_tokenizer
+from tests.models import gguf_writing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SOURCES = (

@@ -7,13 +7,13 @@ import struct
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import CONFIG, TENSORS, write
-from conftest import GOLDEN, write_tokenizer
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
 from dplora_jax.models import hf_checkpoint, parameters, pretrained, safetensors_file
 from experiments import plan_models
+from tests.conftest import GOLDEN, write_tokenizer
+from tests.models.checkpoints import CONFIG, TENSORS, write
 
 
 def refusal(call, *args):

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import CONFIG, TENSORS, write
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
 from dplora_jax.models import labels, pretrained
+from tests.models.checkpoints import CONFIG, TENSORS, write
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NAMES = ("Positive", "negative", "Neutral ")

@@ -5,12 +5,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from checkpoints import CLASSIFIER, assert_same, write
-from conftest import write_tokenizer
-from hub_stand_in import UNREACHABLE, run_python, stand_in
 
 from dplora_jax import models
 from dplora_jax.models import pretrained
+from tests.conftest import write_tokenizer
+from tests.hub_stand_in import UNREACHABLE, run_python, stand_in
+from tests.models.checkpoints import CLASSIFIER, assert_same, write
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

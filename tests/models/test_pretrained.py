@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import CLASSIFIER, TENSORS, assert_same, write
-from conftest import GOLDEN
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
+from tests.conftest import GOLDEN
+from tests.models.checkpoints import CLASSIFIER, TENSORS, assert_same, write
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

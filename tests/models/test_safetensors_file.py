@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import TENSORS, assert_same, write
 
 from dplora_jax import models
+from tests.models.checkpoints import TENSORS, assert_same, write
 
 STALE = {"metadata": {}, "weight_map": dict.fromkeys(TENSORS, "model-00001-of-00001.safetensors")}
 

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from checkpoints import TENSORS, write
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
 from dplora_jax.models import sentence
+from tests.models.checkpoints import TENSORS, write
 
 BODY = {name: value for name, value in TENSORS.items() if not name.startswith("classifier")}
 

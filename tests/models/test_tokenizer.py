@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import tokenizers
-from conftest import GOLDEN, write_tokenizer
-from gguf_writing import BYTE_LEVEL, BYTES, SENTENCEPIECE, write
-from hub_stand_in import run_python
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.tokenizer import continuation, load_tokenizer, split
+from tests.conftest import GOLDEN, write_tokenizer
+from tests.hub_stand_in import run_python
+from tests.models.gguf_writing import BYTE_LEVEL, BYTES, SENTENCEPIECE, write
 
 TEMPLATE = "{% for m in messages %}<|pad|>{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
 END = BYTE_LEVEL["eos_token_id"]

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 IDS = {"input_ids": np.arange(3, 15).reshape(2, 6)}

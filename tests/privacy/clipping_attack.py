@@ -1,6 +1,6 @@
 """An attack on the clip norm: records made to move the clipped sum by more than they are read to.
 
-    python tests/privacy/clipping_attack.py --minutes=60
+    python -m tests.privacy.clipping_attack --minutes=60
 
 draws shapes, dtypes, forms, clip norms and records until the time is up, and prints the largest move in clip norms. A record is a
 loss that gives one adapted matrix chosen inputs and chosen cotangents: tokens that cancel, before a rounding or after it, equal

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_accounting import DELTA, analytic_gaussian
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, ledger
 from dplora_jax.privacy.accounting import Mechanism
+from tests.privacy.test_accounting import DELTA, analytic_gaussian
 
 
 def test_gradient_and_count_are_one_gaussian_of_the_joint_sensitivity():

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dplora_jax import lora, losses, models
 from dplora_jax.models import layers
 from dplora_jax.privacy.clipping import clipped_grad_sum
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CLASSIFIER, MLM = "bert_tiny_classifier", "bert_tiny_mlm"

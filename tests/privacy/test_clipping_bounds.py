@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipping_attack import DTYPES, FORMS, KINDS, moves, moves_among_others, records, step
 
 from dplora_jax import per_row
 from dplora_jax.privacy import clipping
+from tests.privacy.clipping_attack import DTYPES, FORMS, KINDS, moves, moves_among_others, records, step
 
 BOUND = 1 + 1e-6
 SHAPES = [(2, 48, 40, 24, 16), (2, 6, 64, 48, 32)]  # of these, one takes the product and one the Gram matrices

@@ -6,11 +6,11 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import GOLDEN
 
 from dplora_jax import lora, losses, models
 from dplora_jax.models import layers
 from dplora_jax.privacy.clipping import clipped_grad_sum
+from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FAMILIES = {  # and how many layers are unrolled at most

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_clipping import CASES, ONES, loss_of, norm, one_hot, reference, setup
 
 from dplora_jax import lora
 from dplora_jax.models import layers
 from dplora_jax.privacy import clipping
 from dplora_jax.privacy.clipping import clipped_grad_sum
+from tests.privacy.test_clipping import CASES, ONES, loss_of, norm, one_hot, reference, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 WHOLE, FROZEN = "classifier", "language model, frozen A"  # the second one's layers are scanned

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_clipping import HEAD, ONES, compiled, difference, loss_of, norm, setup, toy
 
 from dplora_jax import lora, losses
 from dplora_jax.privacy import clipping
 from dplora_jax.privacy.clipping import clipped_grad_sum
+from tests.privacy.test_clipping import HEAD, ONES, compiled, difference, loss_of, norm, setup, toy
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

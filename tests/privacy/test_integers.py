@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_clipping import loss_of, setup
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, integers
 from dplora_jax.privacy.clipping import clipped_grad_sum
+from tests.privacy.test_clipping import loss_of, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 BITS, UNIT = 20, 2**20

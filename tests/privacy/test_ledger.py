@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from ledgers import DELTA, MECHANISMS, begin, expected
 
 from dplora_jax import json_files
 from dplora_jax.errors import InputError
@@ -11,6 +10,7 @@ from dplora_jax.privacy import accounting, chain
 from dplora_jax.privacy import ledger as ledger_module
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
+from tests.privacy.ledgers import DELTA, MECHANISMS, begin, expected
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import json
 import os
 
 import pytest
-from ledgers import DELTA, begin, expected
 
 from dplora_jax.privacy import chain
 from dplora_jax.privacy.ledger import Ledger
+from tests.privacy.ledgers import DELTA, begin, expected
 
 
 @pytest.fixture

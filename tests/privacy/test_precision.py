@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clipping_attack import Matrix
 
 from dplora_jax import lora, losses, per_row
 from dplora_jax.privacy import clipping, integers
+from tests.privacy.clipping_attack import Matrix
 
 X, WEIGHT, G = jnp.ones((2, 5, 3)), jnp.ones((4, 3)), jnp.ones((2, 5, 4))
 
