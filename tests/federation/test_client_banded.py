@@ -13,6 +13,7 @@ from dplora_jax.federation import client, mesh
 from dplora_jax.privacy import accounting, noise, sampling, secrets
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 STEPS, BANDS = 4, 2
 SETUP = small.Setup(local_steps=STEPS, bands=BANDS)
 ATTEMPTS = 8

@@ -14,6 +14,7 @@ from dplora_jax.federation import client, mesh
 from dplora_jax.privacy import sampling, secrets
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 OWN, POPULATION, RATE, CAPACITY = 13, 20, 0.45, 7
 DRAWS = 4000
 OF = client.Client(0, OWN, POPULATION, sampling.threshold(RATE), CAPACITY, 1.0, 0.0, 1.0, 0.0, 0)
