@@ -12,7 +12,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import json
 import logging
 import pathlib
+import shutil
 import sys
+import tempfile
 import threading
 import warnings
 
@@ -49,6 +51,21 @@ TINY = {
 }  # fmt: skip
 
 
+COMPILED = pytest.StashKey[str]()
+
+
+def pytest_configure(config):
+    """Compile a program once a process, however many runs trace it anew: from a cache that no other process reads or writes."""
+    config.stash[COMPILED] = tempfile.mkdtemp(prefix="dplora_jax_compiled_")
+    jax.config.update("jax_compilation_cache_dir", config.stash[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.stash[COMPILED])
+
+
 @pytest.fixture(autouse=True)
 def unguarded():
     """What a command switches off for the rest of its process (`guard.begin`) is on again for the next test."""
@@ -76,6 +93,23 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def full_compile():
+    """What a run's own compilation does, for a test of the memory that it leaves."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def mostly_slow(fast, every):
+    """The values of `every` as pytest.param's, marked slow unless they are in `fast`: few stand for what all share."""
+    return [value if value in fast else pytest.param(*_as_tuple(value), marks=pytest.mark.slow) for value in every]
+
+
+def _as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
 @pytest.fixture(scope="session")

@@ -31,12 +31,10 @@ def run_python(code: str, **env) -> subprocess.CompletedProcess:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers questions about one repository of `kind` "datasets" or "models", whose `files` are {path: content}."""
+    """Answers questions about repositories of `kind` "datasets" or "models": {name: (files {path: content}, revision)}."""
 
     kind: str
-    files: dict[str, bytes]
-    repo: str
-    revision: str
+    repositories: dict[str, tuple[dict[str, bytes], str]]
 
     def send(self, status: int, body: bytes = b"", **headers):
         self.send_response(status)
@@ -50,33 +48,38 @@ class Hub(http.server.BaseHTTPRequestHandler):
         asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         folder = "" if self.kind == "models" else f"/{self.kind}"
-        api, raw = f"/api/{self.kind}/{self.repo}", f"{folder}/{self.repo}/resolve/"
-        for revision in (COMMIT, self.revision):
+        names = [
+            name for name in self.repositories if path.startswith((f"/api/{self.kind}/{name}/", f"{folder}/{name}/"))
+        ]
+        if not names:
+            return self.send(404, X_Error_Code="RepoNotFound", X_Repo_Commit=COMMIT)
+        repo = names[0]
+        files, branch = self.repositories[repo]
+        api, raw = f"/api/{self.kind}/{repo}", f"{folder}/{repo}/resolve/"
+        for revision in (COMMIT, branch):
             if path == f"{api}/revision/{revision}":
-                siblings = [{"rfilename": name} for name in self.files]
-                info = {"id": self.repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
+                siblings = [{"rfilename": name} for name in files]
+                info = {"id": repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
                 body = json.dumps(info | {"siblings": siblings}).encode()
                 return self.send(200, body, Content_Type="application/json")
             if path == f"{api}/paths-info/{revision}":
                 wanted = urllib.parse.parse_qs(asked).get("paths", []) if "=" in asked else json.loads(asked)["paths"]
-                return self.listing([name for name in self.files if name in wanted], wanted)
+                return self.listing(files, [name for name in files if name in wanted], wanted)
             if path.startswith(f"{api}/tree/{revision}"):
-                return self.listing(
-                    [name for name in self.files if name.startswith(path.split(revision)[1].strip("/"))]
-                )
+                below = path.split(revision)[1].strip("/")
+                return self.listing(files, [name for name in files if name.startswith(below)])
             name = path.removeprefix(f"{raw}{revision}/")
-            if name in self.files:
-                return self.send(
-                    200, self.files[name], ETag=f'"{hashlib.sha1(self.files[name]).hexdigest()}"', X_Repo_Commit=COMMIT
-                )
+            if name in files:
+                digest = hashlib.sha1(files[name]).hexdigest()
+                return self.send(200, files[name], ETag=f'"{digest}"', X_Repo_Commit=COMMIT)
         code = "EntryNotFound" if path.startswith((raw, api + "/")) else "RepoNotFound"
         return self.send(404, X_Error_Code=code, X_Repo_Commit=COMMIT)
 
     do_GET = do_HEAD = do_POST = answer
 
-    def listing(self, names, asked=()):
-        entries = [{"type": "file", "path": n, "size": len(self.files[n]), "oid": "0" * 40} for n in names]
-        parents = {str(p) for n in self.files for p in Path(n).parents} - {"."}
+    def listing(self, files, names, asked=()):
+        entries = [{"type": "file", "path": n, "size": len(files[n]), "oid": "0" * 40} for n in names]
+        parents = {str(p) for n in files for p in Path(n).parents} - {"."}
         entries += [
             {"type": "directory", "path": p, "oid": "0" * 40} for p in sorted(parents) if p in asked or not asked
         ]
@@ -87,9 +90,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def stand_in(kind: str, repo: str, files: dict[str, bytes], revision: str = "main"):
-    """Serves one repository for the length of the block, and gives the address for HF_ENDPOINT."""
-    handler = type("Hub", (Hub,), {"kind": kind, "files": files, "repo": repo, "revision": revision})
+def stand_in(kind: str, repositories: dict[str, tuple[dict[str, bytes], str]]):
+    """Serves {repository: (files, revision)} for the length of the block, and gives the address for HF_ENDPOINT."""
+    handler = type("Hub", (Hub,), {"kind": kind, "repositories": repositories})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

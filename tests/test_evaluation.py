@@ -12,6 +12,7 @@ from dplora_jax import evaluation
 from dplora_jax.data import tasks
 from dplora_jax.models import gpt2
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 GRID = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("clients", "model"))
 ROWS = {"input_ids": np.array([[0, 1], [1, 2], [2, 0]], np.int32), "attention_mask": np.ones((3, 2), np.int32)}
 CONFIG = {"vocab_size": 3, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 4, "model_type": "gpt2"}
@@ -38,7 +39,7 @@ def test_a_classifiers_metrics_are_nan_where_a_logit_is_not_finite(bad):
 def language_model():
     """(model, its parameters, the same with a NaN in the last id's embedding)."""
     made = gpt2.Gpt2(gpt2.from_config(CONFIG, None))
-    params = made.init(jax.random.key(0))
+    params = jax.jit(made.init)(jax.random.key(0))
     bad = jax.tree.map(jnp.array, params)
     bad["embed"]["word"] = bad["embed"]["word"].at[2].set(jnp.nan)
     return made, params, bad

@@ -60,7 +60,9 @@ def _settled(config, sizes):
     if len(sizes) != config.schedule.clients:
         raise InputError(f"there are {len(sizes)} sizes, and clients={config.schedule.clients}.")
     if trust_modes.mode(config).bare_clients:
-        raise InputError(f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos.")
+        raise InputError(
+            f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos."
+        )
     if method.personal or config.lora.ranks is not None:
         raise InputError(f"silos share one adapter of one rank: aggregation={method.name} and `ranks` have several.")
     if config.schedule.participation != "all" or config.schedule.dropout:
@@ -102,9 +104,7 @@ class Silo:
         self._mesh = mesh.make("1x1", 1, model)
         self._params = mesh.put(params, mesh.base_sharding(self._mesh, params))
         model, through = frozen_layers.split(self.config, model, self._params, count, length)
-        self._placement = mesh.place(
-            self._mesh, [through(records)], [shares[client]], self.config.privacy.clip_norm, 1
-        )
+        self._placement = mesh.place(self._mesh, [through(records)], [shares[client]], self.config.privacy.clip_norm, 1)
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, self._placement, length)
         part = Part([mechanisms[client]], [shares[client]], rounds, _init(rounds, adapter, 1))
         self._program = round.make(rounds, self._mesh, transcript=True)
@@ -161,9 +161,7 @@ class Silo:
         keys = dispatch.round_keys(self._job, rounds, attempt)
         keys["joins"] = np.ones((1, 1), np.float32)  # whoever is asked takes part
         keys = {name: keys[name] for name in self._job.prepared.rounds.keys}
-        begun = self._state._replace(
-            adapter=adapter, average=self._state.average._replace(rounds=np.int32(number - 1))
-        )
+        begun = self._state._replace(adapter=adapter, average=self._state.average._replace(rounds=np.int32(number - 1)))
         placed = mesh.place_keys(self._mesh, keys, 1)
         begun = jax.tree.map(jnp.array, begun)  # it is donated
         after, shown = self._program(begun, self._params, self._placement.clients, self._placement.data, placed)

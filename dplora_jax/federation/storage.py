@@ -206,7 +206,11 @@ def _checked_ledger(config, folder):
         ledger.check(anchor, name)
     seeded = config.privacy.seed is not None
     if ledger.ended:
-        held = secrets.from_seed(config.privacy.seed, trust_modes.mode(config).parties(config)) if seeded else secrets.load(private)
+        held = (
+            secrets.from_seed(config.privacy.seed, trust_modes.mode(config).parties(config))
+            if seeded
+            else secrets.load(private)
+        )
         if held:  # an end that someone else wrote must not cost the secrets
             ledger.seal_with(b"".join(held))
         secrets.destroy(private)

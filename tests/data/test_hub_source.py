@@ -13,9 +13,9 @@ from tests import hub_stand_in
 from tests.hub_stand_in import UNREACHABLE, run_python
 
 
-def stand_in(dataset: str, files: dict[str, bytes]):
-    hub = TASKS[dataset].hub
-    return hub_stand_in.stand_in("datasets", hub.repository, files, hub.revision)
+def stand_in(files_by_dataset: dict[str, dict[str, bytes]]):
+    hubs = {TASKS[dataset].hub: files for dataset, files in files_by_dataset.items()}
+    return hub_stand_in.stand_in("datasets", {hub.repository: (files, hub.revision) for hub, files in hubs.items()})
 
 
 def load_in_process(dataset: str, home: Path, endpoint: str) -> CompletedProcess:
@@ -31,7 +31,7 @@ def test_hub_serves_plain_csv_files(tmp_path):
     table = b"text,label\none,0\ntwo,1\nthree,2\n"
     files = {"sent_train.csv": table, "sent_valid.csv": table.replace(b"one", b"four")}
     files |= {".gitattributes": b"", "README.md": b"# Sentiment\n"}
-    with stand_in("twitter_financial_news_sentiment", files) as endpoint:
+    with stand_in({"twitter_financial_news_sentiment": files}) as endpoint:
         done = load_in_process("twitter_financial_news_sentiment", tmp_path, endpoint)
     assert done.stdout.startswith("3 ['one', 'three', 'two'] 3 twitter_financial_news_sentiment"), done.stderr
 
@@ -42,7 +42,7 @@ def test_hub_serves_the_conversion_of_a_script_repository(tmp_path, name):
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "x.parquet")
     content = (tmp_path / "x.parquet").read_bytes()
     files = {f"sentences_50agree/{name}": content, f"sentences_allagree/{name}": b"of no concern"}
-    with stand_in("financial_phrasebank", files) as endpoint:
+    with stand_in({"financial_phrasebank": files}) as endpoint:
         done = load_in_process("financial_phrasebank", tmp_path / "home", endpoint)
     assert done.stdout.startswith("4 ["), done.stderr
     assert "refs/convert/parquet" in done.stdout
@@ -94,20 +94,30 @@ def test_every_public_task_with_a_place_on_the_hub_is_tried():
     assert set(ROWS) == {name for name, task in TASKS.items() if task.hub}
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_the_hub_serves_every_public_task_in_its_own_columns(name, tmp_path):
-    """From a stand-in of the hub: the repository, the branch and the folder that the task names, its columns and its words."""
-    row, prompt, answer = ROWS[name]
-    pq.write_table(pa.Table.from_pylist([row] * 5), tmp_path / "x.parquet")
-    folder = TASKS[name].hub.folder
-    file = f"{folder}/test/0000.parquet" if folder else "data/test-00000-of-00001.parquet"
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """{task: [rows, first prompt, its right answer]} as one process reads them all from a hub."""
+    folder, tables = tmp_path_factory.mktemp("hub"), {}
+    for name, (row, _, _) in ROWS.items():
+        pq.write_table(pa.Table.from_pylist([row] * 5), folder / "x.parquet")
+        place = TASKS[name].hub.folder
+        file = f"{place}/test/0000.parquet" if place else "data/test-00000-of-00001.parquet"
+        tables[name] = {file: (folder / "x.parquet").read_bytes()}
     code = f"""
     import json
     from dplora_jax.data.sources import benchmark
-    asked = benchmark({name!r}, None)
-    print(json.dumps([len(asked), asked[0].prompts[asked[0].right], asked[0].answers[asked[0].right]]))
+    for name in {list(ROWS)}:
+        asked = benchmark(name, None)
+        first = asked[0]
+        print(json.dumps([name, [len(asked), first.prompts[first.right], first.answers[first.right]]]))
     """
-    with stand_in(name, {file: (tmp_path / "x.parquet").read_bytes()}) as endpoint:
-        done = run_python(code, HF_HOME=tmp_path / "home", HF_ENDPOINT=endpoint)
+    with stand_in(tables) as endpoint:
+        done = run_python(code, HF_HOME=folder / "home", HF_ENDPOINT=endpoint)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [5, prompt, answer]
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_hub_serves_every_public_task_in_its_own_columns(name, served):
+    """From a stand-in of the hub: the repository, the branch and the folder that the task names, its columns and its words."""
+    assert served[name] == [5, *ROWS[name][1:]]

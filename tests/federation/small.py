@@ -46,6 +46,9 @@ RULES = {
     "distributed": SecureSum(float(DIVISORS.sum()), survivors=4),
     "client": TrustedServer(CLIENT_RATE * 5, clip_norm=UPDATE_CLIP, noise_std=SERVER_STD),
 }
+# What a program is compiled with, whatever a module's own compilation is: see `compiled`.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+FULLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 SECRETS = secrets.from_seed(7, len(SIZES))
 SERVER = secrets.from_seed(8, 1)
 
@@ -55,7 +58,9 @@ def model_and_params():
     """A model whose sizes 2 and 4 divide, with weights large enough for uneven gradients."""
     config = bert.BertConfig(20, 16, 2, 4, 32, 8, 2, num_labels=3, pooling="mean")
     model = bert.Bert(config)
-    return model, jax.tree.map(lambda p: 4 * np.asarray(p), jax.jit(model.init)(jax.random.key(0)))
+    return model, jax.tree.map(
+        lambda p: 4 * np.asarray(p), jax.jit(model.init, compiler_options=QUICKLY)(jax.random.key(0))
+    )
 
 
 @functools.cache
@@ -165,8 +170,8 @@ def program(setup):
 @functools.cache
 def compiled(setup, rounds):
     """The dispatch of a setup for a count of rounds; LLVM spends no time on any but the usual one."""
-    quick = None if setup == Setup() else {"xla_backend_optimization_level": 0}
-    return program(setup).lower(*arguments(setup, range(rounds))).compile(compiler_options=quick)
+    options = FULLY if setup == Setup() else QUICKLY
+    return program(setup).lower(*arguments(setup, range(rounds))).compile(compiler_options=options)
 
 
 def keys_of(setup, rounds, attempt=0):

@@ -9,6 +9,7 @@ import pytest
 from dplora_jax.privacy import adaptive, noise, secrets
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SETUP = small.Setup(clipping="adaptive")
 QUANTILE, RATE, COUNT_STD = 0.5, 0.2, 0.9
 STEPS = SETUP.local_steps

@@ -15,6 +15,7 @@ from dplora_jax.privacy.adaptive import Adaptive
 from dplora_jax.privacy.banded import Banded
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 STEPS, BANDS = 4, 2
 SETUP = small.Setup(local_steps=STEPS, bands=BANDS)
 ATTEMPTS = 8

@@ -17,6 +17,7 @@ from dplora_jax.privacy.hardened import Hardened
 from dplora_jax.privacy.noise import Independent
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 OWN, POPULATION, RATE, CAPACITY = 13, 20, 0.45, 7
 DRAWS = 4000
 OF = client.Client(0, OWN, POPULATION, sampling.threshold(RATE), CAPACITY, 1.0, 0.0, 1.0, 0.0, 0)

@@ -11,6 +11,7 @@ from dplora_jax import lora
 from dplora_jax.federation import exact
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 WEIGHTS = np.array(small.SIZES) / sum(small.SIZES)
 

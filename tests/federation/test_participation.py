@@ -13,6 +13,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, compression, participation, robust
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 SOME = small.Setup(partial=True, plain=True)
 WEIGHTS = np.array(small.SIZES, float)

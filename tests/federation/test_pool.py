@@ -13,6 +13,7 @@ from dplora_jax.privacy import accounting
 from dplora_jax.privacy.hardened import Hardened
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 ALONE = small.Setup(local_steps=1)
 WHOLE = pool.rows(small.MECHANISMS)

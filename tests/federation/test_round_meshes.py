@@ -12,6 +12,7 @@ from dplora_jax.federation import mesh
 from dplora_jax.privacy import secrets
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 name = lambda s: f"{s.rows}x{s.columns}-wave{s.wave}-micro{s.microbatch}"  # noqa: E731
 
@@ -47,8 +48,7 @@ def eight(setup):
     count = len(placed.clients.size)
     assert (count == 8) == (8 % (setup.rows * setup.wave) == 0)
     arguments = state, params, placed.clients, placed.data, mesh.place_keys(grid, keys, count)
-    quick = {"xla_backend_optimization_level": 0}
-    compiled = small.program(setup).lower(*arguments).compile(compiler_options=quick)
+    compiled = small.program(setup).lower(*arguments).compile(compiler_options=small.QUICKLY)
     return jax.tree.map(np.array, compiled(*arguments)[0])
 
 

@@ -14,6 +14,7 @@ from dplora_jax.privacy import clipping, noise
 from tests.federation import small
 from tests.federation.test_round_noise import chi_square_bounds
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 TOTAL = small.Setup(local_steps=1, trust="distributed")
 TRUSTED = small.Setup(trust="client")
 TOTAL_DIVISOR, CLIENT_DIVISOR = small.DIVISORS.sum(), small.CLIENT_RATE * 5

@@ -12,6 +12,7 @@ from dplora_jax.federation import pool, round
 from dplora_jax.federation.trusted_server import TrustedServer
 from dplora_jax.privacy.banded import Banded
 from dplora_jax.privacy.noise import Independent
+from tests.conftest import mostly_slow
 from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -28,6 +29,8 @@ SETUPS = {
     "distributed": ALONE._replace(trust="distributed", rows=2),
     "client": ALONE._replace(trust="client", local_steps=2),
 }
+# One of each place that noise is added at: a client's step, the total of all, the server's mean of whole updates.
+FAST = ("adaptive", "distributed", "client")
 
 
 def other_records():
@@ -61,7 +64,7 @@ def shown(setup, data, program=None):
     return jax.tree.map(np.array, (state, public, valid)), program
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("name", mostly_slow(FAST, SETUPS))
 def test_what_a_round_shows_depends_on_no_record_but_through_what_is_noised(name, monkeypatch):
     severed(monkeypatch)
     one, program = shown(SETUPS[name], small.records())

@@ -175,7 +175,12 @@ def test_what_silos_cannot_do_is_refused(fields, words):
 def test_records_of_another_number_than_the_plans_are_refused():
     with pytest.raises(InputError, match="client 0 has 20 records, and the plan is for 21"):
         Silo(
-            *small.model(), losses.classification, small.config(), client=0, records=small.shards()[0], sizes=[21, 28, 12]
+            *small.model(),
+            losses.classification,
+            small.config(),
+            client=0,
+            records=small.shards()[0],
+            sizes=[21, 28, 12],
         )
 
 

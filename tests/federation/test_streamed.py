@@ -10,6 +10,7 @@ import pytest
 from dplora_jax.federation import pool, round, streaming
 from tests.federation import small
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 ONE = small.Setup(local_steps=1)
 

@@ -14,6 +14,7 @@ from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 apply = jax.jit(Bert.apply, static_argnums=0)
+prefix = jax.jit(Bert.prefix, static_argnums=(0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,9 @@ def test_the_gradient_is_the_slope(classifier):
     model, params, batch, _ = classifier
     adapter = trained(model, params, lora.LoraConfig(2, 2, ("all-linear",)))
     direction = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), adapter)
-    value = jax.jit(lambda a: jnp.square(model.apply(params, batch, a)).sum())
-    grad = jax.jit(jax.grad(value))(adapter)
+    value_and_grad = jax.jit(jax.value_and_grad(lambda a: jnp.square(model.apply(params, batch, a)).sum()))
+    value = lambda a: value_and_grad(a)[0]  # noqa: E731
+    grad = value_and_grad(adapter)[1]
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(grad), jax.tree.leaves(direction), strict=True))
     ahead, behind = (float(value(jax.tree.map(lambda a, d, s=s: a + s * d, adapter, direction))) for s in (1e-3, -1e-3))
     assert slope == pytest.approx((ahead - behind) / 2e-3, rel=0.02)
@@ -152,7 +154,7 @@ def test_mean_pooling_by_hand(classifier, mlm, normalize):
     pooled = Bert(dataclasses.replace(model.config, pooling="mean", normalize=normalize))
     identity = {"kernel": jnp.eye(48), "bias": jnp.zeros(48)}
     features = apply(pooled, params | {"head": identity}, batch)
-    hidden = np.asarray(model.prefix(params, batch, 3), np.float64)
+    hidden = np.asarray(prefix(model, params, batch, 3), np.float64)
     for row, mask in enumerate(batch["attention_mask"]):
         expected = hidden[row, mask == 1].mean(0)
         if normalize:
@@ -203,7 +205,7 @@ def test_scanned_layers_equal_unrolled_ones(classifier, monkeypatch):
 @pytest.mark.parametrize("depth", [1, 3])
 def test_starting_above_a_prefix_equals_the_whole(classifier, depth):
     model, params, batch, _ = classifier
-    hidden = model.prefix(params, batch, depth)
+    hidden = prefix(model, params, batch, depth)
     above = dataclasses.replace(model, start=depth)
     rest = {"hidden": hidden, "attention_mask": batch["attention_mask"]}
     np.testing.assert_allclose(apply(above, params, rest), apply(model, params, batch), atol=1e-5)

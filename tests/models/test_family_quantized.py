@@ -76,6 +76,7 @@ def test_every_matrix_that_adapters_may_name_is_held_in_few_bytes_and_nothing_el
 def test_matrices_stored_the_other_way_round_are_quantised_alike():
     model, params = models.from_pretrained(GOLDEN / "variants/gpt2_inner")
     _, small = models.from_pretrained(GOLDEN / "variants/gpt2_inner", quantize="int8")
+    assert all(quantized.is_quantized(small["layers"][target.path[0]]["kernel"]) for target in model.targets.values())
     jax.tree.map(np.testing.assert_array_equal, small, quantized.quantize(params, model, "int8"))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from dplora_jax.models import bert, features
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIG = bert.BertConfig(
     vocab_size=11,
     width=8,
@@ -60,16 +61,17 @@ def test_features_that_are_all_alike_are_refused():
 
 def test_a_classifier_reads_its_features_prepared():
     model = bert.Bert(CONFIG)
-    params = jax.tree.map(lambda p: 4 * p, model.init(jax.random.key(0)))
+    params = jax.jit(lambda key: jax.tree.map(lambda p: 4 * p, model.init(key)))(jax.random.key(0))
+    apply = jax.jit(model.apply)
     batch = {
         "input_ids": np.arange(20, dtype=np.int32).reshape(4, 5) % 11,
         "attention_mask": np.arange(5) < np.array([[5], [4], [3], [5]]),
     }
-    pooled = np.asarray(model.features(params, batch))
-    np.testing.assert_allclose(model.apply(params, batch), logits(pooled, params["head"]), rtol=1e-4, atol=1e-4)
+    pooled = np.asarray(jax.jit(model.features)(params, batch))
+    np.testing.assert_allclose(apply(params, batch), logits(pooled, params["head"]), rtol=1e-4, atol=1e-4)
     found = features.measure(pooled, 4.0)
     centred = params | {features.KEY: found}
     made = (pooled - found["center"]) * found["scale"]
-    np.testing.assert_allclose(model.apply(centred, batch), logits(made, params["head"]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(apply(centred, batch), logits(made, params["head"]), rtol=1e-4, atol=1e-4)
     inner = centred | {"head": features.inward(params["head"], found)}
-    np.testing.assert_allclose(model.apply(inner, batch), model.apply(params, batch), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(apply(inner, batch), apply(params, batch), rtol=1e-4, atol=1e-4)

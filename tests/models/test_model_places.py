@@ -64,7 +64,7 @@ def test_a_hub_serves_model_and_tokenizer(reference, tmp_path):
     print(sorted({file for _, _, files in os.walk(os.environ["HF_HOME"]) for file in files if "." in file}))
     """
     files = {path.name: path.read_bytes() for path in (tmp_path / "served").iterdir()}
-    with stand_in("models", "someone/tiny-bert", files) as endpoint:
+    with stand_in("models", {"someone/tiny-bert": (files, "main")}) as endpoint:
         done = run_python(code, HF_HOME=tmp_path / "home", HF_ENDPOINT=endpoint, JAX_PLATFORMS="cpu")
     total, ids, cached = done.stdout.splitlines() or [done.stderr, "", ""]
     expected = sum(float(np.square(leaf).sum()) for leaf in jax.tree.leaves(reference[1]))
@@ -84,7 +84,7 @@ def test_the_hub_says_that_a_model_does_not_exist(tmp_path):
     except InputError as error:
         print(error)
     """
-    with stand_in("models", "someone/tiny-bert", {}) as endpoint:
+    with stand_in("models", {}) as endpoint:
         done = run_python(code, HF_HOME=tmp_path, HF_ENDPOINT=endpoint)
     assert len(done.stdout.splitlines()) == 1, done.stderr
     assert "RepositoryNotFoundError" in done.stdout

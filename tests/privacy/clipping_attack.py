@@ -64,9 +64,9 @@ def tokens(rng, kind, rows, count, width):
     return y
 
 
-def records(rng, kinds, shape, largest=15):
+def records(rng, kinds, shape, largest=15, scales=(1.0, 4 / 3, 0.1)):
     """(adapter, batch) of `shape` (B, T, I, O, R): kinds of cotangents and inputs, scaled apart, to a product of up to
-    10^largest."""
+    10^largest; the adapter's scale, for each of which a step compiles anew, is one of `scales`."""
     rows, count, inputs, outputs, rank = shape
     g, x = tokens(rng, kinds[0], rows, count, outputs), tokens(rng, kinds[1], rows, count, inputs)
     if kinds[0] in ("pairs", "biased"):  # they cancel where the inputs are alike
@@ -75,7 +75,7 @@ def records(rng, kinds, shape, largest=15):
     of_x = rng.uniform(-20, min(20, largest - of_g))
     a = rng.normal(size=(1, rank, inputs)) if rng.random() < 0.5 else np.eye(rank, inputs)[None]
     b = rng.normal(size=(1, outputs, rank)) if rng.random() < 0.5 else np.zeros((1, outputs, rank))
-    pair = lora.Pair(*(jnp.asarray(v, jnp.float32) for v in (a, b)), float(rng.choice([1.0, 4 / 3, 0.1])))
+    pair = lora.Pair(*(jnp.asarray(v, jnp.float32) for v in (a, b)), float(rng.choice(scales)))
     scaled = (np.clip(v * 10.0**power, -1e30, 1e30).astype(np.float32) for v, power in ((g, of_g), (x, of_x)))
     return {"layers": {"q": pair}}, dict(zip(("g", "x"), scaled, strict=True)) | {
         "input_ids": np.zeros((rows, count), np.int32)
