@@ -21,7 +21,7 @@ from absl import flags
 
 from dplora_jax import errors, files, guard
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from experiments import cli, exits, flagfile_reader, ledger
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +37,7 @@ UNTOLD = "unknown: nothing beside the adapter tells how it was trained"
 class Run(NamedTuple):
     """The run that trained an adapter: its config.json, the last line of its metrics, and whether its ledger confirms both."""
 
-    stored: run_files.Stored
+    stored: workdir_files.Stored
     last: dict
     ledger: ledger.Agreement
 
@@ -139,7 +139,7 @@ def _run(folder):
     for name in ("config.json", "metrics.jsonl"):
         if files.find(folder, name) is None:
             raise InputError(f"{folder} is no run's workdir: it has no {name}.")
-    stored, lines = run_files.read_config(folder), run_files.read_metrics(folder)
+    stored, lines = workdir_files.read_config(folder), workdir_files.read_metrics(folder)
     return Run(stored, lines[-1].values if lines else {}, ledger.agreement(folder))
 
 
@@ -148,7 +148,7 @@ def _release(run, adapter):
     its adapter."""
     if run is not None:
         if not run.stored.private:
-            return f"{run_files.NO_PRIVACY}: the run was made without it"
+            return f"{workdir_files.NO_PRIVACY}: the run was made without it"
         return run.stored.release if run.ledger.holds else f"NOT FOR RELEASE. {run.ledger.words.rstrip('.')}"
     note = files.find(adapter, "README.md")
     said = files.read_bytes(note).decode("utf-8", "replace") if note else ""

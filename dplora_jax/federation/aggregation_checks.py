@@ -2,12 +2,11 @@
 
 from dplora_jax.config import field_value, fields
 from dplora_jax.errors import InputError
-from dplora_jax.federation import methods, participation, trust_modes
+from dplora_jax.federation import methods, participation, trust
 
 
 def checks(config):
     """(holds, what to say if not) for every field of who takes part and how uploads are put together."""
-    trust = config.privacy.trust
     yield (
         config.aggregation.method in methods.BY_NAME,
         f"aggregation={config.aggregation.method} is not known: {', '.join(methods.BY_NAME)}.",
@@ -16,7 +15,7 @@ def checks(config):
         config.aggregation.server_optimizer == "sgd" or not config.aggregation.server_momentum,
         f"`server_momentum` is of server_optimizer=sgd: {config.aggregation.server_optimizer} has moments of its own.",
     )
-    yield from _one_by_one(config, trust)
+    yield from _one_by_one(config)
     yield from _factors(config)
     yield from _robust(config)
     yield (
@@ -28,7 +27,7 @@ def checks(config):
         "`upload_bits` rounds by the device's own keys, which noise=hardened has none of: leave one of them out.",
     )
     yield (
-        config.schedule.dropout is None or trust != "client",
+        config.schedule.dropout is None or not trust.mode(config).bare_clients,
         "`dropout` with trust=client is `client_rate`: use that.",
     )
     try:
@@ -37,13 +36,13 @@ def checks(config):
         yield False, str(error)
 
 
-def _one_by_one(config, trust):
+def _one_by_one(config):
     """What needs each upload by itself."""
     others = {"aggregation": "fedavg", "robust": "none", "ranks": None, "upload_bits": None, "participation": "all"}
     for name, usual in others.items():
         yield (
-            trust_modes.BY_NAME[trust].public_uploads or field_value(config, name) == usual,
-            f"{name}={field_value(config, name)} handles each client's upload by itself, which trust={trust} does not: leave it "
+            trust.mode(config).public_uploads or field_value(config, name) == usual,
+            f"{name}={field_value(config, name)} handles each client's upload by itself, which trust={config.privacy.trust} does not: leave it "
             "out, or use trust=local.",
         )
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import participants, trust_modes
+from dplora_jax.federation import participation, trust
 from dplora_jax.privacy import accounting, size_classes
 
 LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
@@ -13,12 +13,12 @@ LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
 def mechanisms(config, sizes):
     """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
-    return trust_modes.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
+    return trust.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
 
 
 def _by_client(config, sizes):
     """The mechanism that each client's own noise makes, calibrated to the steps that it is in."""
-    steps, made = planned_steps(participants.total_steps(config), sizes), [None] * len(sizes)
+    steps, made = planned_steps(participation.total_steps(config), sizes), [None] * len(sizes)
     for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
         own = [client for client, of_client in enumerate(steps) if of_client == count]
         for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):

@@ -5,17 +5,17 @@ import dataclasses
 import jax
 
 from dplora_jax import lora
-from dplora_jax.federation import participants, round_bytes, trust_modes
+from dplora_jax.federation import participation, round_bytes, trust
 from dplora_jax.privacy import accounting
 
 
 def describe(config, sizes, mechanisms, model, adapter, grid, noise):
     """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own (`noise.Noise`)."""
-    trust_mode = trust_modes.mode(config)
-    steps = participants.steps(config).sum(0).tolist()
+    trust_mode = trust.mode(config)
+    steps = participation.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, count, config.privacy.delta) for m, count in zip(mechanisms, steps, strict=True)]
-    up, down = round_bytes.of_run(config, adapter)
+    up, down = round_bytes.by_client(config, adapter)
     weights = trust_mode.weights(config, sizes, mechanisms)
     clients = [  # `sampled_from` is the mechanism's own records: with null ones, or in mode `client` the clients
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
@@ -49,7 +49,7 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
 def _method(config, noise):
     """How the run trains, in words."""
     method = [
-        *trust_modes.mode(config).method(config),
+        *trust.mode(config).method(config),
         "head alone, no LoRA"
         if config.lora.head_only
         else f"LoRA rank {config.lora.rank} on {','.join(config.lora.targets)}"

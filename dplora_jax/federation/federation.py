@@ -34,14 +34,14 @@ from dplora_jax.federation import (
     finite,
     frozen_layers,
     mesh,
-    participants,
+    metrics_lines,
+    participation,
     processes,
     program,
     round,
-    round_lines,
     storage,
     streaming,
-    trust_modes,
+    trust,
 )
 from dplora_jax.federation.clock import Clock
 from dplora_jax.privacy import accounting, secrets
@@ -130,7 +130,7 @@ class Federation:
         """The Plan for clients of `sizes` records, which are public: nothing runs, and no record is looked at."""
         config = self.config
         self._check_count(sizes)
-        mechanisms, steps = calibration.mechanisms(config, list(sizes)), participants.total_steps(config).tolist()
+        mechanisms, steps = calibration.mechanisms(config, list(sizes)), participation.total_steps(config).tolist()
         clients = [
             ClientPlan(
                 n, m.sampling_rate, m.capacity, m.noise_multiplier, count // config.steps_per_round,
@@ -227,7 +227,7 @@ class Federation:
         model, rows = frozen_layers.split(config, self.model, local, sum(sizes), length, self._memo)
         table = rows(table)
         placed = _shards(table, sizes, held)
-        parts = trust_modes.mode(config).shares(config, sizes, mechanisms)
+        parts = trust.mode(config).shares(config, sizes, mechanisms)
         placement = mesh.place(
             self.mesh, placed, parts, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed
         )
@@ -280,7 +280,7 @@ class Federation:
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
             )
         kept.describe(config, told)
-        keys = kept.secrets(trust_modes.mode(config).parties(config), config.privacy.seed)
+        keys = kept.secrets(trust.mode(config).parties(config), config.privacy.seed)
         if kept.ledger is not None:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()
@@ -310,7 +310,7 @@ class Federation:
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = round_lines.dispatch_lines(job, rounds, attempt, seconds, shown)
+            fresh = metrics_lines.dispatch_lines(job, rounds, attempt, seconds, shown)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             last = done == config.schedule.rounds
@@ -332,7 +332,7 @@ class Federation:
         restored = job.storage.restore(job.prepared.state)
         if restored is None:
             state = jax.tree.map(jax.numpy.copy, job.prepared.state)  # it is donated, and shares the head with the base
-            line = round_lines.base_line(job.config.schedule.clients)
+            line = metrics_lines.base_line(job.config.schedule.clients)
             with job.clock.busy():
                 line |= evaluate(state, ends=True)
             anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
@@ -375,7 +375,7 @@ def _nothing(state, ends=False):
 
 
 def _round(line):
-    metrics = {name: value for name, value in line.items() if name not in round_lines.FIELDS}
+    metrics = {name: value for name, value in line.items() if name not in metrics_lines.FIELDS}
     return Round(line["round"], line.get("epsilon", []), metrics, line)
 
 

@@ -1,4 +1,4 @@
-"""config.json and metrics.jsonl (`run_files`), held against their own flags and against the ledger; no JAX."""
+"""config.json and metrics.jsonl (`workdir_files`), held against their own flags and against the ledger; no JAX."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, participants
+from dplora_jax.federation import calibration, participation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild, steps_of
 
@@ -45,7 +45,7 @@ def _differ(said, decided):
 
 def _reached(config):
     """int [rounds + 1, K]: the steps of the mechanism that each client takes up to each round, by the public schedule."""
-    taken = np.cumsum(participants.schedule(config), 0, np.int32)
+    taken = np.cumsum(participation.schedule(config), 0, np.int32)
     return np.concatenate([np.zeros((1, config.schedule.clients), np.int32), taken]) * np.int32(config.steps_per_round)
 
 
@@ -96,7 +96,7 @@ def _check_entries(path, told, ledger):
 
 def _check_planned(path, told):
     """The epsilon that config.json plans for each client is what its mechanism and steps come to, and within the budget."""
-    config, steps = told.flags, participants.total_steps(told.flags).tolist()
+    config, steps = told.flags, participation.total_steps(told.flags).tolist()
     budget = math.inf if config.privacy.epsilon is None else config.privacy.epsilon
     for client, (planned, mechanism) in enumerate(zip(told.epsilons, told.mechanisms, strict=True)):
         least = accounting.epsilon(mechanism, steps[client], config.privacy.delta) * (1 - SLACK)

@@ -36,7 +36,7 @@ from dplora_jax.federation import (
     program,
     round,
     storage,
-    trust_modes,
+    trust,
     waves,
 )
 from dplora_jax.federation.clock import Clock
@@ -59,7 +59,7 @@ def _settled(config, sizes):
     method = methods.BY_NAME[config.aggregation.method]
     if len(sizes) != config.schedule.clients:
         raise InputError(f"there are {len(sizes)} sizes, and clients={config.schedule.clients}.")
-    if trust_modes.mode(config).bare_clients:
+    if trust.mode(config).bare_clients:
         raise InputError(
             f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos."
         )
@@ -98,7 +98,7 @@ class Silo:
         if count != sizes[client]:
             raise InputError(f"client {client} has {count} records, and the plan is for {sizes[client]}.")
         mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
-        shares = trust_modes.mode(self.config).shares(self.config, sizes, mechanisms)
+        shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
         self._mesh = mesh.make("1x1", 1, model)
@@ -181,7 +181,7 @@ class Server:
     def __init__(self, model, params, loss, config, sizes, mechanisms=None):
         self.config = _settled(config, sizes)
         mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
-        shares = trust_modes.mode(self.config).shares(self.config, sizes, mechanisms)
+        shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         grid = mesh.make("1x1", 1, model)
         nothing = [{} for _ in sizes]

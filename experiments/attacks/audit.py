@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 from dplora_jax import guard, private_files
 from dplora_jax.config import replace, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import workdir
+from dplora_jax.federation import storage
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
 from experiments import cli, exits
@@ -38,7 +38,7 @@ def main(argv=None):
     if own.help:
         print(HELP)
         return 0
-    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
+    with storage.locked(own.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():
             raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
         return (_membership if own.membership else _audits)(own, config, folder)

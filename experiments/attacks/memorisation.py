@@ -55,11 +55,11 @@ class Canary(NamedTuple):
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     from dplora_jax import guard, private_files
-    from dplora_jax.federation import workdir
+    from dplora_jax.federation import storage
 
     guard.begin(phrase=cli.as_flags)
     config, own = parse(sys.argv[1:] if argv is None else argv)
-    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
+    with storage.locked(own.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():
             raise InputError(f"--workdir={folder} holds a run: canaries need a directory of their own.")
         lines = []

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from dplora_jax.config import RESULT, deciding
-from dplora_jax.federation.workdir import with_defaults
+from dplora_jax.federation.workdir_files import with_defaults
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
 from experiments import communication, formats
 from experiments.report import figures
@@ -36,7 +36,7 @@ AUDIT = record(
 
 
 def contents(workdir, stored, rows, agreement, sweep):
-    """What the templates show, from a `run_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a sweep's
+    """What the templates show, from a `workdir_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a sweep's
     tables (`sweep_report.contents`) or None."""
     flags, facts, last = stored.flags, stored.facts, rows[-1] if rows else {}
     private = stored.private and math.isfinite(last.get("epsilon_max", 0.0))

@@ -4,7 +4,7 @@ import json
 
 from dplora_jax.config import RunConfig, replace
 from dplora_jax.federation import calibration
-from dplora_jax.federation.run_files import write_config
+from dplora_jax.federation.workdir_files import write_config
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, describe
 from experiments import cli, ledger

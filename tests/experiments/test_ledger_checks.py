@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from dplora_jax.privacy import accounting
 from experiments import ledger
 from tests.experiments.ledger_workdirs import (
@@ -138,7 +138,7 @@ def test_an_unfinished_run_cannot_show_another_delta(workdir, capsys):
 def test_within_a_dispatch_the_grid_is_coarser_and_epsilon_never_falls(workdir, capsys):
     """Small epsilons show it: the bound on the coarse grid is above the fine one at the dispatch's end, which caps it."""
     reflag(workdir, sizes=(100, 100), epsilon=None, noise_multiplier=40.0)
-    quiet = run_files.read_config(workdir).mechanisms[0]
+    quiet = workdir_files.read_config(workdir).mechanisms[0]
     (one, five), (two, six) = (
         accounting.epsilon_curve(quiet, c, DELTA, g) for c, g in (((2, 10), 1e-2), ((4, 12), 1e-3))
     )

@@ -179,6 +179,11 @@ def read_metrics(folder, rounds=accounting.MOST_STEPS):
     return lines
 
 
+def with_defaults(document):
+    """`document`, what a config.json says, with the flags that a later version added: they were at their defaults."""
+    return plain(to_flat(RunConfig())) | document
+
+
 def write_config(folder, config, federation):
     """Write `config.json`: every flag as resolved, and what the run made of them under "federation"."""
     document = to_flat(config) | {"federation": federation}
