@@ -35,11 +35,11 @@ def field(
 ):
     """A field: its default, its help text, what it decides, its range (least <= value <= most, above < value < below) or its
     `choices`, its name on the command line where that is another (`flag`), and whether it is one of those that matter to most."""
-    facts = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
+    bounds = {"least": least, "above": above, "most": most, "below": below, "choices": choices}
     return dataclasses.field(
         default=default,
         metadata={"help": text, "decides": decides, "flag": flag, "common": common}
-        | {name: value for name, value in facts.items() if value is not None},
+        | {name: value for name, value in bounds.items() if value is not None},
     )
 
 

@@ -59,13 +59,13 @@ def main(argv=None):
     )  # the sizes may be those of a table; nor are Renyi orders that do not converge worth a word: others do
     question, options = parse(sys.argv[1:] if argv is None else argv)
     answer = solve(question)
-    told = tell(question, answer)
+    result = tell(question, answer)
     if options["plot"]:
-        budget_text.plot(told, options["plot"])
+        budget_text.plot(result, options["plot"])
     if options["json"]:
-        print(to_json(told, indent=2))
+        print(to_json(result, indent=2))
     else:
-        budget_text.show(told)
+        budget_text.show(result)
     return 0
 
 

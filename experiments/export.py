@@ -104,7 +104,7 @@ def _job(given):
                 f"{folder} has no adapter yet: finish the run with its own command, which goes on where it was."
             )
     labels = given.labels and tuple(name.strip() for name in given.labels.split(","))
-    labels = labels or (run and tuple(map(str, run.stored.facts["data"]["labels"]))) or _noted_labels(adapter)
+    labels = labels or (run and tuple(map(str, run.stored.description["data"]["labels"]))) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
     dtype = given.dtype or (run.stored.flags.base.dtype if run else "float32")

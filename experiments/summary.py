@@ -16,7 +16,7 @@ def line(folder):
     stored, lines = workdir_files.read_config(folder), workdir_files.read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/metrics.jsonl does not exist or is empty: restore it.")
-    last, flags, sent = lines[-1].values, stored.flags, stored.facts["communication"]
+    last, flags, sent = lines[-1].values, stored.flags, stored.description["communication"]
     scores = [
         f"{label} {formats.metric(float(last[name]), name)}" for name, label in formats.METRICS.items() if name in last
     ]
@@ -29,7 +29,7 @@ def line(folder):
     )
     each = sent_uploads([line.values for line in lines], flags.schedule.clients) / flags.schedule.clients
     up, full = (each * sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "full_bytes"))
-    kind = " (synthetic data)" if stored.facts["data"]["synthetic"] else ""
+    kind = " (synthetic data)" if stored.description["data"]["synthetic"] else ""
     seeded = " NOT FOR RELEASE (--seed)." if flags.privacy.seed is not None and stored.private else ""
     doubt = "" if confirmed.holds else f"DO NOT RELY ON THESE FIGURES. {confirmed.words} "
     return (

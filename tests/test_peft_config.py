@@ -35,7 +35,7 @@ SCALES = [
 @pytest.mark.parametrize(("options", "module", "layers", "expected"), SCALES)
 def test_rank_and_scale_are_pefts(options, module, layers, expected):
     for layer in layers:
-        rank, scale = read(**options).of_module(module.format(layer))
+        rank, scale = read(**options).module_scaling(module.format(layer))
         assert (rank, round(scale, 12)) == (expected[0], round(expected[1], 12))
 
 

@@ -20,8 +20,10 @@ def _by_client(config, sizes):
     """The mechanism that each client's own noise makes, calibrated to the steps that it is in."""
     steps, made = planned_steps(participation.total_steps(config), sizes), [None] * len(sizes)
     for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
-        own = [client for client, of_client in enumerate(steps) if of_client == count]
-        for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
+        members = [client for client, client_steps in enumerate(steps) if client_steps == count]
+        for client, mechanism in zip(
+            members, _planned(config, [sizes[k] for k in members], max(count, 1)), strict=True
+        ):
             made[client] = mechanism
     return made
 
@@ -41,10 +43,11 @@ def written(stored):
     """Each client's mechanism as config.json (a dict) has it: what an earlier version did not write is at its default."""
     names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
     # The rows tell the clients' own records. The mechanism's are more where there are null ones; in mode `client`, the clients.
-    own = (lambda row: stored["clients"]) if stored["trust"] == "client" else (lambda row: row["records"])
+    default_records = (lambda row: stored["clients"]) if stored["trust"] == "client" else (lambda row: row["records"])
     return [
         accounting.Mechanism(
-            **{name: row[name] for name in names if name in row} | {"records": row.get("sampled_from", own(row))}
+            **{name: row[name] for name in names if name in row}
+            | {"records": row.get("sampled_from", default_records(row))}
         )
         for row in stored["federation"]["clients"]
     ]

@@ -21,8 +21,8 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
     ]
-    for row, own, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
-        row |= {"rounds": own // config.steps_per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
+    for row, client_steps, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
+        row |= {"rounds": client_steps // config.steps_per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,

@@ -96,7 +96,7 @@ class Prepared(NamedTuple):
     sizes: list
     state: round.State
     adapter: Any
-    rows: Callable  # takes a table of tokens through the frozen layers, as the records went
+    through_frozen_layers: Callable  # takes a table of tokens through the frozen layers, as the records went
     base_digest: bytes
     record_digests: dict  # {client: SHA-256 of its records}, of this process's clients
 
@@ -186,11 +186,11 @@ class Federation:
     def describe(self, describe=None):
         """What config.json says under "federation", with what `describe(prepared)` (see `fit`) adds; needs `prepare` before."""
         p = self.prepared
-        told = description.describe(
+        described = description.describe(
             self.config, p.sizes, p.mechanisms, p.model, p.adapter, self.mesh, p.rounds.local.noise
         )
         more = describe(p) if describe else {}
-        return told | more | {"method": [*told["method"], *more.get("method", ())]}
+        return described | more | {"method": [*described["method"], *more.get("method", ())]}
 
     def evaluate(self, evaluate):
         """The metrics that `evaluate(prepared)` (see `fit`) gives of the adapter as it stands: the base model's before `fit`.
@@ -224,8 +224,8 @@ class Federation:
         on_mesh = mesh.put(params, mesh.base_sharding(self.mesh, params))
         # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
         local = on_mesh if processes.count() == 1 else params
-        model, rows = frozen_layers.split(config, self.model, local, sum(sizes), length, self._memo)
-        table = rows(table)
+        model, through = frozen_layers.split(config, self.model, local, sum(sizes), length, self._memo)
+        table = through(table)
         placed = _shards(table, sizes, held)
         parts = trust.mode(config).shares(config, sizes, mechanisms)
         placement = mesh.place(
@@ -235,7 +235,7 @@ class Federation:
         stream = streaming.Stream(rounds.local, mesh.fetch(placement.clients), placed, self.mesh) if streamed else None
         state = mesh.put(rounds.init(adapter, count), NamedSharding(self.mesh, PartitionSpec()))
         self.prepared = Prepared(
-            model, on_mesh, lora_config, rounds, self.mesh, placement, stream, mechanisms, sizes, state, adapter, rows,
+            model, on_mesh, lora_config, rounds, self.mesh, placement, stream, mechanisms, sizes, state, adapter, through,
             base_digest, digests,
         )  # fmt: skip
         return self.prepared
@@ -274,18 +274,18 @@ class Federation:
 
     def _job(self, prepared, kept, describe):
         """The Job of a run that is kept in `kept`: described, its secrets at hand, its ledger sealed."""
-        config, told = self.config, self.describe(describe)
-        if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
+        config, described = self.config, self.describe(describe)
+        if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in described["clients"]):
             raise InputError(
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
             )
-        kept.describe(config, told)
+        kept.describe(config, described)
         keys = kept.secrets(trust.mode(config).parties(config), config.privacy.seed)
         if kept.ledger is not None:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()
         inputs = dispatch.keyed_inputs(keys, prepared.base_digest, _all_records(prepared, keys))
-        return dispatch.Job(config, prepared, kept, keys, inputs, told, self.clock, self._programs)
+        return dispatch.Job(config, prepared, kept, keys, inputs, described, self.clock, self._programs)
 
     def _measuring(self, prepared, evaluate):
         """A function (state, ends) -> metrics of what `evaluate(prepared)` measures."""

@@ -24,7 +24,7 @@ def make(spec, clients, model, devices=None):
     """
     if devices is None:
         devices = jax.devices()
-        by_process = [list(own) for _, own in itertools.groupby(sorted(devices, key=_process), _process)]
+        by_process = [list(group) for _, group in itertools.groupby(sorted(devices, key=_process), _process)]
     else:
         by_process = [devices]
     if spec == "auto":
@@ -51,7 +51,7 @@ def make(spec, clients, model, devices=None):
         raise InputError(
             f"mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does."
         )
-    chosen = np.array([device for own in by_process for device in own[:each]]).reshape(rows, columns)
+    chosen = np.array([device for group in by_process for device in group[:each]]).reshape(rows, columns)
     return Mesh(chosen, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -59,13 +59,15 @@ def dispatch_lines(job, rounds, attempt, seconds, shown):
 def _epsilons(job, rounds):
     """What each client has spent after each of rounds [a, b), lost attempts included: a list of K floats a round."""
     config = job.config
-    own = participation.steps(config, rounds)
-    before = job.ledger.charged_steps(config.schedule.clients) - own.sum(0)  # this dispatch is charged already
-    counts = before + np.cumsum(own, 0)
+    dispatch_steps = participation.steps(config, rounds)
+    before = job.ledger.charged_steps(config.schedule.clients) - dispatch_steps.sum(
+        0
+    )  # this dispatch is charged already
+    counts = before + np.cumsum(dispatch_steps, 0)
     spent = []
-    for mechanism, of_client in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
-        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.privacy.delta)
-        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.privacy.delta, 1e-2)
+    for mechanism, client_counts in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
+        (end,) = accounting.epsilon_curve(mechanism, (client_counts[-1],), config.privacy.delta)
+        coarse = accounting.epsilon_curve(mechanism, tuple(client_counts[:-1]), config.privacy.delta, 1e-2)
         spent.append([*(min(value, end) for value in coarse), end])  # no round costs more than a later one
     return [list(column) for column in zip(*spent, strict=True)]
 

@@ -122,11 +122,11 @@ class Silo:
         kept.ledger.seal_with(secret)
         kept.ledger.promise()
         sent = lora.count(part.state.adapter)
-        told = {"release": description.release(self.config), "communication": {"adapter_parameters": sent}}
+        described = {"release": description.release(self.config), "communication": {"adapter_parameters": sent}}
         kept.describe(self.config, {"client": self.client})
         inputs = dispatch.keyed_inputs([secret], *digests)
         config = replace(self.config, dispatch_rounds=1, eval_every=0)
-        job = dispatch.Job(config, part, kept, [secret], inputs, told, Clock(), {}, [self.client])
+        job = dispatch.Job(config, part, kept, [secret], inputs, described, Clock(), {}, [self.client])
         dispatch.check_past(job)
         restored = kept.restore(part.state)
         self.done, self._state = restored[:2] if restored else (0, part.state)

@@ -29,9 +29,11 @@ def deal(config):
     )  # fmt: skip
     need_test = config.execution.eval_every > 0
     if config.data.partition == partition.FOLDERS:
-        found = folders.names(source, config.schedule.clients)
+        folder_names = folders.names(source, config.schedule.clients)
         corpus = sources.load_public(source, need_test)
-        return Dealt(corpus, lambda own: _together({k: folders.read(source, corpus, found[k]) for k in own}))
+        return Dealt(
+            corpus, lambda clients: _together({k: folders.read(source, corpus, folder_names[k]) for k in clients})
+        )
     corpus = sources.load(source, need_test)
     train = corpus.train
     parties = config.data.parties or config.schedule.clients
@@ -39,11 +41,11 @@ def deal(config):
         config.data.partition, train.labels, train.groups, parties, config.schedule.split_seed
     )[config.data.party :]
 
-    def read(own):
-        own = {k: records.take(train, shares[k]) for k in own}
+    def read(clients):
+        taken = {k: records.take(train, shares[k]) for k in clients}
         if corpus.test is not None:
-            records.refuse_copy(list(own.values()), records.columns_of(corpus.test))
-        return _together(own)
+            records.refuse_copy(list(taken.values()), records.columns_of(corpus.test))
+        return _together(taken)
 
     return Dealt(corpus, read)
 
@@ -62,6 +64,6 @@ def load(config):
 
 def _together(by_client):
     """Several clients' records as one table, and where each one's are in it."""
-    ends = np.cumsum([0, *(len(of.labels) for of in by_client.values())])
+    ends = np.cumsum([0, *(len(part.labels) for part in by_client.values())])
     places = {k: np.arange(start, end) for k, start, end in zip(by_client, ends[:-1], ends[1:], strict=True)}
     return records.together(by_client.values()), places

@@ -54,14 +54,14 @@ def chosen(sizes, clients, epsilon, objective):
     """
     records = statistics.median(sizes)
     least, most = BATCHES
-    found = COMMON | BY_OBJECTIVE[objective]
-    found["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
+    recipe = COMMON | BY_OBJECTIVE[objective]
+    recipe["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
     if epsilon is not None and math.isfinite(epsilon):
         x = records * epsilon * math.sqrt(clients)
         way = 1 / (1 + (HALF / x) ** 2)
         ways = {"client_lr": way, "head_lr": x / (x + HEAD_HALF) if objective == CENTRED else way}
-        found |= {name: float(f"{found[name] * ways[name]:.3g}") for name in ways if found[name] is not None}
-    return found
+        recipe |= {name: float(f"{recipe[name] * ways[name]:.3g}") for name in ways if recipe[name] is not None}
+    return recipe
 
 
 def for_run(config, given):
@@ -97,8 +97,8 @@ def for_run(config, given):
     able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.base.name) == "bert"
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
-    found = chosen(sizes, config.schedule.clients, private, kind)
-    found["last_layers"] = min(found["last_layers"], pretrained.depth(config.base.name))
+    recipe = chosen(sizes, config.schedule.clients, private, kind)
+    recipe["last_layers"] = min(recipe["last_layers"], pretrained.depth(config.base.name))
     if any(refusal.field == "freeze_a" for refusal in methods.BY_NAME[config.aggregation.method].refuses):
-        del found["freeze_a"]
-    return {name: value for name, value in found.items() if name not in given}
+        del recipe["freeze_a"]
+    return {name: value for name, value in recipe.items() if name not in given}

@@ -156,9 +156,11 @@ def from_config(hf, num_labels):
     window = hf.get("sliding_window", 4096) if kind == "mistral" else None  # transformers' own default
     if window is not None:
         sizes(hf | {"sliding_window": window}, "sliding_window")
-    own = "sliding_attention" if window else "full_attention"
-    if set(hf.get("layer_types") or [own]) != {own}:
-        raise InputError(f"config.json: layer_types={hf['layer_types']} is not supported, only {own} in every layer.")
+    expected_type = "sliding_attention" if window else "full_attention"
+    if set(hf.get("layer_types") or [expected_type]) != {expected_type}:
+        raise InputError(
+            f"config.json: layer_types={hf['layer_types']} is not supported, only {expected_type} in every layer."
+        )
     return LlamaConfig(
         vocab_size, width, num_layers, num_heads, num_kv_heads, head_width, mlp_width, max_positions,
         frequencies(hf, head_width), activation(hf, "hidden_act", "silu"), number(hf, "rms_norm_eps", 1e-6),

@@ -57,11 +57,11 @@ def locate(name_or_path):
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     for root in spec.submodule_search_locations or () if spec else ():
         root = pathlib.Path(root) / inside
-        found = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
-        found = sorted(found, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
-        if found:
-            digests.warn_of_other_files(short, found[0])
-            return found[0]
+        candidates = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
+        candidates = sorted(candidates, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
+        if candidates:
+            digests.warn_of_other_files(short, candidates[0])
+            return candidates[0]
     return _from_hub(HUB_IDS.get(short, str(name_or_path)), name_or_path)
 
 
@@ -111,7 +111,7 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         params = read_params(reader, checkpoint, quantize)
         checkpoint.refuse_unread()
     if stored is not None:
-        rows, said = labels.told(hf, label_names, stored)
+        rows, said = labels.stored_outputs(hf, label_names, stored)
         if rows is None:
             warnings.warn(f"{said}.", stacklevel=2)
         params = {**params, "head": labels.aligned(params["head"], rows, num_labels)}
@@ -125,7 +125,7 @@ def head_start(name_or_path, label_names):
     hf = config(place)
     with _opened(place) as checkpoint:
         stored = _stored_labels(build(hf, checkpoint, len(label_names), jnp.dtype(jnp.float32)), checkpoint)
-    return None if stored is None else labels.told(hf, label_names, stored)[1]
+    return None if stored is None else labels.stored_outputs(hf, label_names, stored)[1]
 
 
 def _opened(place):
@@ -155,7 +155,7 @@ def depth(name_or_path):
 def file_digests(name_or_path):
     """{file name: SHA-256 in hex} of the weights, config and tokenizer of a model, looked for as `from_pretrained` does: where
     two parties' are equal, they start from the same base. Reads all weights. InputError as of `from_pretrained`."""
-    return digests.of_place(locate(name_or_path))
+    return digests.place_digests(locate(name_or_path))
 
 
 def _in_gguf(place):

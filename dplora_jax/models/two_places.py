@@ -33,10 +33,10 @@ def untied(model, checkpoint):
     if model.config.num_labels is not None:
         return model
     if isinstance(model, bert.Bert):
-        for copy, own in BERT_TIES.items():
-            if checkpoint.has(copy) and (not checkpoint.has(own) or _differ(checkpoint, copy, own)):
+        for copy, original in BERT_TIES.items():
+            if checkpoint.has(copy) and (not checkpoint.has(original) or _differ(checkpoint, copy, original)):
                 raise InputError(
-                    f"{checkpoint.directory}: tensor {copy} is not {own}, to which it should be tied; an output layer of its own "
+                    f"{checkpoint.directory}: tensor {copy} is not {original}, to which it should be tied; an output layer of its own "
                     "is not supported."
                 )
         return model

@@ -169,8 +169,8 @@ def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, 
     """
     check_delta(delta, -(-steps // bands))
     grid = min(1e-2, max(GRID, target / 400))
-    classes = size_classes.of(sizes, expected_batch_size)
-    found, guess, spread = {}, 1.0, None
+    classes = size_classes.bounds_by_size(sizes, expected_batch_size)
+    by_class, guess, spread = {}, 1.0, None
     for members in sorted(set(classes.values())):
         step = _step(members, expected_batch_size, bands)
 
@@ -184,10 +184,10 @@ def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, 
             if capacity == step.part and cost(plain) <= target
             else _least_noise(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
         )
-        found[members], guess = _with_noise(step, noise, capacity), noise
+        by_class[members], guess = _with_noise(step, noise, capacity), noise
     if adaptive:
-        found = {members: _with_count(step, count_noise) for members, step in found.items()}
-    return [found[classes[size]] for size in sizes]
+        by_class = {members: _with_count(step, count_noise) for members, step in by_class.items()}
+    return [by_class[classes[size]] for size in sizes]
 
 
 def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adaptive=False, count_noise=None, bands=1):
@@ -196,8 +196,8 @@ def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adapt
     if noise_multiplier:
         check_delta(delta, -(-steps // bands))
     exact = {size: (size, size) for size in sizes}
-    classes = size_classes.of(sizes, expected_batch_size) if noise_multiplier else exact
-    found, spread = {}, None
+    classes = size_classes.bounds_by_size(sizes, expected_batch_size) if noise_multiplier else exact
+    by_class, spread = {}, None
     for members in sorted(set(classes.values())):
         step = _with_noise(_step(members, expected_batch_size, bands), noise_multiplier, None)
         if adaptive and noise_multiplier:
@@ -210,8 +210,8 @@ def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adapt
         capacity = generous_capacity(step.part, step.join_rate) if noise_multiplier == 0 else None
         if capacity is None:
             capacity, spread = _least_capacity(step.part, step.join_rate, cost, spread)
-        found[members] = dataclasses.replace(step, capacity=capacity)
-    return [found[classes[size]] for size in sizes]
+        by_class[members] = dataclasses.replace(step, capacity=capacity)
+    return [by_class[classes[size]] for size in sizes]
 
 
 def _step(members, expected_batch_size, bands):
@@ -277,9 +277,9 @@ def _least_noise(cost, target, guess, tolerance):
         if high is None and noise >= NOISE_RANGE[1]:
             break
         slope = _slope(costs)
-        aim = noise * (target * (1 - tolerance / 2) / max(value, 1e-9)) ** (1 / slope)
-        inside = low < aim < (high or math.inf)
-        noise = aim if inside else math.sqrt(low * high) if high else low * 2
+        secant = noise * (target * (1 - tolerance / 2) / max(value, 1e-9)) ** (1 / slope)
+        inside = low < secant < (high or math.inf)
+        noise = secant if inside else math.sqrt(low * high) if high else low * 2
         noise = min(max(noise, NOISE_RANGE[0]), NOISE_RANGE[1])
     raise InputError(
         f"epsilon {target:g} is out of reach: no noise multiplier in {NOISE_RANGE} gives it; raise `epsilon` or `delta`."

@@ -20,10 +20,10 @@ def gaussian(keys, tree, std, step):
     normals: JAX's float32 normal never leaves 5.42 standard deviations, and a sum of four reaches 10.84.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    own = [jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step) for key in keys]
+    step_keys = [jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step) for key in keys]
 
     def draw(index, std, shape):
-        four = [jax.random.key_data(jax.random.fold_in(key, index)) for key in own]
+        four = [jax.random.key_data(jax.random.fold_in(key, index)) for key in step_keys]
         return std * 0.5 * sum(threefry.normal(key, shape) for key in four)
 
     stds = jax.tree.leaves(jax.tree.broadcast(std, tree))

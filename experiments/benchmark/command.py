@@ -144,14 +144,14 @@ def sweep(config):
         what = case(config)
         key = {"case": json.loads(to_json(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
         key["repeats"] = config.repeats
-        found = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
-        if found is None:
-            found = measured(config, what)
+        measurement = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
+        if measurement is None:
+            measurement = measured(config, what)
             with open(out, "a", encoding="utf-8") as file:
-                file.write(to_json(key | {"found": found}) + "\n")
+                file.write(to_json(key | {"found": measurement}) + "\n")
             print(f"{name}: done", file=sys.stderr, flush=True)
             jax.clear_caches()
-        cells.append((name, found))
+        cells.append((name, measurement))
     benchmark_table.plot(cells, out.with_suffix(".svg"))
     yield machine()
     yield benchmark_table.markdown(cells)

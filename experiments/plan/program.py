@@ -170,5 +170,5 @@ def _work(program, base, text):
 
 def _used(message):
     """Bytes that the compiler says it would have needed; infinite where it does not say."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
-    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else math.inf
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
+    return float(match.group(1)) * 1024 ** " KMGT".index(match.group(2) or " ") if match else math.inf

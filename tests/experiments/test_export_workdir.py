@@ -70,8 +70,8 @@ def without_privacy(finished, folder):
     stored = workdir_files.read_config(folder)
     config = dataclasses.replace(stored.flags, trust="none", noise_multiplier=None)
     silent = [dataclasses.replace(mechanism, noise_multiplier=0.0) for mechanism in stored.mechanisms]
-    rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.facts["clients"]]
-    charge(folder, config, stored.facts | {"clients": rows, "release": None}, silent)
+    rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.description["clients"]]
+    charge(folder, config, stored.description | {"clients": rows, "release": None}, silent)
     return folder
 
 
