@@ -53,8 +53,8 @@ def classifier(model, mesh, params, test):
 
 
 def on(test):
-    """What `Federation.fit` takes as `evaluate`: accuracy and macro-F1 on the public rows `test` (a dict of [N, ...] arrays) where they
-    have `labels`, else perplexity over the tokens that `loss_mask` marks."""
+    """What `Federation.fit` takes as `evaluate`: accuracy and macro-F1 on the public rows `test` (a dict of [N, ...] arrays)
+    where they have `labels`, else perplexity over the tokens that `loss_mask` marks."""
     make = classifier if "labels" in test else perplexity
 
     def measure(prepared):

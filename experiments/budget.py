@@ -227,7 +227,8 @@ def _largest(unknown, config, sizes):
     if not low:
         what = "a single round" if unknown == "rounds" else "an expected batch of 1"
         raise InputError(
-            f"epsilon {config.privacy.epsilon:g} is out of reach: {what} costs {cost(1):.4g}; raise --noise_multiplier or --epsilon."
+            f"epsilon {config.privacy.epsilon:g} is out of reach: {what} costs {cost(1):.4g}; raise --noise_multiplier or "
+            "--epsilon."
         )
     return low, low == end
 

@@ -42,8 +42,8 @@ def _one_by_one(config):
     for name, usual in others.items():
         yield (
             trust.mode(config).public_uploads or field_value(config, name) == usual,
-            f"{name}={field_value(config, name)} handles each client's upload by itself, which trust={config.privacy.trust} does not: leave it "
-            "out, or use trust=local.",
+            f"{name}={field_value(config, name)} works on each client's upload, and trust={config.privacy.trust} shows none: "
+            "leave it out, or use trust=local.",
         )
 
 
@@ -92,6 +92,6 @@ def _robust(config):
     )
     yield (
         config.aggregation.robust == "none" or config.lora.ranks is None,
-        f"robust={config.aggregation.robust} takes the place of a mean of like uploads, and `ranks` makes them unlike: leave one of them "
+        f"robust={config.aggregation.robust} compares uploads of one shape, and `ranks` gives them several: leave one of them "
         "out.",
     )

@@ -10,7 +10,8 @@ from dplora_jax.privacy import accounting
 
 
 def describe(config, sizes, mechanisms, model, adapter, grid, noise):
-    """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own (`noise.Noise`)."""
+    """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own
+    (`noise.Noise`)."""
     trust_mode = trust.mode(config)
     steps = participation.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))

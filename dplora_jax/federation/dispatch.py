@@ -31,7 +31,8 @@ class Job(NamedTuple):
     paid: str | None = None
 
     def steps(self, rounds=None):
-        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in all."""
+        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in
+        all."""
         steps = participation.steps(self.config, rounds)
         return steps if self.members is None else steps[:, self.members]
 
@@ -53,7 +54,8 @@ def check_past(job):
             )
     if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
         raise InputError(
-            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new `workdir`."
+            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new "
+            "`workdir`."
         )
 
 

@@ -61,9 +61,10 @@ def _check_metrics(line, measured_on):
     sentence = f"no metric of {measured_on} is finite ({', '.join(metrics)})"
     if not line.get("round"):
         raise InputError(
-            f"before any training, {sentence}: check the weights of `model`, its config.json and its tokenizer. Nothing was charged."
+            f"before any training, {sentence}: check the weights of `model`, its config.json and its tokenizer. Nothing was "
+            "charged."
         )
     raise NotFiniteError(
-        f"after round {line['round']}, {sentence}: the adapter is of no use, most often since the learning rates are too large. "
+        f"after round {line['round']}, {sentence}: the adapter is useless, most often because the learning rates are too large. "
         f"{SAVED}; start a new `workdir` with smaller ones."
     )

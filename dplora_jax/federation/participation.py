@@ -1,5 +1,5 @@
-"""Who takes part in which round: a schedule that is public and fixed before the run, who fails to send, and what that makes of each
-client's steps; no JAX.
+"""Who takes part in which round: a schedule that is public and fixed before the run, who fails to send, and what that makes of
+each client's steps; no JAX.
 
 Being public, the schedule amplifies nothing; a client pays for the rounds that it is in, and for no other.
 """

@@ -127,8 +127,8 @@ def _round(rounds, params, clients, data, state, keys, transcript, diagnostics):
 
 
 def server_step(rounds, state, terms, weight, shown, server_keys=None):
-    """The server's half of a round, from the sums over all clients of their weighted terms and of their weights, and what the clients
-    show (`waves.Shown`) -> (State, what the round came to)."""
+    """The server's half of a round, from the sums over all clients of their weighted terms and of their weights, and what the
+    clients show (`waves.Shown`) -> (State, what the round came to)."""
     settled = rounds.rule.settle(rounds, terms, weight, state, shown, server_keys)
     up = jax.tree.map(jnp.negative, settled.mean)
     step, server = rounds.server_optimizer.update(up, state.server, state.adapter)

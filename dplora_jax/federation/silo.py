@@ -6,8 +6,8 @@
         uploads = {client: silo.fit(server.adapter, number) for client, silo in silos.items()}
         server.aggregate(uploads)
 
-No network is here: an adapter and an upload are pytrees of arrays. By the same seed the adapters are those of `Federation`, to the
-rounding of floating point.
+No network is here: an adapter and an upload are pytrees of arrays. By the same seed the adapters are those of `Federation`, to
+the rounding of floating point.
 
 Letters: K clients.
 """

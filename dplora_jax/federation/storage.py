@@ -1,8 +1,8 @@
 """Where a run keeps what it must not lose: in a working directory, or nowhere (`InMemory`).
 
-Both have one interface: the ledger, `stored` (an earlier start's config.json, or None), `finished`, `secrets`, `describe`, `restore`,
-`save`, `release`, `keep_private` and `finish`. Of several processes only process 0 has the ledger and writes; all save their parts of
-a checkpoint.
+Both have one interface: the ledger, `stored` (an earlier start's config.json, or None), `finished`, `secrets`, `describe`,
+`restore`, `save`, `release`, `keep_private` and `finish`. Of several processes only process 0 has the ledger and writes; all
+save their parts of a checkpoint.
 """
 
 import contextlib
@@ -202,7 +202,8 @@ class SiloWorkdir(Workdir):
 
 @contextlib.contextmanager
 def open_silo(directory, config):
-    """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is None.
+    """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is
+    None.
 
     Raises InputError as `open_workdir` does.
     """

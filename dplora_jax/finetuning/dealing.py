@@ -20,12 +20,13 @@ class Dealt(NamedTuple):
 def deal(config):
     """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
     those that it asks for."""
+    data = config.data
     source = sources.Source(
-        dataset=config.data.dataset, data_dir=config.data.data_dir, test_data=config.data.test_data, text_column=config.data.text_column,
-        label_column=config.data.label_column, prompt_column=config.data.prompt_column, answer_column=config.data.answer_column,
-        group_column=partition.group_column(config.data.partition), labels=config.data.labels or None, test_fraction=config.data.test_fraction,
-        split_seed=config.schedule.split_seed, train_records=config.data.train_records, test_records=config.data.test_records,
-        encoding=config.data.encoding, separator=config.data.separator,
+        dataset=data.dataset, data_dir=data.data_dir, test_data=data.test_data, text_column=data.text_column,
+        label_column=data.label_column, prompt_column=data.prompt_column, answer_column=data.answer_column,
+        group_column=partition.group_column(data.partition), labels=data.labels or None, test_fraction=data.test_fraction,
+        split_seed=config.schedule.split_seed, train_records=data.train_records, test_records=data.test_records,
+        encoding=data.encoding, separator=data.separator,
     )  # fmt: skip
     need_test = config.execution.eval_every > 0
     if config.data.partition == partition.FOLDERS:

@@ -14,9 +14,10 @@ STEP = 32  # lengths of benchmarks are rounded up to a multiple of it
 
 
 def evaluator(config, objective, corpus, private, tokenizer, test, prepared):
-    """A function (adapter, residual, ends) -> public metrics of a `federation.Prepared` run; with `ends`, which is for the first and
-    the last, those too that take longer: written answers, and `benchmarks`. `test` is `aim.test(corpus.test)`. `private` is a list
-    of Records, those of each client that this process trains for: no public task may hold them all, or one client's."""
+    """A function (adapter, residual, ends) -> public metrics of a `federation.Prepared` run; with `ends`, which is for the
+    first and the last, those too that take longer: written answers, and `benchmarks`. `test` is `aim.test(corpus.test)`.
+    `private` is a list of Records, those of each client that this process trains for: no public task may hold them all, or one
+    client's."""
     model, params, grid = prepared.model, prepared.params, prepared.mesh
     regular = _regular(
         objective, corpus, model, params, grid, None if test is None else prepared.through_frozen_layers(test)
@@ -33,8 +34,8 @@ def evaluator(config, objective, corpus, private, tokenizer, test, prepared):
 
 
 def probe(config, classifies, tokenizer, prepared):
-    """A function (adapter, residual, ends) -> metrics on a public sentence, for a run that is evaluated on nothing else. They tell no
-    more than whether the logits are finite."""
+    """A function (adapter, residual, ends) -> metrics on a public sentence, for a run that is evaluated on nothing else. They
+    tell no more than whether the logits are finite."""
     model, params, grid = prepared.whole_model, prepared.params, prepared.mesh
     if classifies:
         one = records.Records((SENTENCE,), np.zeros(1, np.int32))
@@ -141,5 +142,6 @@ def _check_room(config, model):
     most = model.config.max_positions
     if config.data.max_length + config.evaluation.new_tokens > most:
         raise InputError(
-            f"max_length={config.data.max_length} and new_tokens={config.evaluation.new_tokens} are more than the model's {most} positions."
+            f"max_length={config.data.max_length} and new_tokens={config.evaluation.new_tokens} together exceed the model's "
+            f"{most} positions: lower one of them."
         )

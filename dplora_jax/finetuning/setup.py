@@ -34,9 +34,9 @@ class FineTuning(NamedTuple):
 
 
 def prepare(config, stored=None, memo=None, dealt=None, programs=None, command=""):
-    """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and `programs`,
-    dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in for the records
-    that the fields name. Raises InputError."""
+    """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and
+    `programs`, dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in
+    for the records that the fields name. Raises InputError."""
     processes.at("reading the base model and the records")
     dealt = dealt or dealing.deal(config)
     corpus = dealt.corpus

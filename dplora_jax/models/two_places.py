@@ -36,8 +36,8 @@ def untied(model, checkpoint):
         for copy, original in BERT_TIES.items():
             if checkpoint.has(copy) and (not checkpoint.has(original) or _differ(checkpoint, copy, original)):
                 raise InputError(
-                    f"{checkpoint.directory}: tensor {copy} is not {original}, to which it should be tied; an output layer of its own "
-                    "is not supported."
+                    f"{checkpoint.directory}: tensor {copy} differs from {original}, to which it should be tied; an output layer "
+                    "of its own is not supported."
                 )
         return model
     name = f"{model.tied_name}.weight"

@@ -65,7 +65,8 @@ def main(argv=None):
         lines = []
         print(private_files.NOTE)
         print(
-            f"{options.canaries} canaries, {options.copies} copies each; exposure at most {np.log2(options.candidates + 1):.1f} bits"
+            f"{options.canaries} canaries, {options.copies} copies each; "
+            f"exposure at most {np.log2(options.candidates + 1):.1f} bits"
         )
         print(f"{'run':>14}{'exposure, mean':>16}{'largest':>9}{'extracted':>11}{'epsilon':>9}")
         for name, line in results(config, options):
@@ -178,8 +179,8 @@ def results(config, options):
 
 
 def _measure(config, options, task, tokenizer, inserted, prepared):
-    """A function (adapter, residual, ends) -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were trained
-    on."""
+    """A function (adapter, residual, ends) -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were
+    trained on."""
     from dplora_jax import evaluation, generation
     from dplora_jax.data import encoding, tasks
 

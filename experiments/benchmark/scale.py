@@ -31,7 +31,10 @@ ALLOWED = 1024  # bytes of a client beside its own rows
 def table(model, clients, waves, records, length, repeats):
     """Lines of the table and of the two fits."""
     bytes_per_client = row_bytes(records, length)
-    yield f"{model}: {records} records of {length} tokens a client ({bytes_per_client:,} B), expected batch {EXPECTED}, rank {RANK} on q and v"
+    yield (
+        f"{model}: {records} records of {length} tokens a client ({bytes_per_client:,} B), expected batch {EXPECTED}, "
+        f"rank {RANK} on q and v"
+    )
     rows, body = [], []
     for wave, count in itertools.product(waves, clients):
         measured = _child(model, count, wave, records, length, repeats)

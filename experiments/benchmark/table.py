@@ -63,8 +63,8 @@ def fastest(measured, forms):
 
 
 def markdown(cells):
-    """A sweep's cells [(name {flag: value}, measured)] as a Markdown table, and how often the automatic choice was the fastest form
-    or within 5 % of it."""
+    """A sweep's cells [(name {flag: value}, measured)] as a Markdown table, and how often the automatic choice was the fastest
+    form or within 5 % of it."""
     if not cells:
         return "no cells"
     names = list(cells[0][0])

@@ -36,8 +36,8 @@ AUDIT = record(
 
 
 def contents(workdir, stored, rows, agreement, sweep):
-    """What the templates show, from a `workdir_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a sweep's
-    tables (`sweep_report.contents`) or None."""
+    """What the templates show, from a `workdir_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a
+    sweep's tables (`sweep_report.contents`) or None."""
     flags, described, last = stored.flags, stored.description, rows[-1] if rows else {}
     private = stored.private and math.isfinite(last.get("epsilon_max", 0.0))
     metrics = figures.by_metric(rows)
@@ -101,7 +101,8 @@ def _tiles(stored, rows, metrics, private, confirmed):
     if not private:
         tiles.append(("epsilon", "∞", f"no privacy: trust {flags.privacy.trust}", True))
     elif rows:
-        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, at delta {formats.number(flags.privacy.delta)}, "
+        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, "
+        note += f"at delta {formats.number(flags.privacy.delta)}, "
         note += f"after round {rows[-1]['round']} of {formats.number(flags.schedule.rounds)}"
         note += "" if flags.privacy.epsilon is None else f"; budget {formats.epsilon(flags.privacy.epsilon)}"
         note += "" if confirmed else "; NOT CONFIRMED by the ledger"
