@@ -20,13 +20,20 @@ from absl import flags as absl_flags
 from dplora_jax import guard
 from dplora_jax.config import RunConfig, field_value, replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import participation, trust
 from dplora_jax.files import to_json
-from dplora_jax.privacy import accounting, paper_bound
+from dplora_jax.privacy import accounting, clippers, noises, paper_bound
 from experiments import cli, exits
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
 POINTS = 24  # of a curve over the rounds
+# What to ask for in the place of other trust modes.
+ASK_LOCAL = {
+    "distributed": "at the same --noise_multiplier it costs a client what --trust=local does. Ask for that.",
+    "client": "its records are clients. Ask for --trust=local with --clients=1, --records=the clients and "
+    "--expected_batch_size=client_rate times the clients, which is true to a thousandth.",
+}
 CURVES = 5  # from the fewest records to the most, where there are more distinct sizes
 
 
@@ -117,25 +124,21 @@ def _unknown(name, given):
 
 def _checked(config, unknown, numbers):
     """The config as a run checks it, with the unknown unset; rounds and batch, where unknown, at 1."""
-    if config.privacy.trust == "distributed":
+    if config.privacy.trust in ASK_LOCAL:
         raise InputError(
-            "--trust=distributed costs a client what --trust=local does at the same noise_multiplier: ask for that."
+            f"this command does not answer for --trust={config.privacy.trust}: {ASK_LOCAL[config.privacy.trust]}"
         )
-    if config.privacy.trust == "client":
+    if not trust.mode(config).private or math.inf in numbers.values():
+        raise InputError("this command needs a private --trust, with a finite --epsilon and --noise_multiplier.")
+    if clippers.kind(config).moves or noises.KINDS[config.privacy.noise].correlated:
         raise InputError(
-            "--trust=client counts clients as records: ask for --trust=local with --clients=1, --records=the clients and "
-            "--expected_batch_size=client_rate times the clients, which is true to a thousandth."
+            f"this command accounts plain steps: only a run calibrates --clipping={config.privacy.clipping} with "
+            f"--noise={config.privacy.noise}. Use --clipping=flat and --noise=independent."
         )
-    if config.privacy.trust == "none" or math.inf in numbers.values():
-        raise InputError("a budget is of a private --trust, with a finite --epsilon and --noise_multiplier.")
-    if config.privacy.clipping == "adaptive" or config.privacy.noise == "banded":
+    if participation.scheduled(config):
         raise InputError(
-            "a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone."
-        )
-    if config.schedule.participation != "all":
-        raise InputError(
-            f"a budget is of a client's own rounds: ask with --rounds=the rounds that it is in, without --participation="
-            f"{config.schedule.participation}."
+            f"this command accounts one client's own rounds: leave out --participation={config.schedule.participation}, and give "
+            "--rounds=the rounds that the client is in."
         )
     if unknown in ("rounds", "expected_batch_size"):
         config = replace(config, **{unknown: 1})

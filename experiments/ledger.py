@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
     @property
     def private(self):
-        return self.stored.flags.privacy.private
+        return trust.mode(self.stored.flags).private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""

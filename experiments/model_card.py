@@ -125,5 +125,5 @@ def _run_facts(run):
         f"{label} {formats.metric(float(last[key]), key)}" for key, label in formats.METRICS.items() if key in last
     ]
     if scores:
-        whose = f" {OWN_MODELS}, not of this one." if flags.aggregation.method == "fedsa" else ""
+        whose = f" {OWN_MODELS}, not of this one." if methods.BY_NAME[flags.aggregation.method].personal else ""
         yield f"On the public test set: {', '.join(scores)}.{whose}"

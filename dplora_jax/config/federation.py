@@ -34,7 +34,7 @@ class Privacy:
         "local",
         "local: each client's own noise protects its records; distributed: the noise of all clients together does, under "
         "secure aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
-        choices=("local", "distributed", "client", "none"), common=True,
+        common=True,
     )  # fmt: skip
     epsilon: float | None = field(
         None,
@@ -56,7 +56,6 @@ class Privacy:
         "flat: clip each example's whole gradient to `clip_norm`; per_layer: clip each matrix's gradient to its share of it; "
         "automatic: scale every gradient to about `clip_norm`; adaptive: let `clip_norm` follow a privately estimated "
         "quantile of the norms",
-        choices=("flat", "per_layer", "automatic", "adaptive"),
     )
     clip_quantile: float = field(
         0.5, "clipping=adaptive: the share of gradients that should be within the clip norm", above=0.0, below=1.0
@@ -76,7 +75,6 @@ class Privacy:
         "independent",
         "independent: fresh in each local step; banded: correlated over the local steps of a round; hardened: independent, "
         "drawn on the host by a cryptographic generator and added as integers, which needs per-row gradients",
-        choices=("independent", "banded", "hardened"),
     )
     bands: int | None = field(None, "noise=banded: over how many steps the noise is correlated; default: `local_steps`")
     survivors: int | None = field(
@@ -89,17 +87,6 @@ class Privacy:
         None, "trust=client: probability with which each client takes part in a round; default: 1"
     )
     seed: int | None = field(None, "make the run reproducible, noise included: its outputs are NOT for release")
-
-    @property
-    def private(self):
-        """Whether there is any guarantee."""
-        return self.trust != "none"
-
-    @property
-    def mechanism_options(self):
-        """What `accounting.calibrate` and `with_noise` take beyond sizes, steps and noise."""
-        adaptive = self.clipping == "adaptive"
-        return {"adaptive": adaptive, "count_noise": self.count_noise_multiplier, "bands": self.bands or 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,8 +220,3 @@ class FederationConfig:
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)
     execution: Execution = dataclasses.field(default_factory=Execution)
-
-    @property
-    def steps_per_round(self):
-        """How many steps of the private mechanism a round is: a client's whole update is one."""
-        return 1 if self.privacy.trust == "client" else self.schedule.local_steps

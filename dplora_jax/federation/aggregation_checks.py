@@ -8,10 +8,6 @@ from dplora_jax.federation import methods, participation, trust
 def checks(config):
     """(holds, what to say if not) for every field of who takes part and how uploads are put together."""
     yield (
-        config.aggregation.method in methods.BY_NAME,
-        f"aggregation={config.aggregation.method} is not known: {', '.join(methods.BY_NAME)}.",
-    )
-    yield (
         config.aggregation.server_optimizer == "sgd" or not config.aggregation.server_momentum,
         f"`server_momentum` is of server_optimizer=sgd: {config.aggregation.server_optimizer} has moments of its own.",
     )
@@ -21,14 +17,6 @@ def checks(config):
     yield (
         not config.optimizer.proximal or config.schedule.local_steps > 1,
         "`proximal` pulls back to where the round began, which one local step never leaves: raise `local_steps`.",
-    )
-    yield (
-        config.aggregation.upload_bits is None or config.privacy.noise != "hardened",
-        "`upload_bits` rounds by the device's own keys, which noise=hardened has none of: leave one of them out.",
-    )
-    yield (
-        config.schedule.dropout is None or not trust.mode(config).bare_clients,
-        "`dropout` with trust=client is `client_rate`: use that.",
     )
     try:
         participation.check(config.schedule.participation, config.schedule.clients)

@@ -1,6 +1,6 @@
 """How uploads are put together, in words: for config.json and the report."""
 
-from dplora_jax.federation import methods
+from dplora_jax.federation import methods, participation
 
 
 def lines(config):
@@ -13,7 +13,7 @@ def lines(config):
         ]
     if config.lora.ranks is not None:
         lines.append(f"clients of ranks {config.lora.ranks}")
-    if config.schedule.participation != "all":
+    if participation.scheduled(config):
         lines.append(
             f"participation {config.schedule.participation} by a public schedule: each client pays for its own rounds"
         )

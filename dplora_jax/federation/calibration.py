@@ -6,7 +6,7 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import participation, trust
-from dplora_jax.privacy import accounting, size_classes
+from dplora_jax.privacy import accounting, clippers, size_classes
 
 LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
@@ -43,7 +43,9 @@ def written(stored):
     """Each client's mechanism as config.json (a dict) has it: what an earlier version did not write is at its default."""
     names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
     # The rows tell the clients' own records. The mechanism's are more where there are null ones; in mode `client`, the clients.
-    default_records = (lambda row: stored["clients"]) if stored["trust"] == "client" else (lambda row: row["records"])
+    default_records = (
+        (lambda row: stored["clients"]) if trust.BY_NAME[stored["trust"]].bare_clients else (lambda row: row["records"])
+    )
     return [
         accounting.Mechanism(
             **{name: row[name] for name in names if name in row}
@@ -64,7 +66,11 @@ def planned_steps(steps, sizes):
 
 def _planned(config, sizes, steps):
     """The mechanisms of clients of `sizes` records that take `steps` local steps each."""
-    options = config.privacy.mechanism_options
+    options = {
+        "adaptive": clippers.kind(config).moves,
+        "count_noise": config.privacy.count_noise_multiplier,
+        "bands": config.privacy.bands or 1,
+    }
     if config.privacy.epsilon is not None:
         return accounting.calibrate(
             sizes, config.schedule.expected_batch_size, steps, config.privacy.epsilon, config.privacy.delta, **options

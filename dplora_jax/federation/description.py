@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from dplora_jax import lora
-from dplora_jax.federation import participation, round_bytes, trust
+from dplora_jax.federation import aggregation_words, participation, round_bytes, trust
 from dplora_jax.privacy import accounting
 
 
@@ -22,8 +22,9 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
     ]
+    per_round = trust_mode.steps_per_round(config)
     for row, client_steps, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
-        row |= {"rounds": client_steps // config.steps_per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
+        row |= {"rounds": client_steps // per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,
@@ -51,6 +52,7 @@ def _method(config, noise):
     """How the run trains, in words."""
     method = [
         *trust.mode(config).method(config),
+        *(aggregation_words.lines(config) if trust.mode(config).public_uploads else ()),
         "head alone, no LoRA"
         if config.lora.head_only
         else f"LoRA rank {config.lora.rank} on {','.join(config.lora.targets)}"
@@ -64,6 +66,6 @@ def _method(config, noise):
 
 def release(config):
     """Whether the outputs may leave the house; None where there is no privacy to speak of."""
-    if not config.privacy.private:
+    if not trust.mode(config).private:
         return None
     return "for release" if config.privacy.seed is None else "NOT FOR RELEASE: a seed makes the noise reproducible"

@@ -120,7 +120,9 @@ def charge(job, done):
         config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
         more["nonce"] = os.urandom(16).hex()
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, job.inputs, **more)
+    ledger.begin(
+        rounds, attempt, job.prepared.mechanisms, trust.mode(config).steps_per_round(config), job.inputs, **more
+    )
     return rounds, attempt
 
 
@@ -130,7 +132,7 @@ def _stay_within(job, rounds):
     if config.privacy.epsilon is None:
         return
     mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
-    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
+    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": trust.mode(config).steps_per_round(config)}
     planned["steps"] = job.steps(rounds).sum(0).tolist()
     spent = max(job.ledger.epsilons(config.privacy.delta, [planned]))
     if spent > config.privacy.epsilon:

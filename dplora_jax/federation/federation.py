@@ -166,7 +166,7 @@ class Federation:
     def _job(self, prepared, kept, describe):
         """The Job of a run that is kept in `kept`: described, its secrets at hand, its ledger sealed."""
         config, described = self.config, self.describe(describe)
-        if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in described["clients"]):
+        if trust.mode(config).private and not all(math.isfinite(client["epsilon"]) for client in described["clients"]):
             raise InputError(
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
             )
@@ -272,7 +272,7 @@ def _round(line):
 
 def _charged(job):
     """What the ledger says that each client has spent, every attempt that was begun included."""
-    if not job.config.privacy.private or job.ledger is None or not job.ledger.begun:
+    if not trust.mode(job.config).private or job.ledger is None or not job.ledger.begun:
         return {}
     spent = job.ledger.epsilons(job.config.privacy.delta)
     return {"epsilon": spent, "epsilon_max": max(spent)}

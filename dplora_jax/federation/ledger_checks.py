@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, participation
+from dplora_jax.federation import calibration, participation, trust
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild, steps_of
 
@@ -46,7 +46,8 @@ def _differ(said, decided):
 def _reached(config):
     """int [rounds + 1, K]: the steps of the mechanism that each client takes up to each round, by the public schedule."""
     taken = np.cumsum(participation.schedule(config), 0, np.int32)
-    return np.concatenate([np.zeros((1, config.schedule.clients), np.int32), taken]) * np.int32(config.steps_per_round)
+    rounds_before = np.concatenate([np.zeros((1, config.schedule.clients), np.int32), taken])
+    return rounds_before * np.int32(trust.mode(config).steps_per_round(config))
 
 
 def check_config(path, stored, ledger):
@@ -62,7 +63,7 @@ def _check_entries(path, stored, ledger):
     config, reached = stored.flags, _reached(stored.flags)
     follows = (
         ("for release" if config.privacy.seed is None else "NOT FOR RELEASE")
-        if config.privacy.private
+        if trust.mode(config).private
         else "NO PRIVACY"
     )
     if not stored.release.startswith(follows):
@@ -73,7 +74,7 @@ def _check_entries(path, stored, ledger):
         "release": stored.release,
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
-        "local_steps": config.steps_per_round,
+        "local_steps": trust.mode(config).steps_per_round(config),
         "config": stored.digest,
     }
     checked = None  # the clients of the entry before, which a ledger holds once
@@ -100,8 +101,10 @@ def _check_planned(path, stored):
     budget = math.inf if config.privacy.epsilon is None else config.privacy.epsilon
     for client, (planned, mechanism) in enumerate(zip(stored.epsilons, stored.mechanisms, strict=True)):
         least = accounting.epsilon(mechanism, steps[client], config.privacy.delta) * (1 - SLACK)
-        never = not config.privacy.private and not steps[client]  # and so not without privacy either
-        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (config.privacy.private or never):
+        never = not trust.mode(config).private and not steps[client]  # and so not without privacy either
+        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (
+            trust.mode(config).private or never
+        ):
             raise InputError(
                 f"{path} does not agree with the ledger: client {client}'s epsilon does not follow from it."
             )
@@ -129,7 +132,7 @@ def _wrong_metrics(stored, ledger, lines):
         return "does not show each round from 0 on once, in order"
     for line in lines:
         # Without privacy, all that follows a client's first round is infinite.
-        free = [not config.privacy.private and bool(client_steps) for client_steps in reached[line.number]]
+        free = [not trust.mode(config).private and bool(client_steps) for client_steps in reached[line.number]]
         if len(line.epsilon) != config.schedule.clients or free != [not math.isfinite(value) for value in line.epsilon]:
             return f"has no epsilon for each client in round {line.number}"
         if line.largest != max(line.epsilon):
@@ -142,7 +145,7 @@ def _wrong_metrics(stored, ledger, lines):
         last = next(entry for entry in ledger.entries if entry["entry"] == "end").get("round")
         if not lines or lines[-1].number != last:
             return f"does not end with round {last}, the run's last"
-        if config.privacy.private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.privacy.delta)):
+        if trust.mode(config).private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.privacy.delta)):
             return "shows less epsilon than was charged"
     return None
 

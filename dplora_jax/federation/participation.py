@@ -53,9 +53,7 @@ def draw_schedule(spec, clients, rounds, seed):
 
 def partial(config):
     """Whether, in modes `local` and `none`, some client may be missing from some round."""
-    return trust.mode(config).public_uploads and (
-        config.schedule.participation != "all" or bool(config.schedule.dropout)
-    )
+    return trust.mode(config).public_uploads and (scheduled(config) or bool(config.schedule.dropout))
 
 
 def scheduled(config):
@@ -81,12 +79,12 @@ def steps(config, rounds=None):
     One that fails to send has taken its steps, and may have been seen taking them: it pays too.
     """
     first, end = rounds or (1, config.schedule.rounds + 1)
-    return schedule(config)[first - 1 : end - 1].astype(int) * config.steps_per_round
+    return schedule(config)[first - 1 : end - 1].astype(int) * trust.mode(config).steps_per_round(config)
 
 
 def total_steps(config):
     """int [K]: the steps of the private mechanism of each client in all rounds."""
-    return schedule(config).sum(0) * config.steps_per_round
+    return schedule(config).sum(0) * trust.mode(config).steps_per_round(config)
 
 
 def joins(config, held, rounds, attempt):

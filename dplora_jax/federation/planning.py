@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dplora_jax.federation import calibration, participation
+from dplora_jax.federation import calibration, participation, trust
 from dplora_jax.privacy import accounting
 
 
@@ -37,7 +37,7 @@ def plan(config, sizes):
     mechanisms, steps = calibration.mechanisms(config, sizes), participation.total_steps(config).tolist()
     clients = [
         ClientPlan(
-            n, m.sampling_rate, m.capacity, m.noise_multiplier, count // config.steps_per_round,
+            n, m.sampling_rate, m.capacity, m.noise_multiplier, count // trust.mode(config).steps_per_round(config),
             accounting.epsilon(m, count, config.privacy.delta),
         )
         for n, m, count in zip(sizes, mechanisms, steps, strict=True)

@@ -91,7 +91,7 @@ def adapter_and_wave(config, grid, model, params, length):
 def _warn_of_delta(config, largest):
     """Warn where delta is no small matter to a client of `largest` records."""
     privacy = config.privacy
-    if privacy.private and privacy.delta * largest >= 1:
+    if trust.mode(config).private and privacy.delta * largest >= 1:
         warnings.warn(
             f"delta={privacy.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
             "count as private.",

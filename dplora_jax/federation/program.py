@@ -24,8 +24,7 @@ from dplora_jax.federation import (
     trust,
 )
 from dplora_jax.federation.client import APART, ON_DEVICE, LocalConfig, whole
-from dplora_jax.privacy import clipping, noises
-from dplora_jax.privacy.adaptive import Adaptive
+from dplora_jax.privacy import clippers, clipping, noises
 from dplora_jax.privacy.noise import NoNoise
 from dplora_jax.privacy.unclipped import Unclipped
 
@@ -89,9 +88,7 @@ def _clipper(config):
     """What clients do to their rows' gradients."""
     if trust.mode(config).bare_clients or math.isinf(config.privacy.clip_norm):
         return Unclipped()
-    if config.privacy.clipping == "adaptive":
-        return Adaptive(config.privacy.clip_norm, config.privacy.clip_quantile, config.privacy.clip_rate)
-    return clipping.Clip(config.privacy.clip_norm, config.privacy.clipping)
+    return clippers.kind(config).make(config.privacy)
 
 
 def _method(config):

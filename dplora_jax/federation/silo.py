@@ -33,6 +33,7 @@ from dplora_jax.federation import (
     frozen_layers,
     mesh,
     methods,
+    participation,
     program,
     round,
     storage,
@@ -65,7 +66,7 @@ def _settled(config, sizes):
         )
     if method.personal or config.lora.ranks is not None:
         raise InputError(f"silos share one adapter of one rank: aggregation={method.name} and `ranks` have several.")
-    if config.schedule.participation != "all" or config.schedule.dropout:
+    if participation.scheduled(config) or config.schedule.dropout:
         raise InputError("the server asks silos for uploads as it goes: leave out `participation` and `dropout`.")
     return config
 
@@ -141,7 +142,7 @@ class Silo:
     @property
     def epsilon(self):
         """What this party's records have paid by its own ledger, lost attempts included; infinite without privacy."""
-        if not self.config.privacy.private:
+        if not trust.mode(self.config).private:
             return float("inf")
         return max(self._job.ledger.epsilons(self.config.privacy.delta), default=0.0)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dplora_jax import config_checks
 from dplora_jax.config import FIELDS, RunConfig, from_flat, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration
+from dplora_jax.federation import calibration, trust
 from dplora_jax.files import plain, to_json
 from dplora_jax.json_files import (
     Unfit,
@@ -91,7 +91,7 @@ class Stored(NamedTuple):
     @property
     def private(self):
         """Whether the run has any guarantee."""
-        return self.flags.privacy.private and self.release != NO_PRIVACY
+        return trust.mode(self.flags).private and self.release != NO_PRIVACY
 
 
 class Line(NamedTuple):
@@ -152,10 +152,10 @@ def _filled(value, empty):
 def _refuse(config):
     """Unfit where no run has these flags."""
     budget, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
-    if config.privacy.trust not in ("local", "distributed", "client", "none"):
-        raise Unfit("trust is none that is known")
-    if (budget is None) + (sigma is None) != (1 if config.privacy.private else 2):
-        raise Unfit(f"it has no `epsilon` and `noise_multiplier` of trust={config.privacy.trust}")
+    if config.privacy.trust not in trust.BY_NAME:
+        raise Unfit(f"trust={config.privacy.trust} is not known")
+    if (budget is None) + (sigma is None) != (1 if trust.mode(config).private else 2):
+        raise Unfit(f"its `epsilon` and `noise_multiplier` do not fit trust={config.privacy.trust}")
     try:
         config_checks.refuse(config)
     except InputError as error:

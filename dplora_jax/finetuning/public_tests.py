@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from dplora_jax import evaluation
-from dplora_jax.data import encoding, records, sources, tables, tasks
+from dplora_jax.data import encoding, partition, records, sources, tables, tasks
 from dplora_jax.errors import InputError
 from dplora_jax.finetuning import objectives
 
@@ -93,7 +93,9 @@ def _asked(config, corpus, private, name):
         )
     private_folder = config.data.data_dir and pathlib.Path(config.data.data_dir).resolve()
     if folder and private_folder in (
-        (folder.resolve(), *folder.resolve().parents) if config.data.partition == "folders" else (folder.resolve(),)
+        (folder.resolve(), *folder.resolve().parents)
+        if config.data.partition == partition.FOLDERS
+        else (folder.resolve(),)
     ):
         raise InputError(
             f"benchmarks={name} would be read from `data_dir`, where the private table lies: give another folder."

@@ -66,25 +66,26 @@ def chosen(sizes, clients, epsilon, objective):
 
 def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
-    from dplora_jax.data import tasks
-    from dplora_jax.federation import methods
+    from dplora_jax.data import partition, tasks
+    from dplora_jax.federation import methods, trust
     from dplora_jax.finetuning import dealing, objectives
     from dplora_jax.models import pretrained
 
-    if config.data.partition == "folders":
+    if config.data.partition == partition.FOLDERS:
         raise InputError(
             "`auto` reads how many records each client has, which with partition=folders no process knows of all: give "
             "`expected_batch_size` and the learning rates."
         )
-    if config.privacy.trust in ("distributed", "client"):
+    mode = trust.mode(config)
+    if not mode.public_uploads:
         raise InputError(f"`auto` knows what to set for trust=local and none, not for trust={config.privacy.trust}.")
     epsilon, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
-    if sigma is not None and config.privacy.trust != "none":
+    if sigma is not None and mode.private:
         raise InputError("`auto` goes by `epsilon`: give that in place of `noise_multiplier`.")
     dealt = dealing.deal(config)
     _, places = dealt.read(range(config.schedule.clients))
     sizes = [len(places[k]) for k in range(config.schedule.clients)]
-    private = epsilon if config.privacy.trust != "none" else None
+    private = epsilon if mode.private else None
     kind = objectives.kind(config, dealt.corpus.task)
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
         warnings.warn(

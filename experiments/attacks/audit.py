@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 from dplora_jax import guard, private_files
 from dplora_jax.config import replace, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import storage
+from dplora_jax.federation import storage, trust
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
 from experiments import cli, exits
@@ -144,7 +144,7 @@ def _membership(options, config, folder):
 
     if config is None:
         raise InputError("--membership needs a configuration: give --flagfile, with a test set or --test_fraction.")
-    if not config.privacy.private:
+    if not trust.mode(config).private:
         raise InputError("--membership compares a private run with one without: give --epsilon or --noise_multiplier.")
     bare = replace(config, trust="none", epsilon=None, noise_multiplier=None)
     if not config.base.feature_norm:  # whose rates are for clipped gradients

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dplora_jax import evaluation, lora, losses
 from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation, mesh, round
+from dplora_jax.federation import aggregation, mesh, round, trust
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.models import bert
 from dplora_jax.privacy import accounting, auditing, clipping, secrets
@@ -101,7 +101,7 @@ def from_config(config):
     """The program of a run's configuration, with each client's size, sampling and noise -> Subject. Raises InputError."""
     from dplora_jax.finetuning import setup
 
-    if not config.privacy.private:
+    if not trust.mode(config).private:
         raise InputError("there is no claim to audit in --trust=none: give --epsilon or --noise_multiplier.")
     for name, audited in (("trust", "local"), ("clipping", "flat"), ("noise", "independent"), *PLAIN):
         if field_value(config, name) != audited:

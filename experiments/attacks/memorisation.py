@@ -17,7 +17,9 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.config import field_value, replace
+from dplora_jax.data import partition
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from experiments import cli, exits
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
@@ -99,9 +101,9 @@ def parse(argv):
     values, name = cli.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
     given = cli.chosen(values)
     config = cli.settle(replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries"))
-    if not config.privacy.private:
+    if not trust.mode(config).private:
         raise InputError("a run with privacy is compared with one without: give --epsilon or --noise_multiplier.")
-    if config.data.partition == "folders":
+    if config.data.partition == partition.FOLDERS:
         raise InputError("canaries are added to a table that is dealt: give another --partition than folders.")
     return config, Options(values.canaries, values.copies, values.candidates, values.canary_seed, config.output.workdir)
 
@@ -174,7 +176,7 @@ def results(config, options):
             job.federation.prepare(job.shards)
             yield "base model", job.federation.evaluate(measure) | {"epsilon": "-"}
         *_, last = job.federation.fit(job.shards, storage.InMemory())
-        spent = f"{max(last.epsilon):.3f}" if one.privacy.private else "inf"
+        spent = f"{max(last.epsilon):.3f}" if trust.mode(one).private else "inf"
         yield name, job.federation.evaluate(measure) | {"epsilon": spent}
 
 

@@ -17,6 +17,7 @@ from absl import flags as absl_flags
 
 from dplora_jax.config import replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from dplora_jax.files import to_json
 from experiments import cli, exits, formats
 from experiments.tables import Table
@@ -75,7 +76,7 @@ def parse(argv):
     if values.task not in (None, *TASKS):
         raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
     config = cli.without_auto(cli.raw(values))
-    if config.privacy.private and config.privacy.epsilon is None and config.privacy.noise_multiplier is None:
+    if trust.mode(config).private and config.privacy.epsilon is None and config.privacy.noise_multiplier is None:
         config = replace(config, noise_multiplier=1.0)
     config = cli.settle(config)
     if config.execution.stream:

@@ -4,6 +4,7 @@ import math
 import statistics
 
 from dplora_jax.config import RESULT, deciding
+from dplora_jax.federation import trust
 from dplora_jax.federation.workdir_files import with_defaults
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
 from experiments import communication, formats
@@ -126,9 +127,8 @@ def _bands(stored, rows, private, agreement):
         bands.append(("bad", "There is no privacy in this run.", why))
     elif stored.release != "for release":
         bands.append(("care", stored.release, ""))
-    if flags.privacy.trust == "distributed":
-        why = "The guarantee is for those who see totals alone; a deployment needs a real protocol."
-        bands.append(("info", "Secure aggregation is simulated.", why))
+    if notice := trust.mode(flags).notice:
+        bands.append(("info", *notice))
     if stored.description["data"]["synthetic"]:
         bands.append(("info", "Synthetic data.", "The metrics show that the program works, not how well a model does."))
     done = rows[-1]["round"] if rows else 0

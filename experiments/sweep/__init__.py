@@ -23,6 +23,7 @@ import time
 from dplora_jax import errors, guard, private_files
 from dplora_jax.config import replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from dplora_jax.files import parse_json, to_json
 from dplora_jax.privacy.chain import replace_durably
 from experiments import cli, exits
@@ -141,7 +142,7 @@ def outcome(cell, memo, programs):
     rounds = 0 if cell.kind == BASE else config.schedule.rounds
     return {
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
-        "epsilon_max": spent if config.privacy.private else "inf",
+        "epsilon_max": spent if trust.mode(config).private else "inf",
         "bytes_up_per_client": rounds * described["communication"]["bytes_up_per_client_per_round"],
         "seconds": round(time.perf_counter() - start, 1),
         "of": f"{config.base.name} on {config.data.dataset}",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dplora_jax import lora, models, peft
-from dplora_jax.federation import workdir_files
+from dplora_jax.federation import trust, workdir_files
 from dplora_jax.finetuning import setup
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import Ledger
@@ -48,7 +48,7 @@ def charge(folder, config, facts, mechanisms):
     ledger, spent = Ledger(folder / "privacy_ledger.jsonl"), [row["epsilon"] for row in facts["clients"]]
     if config.privacy.seed is not None:
         ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, config.schedule.clients)))
-    ledger.begin((1, 2), 0, mechanisms, config.steps_per_round, {})
+    ledger.begin((1, 2), 0, mechanisms, trust.mode(config).steps_per_round(config), {})
     ledger.commit((1, 2), 0)
     lines = [(0, [0.0] * len(spent)), (1, spent)]
     workdir_files.write_metrics(folder, [{"round": t, "epsilon": e, "epsilon_max": max(e)} for t, e in lines])

@@ -59,7 +59,7 @@ def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
     config = cli.parse(CLIENT)
     found = mechanisms(config, [50] * 30)
     assert found == [Mechanism(30, 0.3, 30, found[0].noise_multiplier)] * 30
-    assert config.steps_per_round == 1
+    assert trust.mode(config).steps_per_round(config) == 1
     assert 3.98 < accounting.epsilon(found[0], 10, config.privacy.delta) <= 4
     trust_mode = trust.mode(config)
     rule = trust_mode.rule(config, found, [50] * 30, None)

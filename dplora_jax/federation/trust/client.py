@@ -21,6 +21,17 @@ def _statements(config):
     )
 
 
+def _checks(config):
+    delta, rate, clients = config.privacy.delta, config.privacy.client_rate, config.schedule.clients
+    yield 0 < rate <= 1, f"client_rate={rate} must lie above 0, at most 1."
+    yield (
+        delta * clients < 1,
+        f"delta={delta:g} with trust=client must be below 1 / clients={clients}: at that delta, publishing one client's records "
+        "whole would count as private.",
+    )
+    yield config.schedule.dropout is None, "`dropout` with trust=client is `client_rate`: use that."
+
+
 def _clients_as_records(config, sizes, by_client):
     """One mechanism, once for each client: a sample of the clients, one whole update being the record."""
     privacy, clients, noise = config.privacy, config.schedule.clients, config.privacy.noise_multiplier
@@ -59,7 +70,10 @@ MODE = Mode(
     rule=_trusted_server,
     joining=lambda config: config.privacy.client_rate,  # who took part is private
     parties=lambda config: config.schedule.clients + 1,  # the server has a secret too
-    steps=lambda config: 1,
+    steps_per_round=lambda config: 1,
+    fields=("client_rate",),
+    defaults=lambda config: {"client_rate": 1.0},
+    checks=_checks,
     public_uploads=False,
     bare_clients=True,
 )

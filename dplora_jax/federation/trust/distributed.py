@@ -25,6 +25,30 @@ def _statements(config):
     )
 
 
+def _checks(config):
+    survivors, colluding, clients = config.privacy.survivors, config.privacy.colluding, config.schedule.clients
+    yield (
+        config.schedule.local_steps == 1,
+        f"local_steps={config.schedule.local_steps} cannot be used with trust=distributed: only the total of all clients has "
+        "enough noise to be looked at, so a round is one step. Use local_steps=1 and more `rounds`.",
+    )
+    yield (
+        config.optimizer.client_optimizer == "sgd",
+        f"client_optimizer={config.optimizer.client_optimizer} cannot be used with trust=distributed: a client's own gradient "
+        "has too little noise, so the server holds all optimizer state. Use sgd and `server_momentum`.",
+    )
+    yield 1 <= survivors <= clients, f"survivors={survivors} must lie between 1 and clients={clients}."
+    yield (
+        colluding >= 1,
+        f"colluding={colluding} must be 1 or more: every client knows its own noise and may be the curious one.",
+    )
+    yield (
+        survivors - colluding >= 1,
+        f"trust=distributed with {survivors} surviving clients of which {colluding} collude leaves no honest noise: raise "
+        "`clients` or `survivors`, or lower `colluding`.",
+    )
+
+
 def _honest(config):
     """h: the clients that surely send, less those assumed to collude; their noise alone is counted on."""
     return config.privacy.survivors - config.privacy.colluding
@@ -66,6 +90,13 @@ MODE = Mode(
     weights=_batch_weights,
     rule=_secure_sum,
     joining=lambda config: 1 - config.schedule.dropout,
+    fields=("survivors", "colluding"),
+    defaults=lambda config: {"survivors": config.schedule.clients, "colluding": 1, "dropout": 0.0},
+    checks=_checks,
+    notice=(
+        "Secure aggregation is simulated.",
+        "The guarantee is for those who see totals alone; a deployment needs a real protocol.",
+    ),
     senders=lambda config, sent: {"survivors": sent, "void": sent < config.privacy.survivors},  # both are public
     public_uploads=False,
 )

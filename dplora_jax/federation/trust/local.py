@@ -1,6 +1,5 @@
 """Trust mode `local`, the paper's: everyone may see every upload, and each client's own noise carries its whole guarantee."""
 
-from dplora_jax.federation import aggregation_words
 from dplora_jax.federation.trust.mode import ACCOUNTING, HOSTS, PUBLIC, RECORD_PROTECTED, Mode, per_example_clipping
 from dplora_jax.privacy import paper_bound
 
@@ -20,6 +19,6 @@ def _accounting(config, mechanisms, steps):
 MODE = Mode(
     "local",
     statements=lambda config: STATEMENTS,
-    method=lambda config: [per_example_clipping(config), *aggregation_words.lines(config)],
+    method=lambda config: [per_example_clipping(config)],
     accounting=_accounting,
 )

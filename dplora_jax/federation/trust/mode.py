@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+from dplora_jax.privacy import clippers
+
 RECORD_PROTECTED = (
     "What is protected: one record of one client. What is seen is about as likely with that record as with a null record in its "
     "place. Each client has its own epsilon; someone with records at several clients pays for all of them."
@@ -31,8 +33,11 @@ def _mean(robust):
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """`private` says whether it has a guarantee, `public_uploads` whether everyone sees each client's upload, `bare_clients`
-    whether clients train without clipping and noise of their own. `parties(config)` have a secret, and a round is `steps(config)`
-    steps of the private mechanism.
+    whether clients train without clipping and noise of their own, and the record is a whole client. `parties(config)` have a
+    secret, and a round is `steps_per_round(config)` steps of the private mechanism.
+
+    Of the configuration, `fields` belong to this mode alone, `defaults(config)` are {field: value} of what is not given, and
+    `checks(config)` gives (holds, what to say if not) for a config whose defaults are filled in.
 
     Of a `config`, the clients' public `sizes` and their `mechanisms`:
     - `plan(config, sizes, by_client)`: the Mechanisms that are accounted, where `by_client(sizes)` makes each client's own;
@@ -42,7 +47,8 @@ class Mode:
     - `rule(config, mechanisms, sizes, robust)`: the server's part of a round (`aggregation.Mean` and the like);
     - `joining(config)`: the probability with which a client takes part in a round; None where all always do;
     - `senders(config, sent)`: what a round's metrics tell of how many clients sent.
-    In words: `statements(config)`, two lines or more on the `method`, and `accounting(config, mechanisms, steps)`.
+    In words: `statements(config)`, lines on the `method`, `accounting(config, mechanisms, steps)`, and for the head of a report a
+    `notice` (title, why) or None.
     """
 
     name: str
@@ -59,7 +65,11 @@ class Mode:
     joining: Callable = lambda config: None
     senders: Callable = lambda config, sent: {}
     parties: Callable = lambda config: config.schedule.clients
-    steps: Callable = lambda config: config.schedule.local_steps
+    steps_per_round: Callable = lambda config: config.schedule.local_steps
+    fields: tuple = ()
+    defaults: Callable = lambda config: {}
+    checks: Callable = lambda config: ()
+    notice: tuple | None = None
     private: bool = True
     public_uploads: bool = True
     bare_clients: bool = False
@@ -67,12 +77,4 @@ class Mode:
 
 def per_example_clipping(config):
     """The line on the method of a mode that clips examples."""
-    privacy = config.privacy
-    how = {
-        "flat": f"at L2 norm {privacy.clip_norm:g}",
-        "per_layer": f"of each adapted matrix and the head apart, at L2 norm {privacy.clip_norm:g} in all",
-        "automatic": f"by normalising to L2 norm {privacy.clip_norm:g} (automatic clipping, Bu et al. 2023)",
-        "adaptive": f"at a norm that follows a private estimate of the {privacy.clip_quantile:g} quantile of norms, from "
-        f"{privacy.clip_norm:g} on (Andrew et al. 2021)",
-    }[privacy.clipping]
-    return f"DP-LoRA (arXiv 2312.17493), per-example clipping {how}"
+    return f"DP-LoRA (arXiv 2312.17493), per-example clipping {clippers.kind(config).words(config.privacy)}"

@@ -1,6 +1,5 @@
 """Trust mode `none`: no noise and no privacy, a control."""
 
-from dplora_jax.federation import aggregation_words
 from dplora_jax.federation.trust.mode import ACCOUNTING, Mode
 
 STATEMENTS = (
@@ -10,7 +9,7 @@ STATEMENTS = (
 MODE = Mode(
     "none",
     statements=lambda config: STATEMENTS,
-    method=lambda config: ["Federated LoRA, no noise", *aggregation_words.lines(config)],
+    method=lambda config: ["Federated LoRA, no noise"],
     accounting=lambda config, mechanisms, steps: ACCOUNTING,
     private=False,
 )
