@@ -149,9 +149,15 @@ def _budget(config):
     )
     yield (
         schedule.rounds * schedule.local_steps <= MOST_STEPS and schedule.rounds * schedule.clients <= MOST_PLACES,
-        f"rounds={schedule.rounds} must be at most {MOST_STEPS} over `local_steps`, and {MOST_PLACES} over `clients`.",
+        (
+            f"rounds={schedule.rounds} is too many: rounds times `local_steps` must be at most {MOST_STEPS}, and rounds "
+            f"times `clients` at most {MOST_PLACES}."
+        ),
     )
-    yield config.lora.trained_targets or config.lora.head_only, "`targets` is empty: `head_only` trains a head alone."
+    yield (
+        config.lora.trained_targets or config.lora.head_only,
+        "`targets` is empty: name matrices, or give `head_only` to train the head alone.",
+    )
 
 
 def _combinations(config):
@@ -175,7 +181,10 @@ def _records(config):
     data, clients = config.data, config.schedule.clients
     yield (
         not config.base.feature_norm or math.isfinite(config.privacy.clip_norm),
-        "`feature_norm` makes gradients as long as it says, too long for clip_norm=inf: clip them, or leave it out.",
+        (
+            "`feature_norm` cannot be used with clip_norm=inf, since it makes long gradients: give a finite `clip_norm`, "
+            "or leave it out."
+        ),
     )
     yield (
         data.party == 0 or (clients == 1 and 0 < data.party < (data.parties or 1)),
@@ -183,7 +192,7 @@ def _records(config):
     )
     yield (
         data.parties is None or (data.parties >= clients and data.partition != FOLDERS),
-        f"parties={data.parties} must be at least clients={clients}, of a table that is dealt.",
+        f"parties={data.parties} must be at least clients={clients}, and cannot be used with partition=folders.",
     )
 
 
@@ -197,10 +206,10 @@ def _processes(execution):
     if where in (None, "auto"):
         return
     host, _, port = where.rpartition(":")
-    yield host and port.isdigit() and 0 < int(port) < 65536, f"coordinator={where} is not HOST:PORT, nor auto."
+    yield host and port.isdigit() and 0 < int(port) < 65536, f"coordinator={where} must be HOST:PORT or auto."
     yield (
         count is not None and number is not None,
         f"coordinator={where} needs processes=N and process=I, from 0 to N - 1; or give coordinator=auto.",
     )
     yield count >= 1, f"processes={count} must be 1 or more."
-    yield 0 <= number < count, f"process={number} must lie between 0 and processes={count} less one."
+    yield 0 <= number < count, f"process={number} must lie between 0 and {count - 1}, with processes={count}."

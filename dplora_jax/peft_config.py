@@ -123,7 +123,8 @@ class PeftConfig:
                 self._matchers[before, pattern] = _matcher(before, pattern)
             except (re.error, ValueError, OverflowError, RecursionError):
                 raise InputError(
-                    f"{self._path}: {pattern!r} in adapter_config.json is no regular expression that is read here: only those of "
+                    f"{self._path}: {pattern!r} in adapter_config.json is not a regular expression that this program "
+                    "reads: only those of "
                     "RE2 are, without look-ahead and back-references."
                 ) from None
         return self._matchers[before, pattern](module)

@@ -81,7 +81,7 @@ def parse(argv):
     values = absl_flags.FlagValues()
     text = {
         "records": "records of each client, comma-separated, or of every one of --clients; default: as the run's data has them",
-        "solve": f"what to find: {', '.join(UNKNOWNS)}; default: the one not given",
+        "solve": f"what to compute: {', '.join(UNKNOWNS)}; default: the one not given",
         "plot": "file for a figure of epsilon over the rounds, .png, .svg or .pdf",
     }
     for name, help_text in text.items():
@@ -111,11 +111,11 @@ def _unknown(name, given):
     if name is None:
         if not given & {"epsilon", "noise_multiplier"}:
             raise InputError(
-                "give --epsilon, to learn the noise that it takes, or --noise_multiplier, to learn its cost."
+                "give --epsilon to compute the noise that it needs, or --noise_multiplier to compute its cost."
             )
         name = next((unknown for unknown in UNKNOWNS if unknown not in given), None)
         if name is None:
-            raise InputError(f"all of {', '.join(UNKNOWNS)} are given: say with --solve which of them to find.")
+            raise InputError(f"{', '.join(UNKNOWNS)} are all given: say with --solve which of them to compute.")
     missing = {"epsilon", "noise_multiplier"} - {name} - given
     if missing:
         raise InputError(f"--solve={name} needs --{' and --'.join(sorted(missing))}.")

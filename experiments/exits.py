@@ -39,7 +39,7 @@ def guarded(main):
             return code
         except BrokenPipeError as error:  # who read what is printed has gone; at the end it would be flushed again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return say_and_code(errors.StorageError(f"what is printed cannot be written ({error.strerror})."))
+            return say_and_code(errors.StorageError(f"the output cannot be written ({error.strerror})."))
         except Exception as error:
             return say_and_code(error)
 

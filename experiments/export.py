@@ -138,7 +138,7 @@ def _run(folder):
     """The Run of a workdir."""
     for name in ("config.json", "metrics.jsonl"):
         if files.find(folder, name) is None:
-            raise InputError(f"{folder} is no run's workdir: it has no {name}.")
+            raise InputError(f"{folder} is not a run's workdir: it has no {name}.")
     stored, lines = workdir_files.read_config(folder), workdir_files.read_metrics(folder)
     return Run(stored, lines[-1].values if lines else {}, ledger.agreement(folder))
 
@@ -229,7 +229,7 @@ def _head_rows(adapter):
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{adapter} holds no readable PEFT adapter ({error}).") from None
     if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
-        raise InputError(f"{adapter}: tensor {heads[0]} has shape {tuple(shape)}, which is no classifier's head.")
+        raise InputError(f"{adapter}: tensor {heads[0]} has shape {tuple(shape)}, which is not a classifier's head.")
     return shape[0] if heads else None
 
 

@@ -166,7 +166,7 @@ def _flag(line):
     if line.lstrip("-").startswith(tuple(DASHES)):
         raise InputError(f"{line!r} begins with another dash than -: write --name=value.")
     if not line.startswith("-"):
-        raise InputError(f"{line!r} is no flag: write --name=value, or # before a comment.")
+        raise InputError(f"{line!r} is not a flag: write --name=value, or # before a comment.")
     match = re.match(r"--?([A-Za-z][\w-]*)(.*)", line, re.DOTALL)
     if not match:
         raise InputError(f"{line!r} names no flag: write --name=value.")

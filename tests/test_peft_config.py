@@ -106,5 +106,5 @@ def test_options_that_change_no_value_are_read_over():
 
 
 def test_a_broken_pattern_is_named():
-    with pytest.raises(InputError, match=r"'\(' in adapter_config\.json is no regular expression"):
+    with pytest.raises(InputError, match=r"'\(' in adapter_config\.json is not a regular expression"):
         read(target_modules="(").adapts("query")

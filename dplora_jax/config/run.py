@@ -17,7 +17,9 @@ class Base:
         flag="model",
         common=True,
     )
-    dtype: str = field("float32", "type of the base's weights and of matrix products", choices=("float32", "bfloat16"))
+    dtype: str = field(
+        "float32", "number type of the base's weights and of matrix products", choices=("float32", "bfloat16")
+    )
     quantize: str | None = field(
         None, "store the frozen matrices in 8 or 4 bits; default: in `dtype`", choices=("int8", "nf4")
     )
@@ -66,7 +68,7 @@ class Data:
     test_records: int | None = field(
         None, "evaluate on this many test records, drawn by `split_seed`; default: all", least=1
     )
-    max_length: int = field(64, "tokens in a row; longer texts are cut. It is public", least=1)
+    max_length: int = field(64, "tokens in a row, a public number; longer texts are cut", least=1)
     objective: str = field(
         "auto",
         "classifier: a head for the labels; language_model: the tokens of answers, of text, or of a label's word; auto: a "

@@ -69,7 +69,7 @@ def text_format(encoding: str | None, separator: str | None) -> TextFormat:
     separator = csv_table.SEPARATORS.get(separator, "\t" if separator == r"\t" else separator)
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
         words = ", ".join(csv_table.SEPARATORS)
-        raise InputError(f"separator={separator} is no separator; write {words}, or one character.")
+        raise InputError(f"separator={separator} is not a separator; write {words}, or one character.")
     return TextFormat(encoding, separator)
 
 

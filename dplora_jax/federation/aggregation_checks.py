@@ -9,14 +9,17 @@ def checks(config):
     """(holds, what to say if not) for every field of who takes part and how uploads are put together."""
     yield (
         config.aggregation.server_optimizer == "sgd" or not config.aggregation.server_momentum,
-        f"`server_momentum` is of server_optimizer=sgd: {config.aggregation.server_optimizer} has moments of its own.",
+        (
+            f"`server_momentum` cannot be used with server_optimizer={config.aggregation.server_optimizer}, which has "
+            "moments of its own: leave it out, or use sgd."
+        ),
     )
     yield from _one_by_one(config)
     yield from _factors(config)
     yield from _robust(config)
     yield (
         not config.optimizer.proximal or config.schedule.local_steps > 1,
-        "`proximal` pulls back to where the round began, which one local step never leaves: raise `local_steps`.",
+        "`proximal` needs `local_steps` of 2 or more: it pulls later steps back to where the round began.",
     )
     try:
         participation.check(config.schedule.participation, config.schedule.clients)
@@ -56,7 +59,7 @@ def _factors(config):
     )
     yield (
         not config.lora.freeze_a and not config.lora.head_only,
-        "`ranks` cannot be used with `freeze_a` or `head_only`: a rank is of an A and a B that are trained.",
+        "`ranks` cannot be used with `freeze_a` or `head_only`: a client's rank needs a trained A and a trained B.",
     )
 
 
@@ -76,7 +79,10 @@ def _robust(config):
         sound = False
     yield (
         sound,
-        f"robust={config.aggregation.robust} is malformed: none, median, or trimmed_mean:SHARE with SHARE below 0.5.",
+        (
+            f"robust={config.aggregation.robust} is malformed: write none, median, or trimmed_mean:SHARE with SHARE below "
+            "0.5."
+        ),
     )
     yield (
         config.aggregation.robust == "none" or config.lora.ranks is None,

@@ -33,8 +33,8 @@ def kept(stored, sizes):
     began = [row["records"] for row in stored["federation"]["clients"]]
     if began != list(sizes):
         raise InputError(
-            f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
-            "planned for; restore them, or start a new `workdir`."
+            f"the clients have {sizes} records, and this workdir began with {began}, for which its budget was planned: "
+            "restore them, or start a new `workdir`."
         )
     return written(stored)
 

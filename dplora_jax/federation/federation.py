@@ -148,7 +148,10 @@ class Federation:
 
     def _check_count(self, values):
         if len(values) != self.config.schedule.clients:
-            raise InputError(f"there are {len(values)} clients' records, and clients={self.config.schedule.clients}.")
+            raise InputError(
+                f"records of {len(values)} clients are given, and clients={self.config.schedule.clients}: give one entry for "
+                "each client."
+            )
 
     @contextlib.contextmanager
     def _open(self, workdir):

@@ -33,15 +33,15 @@ def make(spec, clients, model, devices=None):
     else:
         parts = spec.lower().split("x")
         if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-            raise InputError(f"mesh={spec} is not CLIENTSxMODEL, as in 8x1, nor auto.")
+            raise InputError(f"mesh={spec} must be CLIENTSxMODEL, as in 8x1, or auto.")
         rows, columns = map(int, parts)
     if rows * columns > len(devices):
         raise InputError(f"mesh={spec} needs {rows * columns} devices, and there are {len(devices)}.")
     each, rest = divmod(rows * columns, len(by_process))
     if rest or each > min(map(len, by_process)):
         raise InputError(
-            f"mesh={spec}: {rows * columns} devices are not as many of each of the {len(by_process)} processes; use a mesh "
-            "that is, or other `processes`."
+            f"mesh={spec} needs {rows * columns} devices, which the {len(by_process)} processes cannot give in equal "
+            "parts: use another mesh, or another number of `processes`."
         )
     odd = sorted(
         {size for target in model.targets.values() for size in target.shape if size % columns}

@@ -59,15 +59,23 @@ def _settled(config, sizes):
     config = config_checks.settle(config)
     method = methods.BY_NAME[config.aggregation.method]
     if len(sizes) != config.schedule.clients:
-        raise InputError(f"there are {len(sizes)} sizes, and clients={config.schedule.clients}.")
+        raise InputError(
+            f"{len(sizes)} sizes are given, and clients={config.schedule.clients}: give one for each client."
+        )
     if trust.mode(config).bare_clients:
         raise InputError(
             f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos."
         )
     if method.personal or config.lora.ranks is not None:
-        raise InputError(f"silos share one adapter of one rank: aggregation={method.name} and `ranks` have several.")
+        raise InputError(
+            "silos share one adapter of one rank: leave out `ranks`, and any aggregation that keeps a part of the "
+            f"adapter at each client (here {method.name})."
+        )
     if participation.scheduled(config) or config.schedule.dropout:
-        raise InputError("the server asks silos for uploads as it goes: leave out `participation` and `dropout`.")
+        raise InputError(
+            "silos follow no schedule, since the server asks them for uploads as it goes: leave out `participation` and "
+            "`dropout`."
+        )
     return config
 
 

@@ -159,7 +159,7 @@ def _refuse(config):
     try:
         config_checks.refuse(config)
     except InputError as error:
-        raise Unfit(f"no run has its flags ({str(error).rstrip('.')})") from None
+        raise Unfit(f"no run can have its flags ({str(error).rstrip('.')})") from None
 
 
 def read_metrics(folder, rounds=accounting.MOST_STEPS):

@@ -16,9 +16,9 @@ def with_features(config, model, params, test, memo, stored):
     if not config.base.feature_norm:
         return params
     if "bias" not in params.get("head", {}):
-        raise InputError("`feature_norm` is for a classifier whose head has a bias, as BERT's: leave it out.")
+        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
     if test is None:
-        raise InputError("`feature_norm` is measured on a public test set, and there is none: see `test_data`.")
+        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
     measured = stored["federation"].get("features") if stored else None
     measured = measured or processes.agree(lambda: _measured(config, model, params, test, memo))
     measured = {name: np.asarray(value, np.float32) for name, value in measured.items()}

@@ -63,7 +63,7 @@ def _closing(config, objective, corpus, private, model, params, grid, tokenizer)
     evaluations = {}
     if objective.kind != objectives.LANGUAGE_MODEL:
         if config.evaluation.benchmarks:
-            raise InputError("`benchmarks` asks a language model, and this is a classifier: leave it out.")
+            raise InputError("`benchmarks` needs a language model, and this is a classifier: leave it out.")
         return evaluations
     if corpus.task.kind == tasks.ANSWERS and config.evaluation.generate:
         asked = _some(config, tasks.asked(corpus.task, corpus.test, config.data.chat))
@@ -89,7 +89,8 @@ def _asked(config, corpus, private, name):
     folder = config.evaluation.benchmarks_dir and pathlib.Path(config.evaluation.benchmarks_dir) / name
     if folder and not folder.is_dir():
         raise InputError(
-            f"benchmarks={name} wants a folder {folder}, which is not there; without `benchmarks_dir` it is read from the hub."
+            f"benchmarks={name} needs the folder {folder}, which does not exist; without `benchmarks_dir` it is read from "
+            "the hub."
         )
     private_folder = config.data.data_dir and pathlib.Path(config.data.data_dir).resolve()
     if folder and private_folder in (

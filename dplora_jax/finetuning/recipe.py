@@ -73,15 +73,17 @@ def for_run(config, given):
 
     if config.data.partition == partition.FOLDERS:
         raise InputError(
-            "`auto` reads how many records each client has, which with partition=folders no process knows of all: give "
+            "`auto` cannot be used with partition=folders, where no process knows how many records each client has: give "
             "`expected_batch_size` and the learning rates."
         )
     mode = trust.mode(config)
     if not mode.public_uploads:
-        raise InputError(f"`auto` knows what to set for trust=local and none, not for trust={config.privacy.trust}.")
+        raise InputError(
+            f"`auto` cannot be used with trust={config.privacy.trust}: it knows what to set for trust=local and none."
+        )
     epsilon, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
     if sigma is not None and mode.private:
-        raise InputError("`auto` goes by `epsilon`: give that in place of `noise_multiplier`.")
+        raise InputError("`auto` needs `epsilon`: give it in place of `noise_multiplier`.")
     dealt = dealing.deal(config)
     _, places = dealt.read(range(config.schedule.clients))
     sizes = [len(places[k]) for k in range(config.schedule.clients)]

@@ -45,7 +45,7 @@ def stored_outputs(hf, wanted, stored):
     outputs = rows(base, wanted) if len(base) == stored else None
     if outputs is None:
         listed = ", ".join(base) if len(base) == stored else f"{stored} unnamed ones"
-        return None, f"the base's classification head is of other labels ({listed}): the head starts fresh, at zero"
+        return None, f"the base's classification head has other labels ({listed}): the head starts fresh, at zero"
     if outputs == tuple(range(stored)):
         return outputs, None
     return (

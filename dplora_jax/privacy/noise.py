@@ -58,7 +58,7 @@ class Noise:
         if not math.isfinite(local.clipper.clip_norm):
             raise ValueError("noise hides only what is clipped: give a clipper of a finite norm, or no noise.")
         if self.one_scale and local.clipper.moves:
-            raise ValueError(f"{type(self).__name__} noise is of one scale, and the norm of this clipper moves.")
+            raise ValueError(f"{type(self).__name__} noise has one scale, and the norm of this clipper moves.")
 
     def init(self, adapter):
         """What the noise of a round's first step remembers of the steps before."""

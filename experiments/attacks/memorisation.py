@@ -97,14 +97,21 @@ def parse(argv):
     absl_flags.DEFINE_integer(
         "candidates", 999, "other secrets that each is ranked among", lower_bound=1, flag_values=values
     )
-    absl_flags.DEFINE_integer("canary_seed", 1, "of the secrets and of the noise", lower_bound=0, flag_values=values)
+    absl_flags.DEFINE_integer(
+        "canary_seed", 1, "seed of the secrets and of the noise", lower_bound=0, flag_values=values
+    )
     values, name = cli.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
     given = cli.chosen(values)
     config = cli.settle(replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries"))
     if not trust.mode(config).private:
-        raise InputError("a run with privacy is compared with one without: give --epsilon or --noise_multiplier.")
+        raise InputError(
+            "this command compares a private run with one without privacy: give --epsilon or --noise_multiplier."
+        )
     if config.data.partition == partition.FOLDERS:
-        raise InputError("canaries are added to a table that is dealt: give another --partition than folders.")
+        raise InputError(
+            "--partition=folders cannot be used here, since canaries are added to one table before it is dealt: give "
+            "another --partition."
+        )
     return config, Options(values.canaries, values.copies, values.candidates, values.canary_seed, config.output.workdir)
 
 

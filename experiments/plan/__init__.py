@@ -80,7 +80,7 @@ def parse(argv):
         config = replace(config, noise_multiplier=1.0)
     config = cli.settle(config)
     if config.execution.stream:
-        raise InputError("a plan takes all records to lie on the devices: leave out --stream.")
+        raise InputError("--stream cannot be used here: a plan assumes that all records lie on the devices.")
     classes = len(config.data.labels) if config.data.labels else values.classes
     names = ("topology", "task", "search", "json")
     return config, {name: values[name].value for name in names} | {
@@ -106,7 +106,7 @@ def topology(name):
         raise InputError(f"--topology={name} is not known: give {', '.join(CHIPS)} and a layout, as in v5e:2x4.")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "planning for a TPU takes its compiler, though no TPU: pip install 'jax[tpu]', or install this project with .[tpu]."
+            "planning needs the TPU compiler, but no TPU: pip install 'jax[tpu]', or install this project with .[tpu]."
         )
     # Else the compiler asks the cloud which machine this is, and lets one process in at a time, and JAX looks for a TPU.
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}

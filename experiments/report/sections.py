@@ -234,11 +234,15 @@ def _other_flags(result, document):
     """A sentence on the flags that were audited and are not this run's; nothing where all are."""
     audited = result.get("flags")
     if not audited:
-        what = "is of a small built-in model, not of this run" if "flags" in result else "does not say of which flags"
+        what = (
+            "attacked a small built-in model, not this run"
+            if "flags" in result
+            else "does not say which flags it ran with"
+        )
         return f" The audit {what}."
     names = [k for k in audited if k in document and k in AUDITED and audited[k] != document[k]]
     words = ", ".join(f"{name} {audited[name]} (here {document[name]})" for name in names)
-    return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {words}." if words else ""
+    return f" THE AUDIT RAN WITH OTHER FLAGS THAN THIS RUN: {words}." if words else ""
 
 
 def _repeat(rows, described):

@@ -97,7 +97,7 @@ def parse(argv):
                 kind = name if name in (BASE, BEST) else RUN
                 _add(cells, kept, name, asked, more, seed, kind, said.append)
             except InputError as error:
-                print(f"warning: the control {name!r} does not go with these flags ({error})", file=sys.stderr)
+                print(f"warning: the control {name!r} cannot be used with these flags ({error})", file=sys.stderr)
     if values.worker is None:
         print("".join(f"{line}\n" for line in dict.fromkeys(said)), end="", file=sys.stderr)
     return list(cells.values()), Options(pathlib.Path(values.out), values.parallel, values.worker)

@@ -55,7 +55,7 @@ def test_a_reader_that_goes_away_is_told_in_a_sentence(capfd, monkeypatch):
     with open(write, "w") as pipe:
         monkeypatch.setattr("sys.stdout", pipe)
         assert exits.guarded(lambda: print("it holds."))() == 74
-    assert capfd.readouterr().err == "error: what is printed cannot be written (Broken pipe).\n"
+    assert capfd.readouterr().err == "error: the output cannot be written (Broken pipe).\n"
 
 
 def test_a_fault_of_the_program_stays_a_fault():

@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys):
     assert "nosuchflag" in refusal(capsys, "--nosuchflag=1")
     assert "holds no readable PEFT adapter" in refusal(capsys, model, f"--adapter={tmp_path}", to)
     assert "no place in this model" in refusal(capsys, f"--model={GOLDEN / 'llama_tiny'}", adapter, to)
-    assert "no run's workdir" in refusal(capsys, f"--workdir={tmp_path}", to)
+    assert "not a run's workdir" in refusal(capsys, f"--workdir={tmp_path}", to)
     assert not out.exists()
     assert list(tmp_path.iterdir()) == []
 

@@ -134,7 +134,7 @@ def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_cla
         ([*CLIENT, "--clip_norm=inf"], "--clip_norm"),
         ([*CLIENT, "--survivors=3"], "--survivors belongs to --trust=distributed"),
         (["--epsilon=8", "--colluding=2"], "--colluding belongs to --trust=distributed"),
-        ([*CLIENT, "--dropout=0.1"], "--dropout with --trust=client"),
+        ([*CLIENT, "--dropout=0.1"], "--dropout cannot be used with --trust=client"),
         (["--epsilon=8", "--client_rate=0.5"], "--client_rate belongs"),  # in mode local it amplifies nothing
         (["--trust=client", "--epsilon=inf", "--client_rate=0.5"], "--client_rate belongs"),
     ],

@@ -29,7 +29,7 @@ def _checks(config):
         f"delta={delta:g} with trust=client must be below 1 / clients={clients}: at that delta, publishing one client's records "
         "whole would count as private.",
     )
-    yield config.schedule.dropout is None, "`dropout` with trust=client is `client_rate`: use that."
+    yield config.schedule.dropout is None, "`dropout` cannot be used with trust=client: use `client_rate`."
 
 
 def _clients_as_records(config, sizes, by_client):
