@@ -36,7 +36,7 @@ def padded_batches(table, size):
 
 def classifier(model, mesh, params, test):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`); both are
-    nan where any logit is not finite, since argmax takes what is no number for a label.
+    nan where any logit is not finite, since argmax takes what is not a number for a label.
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
     over the clients axis, and compiled once; every process gets all predictions.

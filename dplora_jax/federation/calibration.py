@@ -12,7 +12,7 @@ LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
 
 def mechanisms(config, sizes):
-    """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
+    """Each client's mechanism: calibrated to the budget, or with the noise that is given."""
     return trust.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
 
 

@@ -59,7 +59,7 @@ def check_config(path, stored, ledger):
 
 
 def _check_entries(path, stored, ledger):
-    """Every begin entry is of what config.json says."""
+    """Every begin entry agrees with config.json."""
     config, reached = stored.flags, _reached(stored.flags)
     follows = (
         ("for release" if config.privacy.seed is None else "NOT FOR RELEASE")
@@ -194,5 +194,5 @@ def _understated(stored, charged, lines):
 
 
 def _reaches(shown, least):
-    """Whether every epsilon shown is as large as the least it can be; one that is no number is not."""
+    """Whether every epsilon shown is as large as the least it can be; one that is not a number is not."""
     return len(shown) == len(least) and all(s >= c * (1 - SLACK) for s, c in zip(shown, least, strict=True))

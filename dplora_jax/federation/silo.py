@@ -184,7 +184,7 @@ class Silo:
 class Server:
     """The part that sums uploads and steps: it holds no record and no secret. `adapter` is the newest global one.
 
-    Arguments as of `Silo`; all parties derive the same start from the public configuration.
+    Arguments as for `Silo`; all parties derive the same start from the public configuration.
     """
 
     def __init__(self, model, params, loss, config, sizes, mechanisms=None):

@@ -12,7 +12,7 @@ from dplora_jax.privacy import accounting, host_noise, integers, noise, sampling
 
 
 class HostDraws:
-    """Which records join a step, by the host's draws in the place of the device's keys."""
+    """Which records join a step, by the host's draws in place of the device's keys."""
 
     def rows(self, keys, step, client, records, capacity):
         """As `ByKeys.rows`, from `keys` int32 [local_steps, records], each record's draw."""

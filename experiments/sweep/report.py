@@ -108,7 +108,7 @@ def markdown(lines):
 
 
 def _told(lines):
-    """What the means are of, and what saying the commonest label each time would come to."""
+    """What the means are taken over, and what saying the commonest label each time would come to."""
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
     runs, least = dict.fromkeys(line["of"] for line in lines if line.get("of")), []
     for run in runs:
@@ -188,7 +188,7 @@ def _errors(lines, cases, line_of, index, metric):
 
 
 def contents(lines):
-    """What a page shows of `lines`: what the means are of, and plots and a table for each group."""
+    """What a page shows of `lines`: what the means are taken over, and plots and a table for each group."""
     return {
         "words": _told(lines),
         "groups": [{"figures": plots(group), "table": table(group)} for group in groups(lines)],
