@@ -218,8 +218,8 @@ def _add_at(tree, path, parts, delta):
     first = kernels.shape[0] - jax.tree.leaves(parts)[0].shape[0]
 
     def one(layer):
-        kernel, own = layer
-        return (kernel.astype(jnp.float32) + delta(own)).astype(kernel.dtype)
+        kernel, pair = layer
+        return (kernel.astype(jnp.float32) + delta(pair)).astype(kernel.dtype)
 
     return kernels.at[first:].set(jax.lax.map(one, (kernels[first:], parts))).reshape(tree.shape)
 

@@ -188,6 +188,6 @@ def test_mistakes_are_named_before_anything_runs():
     left = np.array([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
     with pytest.raises(ValueError, match="padded to the right"):
         generation.generate(Chain(), COUNT, {"input_ids": left, "attention_mask": left}, max_new_tokens=2)
-    with pytest.raises(ValueError, match="take no position_ids"):
+    with pytest.raises(ValueError, match="cannot have position_ids"):
         generation.generate(Chain(), COUNT, {**DIGITS, "position_ids": DIGITS["input_ids"]}, max_new_tokens=2)
     assert generation.generate(Chain(8), COUNT, DIGITS, max_new_tokens=5).shape == (3, 5)

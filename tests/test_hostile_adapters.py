@@ -108,7 +108,7 @@ def test_a_pattern_takes_no_exponential_time(base, adapter, option, pattern):
 def test_a_pattern_that_is_not_read_is_one_sentence(base, adapter, pattern):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": pattern}))
-    assert "no regular expression" in refusal(peft.load, adapter, *base)
+    assert "not a regular expression" in refusal(peft.load, adapter, *base)
 
 
 def test_an_empty_head_does_not_say_how_many_labels_an_export_has(adapter):
@@ -116,4 +116,4 @@ def test_an_empty_head_does_not_say_how_many_labels_an_export_has(adapter):
         {"base_model.model.score.weight": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}}
     ).encode()
     (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert "no classifier's head" in refusal(export._head_rows, adapter)
+    assert "not a classifier's head" in refusal(export._head_rows, adapter)

@@ -194,7 +194,7 @@ TASKS = {
 TRAINABLE = tuple(name for name, task in TASKS.items() if task.kind != CHOICES)
 
 
-def own(kind, label_names=()):
+def own_table(kind, label_names=()):
     """The Task of a person's own table of `kind`."""
     ask = {LABELS: label_words(label_names), ANSWERS: question_answer, TEXT: plain_text}[kind]
     return Task(kind, ask, label_names=tuple(label_names))

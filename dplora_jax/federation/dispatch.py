@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming
+from dplora_jax.federation import mesh, participation, processes, round, streaming, trust
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
 
@@ -31,8 +31,9 @@ class Job(NamedTuple):
     paid: str | None = None
 
     def steps(self, rounds=None):
-        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in all."""
-        steps = participants.steps(self.config, rounds)
+        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in
+        all."""
+        steps = participation.steps(self.config, rounds)
         return steps if self.members is None else steps[:, self.members]
 
     @property
@@ -53,7 +54,8 @@ def check_past(job):
             )
     if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
         raise InputError(
-            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new `workdir`."
+            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new "
+            "`workdir`."
         )
 
 
@@ -107,7 +109,7 @@ def charge(job, done):
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
-    more = {"steps": job.steps(rounds).sum(0).tolist()} if participants.scheduled(config) else {}
+    more = {"steps": job.steps(rounds).sum(0).tolist()} if participation.scheduled(config) else {}
     more |= {
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
@@ -118,7 +120,9 @@ def charge(job, done):
         config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
         more["nonce"] = os.urandom(16).hex()
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, job.inputs, **more)
+    ledger.begin(
+        rounds, attempt, job.prepared.mechanisms, trust.mode(config).steps_per_round(config), job.inputs, **more
+    )
     return rounds, attempt
 
 
@@ -128,7 +132,7 @@ def _stay_within(job, rounds):
     if config.privacy.epsilon is None:
         return
     mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
-    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
+    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": trust.mode(config).steps_per_round(config)}
     planned["steps"] = job.steps(rounds).sum(0).tolist()
     spent = max(job.ledger.epsilons(config.privacy.delta, [planned]))
     if spent > config.privacy.epsilon:
@@ -141,7 +145,7 @@ def _stay_within(job, rounds):
 def _affordable(job, done):
     """The last round that no client has to pay more for than was planned: lost attempts have been paid for too."""
     config = job.config
-    if not participants.scheduled(config):
+    if not participation.scheduled(config):
         return done + config.schedule.rounds - job.ledger.charged_rounds()
     planned = job.steps().sum(0)
     left = planned - job.ledger.charged_steps(len(planned))
@@ -163,8 +167,16 @@ def paid_secrets(job):
 
 
 def round_keys(job, rounds, attempt):
-    """What the dispatch that was charged last draws from (`randomness.of_rounds`)."""
-    return randomness.of_rounds(job.config, job.prepared, paid_secrets(job), rounds, attempt)
+    """What rounds [a, b) of the dispatch that was charged last draw from, as the noise makes it (`noise.Noise.round_keys`), and
+    "joins" where not everyone takes part in each round."""
+    config, prepared, numbers, parties = job.config, job.prepared, range(*rounds), paid_secrets(job)
+    local, rate = prepared.rounds.local, trust.mode(config).joining(config)
+    keys = local.noise.round_keys(
+        parties, numbers, attempt, config.schedule.clients, rate, local, prepared.mechanisms, prepared.state.adapter
+    )
+    if participation.partial(config):
+        keys["joins"] = participation.joins(config, parties, numbers, attempt)
+    return keys
 
 
 def _most_rounds(job):

@@ -23,9 +23,9 @@ def rows(mechanisms):
     """The rows that clients of these `accounting.Mechanism`s fill together in a step, but for a chance of OVERFLOW."""
     joined = np.ones(1)
     for m in mechanisms:
-        own = scipy.stats.binom.pmf(np.arange(m.capacity + 1), m.part, m.join_rate)
-        own[-1] += max(0.0, 1 - own.sum())  # beyond its capacity a client drops rows
-        joined = np.convolve(joined, own)
+        row_chances = scipy.stats.binom.pmf(np.arange(m.capacity + 1), m.part, m.join_rate)
+        row_chances[-1] += max(0.0, 1 - row_chances.sum())  # beyond its capacity a client drops rows
+        joined = np.convolve(joined, row_chances)
     tail = np.cumsum(joined[::-1])[::-1]  # tail[i]: the chance of i rows or more
     return max(1, int((tail > OVERFLOW).sum()) - 1)
 

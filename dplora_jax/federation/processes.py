@@ -118,12 +118,12 @@ def _connect(config):
         )
         _group.number, _group.count = jax.process_index(), jax.process_count()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        execution, reason = config.execution, " ".join(str(error).split())[:200]
         _fail(
             LOST,
-            f"process {config.execution.process} could not join the others by coordinator={config.execution.coordinator} within {stall} s: start "
-            f"all {config.execution.processes or ''} processes, and let them reach process 0 at that address: it listens there alone, or "
-            f"where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
+            f"process {execution.process} could not join the others by coordinator={execution.coordinator} within {stall} s: "
+            f"start all {execution.processes or ''} processes, and let them reach process 0 at that address: it listens there "
+            f"alone, or where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
         )
 
 

@@ -6,8 +6,8 @@
         uploads = {client: silo.fit(server.adapter, number) for client, silo in silos.items()}
         server.aggregate(uploads)
 
-No network is here: an adapter and an upload are pytrees of arrays. By the same seed the adapters are those of `Federation`, to the
-rounding of floating point.
+No network is here: an adapter and an upload are pytrees of arrays. By the same seed the adapters are those of `Federation`, to
+the rounding of floating point.
 
 Letters: K clients.
 """
@@ -33,10 +33,11 @@ from dplora_jax.federation import (
     frozen_layers,
     mesh,
     methods,
+    participation,
     program,
     round,
     storage,
-    trust_modes,
+    trust,
     waves,
 )
 from dplora_jax.federation.clock import Clock
@@ -58,15 +59,23 @@ def _settled(config, sizes):
     config = config_checks.settle(config)
     method = methods.BY_NAME[config.aggregation.method]
     if len(sizes) != config.schedule.clients:
-        raise InputError(f"there are {len(sizes)} sizes, and clients={config.schedule.clients}.")
-    if trust_modes.mode(config).bare_clients:
+        raise InputError(
+            f"{len(sizes)} sizes are given, and clients={config.schedule.clients}: give one for each client."
+        )
+    if trust.mode(config).bare_clients:
         raise InputError(
             f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos."
         )
     if method.personal or config.lora.ranks is not None:
-        raise InputError(f"silos share one adapter of one rank: aggregation={method.name} and `ranks` have several.")
-    if config.schedule.participation != "all" or config.schedule.dropout:
-        raise InputError("the server asks silos for uploads as it goes: leave out `participation` and `dropout`.")
+        raise InputError(
+            "silos share one adapter of one rank: leave out `ranks`, and any aggregation that keeps a part of the "
+            f"adapter at each client (here {method.name})."
+        )
+    if participation.scheduled(config) or config.schedule.dropout:
+        raise InputError(
+            "silos follow no schedule, since the server asks them for uploads as it goes: leave out `participation` and "
+            "`dropout`."
+        )
     return config
 
 
@@ -101,7 +110,7 @@ class Silo:
         if count != sizes[client]:
             raise InputError(f"client {client} has {count} records, and the plan is for {sizes[client]}.")
         mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
-        shares = trust_modes.mode(self.config).shares(self.config, sizes, mechanisms)
+        shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
         self._mesh = mesh.make("1x1", 1, model)
@@ -126,11 +135,11 @@ class Silo:
         kept.ledger.seal_with(secret)
         kept.ledger.promise()
         sent = lora.count(part.state.adapter)
-        told = {"release": description.release(self.config), "communication": {"adapter_parameters": sent}}
+        described = {"release": description.release(self.config), "communication": {"adapter_parameters": sent}}
         kept.describe(self.config, {"client": self.client})
         inputs = dispatch.keyed_inputs([secret], *digests)
         config = replace(self.config, dispatch_rounds=1, eval_every=0)
-        job = dispatch.Job(config, part, kept, [secret], inputs, told, Clock(), {}, [self.client])
+        job = dispatch.Job(config, part, kept, [secret], inputs, described, Clock(), {}, [self.client])
         dispatch.check_past(job)
         restored = kept.restore(part.state)
         self.done, self._state = restored[:2] if restored else (0, part.state)
@@ -145,7 +154,7 @@ class Silo:
     @property
     def epsilon(self):
         """What this party's records have paid by its own ledger, lost attempts included; infinite without privacy."""
-        if not self.config.privacy.private:
+        if not trust.mode(self.config).private:
             return float("inf")
         return max(self._job.ledger.epsilons(self.config.privacy.delta), default=0.0)
 
@@ -194,7 +203,7 @@ class Server:
     def __init__(self, model, params, loss, config, sizes, mechanisms=None):
         self.config = _settled(config, sizes)
         mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
-        shares = trust_modes.mode(self.config).shares(self.config, sizes, mechanisms)
+        shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         grid = mesh.make("1x1", 1, model)
         nothing = [{} for _ in sizes]

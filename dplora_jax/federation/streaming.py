@@ -69,9 +69,9 @@ class Stream:
         """One round's keys [1, K, ...] as `mesh.place_keys` puts them, with "batch" {name: [1, K', S, C, ...]} and "weights"
         [1, K', S, C] in the place of "sampling"."""
         padded = self.count - len(keys["sampling"][0])
-        own = np.pad(keys["sampling"][0], [(0, padded), *[(0, 0)] * (keys["sampling"].ndim - 2)])
+        sampling_keys = np.pad(keys["sampling"][0], [(0, padded), *[(0, 0)] * (keys["sampling"].ndim - 2)])
         with jax.default_device(self.host):
-            rows, weights = jax.device_get(self.draw(self.clients, {"sampling": own}))
+            rows, weights = jax.device_get(self.draw(self.clients, {"sampling": sampling_keys}))
         batch = {
             name: np.zeros((self.count, *rows.shape[1:], *array.shape[1:]), array.dtype)
             for name, array in self.shards[0].items()

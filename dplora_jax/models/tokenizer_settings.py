@@ -26,9 +26,9 @@ def follow(directory, tokenizer, by_class):
     kind, backend = type(by_class).__name__, tokenizer.backend_tokenizer
     if kind == "BertTokenizer":
         options = {theirs: getattr(by_class, name) for name, theirs in BERT.items()}
-        found = backend.normalizer is not None and _changed(backend.normalizer, "BertNormalizer", options)
-        if found:
-            backend.normalizer = found
+        changed = backend.normalizer is not None and _changed(backend.normalizer, "BertNormalizer", options)
+        if changed:
+            backend.normalizer = changed
         elif any(settings.get(name) is not None for name in BERT):
             warnings.warn(
                 f"{directory}: tokenizer.json's own normaliser is kept, which is not BERT's: {', '.join(BERT)} of "
@@ -53,8 +53,8 @@ def lower_case(directory, tokenizer):
         from tokenizers import normalizers
 
         backend = tokenizer.backend_tokenizer
-        own = [] if backend.normalizer is None else [backend.normalizer]
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        normaliser = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *normaliser])
 
 
 def end_ids(tokenizer):

@@ -118,7 +118,7 @@ class Chain:
                 entry = json_files.parse(line, self.entry)
             except json_files.Unfit as error:
                 raise InputError(
-                    f"{self.path} is damaged: line {number} is no entry this version knows: {error}; {ADVICE}"
+                    f"{self.path} is damaged: line {number} is not an entry that this version knows: {error}; {ADVICE}"
                 ) from None
             if entry["previous"] != heads[-1]:
                 raise InputError(

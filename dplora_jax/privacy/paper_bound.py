@@ -31,9 +31,9 @@ def reach(sampling_rate, steps):
 
 
 def sentence(mechanisms, steps, delta):
-    """What a report says of it: the largest value over the clients, and that it is no guarantee."""
+    """What a report says of it: the largest value over the clients, and that it is not a guarantee."""
     largest = max(epsilon(m.sampling_rate, m.noise_multiplier, steps, delta) for m in mechanisms)
     return (
         f"The DP-LoRA paper's asymptotic bound, q sqrt(T log(1/delta)) / sigma with its unspecified constant set to 1, would say "
-        f"epsilon {largest:.3f}; it is no guarantee."
+        f"epsilon {largest:.3f}; it is not a guarantee."
     )

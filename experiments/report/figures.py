@@ -112,7 +112,7 @@ def _plot_epsilon(rows, budget):
     return draw
 
 
-def of_run(flags, rows, private):
+def for_run(flags, rows, private):
     """Utility per round, epsilon per round, and each against the other, as far as the run has them -> Figures."""
     metrics = by_metric(rows)
     # A perplexity and an accuracy share no axis.
@@ -151,8 +151,8 @@ def against_rank(rows, models, ranks, targets):
     def draw(axes):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for index, of_model in enumerate(series.values()):
-            x, y = [row["rank"] for row in of_model], [row["ratio"] for row in of_model]
+        for index, model_rows in enumerate(series.values()):
+            x, y = [row["rank"] for row in model_rows], [row["ratio"] for row in model_rows]
             axes.plot(x, y, "o-", color=SERIES[index % len(SERIES)], linewidth=2, markersize=4.2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}×")

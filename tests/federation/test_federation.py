@@ -198,5 +198,5 @@ def test_other_records_than_the_workdirs_are_refused(federation, tmp_path):
 
 
 def test_the_number_of_shards_is_the_number_of_clients(federation):
-    with pytest.raises(InputError, match="there are 2 clients' records, and clients=3"):
+    with pytest.raises(InputError, match="records of 2 clients are given, and clients=3"):
         list(federation().fit(small.shards()[:2], storage.InMemory()))

@@ -115,16 +115,16 @@ def test_a_trimmed_mean_cuts_by_the_count_of_those_who_are_there():
 
 
 def test_schedules_are_public_fair_and_of_the_size_asked_for():
-    fixed = participation.schedule("fixed:3", 7, 40, 1)
+    fixed = participation.draw_schedule("fixed:3", 7, 40, 1)
     assert (fixed.sum(1) == 3).all()
     assert np.ptp(fixed.sum(0)) <= 1
     assert len(np.unique(fixed, axis=0)) > 20
-    np.testing.assert_array_equal(fixed, participation.schedule("fixed:3", 7, 40, 1))
-    assert (fixed != participation.schedule("fixed:3", 7, 40, 2)).any()
-    poisson = participation.schedule("poisson:0.3", 50, 400, 1)
+    np.testing.assert_array_equal(fixed, participation.draw_schedule("fixed:3", 7, 40, 1))
+    assert (fixed != participation.draw_schedule("fixed:3", 7, 40, 2)).any()
+    poisson = participation.draw_schedule("poisson:0.3", 50, 400, 1)
     assert abs(poisson.mean() - 0.3) < 6 * np.sqrt(0.21 / poisson.size)  # false alarms: under 1e-8
     assert np.ptp(poisson.sum(1)) > 5
-    assert participation.schedule("all", 3, 2, 0).all()
+    assert participation.draw_schedule("all", 3, 2, 0).all()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Laplace(Noise):
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(methods.BY_NAME, "votes", VOTES)
-    monkeypatch.setitem(noises.KINDS, "laplace", (__name__, "Laplace"))
+    monkeypatch.setitem(noises.KINDS, "laplace", noises.Kind(__name__, "Laplace"))
 
 
 def test_a_round_takes_an_aggregation_from_outside(registered):

@@ -21,15 +21,15 @@ def found():
 
 def test_few_sizes_are_each_their_own():
     sizes = MANY[: size_classes.MOST] * 2
-    assert size_classes.of(sizes, 64) == {n: (n, n) for n in sizes}
-    assert len(size_classes.of(MANY[: size_classes.MOST + 1], 64)) == size_classes.MOST + 1
-    assert len(set(size_classes.of(MANY[: size_classes.MOST + 1], 64).values())) <= size_classes.CLASSES
+    assert size_classes.bounds_by_size(sizes, 64) == {n: (n, n) for n in sizes}
+    assert len(size_classes.bounds_by_size(MANY[: size_classes.MOST + 1], 64)) == size_classes.MOST + 1
+    assert len(set(size_classes.bounds_by_size(MANY[: size_classes.MOST + 1], 64).values())) <= size_classes.CLASSES
 
 
 @pytest.mark.parametrize("expected", [1, 64, 800, 30_000])
 @pytest.mark.parametrize("sizes", [MANY, MANY[40:], range(100, 140), [*range(1, 40), 10**6]])
 def test_classes_are_few_cover_every_size_and_do_not_overlap(sizes, expected):
-    classes = size_classes.of(sizes, expected)
+    classes = size_classes.bounds_by_size(sizes, expected)
     assert set(classes) == set(sizes)
     assert all(smallest <= size <= largest for size, (smallest, largest) in classes.items())
     ranges = sorted(set(classes.values()))
@@ -44,7 +44,7 @@ def test_classes_are_few_cover_every_size_and_do_not_overlap(sizes, expected):
 
 def test_order_and_number_of_clients_do_not_matter():
     shuffled = np.random.default_rng(0).permutation(MANY * 2).tolist()
-    assert size_classes.of(shuffled, 64) == size_classes.of(MANY, 64)
+    assert size_classes.bounds_by_size(shuffled, 64) == size_classes.of(MANY, 64)
 
 
 def test_a_client_is_accounted_with_no_fewer_records_and_no_lower_rate_than_its_own(found):

@@ -44,8 +44,8 @@ METHOD = Method(
     refuses=(
         *FACTORS,
         *ONE_RANK,
-        Refusal("ema", 0.0, "an average has no client's own B"),
-        Refusal("robust", "none", "a robust mean takes the place of a mean of like uploads"),
+        Refusal("ema", 0.0, "an average over rounds has no client's own B"),
+        Refusal("robust", "none", "a robust mean would replace the mean that it needs"),
     ),
     personal=True,
     own=_own,
