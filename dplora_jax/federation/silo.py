@@ -96,12 +96,15 @@ class Silo:
     `client` is its number among clients of the public `sizes`; `records` is a dict of [n_k, ...] arrays as `Federation.fit` takes
     them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one `accounting.Mechanism` a client)
     may give them instead. With a `workdir` its secret, its ledger and its state are kept there; without, nothing is durable. A
-    context manager: its end sets the workdir free.
+    context manager: its end sets the workdir free. Silos of one configuration and of like shapes may share the compiled round: `programs`,
+    a dict, keeps it.
 
     Raises InputError for a configuration that silos cannot run, and for records of another number than `sizes` says.
     """
 
-    def __init__(self, model, params, loss, config, *, client, records, sizes, mechanisms=None, workdir=None):
+    def __init__(
+        self, model, params, loss, config, *, client, records, sizes, mechanisms=None, workdir=None, programs=None
+    ):
         self.config, self.client = _settled(config, sizes), client
         count, length = records["attention_mask"].shape
         if count != sizes[client]:
@@ -114,9 +117,10 @@ class Silo:
         self._params = mesh.put(params, mesh.base_sharding(self._mesh, params))
         model, through = frozen_layers.split(self.config, model, self._params, count, length)
         self._placement = mesh.place(self._mesh, [through(records)], [shares[client]], self.config.privacy.clip_norm, 1)
-        rounds = program.federation(self.config, model, loss, mechanisms, adapter, self._placement, length)
+        everyone = self._placement._replace(sizes=list(sizes))
+        rounds = program.federation(self.config, model, loss, mechanisms, adapter, everyone, length)
         part = Part([mechanisms[client]], [shares[client]], rounds, _init(rounds, adapter, 1))
-        self._program = round.make(rounds, self._mesh, transcript=True)
+        self._programs = {} if programs is None else programs
         self._context = storage.open_silo(workdir, self.config)
         try:
             self._job = self._begin(part, digests, self._context.__enter__())
@@ -173,12 +177,21 @@ class Silo:
         begun = self._state._replace(adapter=adapter, average=self._state.average._replace(rounds=np.int32(number - 1)))
         placed = mesh.place_keys(self._mesh, keys, 1)
         begun = jax.tree.map(jnp.array, begun)  # it is donated
-        after, shown = self._program(begun, self._params, self._placement.clients, self._placement.data, placed)
+        arguments = begun, self._params, self._placement.clients, self._placement.data, placed
+        after, shown = self._compiled(arguments)(*arguments)
         upload = jax.tree.map(lambda x: np.asarray(x)[0, 0], shown[0]["uploads"])
         self.done, self._state = number, self._state._replace(clip_norms=after.clip_norms)
         self._job.storage.save(number, self._state, {"ledger": self._job.ledger.anchor})
         self._job.ledger.commit(rounds, attempt)
         return upload
+
+    def _compiled(self, arguments):
+        """The compiled round."""
+        part, shapes = self._job.prepared.rounds, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
+        key = part.local, part.rule, shapes
+        if key not in self._programs:
+            self._programs[key] = round.make(part, self._mesh, transcript=True).lower(*arguments).compile()
+        return self._programs[key]
 
 
 class Server:
@@ -199,7 +212,7 @@ class Server:
         self._clients = placement.clients
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, placement, 1)
         self._rounds = dataclasses.replace(rounds, attendance=attendance.Some())
-        self._state = _init(self._rounds, adapter)
+        self._state = _init(self._rounds, adapter)._replace(clip_norms=())  # each silo keeps its own
         self._step = jax.jit(self._aggregated)
 
     @property

@@ -33,7 +33,9 @@ def test_the_rule_for_labels_touches_labels_alone():
 def test_what_is_no_string_is_no_text(cell, kind, role):
     columns = {"prompt": ["a"], "answer": ["b"], "group": ["c"]} | {role: [cell]}
     with pytest.raises(InputError, match=rf"column '{role}' that are not text \({kind}\)"):
-        records.rows(table(**columns), tasks.own_table(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"}, "group")
+        records.rows(
+            table(**columns), tasks.own_table(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"}, "group"
+        )
 
 
 def test_a_choice_without_its_text_is_refused_and_not_asked_as_none():

@@ -84,7 +84,9 @@ def test_a_resumed_run_keeps_its_mechanisms(argv):
 def two_classes(monkeypatch):
     """Three sizes are many: 60 and 400 make one class, 900 another."""
     monkeypatch.setattr(size_classes, "MOST", 2)
-    monkeypatch.setattr(size_classes, "bounds_by_size", lambda sizes, _: {60: (60, 400), 400: (60, 400), 900: (900, 900)})
+    monkeypatch.setattr(
+        size_classes, "bounds_by_size", lambda sizes, _: {60: (60, 400), 400: (60, 400), 900: (900, 900)}
+    )
 
 
 @pytest.mark.parametrize(
