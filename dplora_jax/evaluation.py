@@ -127,7 +127,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
 
     def evaluate(adapter, residual=()):
         based = lora.shifted(model, params, residual) if residual else params
-        made = [
+        batches = [
             np.asarray(
                 generation.generate(
                     model, based, batch, max_new_tokens=new_tokens, adapter=adapter, end_tokens=ends, pad_token=pad
@@ -138,7 +138,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
         written = tokenizer.batch_decode(
             [
                 list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
-                for ids in np.concatenate(made)[: len(asked)]
+                for ids in np.concatenate(batches)[: len(asked)]
             ],
             skip_special_tokens=True,
         )

@@ -19,13 +19,13 @@ MOST_EPSILONS = 1000  # that are reckoned anew of the lines of metrics.jsonl
 def _check_flags(path, stored):
     """Every client's mechanism is the one that the flags and the clients' sizes decide: sampling, capacity, bands, noise."""
     try:
-        made = calibration.mechanisms(stored.flags, stored.records)
+        mechanisms = calibration.mechanisms(stored.flags, stored.records)
     except InputError as error:
         raise InputError(f"{path} does not hold: {error}") from None
     except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
         raise InputError(f"{path} does not hold: no mechanism can be made of its flags and sizes.") from None
-    for client, (said, decided) in enumerate(zip(stored.mechanisms, made, strict=True)):
-        if other := _differ(said, decided):
+    for client, (stored_one, decided) in enumerate(zip(stored.mechanisms, mechanisms, strict=True)):
+        if other := _differ(stored_one, decided):
             raise InputError(
                 f"{path} does not hold: client {client}'s {', '.join(other)} cannot follow from its flags and the clients' sizes."
             )

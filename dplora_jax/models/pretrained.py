@@ -112,9 +112,9 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         params = read_params(reader, checkpoint, quantize)
         checkpoint.refuse_unread()
     if stored is not None:
-        rows, said = labels.stored_outputs(hf, label_names, stored)
+        rows, head_words = labels.stored_outputs(hf, label_names, stored)
         if rows is None:
-            warnings.warn(f"{said}.", stacklevel=2)
+            warnings.warn(f"{head_words}.", stacklevel=2)
         params = {**params, "head": labels.aligned(params["head"], rows, num_labels)}
     return model, params
 
