@@ -36,7 +36,7 @@ def padded_batches(table, size):
 
 def classifier(model, mesh, params, test):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`); both are
-    nan where any logit is not finite, since argmax takes what is no number for a label.
+    nan where any logit is not finite, since argmax takes what is not a number for a label.
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
     over the clients axis, and compiled once; every process gets all predictions.
@@ -127,7 +127,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
 
     def evaluate(adapter, residual=()):
         based = lora.shifted(model, params, residual) if residual else params
-        made = [
+        batches = [
             np.asarray(
                 generation.generate(
                     model, based, batch, max_new_tokens=new_tokens, adapter=adapter, end_tokens=ends, pad_token=pad
@@ -138,7 +138,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
         written = tokenizer.batch_decode(
             [
                 list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
-                for ids in np.concatenate(made)[: len(asked)]
+                for ids in np.concatenate(batches)[: len(asked)]
             ],
             skip_special_tokens=True,
         )

@@ -63,9 +63,9 @@ def _said(error):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    said = str(error) if type(error).__name__ == "JaxRuntimeError" else ""
-    if said.startswith("RESOURCE_EXHAUSTED"):
-        return said.splitlines()[0]
+    text = str(error) if type(error).__name__ == "JaxRuntimeError" else ""
+    if text.startswith("RESOURCE_EXHAUSTED"):
+        return text.splitlines()[0]
     return WITHHELD if error.args else ""
 
 

@@ -3,7 +3,7 @@
 Letters: B rows, T tokens, L layers, I inputs, O outputs, R rank.
 
 An adapter is a dict `{"layers": {target: Pair}, "head": {...}}`, either part of which may be missing. Its leaves are exactly
-the arrays that are trained; a frozen A is no leaf (`freeze_a` moves it into the base parameters).
+the arrays that are trained; a frozen A is not a leaf (`freeze_a` moves it into the base parameters).
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class LoraConfig:
 
 @struct.dataclass
 class Pair:
-    """One adapted matrix, stacked over layers: a [L, R, I] (None when frozen), b [L, O, R]; the scale is no leaf."""
+    """One adapted matrix, stacked over layers: a [L, R, I] (None when frozen), b [L, O, R]; the scale is not a leaf."""
 
     a: Any
     b: Any

@@ -12,7 +12,7 @@ UNUSED = {
     "use_qalora": (False, None), "use_bdlora": (None, False), "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None,), "target_parameters": (None, []), "loftq_config": ({}, None), "megatron_config": (None,),
     "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
-    # How A and B began is of no concern, unless the base's own matrices were changed to make room (PiSSA, OLoRA, ...).
+    # How A and B began does not matter, unless the base's own matrices were changed to make room (PiSSA, OLoRA, ...).
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 # What is read, or changes no value of a finished adapter. `fan_in_fan_out` is one: PEFT itself corrects it by the matrix.

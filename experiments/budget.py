@@ -28,7 +28,7 @@ from experiments import cli, exits
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
 POINTS = 24  # of a curve over the rounds
-# What to ask for in the place of other trust modes.
+# What to ask for in place of other trust modes.
 ASK_LOCAL = {
     "distributed": "at the same --noise_multiplier it costs a client what --trust=local does. Ask for that.",
     "client": "its records are clients. Ask for --trust=local with --clients=1, --records=the clients and "
@@ -149,7 +149,7 @@ def _checked(config, unknown, numbers):
 
 
 def _sizes(text, config, clients_given):
-    """Each client's number of records: as flagged, else as the run's data and partition have them."""
+    """Each client's number of records: as --records says, else as the run's data and partition have them."""
     if text is None:
         from dplora_jax.finetuning import dealing
 

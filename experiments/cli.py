@@ -70,7 +70,7 @@ def settle(config):
 
 @contextlib.contextmanager
 def speaking_of_flags():
-    """Errors of the library that pass here speak of flags in the place of fields."""
+    """Errors of the library that pass here speak of flags in place of fields."""
     try:
         yield
     except InputError as error:
@@ -79,7 +79,7 @@ def speaking_of_flags():
 
 
 def as_flags(text):
-    """`text` of the library with flags in the place of fields: `rank` becomes --rank, and rank=8 becomes --rank=8."""
+    """`text` of the library with flags in place of fields: `rank` becomes --rank, and rank=8 becomes --rank=8."""
     text = str(text)
     text = re.sub(rf"`({NAMES})`", r"--\1", text)
     return re.sub(rf"(?<![\w.`-])({NAMES})=(?=[^\s=])", r"--\1=", text)

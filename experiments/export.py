@@ -151,9 +151,9 @@ def _release(run, adapter):
             return f"{workdir_files.NO_PRIVACY}: the run was made without it"
         return run.stored.release if run.ledger.holds else f"NOT FOR RELEASE. {run.ledger.words.rstrip('.')}"
     note = files.find(adapter, "README.md")
-    said = files.read_bytes(note).decode("utf-8", "replace") if note else ""
+    note_text = files.read_bytes(note).decode("utf-8", "replace") if note else ""
     marks = {"NOT FOR RELEASE": " (--seed made its noise reproducible)", "NO PRIVACY": ""}
-    return next((f"{mark}{why}" for mark, why in marks.items() if mark in said), UNTOLD)
+    return next((f"{mark}{why}" for mark, why in marks.items() if mark in note_text), UNTOLD)
 
 
 def _noted_labels(adapter):
@@ -162,8 +162,10 @@ def _noted_labels(adapter):
 
     note = files.find(adapter, "README.md")
     lines = files.read_bytes(note).decode("utf-8", "replace").splitlines() if note else ()
-    said = next((line.removeprefix(model_card.LABELS) for line in lines if line.startswith(model_card.LABELS)), "[]")
-    named = files.parse_json(said.encode(), adapter / "README.md", list)
+    label_line = next(
+        (line.removeprefix(model_card.LABELS) for line in lines if line.startswith(model_card.LABELS)), "[]"
+    )
+    named = files.parse_json(label_line.encode(), adapter / "README.md", list)
     return tuple(map(str, named)) or None
 
 

@@ -34,7 +34,7 @@ class Word(NamedTuple):
 
 
 def parse(argv, values, program):
-    """Read `argv` and its flagfiles into absl's `values` -> (what is no flag, the name of the last flagfile that `argv` itself
+    """Read `argv` and its flagfiles into absl's `values` -> (what is not a flag, the name of the last flagfile that `argv` itself
     names, or None). Raises InputError."""
     words, name = expand(argv, values)
     try:
@@ -46,7 +46,7 @@ def parse(argv, values, program):
 
 
 def refuse_rest(rest):
-    """InputError where a command line holds what is no flag."""
+    """InputError where a command line holds what is not a flag."""
     if rest:
         hint = (
             "it begins with another dash than -; write --"

@@ -99,12 +99,12 @@ def _seals(workdir, config, ledger):
         ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, parties)))
         return "fit, but anyone who knows --seed can make them"
     try:
-        held = secrets.load(workdir / "private")
+        party_secrets = secrets.load(workdir / "private")
     except OSError:  # not ours to read
-        held = None
-    if held is None:
+        party_secrets = None
+    if party_secrets is None:
         return "cannot be checked: the secrets are destroyed, or not here"
-    ledger.seal_with(b"".join(held))
+    ledger.seal_with(b"".join(party_secrets))
     return "fit the run's secrets"
 
 

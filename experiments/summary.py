@@ -1,14 +1,8 @@
 """The line that a run ends with."""
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import workdir_files
+from dplora_jax.federation import trust, workdir_files
 from experiments import formats, ledger
-
-PROTECTED = {
-    "local": "every client's records",
-    "distributed": "every client's records (secure aggregation simulated)",
-    "client": "every client as a whole",
-}
 
 
 def line(folder):
@@ -23,7 +17,7 @@ def line(folder):
     metrics = f"test {', '.join(scores)}" if scores else "not evaluated"
     confirmed = ledger.agreement(folder)
     budget = (
-        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {PROTECTED[flags.privacy.trust]}"
+        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects}"
         if stored.private
         else workdir_files.NO_PRIVACY
     )

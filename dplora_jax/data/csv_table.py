@@ -12,8 +12,8 @@ SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 def read(stream, wanted, every, separators):
     """(the names of all columns, {name: cells} of those `wanted`, or of `every` one that has a name) of an open text file.
 
-    The first of `separators` is taken whose header has the `wanted` columns. Blank lines are no rows, and a row may leave out its
-    last cells. Raises UnreadableError.
+    The first of `separators` is taken whose header has the `wanted` columns. Blank lines are not rows, and a row may leave out
+    its last cells. Raises UnreadableError.
     """
     limit = csv.field_size_limit(sys.maxsize)  # else a text of more than 131,072 characters is an error
     try:

@@ -136,8 +136,8 @@ def split(rows, fraction, seed):
     Of questions and answers whole questions are held out: one that has several answers is in one part with all of them.
     """
     total = len(rows.texts)
-    held = round(total * fraction)
-    if not 0 < held < total:
+    test_count = round(total * fraction)
+    if not 0 < test_count < total:
         raise InputError(f"test_fraction={fraction} of {total} rows leaves one part empty; give another.")
     order = np.random.default_rng(seed).permutation(total)
     if rows.answers is not None:
@@ -145,9 +145,9 @@ def split(rows, fraction, seed):
         for rank, index in enumerate(order):
             first.setdefault(rows.texts[index], rank)
         order = order[np.argsort([first[rows.texts[index]] for index in order], kind="stable")]
-        while held < total and rows.texts[order[held]] == rows.texts[order[held - 1]]:
-            held += 1
-    return _taken(rows, order[held:]), _taken(rows, order[:held])
+        while test_count < total and rows.texts[order[test_count]] == rows.texts[order[test_count - 1]]:
+            test_count += 1
+    return _taken(rows, order[test_count:]), _taken(rows, order[:test_count])
 
 
 def some(table: Records | None, count, seed):
@@ -195,12 +195,14 @@ def refuse_copy(parts, columns, what: str = "the test table"):
     `what`) hold every record of `parts` (a list of Records, one a client), or of one of them that has FEW different ones or more:
     each text in one column, and each answer too where there are some. Labels may have other numbers there: metrics on it would be
     exact statistics of what is private all the same."""
-    held = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
+    public_cells = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
     wanted = [[set(map(_plain, column)) for column in (part.texts, part.answers or ())] for part in parts]
     whole = [set().union(*sets) for sets in zip(*wanted, strict=True)]
     several = [sets for sets in wanted if max(map(len, sets)) >= FEW]
     for sets, whose in [(whole, ""), *((sets, " of a client") for sets in several)]:
-        if any(sets) and all(not column_texts or any(column_texts <= cells for cells in held) for column_texts in sets):
+        if any(sets) and all(
+            not column_texts or any(column_texts <= cells for cells in public_cells) for column_texts in sets
+        ):
             raise Refused(
                 f"{what} is refused as a public test set: give another.",
                 f"{what} holds every training record{whose}, and these are private.",

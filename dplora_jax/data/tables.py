@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How text files are written that are no UTF-8, or part their cells by something else; None: nothing was said."""
+    """How text files are written that are not UTF-8, or part their cells by something else; None: nothing was said."""
 
     encoding: str | None = None
     separator: str | None = None

@@ -138,7 +138,7 @@ def _first_answer(value):
 
 
 def _number(value):
-    """A cell as a whole number; -1 where it is none, as in tables whose labels are kept back."""
+    """A cell as a whole number; -1 where it is not one, as in tables whose labels are kept back."""
     text = label_of(value)
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
 

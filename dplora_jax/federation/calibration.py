@@ -12,20 +12,20 @@ LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
 
 def mechanisms(config, sizes):
-    """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
+    """Each client's mechanism: calibrated to the budget, or with the noise that is given."""
     return trust.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
 
 
 def _by_client(config, sizes):
     """The mechanism that each client's own noise makes, calibrated to the steps that it is in."""
-    steps, made = planned_steps(participation.total_steps(config), sizes), [None] * len(sizes)
+    steps, mechanisms = planned_steps(participation.total_steps(config), sizes), [None] * len(sizes)
     for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
         members = [client for client, client_steps in enumerate(steps) if client_steps == count]
         for client, mechanism in zip(
             members, _planned(config, [sizes[k] for k in members], max(count, 1)), strict=True
         ):
-            made[client] = mechanism
-    return made
+            mechanisms[client] = mechanism
+    return mechanisms
 
 
 def kept(stored, sizes):

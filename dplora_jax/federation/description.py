@@ -65,7 +65,7 @@ def _method(config, noise):
 
 
 def release(config):
-    """Whether the outputs may leave the house; None where there is no privacy to speak of."""
+    """Whether the outputs may leave the house; None where there is no privacy."""
     if not trust.mode(config).private:
         return None
     return "for release" if config.privacy.seed is None else "NOT FOR RELEASE: a seed makes the noise reproducible"

@@ -85,7 +85,7 @@ def charge(job, done):
 
     A dispatch that a crash cut off is never run again under its keys. Someone may have seen its uploads, and two transcripts
     under one set of keys, from machines that round differently, show in their difference gradients without noise. So it stays
-    paid for, and a new attempt has keys of its own and is paid for too. Only with `seed`, whose noise is no secret, are the same
+    paid for, and a new attempt has keys of its own and is paid for too. Only with `seed`, whose noise is not secret, are the same
     rounds run again as they were. Raises InputError rather than take a client past its epsilon.
     """
     config, ledger = job.config, job.ledger
@@ -158,7 +158,7 @@ def paid_secrets(job):
     before it.
 
     So a workdir that is put back to an earlier state, a disk's snapshot say, cannot draw them again for anything else. With
-    `seed` they are the seed's alone: its noise is no secret, and is to be the same however the rounds are cut.
+    `seed` they are the seed's alone: its noise is not secret, and is to be the same however the rounds are cut.
     """
     if job.config.privacy.seed is not None:
         return job.secrets
@@ -180,7 +180,7 @@ def round_keys(job, rounds, attempt):
 
 
 def _most_rounds(job):
-    """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
+    """The most rounds of a dispatch: as configured, and no more than the host's draws have room for."""
     config, local = job.config, job.prepared.rounds.local
     sent = job.description["communication"]["adapter_parameters"]
     return min(config.execution.dispatch_rounds, local.noise.most_rounds(config.schedule.clients, sent, local))

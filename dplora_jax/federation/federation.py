@@ -49,7 +49,7 @@ class Round(NamedTuple):
 class Federation:
     """Clients who fine-tune one frozen language model together, each under its own (epsilon, delta).
 
-    `model` and `params` are of `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
+    `model` and `params` come from `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
     (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled
     rounds, and `memo` what the frozen layers made of records: given the same dicts, federations of like shapes share them.
     `base_name` is what others know the base model by, for the adapter's files.

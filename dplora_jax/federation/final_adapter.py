@@ -1,6 +1,6 @@
 """What a run gives away in the end: the adapter that metrics and files speak of, whatever the aggregation makes of it.
 
-Metrics are of its head on features as the run prepares them (`models.features`), files of the same on those of the base."""
+Metrics use its head on features as the run prepares them (`models.features`); files hold that head for the base's features."""
 
 from typing import Any, NamedTuple
 

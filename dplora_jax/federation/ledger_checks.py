@@ -19,13 +19,13 @@ MOST_EPSILONS = 1000  # that are reckoned anew of the lines of metrics.jsonl
 def _check_flags(path, stored):
     """Every client's mechanism is the one that the flags and the clients' sizes decide: sampling, capacity, bands, noise."""
     try:
-        made = calibration.mechanisms(stored.flags, stored.records)
+        mechanisms = calibration.mechanisms(stored.flags, stored.records)
     except InputError as error:
         raise InputError(f"{path} does not hold: {error}") from None
     except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
         raise InputError(f"{path} does not hold: no mechanism can be made of its flags and sizes.") from None
-    for client, (said, decided) in enumerate(zip(stored.mechanisms, made, strict=True)):
-        if other := _differ(said, decided):
+    for client, (stored_one, decided) in enumerate(zip(stored.mechanisms, mechanisms, strict=True)):
+        if other := _differ(stored_one, decided):
             raise InputError(
                 f"{path} does not hold: client {client}'s {', '.join(other)} cannot follow from its flags and the clients' sizes."
             )
@@ -59,7 +59,7 @@ def check_config(path, stored, ledger):
 
 
 def _check_entries(path, stored, ledger):
-    """Every begin entry is of what config.json says."""
+    """Every begin entry agrees with config.json."""
     config, reached = stored.flags, _reached(stored.flags)
     follows = (
         ("for release" if config.privacy.seed is None else "NOT FOR RELEASE")
@@ -194,5 +194,5 @@ def _understated(stored, charged, lines):
 
 
 def _reaches(shown, least):
-    """Whether every epsilon shown is as large as the least it can be; one that is no number is not."""
+    """Whether every epsilon shown is as large as the least it can be; one that is not a number is not."""
     return len(shown) == len(least) and all(s >= c * (1 - SLACK) for s, c in zip(shown, least, strict=True))

@@ -87,7 +87,7 @@ def total_steps(config):
     return schedule(config).sum(0) * trust.mode(config).steps_per_round(config)
 
 
-def joins(config, held, rounds, attempt):
-    """float32 [rounds, K] of 0 or 1: who is in each of `rounds` (a range) and does not fail to send, by the secrets `held`."""
-    sent = secrets.joins(held[: config.schedule.clients], rounds, attempt, 1 - (config.schedule.dropout or 0))
+def joins(config, party_secrets, rounds, attempt):
+    """float32 [rounds, K] of 0 or 1: who is in each of `rounds` (a range) and does not fail to send, by `party_secrets`."""
+    sent = secrets.joins(party_secrets[: config.schedule.clients], rounds, attempt, 1 - (config.schedule.dropout or 0))
     return sent * np.asarray(schedule(config)[rounds.start - 1 : rounds.stop - 1], np.float32)

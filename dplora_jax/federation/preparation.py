@@ -89,7 +89,7 @@ def adapter_and_wave(config, grid, model, params, length):
 
 
 def _warn_of_delta(config, largest):
-    """Warn where delta is no small matter to a client of `largest` records."""
+    """Warn where delta is too large for a client of `largest` records."""
     privacy = config.privacy
     if trust.mode(config).private and privacy.delta * largest >= 1:
         warnings.warn(

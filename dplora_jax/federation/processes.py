@@ -228,7 +228,7 @@ def fail(error):
         return
     seconds = SECONDARY if _secondary(error) else 0
     if isinstance(error, InputError):
-        who = "" if isinstance(error, Refused) else f"{_group.name}: "  # whose clients it is of is not for all
+        who = "" if isinstance(error, Refused) else f"{_group.name}: "  # whose clients it concerns is not for all
         _fail(error.code, f"{who}{error}", seconds)
     guard.show(error)
     _fail(1, f"{_group.name} failed with {type(error).__name__}: see what it printed.", seconds or 1.5 * SUSPECT)

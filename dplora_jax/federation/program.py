@@ -104,8 +104,8 @@ def _robust(spec):
 
 
 def wave(config, grid, model, adapter, length):
-    """How many clients a device computes at a time: as flagged, else, where they can pool their rows, as many as it has, in waves
-    of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
+    """How many clients a device computes at a time: as configured, else, where they can pool their rows, as many as it has, in
+    waves of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
     if config.execution.wave is not None:
         return min(config.execution.wave, config.schedule.clients)
     if not _poolable(config, model, adapter, length):

@@ -93,11 +93,11 @@ def _init(rounds, adapter, clients=0):
 class Silo:
     """One party's part alone: its records, its secret, its ledger. Nothing leaves it but what `fit` returns.
 
-    `client` is its number among clients of the public `sizes`; `records` is a dict of [n_k, ...] arrays as `Federation.fit` takes
-    them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one `accounting.Mechanism` a client)
-    may give them instead. With a `workdir` its secret, its ledger and its state are kept there; without, nothing is durable. A
-    context manager: its end sets the workdir free. Silos of one configuration and of like shapes may share the compiled round: `programs`,
-    a dict, keeps it.
+    `client` is its number among clients of the public `sizes`; `records` is a dict of [n_k, ...] arrays as `Federation.fit`
+    takes them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one `accounting.Mechanism` a
+    client) may give them instead. With a `workdir` its secret, its ledger and its state are kept there; without, nothing is
+    durable. A context manager: its end sets the workdir free. Silos of one configuration and of like shapes may share the
+    compiled round: `programs`, a dict, keeps it.
 
     Raises InputError for a configuration that silos cannot run, and for records of another number than `sizes` says.
     """
@@ -197,7 +197,7 @@ class Silo:
 class Server:
     """The part that sums uploads and steps: it holds no record and no secret. `adapter` is the newest global one.
 
-    Arguments as of `Silo`; all parties derive the same start from the public configuration.
+    Arguments as for `Silo`; all parties derive the same start from the public configuration.
     """
 
     def __init__(self, model, params, loss, config, sizes, mechanisms=None):

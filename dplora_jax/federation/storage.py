@@ -70,22 +70,22 @@ class Workdir:
 
     def secrets(self, parties, seed):
         """The secret of each of so many `parties`: process 0 makes them where there are none, the others read its file."""
-        private, made = self.directory / "private", None
+        private, created = self.directory / "private", None
         if processes.primary():
             if (
                 not self.ledger.entries
             ):  # nothing ran under secrets that an earlier start left, or nothing tells what did
                 secrets.destroy(private)
-            made = secrets.load_or_create(private, parties) if seed is None else None
+            created = secrets.load_or_create(private, parties) if seed is None else None
         processes.meet()
         if seed is not None:
             return secrets.from_seed(seed, parties)
-        held = made or secrets.load(private)
-        if held is None:
+        party_secrets = created or secrets.load(private)
+        if party_secrets is None:
             raise InputError(
                 f"{private} has no secrets that this process can read: `workdir` must be one shared folder for all."
             )
-        return held
+        return party_secrets
 
     def describe(self, config, description):
         """Write config.json, unless an earlier start, which was charged by it, did."""
@@ -163,8 +163,8 @@ def open_workdir(directory, config):
     Raises InputError where another process holds it, where its run has other fields that decide the result, or where its ledger
     does not hold.
     """
-    held = locked(directory) if processes.primary() else contextlib.nullcontext(pathlib.Path(directory))
-    with held as folder:
+    lock = locked(directory) if processes.primary() else contextlib.nullcontext(pathlib.Path(directory))
+    with lock as folder:
         ledgers_here = []  # process 0's
 
         def look():
@@ -225,13 +225,13 @@ def _checked_ledger(config, folder):
         ledger.check(anchor, name)
     seeded = config.privacy.seed is not None
     if ledger.ended:
-        held = (
+        party_secrets = (
             secrets.from_seed(config.privacy.seed, trust.mode(config).parties(config))
             if seeded
             else secrets.load(private)
         )
-        if held:  # an end that someone else wrote must not cost the secrets
-            ledger.seal_with(b"".join(held))
+        if party_secrets:  # an end that someone else wrote must not cost the secrets
+            ledger.seal_with(b"".join(party_secrets))
         secrets.destroy(private)
     elif not (private / secrets.FILE).exists() and ledger.entries and not seeded:
         raise InputError(

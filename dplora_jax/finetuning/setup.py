@@ -96,8 +96,8 @@ def _describe(config, corpus, labels, params, command, prepared):
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)
     if features.KEY in params:
-        held = jax.device_get(params[features.KEY])
-        described["features"] = {name: np.asarray(value).tolist() for name, value in held.items()}
+        normalisation = jax.device_get(params[features.KEY])
+        described["features"] = {name: np.asarray(value).tolist() for name, value in normalisation.items()}
     return described
 
 

@@ -205,12 +205,12 @@ def save_modules(directory, model, params, labels, source=None, max_length=None)
     ]
     _write_json(directory / "modules.json", listed)
     settings_name = "sentence_bert_config.json"
-    said = read_json(source / settings_name) if source is not None and find(source, settings_name) else {}
-    if not max_length and said.get("max_seq_length"):
-        (max_length,) = sizes(said, "max_seq_length")
+    settings = read_json(source / settings_name) if source is not None and find(source, settings_name) else {}
+    if not max_length and settings.get("max_seq_length"):
+        (max_length,) = sizes(settings, "max_seq_length")
     length = min(max_length or c.max_positions, c.max_positions)
     _write_json(
-        directory / settings_name, {"max_seq_length": length, "do_lower_case": said.get("do_lower_case") is True}
+        directory / settings_name, {"max_seq_length": length, "do_lower_case": settings.get("do_lower_case") is True}
     )
     pooling = {"word_embedding_dimension": c.width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     pooling |= {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
@@ -245,7 +245,7 @@ def copy_side_files(source, directory, tokenizer: Any = None, with_code=False):
 def _own_code(source):
     """The Python files of the classes that config.json and tokenizer_config.json name, and those that these import from there."""
     settings = [read_json(source / name) for name in ("config.json", "tokenizer_config.json") if find(source, name)]
-    maps = [said["auto_map"] for said in settings if isinstance(said.get("auto_map"), dict)]
+    maps = [part["auto_map"] for part in settings if isinstance(part.get("auto_map"), dict)]
     classes = [
         name for named in maps for value in named.values() for name in (value if isinstance(value, list) else [value])
     ]

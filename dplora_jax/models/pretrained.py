@@ -66,7 +66,7 @@ def locate(name_or_path):
 
 
 def hub_id(name_or_path):
-    """The hub's name of a model, for others to find it by; None of a path: that is no business of theirs."""
+    """The hub's name of a model, for others to find it by; None of a path: that is not for others to know."""
     name = HUB_IDS.get(str(name_or_path), str(name_or_path))
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not pathlib.Path(name).exists() else None
 
@@ -112,9 +112,9 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         params = read_params(reader, checkpoint, quantize)
         checkpoint.refuse_unread()
     if stored is not None:
-        rows, said = labels.stored_outputs(hf, label_names, stored)
+        rows, head_words = labels.stored_outputs(hf, label_names, stored)
         if rows is None:
-            warnings.warn(f"{said}.", stacklevel=2)
+            warnings.warn(f"{head_words}.", stacklevel=2)
         params = {**params, "head": labels.aligned(params["head"], rows, num_labels)}
     return model, params
 
@@ -155,7 +155,7 @@ def depth(name_or_path):
 
 def file_digests(name_or_path):
     """{file name: SHA-256 in hex} of the weights, config and tokenizer of a model, looked for as `from_pretrained` does: where
-    two parties' are equal, they start from the same base. Reads all weights. InputError as of `from_pretrained`."""
+    two parties' are equal, they start from the same base. Reads all weights. InputError as `from_pretrained` raises it."""
     return digests.place_digests(locate(name_or_path))
 
 

@@ -63,8 +63,8 @@ def end_ids(tokenizer):
     named, place = [tokenizer.eos_token_id], tokenizer.name_or_path
     if place and pathlib.Path(place).is_dir():
         path = find(place, "generation_config.json") or find(place, "config.json")
-        said = read_json(path).get("eos_token_id") if path else None
-        named += said if isinstance(said, list) else [said]
+        eos_id = read_json(path).get("eos_token_id") if path else None
+        named += eos_id if isinstance(eos_id, list) else [eos_id]
     return tuple(sorted({end for end in named if type(end) is int and end >= 0}))
 
 

@@ -20,7 +20,7 @@ NEIGHBOURS = privacy_accountant.NeighboringRelation.REPLACE_SPECIAL
 GRID = 1e-3  # of the privacy losses that are reported
 CAPACITY_COST = 1e-3  # the share of epsilon that a batch's fixed capacity may cost
 ROUNDING = 2e-14  # what float64 may lose of delta, a composed event (PRIVACY.md, How epsilon is checked)
-MOST_NOISE = 1e9  # of a multiplier that is flagged or kept in a ledger
+MOST_NOISE = 1e9  # of a multiplier that is given or kept in a ledger
 MOST_STEPS = 10**6  # of a client in all rounds
 # Of a step's losses, and of the composed ones by `_coarser`'s measure: a second's work, and some hundred megabytes.
 MOST_POINTS = (10**5, 4 * 10**8)
@@ -146,7 +146,7 @@ def composed(parts, delta, grid=GRID):
 @functools.cache
 def renyi_epsilon(mechanism, steps, delta):
     """epsilon of the same steps by Renyi accounting, a looser upper bound by other means: a cross-check, never what is promised.
-    It is of plain Poisson sampling (its accountant knows no capacity), so it says nothing of what a capacity costs."""
+    It covers plain Poisson sampling (its accountant knows no capacity), so it says nothing of what a capacity costs."""
     if mechanism.noise_multiplier == 0:
         return math.inf if steps else 0.0
     one = dp_event.PoissonSampledDpEvent(mechanism.sampling_rate, dp_event.GaussianDpEvent(mechanism.noise_multiplier))

@@ -160,8 +160,8 @@ class Chain:
         if self.head_path.exists():
             sealed.append((str(self.head_path), self._head_file()))
         for name, value in sealed:
-            shown = str(value.get("seal")).encode(errors="replace")  # whatever text stands there
-            if not hmac.compare_digest(shown, _seal(secret, value).encode()):
+            seal = str(value.get("seal")).encode(errors="replace")  # whatever text stands there
+            if not hmac.compare_digest(seal, _seal(secret, value).encode()):
                 raise InputError(
                     f"{name} was not written by this run: its seal does not fit the run's secrets; {ADVICE}"
                 )

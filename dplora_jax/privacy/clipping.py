@@ -162,7 +162,8 @@ def in_turns(clip_rows, size, batch, weights):
 
 
 def slots_of(form, loss_fn, adapter, batch):
-    """What one backward pass leaves of all rows for `clipped_grad_sum`, as jax.ShapeDtypeStruct; None where it is no one pass."""
+    """What one backward pass leaves of all rows for `clipped_grad_sum`, as jax.ShapeDtypeStruct; None where it is not one
+    pass."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     return jax.eval_shape(lambda: _slots(form, loss_fn, adapter, batch, rows, False))
 

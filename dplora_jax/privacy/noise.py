@@ -80,9 +80,9 @@ class Noise:
         """Lines on this noise, for config.json and the report; none on the usual one."""
         return []
 
-    def round_keys(self, held, numbers, attempt, clients, rate, local, mechanisms, adapter):
-        """What rounds `numbers` draw from, by the secrets `held` (`secrets.round_keys`)."""
-        return secrets.round_keys(held, numbers, attempt, clients, rate)
+    def round_keys(self, party_secrets, numbers, attempt, clients, rate, local, mechanisms, adapter):
+        """What rounds `numbers` draw from, by the secrets `party_secrets` (`secrets.round_keys`)."""
+        return secrets.round_keys(party_secrets, numbers, attempt, clients, rate)
 
     def key_shapes(self, parties, clients, rate, local, adapter):
         """One round's `round_keys` as jax.ShapeDtypeStruct; `parties` have a secret, of whom the first `clients` are clients."""

@@ -6,7 +6,7 @@ sampling rate q are (epsilon, delta)-private, for any epsilon < c1 q^2 T, if
     sigma >= c2 q sqrt(T log(1 / delta)) / epsilon.
 
 Neither source gives the constants. Here c2 = 1 and log is natural; solved for epsilon, that is q sqrt(T log(1 / delta)) / sigma.
-With c2 = 1 it is no upper bound: at q = 1 it lies below the exact epsilon of the Gaussian, whose leading term is
+With c2 = 1 it is not an upper bound: at q = 1 it lies below the exact epsilon of the Gaussian, whose leading term is
 sqrt(2 T log(1 / delta)) / sigma. Nor is its condition checked, c1 being unknown; epsilon < q^2 T is what c1 = 1 would ask.
 The paper also clips a batch's mean gradient rather than each example's, so its sigma refers to another sensitivity.
 """

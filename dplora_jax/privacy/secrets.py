@@ -56,12 +56,12 @@ def load(private):
     path = pathlib.Path(private) / FILE
     try:
         text = json_files.read(path)
-        held = [] if not text or b"\0" in text else json_files.parse(text, SECRETS)
+        secrets = [] if not text or b"\0" in text else json_files.parse(text, SECRETS)
     except FileNotFoundError:
         return None
     except json_files.Unfit as error:
         raise InputError(f"{path} is damaged: {error}; restore it.") from None
-    return [bytes.fromhex(secret) for secret in held] or None
+    return [bytes.fromhex(secret) for secret in secrets] or None
 
 
 def destroy(private):

@@ -2,7 +2,7 @@
 
 import math
 
-MOST = 32  # distinct sizes that are each accounted for themselves
+MOST = 32  # distinct sizes that are each accounted on their own
 CLASSES = (
     24  # of more sizes, at most: a client takes part at most a 23rd of the sizes' range (in logarithms) more often
 )

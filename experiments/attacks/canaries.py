@@ -173,11 +173,11 @@ def shards(subject, canaries, coins):
     client is too small."""
     count = coins.shape[1]
     opposed = subject.rate == 1
-    held = count * (2 if opposed else 1)
+    records_taken = count * (2 if opposed else 1)
     smallest = min(m.records for m in subject.mechanisms)
-    if held > smallest:
+    if records_taken > smallest:
         raise InputError(
-            f"--canaries={count} takes {held} records, and a client has {smallest}: give a smaller number."
+            f"--canaries={count} takes {records_taken} records, and a client has {smallest}: give a smaller number."
         )
     out = []
     for mechanism, mine in zip(subject.mechanisms, coins, strict=True):
@@ -186,7 +186,7 @@ def shards(subject, canaries, coins):
         scale = np.zeros(mechanism.records, np.float32)
         scale[:count] = canaries["scale"] * mine
         if opposed:
-            scale[count:held] = -canaries["scale"] / 2
+            scale[count:records_taken] = -canaries["scale"] / 2
         out.append(shard | {"scale": scale})
     return out
 

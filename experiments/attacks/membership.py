@@ -53,8 +53,8 @@ def _tables(config):
         raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")
     objective = objectives.make(config, corpus.task, models.load_tokenizer(config.base.name))
     train, test = objective.train(corpus.train), objective.train(corpus.test)
-    held = np.concatenate(shares)
-    return objective, ({name: value[held] for name, value in train.items()}, test)
+    members = np.concatenate(shares)
+    return objective, ({name: value[members] for name, value in train.items()}, test)
 
 
 def _losses(loss, model, params, adapter, table):

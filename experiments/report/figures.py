@@ -123,7 +123,7 @@ def for_run(flags, rows, private):
         if flags.aggregation.ema
         else ""
     )
-    made = [
+    charts = [
         figure(f"utility{i}", "Utility per round", series, f"Round 0 is the base model.{average}",
                _plot_metrics(series, against_epsilon=False), broken=1)
         for i, series in enumerate(groups)
@@ -132,16 +132,16 @@ def for_run(flags, rows, private):
         budget = math.inf if flags.privacy.epsilon is None else flags.privacy.epsilon
         keys = ["epsilon_max"] + ["budget (epsilon)"] * math.isfinite(budget)
         caption = f"What the uploads so far have cost, at delta {flags.privacy.delta:g}; the band spans all clients."
-        made.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget), broken=1))
+        charts.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget), broken=1))
         caption = (
             "One point per evaluated round of this run; a run calibrated for a smaller epsilon draws another curve."
         )
-        made += [
+        charts += [
             figure(f"trade{i}", "Utility against epsilon", series, caption,
                    _plot_metrics(series, against_epsilon=True), "epsilon_max", broken=1)
             for i, series in enumerate(groups)
         ]  # fmt: skip
-    return made
+    return charts
 
 
 def against_rank(rows, models, ranks, targets):

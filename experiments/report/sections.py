@@ -161,10 +161,10 @@ def charged(clients, last):
 def clients_table(clients):
     """A row a client, or the first ones and the spread of all."""
     names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
-    shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
+    rows_shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
     body = [
         [_cell(client.get(name, index if name == "client" else None), name) for name in names]
-        for index, client in enumerate(shown)
+        for index, client in enumerate(rows_shown)
     ]
     foot = []
     for title, reduced in (("min", min), ("median", statistics.median), ("max", max)):
@@ -173,7 +173,7 @@ def clients_table(clients):
             _cell(reduced(values) if values else None, name) for name, values in zip(names[1:], columns, strict=True)
         ]
         foot.append([title, *cells])
-    return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(shown) < len(clients) else [])
+    return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(rows_shown) < len(clients) else [])
 
 
 def _cell(value, name):

@@ -44,7 +44,7 @@ def main(argv=None):
     if options.parallel > 1 and options.worker is None:
         _spread(argv, min(options.parallel, len(missing)))
     else:
-        # A worker's share is of all cells, and so the same however many are done when it starts.
+        # A worker's share is taken of all cells, and so is the same however many are done when it starts.
         mine = cells if options.worker is None else cells[options.worker :: options.parallel]
         with private_files.reasons_in(options.out.parent):
             _run([cell for cell in mine if cell in missing], options.out)

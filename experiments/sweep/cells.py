@@ -80,12 +80,12 @@ def parse(argv):
     values, _ = cli.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
     kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own_flags]
     varied = [_values(spec) for spec in values.vary]
-    cells, said = {}, []  # what --auto chose
+    cells, auto_choices = {}, []  # what --auto chose
     for case, *settings, seed in itertools.product(values.case, *varied, values.seeds):
         name, colon, more = case.partition(":")
         if not colon or not seed.isdigit():
             raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
-        _add(cells, kept, name.strip(), settings, more, seed, say=said.append)
+        _add(cells, kept, name.strip(), settings, more, seed, say=auto_choices.append)
     cases = {cell.name["case"] for cell in cells.values()}
     for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
         words = [f"--{flag}={value}" for flag, value in settings]
@@ -95,11 +95,11 @@ def parse(argv):
             asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
             try:
                 kind = name if name in (BASE, BEST) else RUN
-                _add(cells, kept, name, asked, more, seed, kind, said.append)
+                _add(cells, kept, name, asked, more, seed, kind, auto_choices.append)
             except InputError as error:
                 print(f"warning: the control {name!r} cannot be used with these flags ({error})", file=sys.stderr)
     if values.worker is None:
-        print("".join(f"{line}\n" for line in dict.fromkeys(said)), end="", file=sys.stderr)
+        print("".join(f"{line}\n" for line in dict.fromkeys(auto_choices)), end="", file=sys.stderr)
     return list(cells.values()), Options(pathlib.Path(values.out), values.parallel, values.worker)
 
 

@@ -108,7 +108,7 @@ def markdown(lines):
 
 
 def _told(lines):
-    """What the means are of, and what saying the commonest label each time would come to."""
+    """What the means are taken over, and what saying the commonest label each time would come to."""
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
     runs, least = dict.fromkeys(line["of"] for line in lines if line.get("of")), []
     for run in runs:
@@ -141,7 +141,7 @@ def _number(value):
 
 def plots(lines):
     """A figure of each usual metric against each varied flag, the others held at their first value; error bars over seeds."""
-    names, column_names, made = varied(lines), columns(lines), []
+    names, column_names, plots = varied(lines), columns(lines), []
     drawn = [line["case"] for line in lines if line["case"] != BASE]  # which lies far below, where nothing else is
     cases = list(dict.fromkeys(drawn))[:MOST_LINES]
     for index, name in enumerate(names):
@@ -155,12 +155,12 @@ def plots(lines):
             caption = f"Mean and standard deviation over seeds{f', at {held}' if held else ''}."
             draw = _errors(lines, cases, line_of, index, metric)
             title = f"{formats.metric_name(metric)} against {name}"
-            made.append(
+            plots.append(
                 figure(
                     f"sweep-{'-'.join(names)}-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name, SOLID
                 )
             )
-    return made
+    return plots
 
 
 def _errors(lines, cases, line_of, index, metric):
@@ -188,7 +188,7 @@ def _errors(lines, cases, line_of, index, metric):
 
 
 def contents(lines):
-    """What a page shows of `lines`: what the means are of, and plots and a table for each group."""
+    """What a page shows of `lines`: what the means are taken over, and plots and a table for each group."""
     return {
         "words": _told(lines),
         "groups": [{"figures": plots(group), "table": table(group)} for group in groups(lines)],

@@ -71,10 +71,10 @@ def test_a_part_of_the_records_keeps_texts_answers_and_groups_together(tmp_path)
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"prompt_column": "q"}, "needs --answer_column"),
+        ({"prompt_column": "q"}, "needs `answer_column`"),
         ({"prompt_column": "q", "answer_column": "a", "label_column": "l"}, "give one pair"),
-        ({"label_column": "l"}, "needs --text_column"),
-        ({}, "needs --text_column"),
+        ({"label_column": "l"}, "needs `text_column`"),
+        ({}, "needs `text_column`"),
     ],
 )
 def test_columns_that_make_no_task_are_one_sentence(options, sentence, tmp_path):

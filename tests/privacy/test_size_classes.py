@@ -44,7 +44,7 @@ def test_classes_are_few_cover_every_size_and_do_not_overlap(sizes, expected):
 
 def test_order_and_number_of_clients_do_not_matter():
     shuffled = np.random.default_rng(0).permutation(MANY * 2).tolist()
-    assert size_classes.bounds_by_size(shuffled, 64) == size_classes.of(MANY, 64)
+    assert size_classes.bounds_by_size(shuffled, 64) == size_classes.bounds_by_size(MANY, 64)
 
 
 def test_a_client_is_accounted_with_no_fewer_records_and_no_lower_rate_than_its_own(found):

@@ -9,7 +9,7 @@ def _own(adapter):
 
 
 def _with(adapter, own):
-    """`adapter` with these B in the place of its."""
+    """`adapter` with these B in place of its own."""
     return {**adapter, "layers": {name: pair.replace(b=own[name]) for name, pair in adapter["layers"].items()}}
 
 

@@ -1,6 +1,6 @@
 """What a way of putting uploads together is: a record of facts and pure functions.
 
-Flags are checked against the facts where there is no JAX, too: so the functions of a method import it themselves.
+A configuration is checked without JAX, so the functions of a method import it themselves.
 """
 
 import dataclasses

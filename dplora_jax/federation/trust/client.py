@@ -72,6 +72,7 @@ MODE = Mode(
     parties=lambda config: config.schedule.clients + 1,  # the server has a secret too
     steps_per_round=lambda config: 1,
     fields=("client_rate",),
+    protects="every client as a whole",
     defaults=lambda config: {"client_rate": 1.0},
     checks=_checks,
     public_uploads=False,

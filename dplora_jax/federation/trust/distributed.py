@@ -93,6 +93,7 @@ MODE = Mode(
     fields=("survivors", "colluding"),
     defaults=lambda config: {"survivors": config.schedule.clients, "colluding": 1, "dropout": 0.0},
     checks=_checks,
+    protects="every client's records (secure aggregation simulated)",
     notice=(
         "Secure aggregation is simulated.",
         "The guarantee is for those who see totals alone; a deployment needs a real protocol.",

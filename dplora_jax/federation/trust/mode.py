@@ -48,7 +48,7 @@ class Mode:
     - `joining(config)`: the probability with which a client takes part in a round; None where all always do;
     - `senders(config, sent)`: what a round's metrics tell of how many clients sent.
     In words: `statements(config)`, lines on the `method`, `accounting(config, mechanisms, steps)`, and for the head of a report a
-    `notice` (title, why) or None.
+    `notice` (title, why) or None. A private mode's epsilon is for what it `protects`.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Mode:
     defaults: Callable = lambda config: {}
     checks: Callable = lambda config: ()
     notice: tuple | None = None
+    protects: str = "every client's records"
     private: bool = True
     public_uploads: bool = True
     bare_clients: bool = False
