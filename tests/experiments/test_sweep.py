@@ -8,9 +8,10 @@ import pytest
 
 from dplora_jax.config import RunConfig, deciding, replace
 from dplora_jax.errors import InputError
-from experiments import run, sweep
+from experiments import sweep
 from experiments.sweep import cells as sweep_cells
 from experiments.sweep import report as sweep_report
+from tests.experiments.small_runs import fit
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
         plain = [word for word in command if not word.startswith(("--out", "--seeds", "--case", "--vary"))]
         folder = tmp_path / name["case"]
         seeds = [f"--epsilon={name['epsilon']}", f"--seed={name['seed']}", f"--split_seed={name['seed']}"]
-        assert run.main([*plain, *more, *seeds, f"--workdir={folder}"]) == 0
+        fit([*plain, *more, *seeds, f"--workdir={folder}"])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
         assert found["epsilon_max"] == lines[-1]["epsilon_max"]
