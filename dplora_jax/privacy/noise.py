@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from dplora_jax.privacy import sampling, secrets, threefry
 
+TOGETHER = (
+    1 << 16
+)  # numbers of an array, up to which its four draws are one array in memory: a quarter of the compile time
 DRAWS = 4  # keys to a draw; 4 x 64 bits carry a client's whole 256-bit digest
 
 
@@ -20,11 +23,14 @@ def gaussian(keys, tree, std, step):
     normals: JAX's float32 normal never leaves 5.42 standard deviations, and a sum of four reaches 10.84.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    own = [jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step) for key in keys]
+    fold = lambda key, number: jax.random.fold_in(key, number)  # noqa: E731
+    four = jax.vmap(fold, (0, None))(jax.random.wrap_key_data(keys, impl="threefry2x32"), step)
+    by_leaf = jax.random.key_data(jax.vmap(jax.vmap(fold, (0, None)), (None, 0))(four, jnp.arange(len(leaves))))
 
     def draw(index, std, shape):
-        four = [jax.random.key_data(jax.random.fold_in(key, index)) for key in own]
-        return std * 0.5 * sum(threefry.normal(key, shape) for key in four)
+        if math.prod(shape) < TOGETHER:
+            return std * 0.5 * sum(jax.vmap(lambda key: threefry.normal(key, shape))(by_leaf[index]))
+        return std * 0.5 * sum(threefry.normal(key, shape) for key in by_leaf[index])
 
     stds = jax.tree.leaves(jax.tree.broadcast(std, tree))
     return treedef.unflatten([draw(index, stds[index], leaf.shape) for index, leaf in enumerate(leaves)])
