@@ -9,8 +9,8 @@ from experiments import cli
 
 
 def known(error, folder=None):
-    """The InputError that `error` is or stands for, as of `told`, speaking of flags; None for a fault of the program. An InputError stays what it
-    is, whatever it came from."""
+    """The InputError that `error` is or stands for, as of `told`, speaking of flags; None for a fault of the program. An InputError
+    stays what it is, whatever it came from."""
     meant = error if isinstance(error, errors.InputError) else errors.storage(error, folder)
     if meant is not None:
         meant.args = (cli.as_flags(str(meant)), *meant.args[1:])

@@ -218,9 +218,20 @@ def _program_of(job):
     if isinstance(loss, functools.partial):  # which equals itself alone
         loss = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))
     fields = {
-        name: held for name, held in to_flat(job.config).items() if FIELDS[name].section in BUILT_OF and name not in ARGUMENTS
+        name: held
+        for name, held in to_flat(job.config).items()
+        if FIELDS[name].section in BUILT_OF and name not in ARGUMENTS
     }
-    return rounds.model, loss, rounds.local, rounds.rule, rounds.rows, rounds.wave, job.prepared.mesh, tuple(fields.items())
+    return (
+        rounds.model,
+        loss,
+        rounds.local,
+        rounds.rule,
+        rounds.rows,
+        rounds.wave,
+        job.prepared.mesh,
+        tuple(fields.items()),
+    )
 
 
 def commit(job, done, state, lines, shown, charged):

@@ -12,8 +12,10 @@ from dplora_jax.federation import calibration, dispatch, exact, participants, pr
 from dplora_jax.federation.federation import Federation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, ledger, model_card
+from experiments import cli, ledger, model_card, summary
 from tests.experiments.small_runs import crash_before, fit, lines_of
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def parse(*more):
@@ -216,8 +218,8 @@ def test_every_client_of_fedsa_is_evaluated_and_has_a_file_of_its_own(command, t
     assert min(last["accuracy_by_client"]) - 1e-9 <= last["accuracy"] <= max(last["accuracy_by_client"]) + 1e-9
     model, params = models.from_pretrained(cli.parse(command).base.name, num_labels=2)
     own = [peft.load(folder / "adapter" / "clients" / str(k), model, params)[0]["layers"] for k in range(3)]
-    config = cli.parse(command + ["--aggregation=fedsa"])
-    cards = {place: text for place, text in model_card.of_adapters(config, job.federation.model, "a summary", ["bad", "good"])}
+    config = cli.parse([*command, "--aggregation=fedsa"])
+    cards = dict(model_card.of_adapters(config, job.federation.model, summary.line(folder), ["bad", "good"]))
     assert set(cards) == {".", "clients/0", "clients/1", "clients/2"}
     for text in cards.values():
         assert "NOT FOR RELEASE" in text
@@ -264,7 +266,9 @@ def test_a_client_of_garbage_is_told_in_the_metrics(command, tmp_path, monkeypat
         std = np.array(p.placement.clients.noise_std)
         std[1] = np.inf
         std = jax.device_put(std, p.placement.clients.noise_std.sharding)
-        args[0].prepared = p._replace(placement=p.placement._replace(clients=p.placement.clients._replace(noise_std=std)))
+        args[0].prepared = p._replace(
+            placement=p.placement._replace(clients=p.placement.clients._replace(noise_std=std))
+        )
         return args[0].prepared
 
     monkeypatch.setattr(Federation, "prepare", broken)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dplora_jax import lora, models, peft
+from dplora_jax.config import replace
 from dplora_jax.federation import run_files
 from dplora_jax.finetuning import setup
 from dplora_jax.privacy import secrets
@@ -31,9 +32,10 @@ def finished(tiny_bert, finance_table, tmp_path_factory):
             f"--workdir={folder}",
         ]
     )  # fmt: skip
-    prepared = setup.prepare(config)
+    job = setup.prepare(config)
+    prepared = job.federation.prepare(job.shards)
     folder.mkdir()
-    charge(folder, config, prepared.facts, prepared.mechanisms)
+    charge(folder, config, job.federation.describe(job.describe), prepared.mechanisms)
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape), jax.device_get(prepared.state.adapter))
     adapter = lora.with_frozen(prepared.params, trained)
@@ -68,7 +70,7 @@ def without_privacy(finished, folder):
     """A copy of the workdir as that of a run without privacy."""
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("privacy_ledger.*"))
     stored = run_files.read_config(folder)
-    config = dataclasses.replace(stored.flags, trust="none", noise_multiplier=None)
+    config = replace(stored.flags, trust="none", noise_multiplier=None)
     silent = [dataclasses.replace(mechanism, noise_multiplier=0.0) for mechanism in stored.mechanisms]
     rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.facts["clients"]]
     charge(folder, config, stored.facts | {"clients": rows, "release": None}, silent)

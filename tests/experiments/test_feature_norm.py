@@ -16,6 +16,8 @@ from experiments import cli, run
 from tests.conftest import write_tokenizer
 from tests.experiments.small_runs import crash_before, fit
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def command(tiny_bert, finance_table, tmp_path):

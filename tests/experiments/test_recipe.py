@@ -9,6 +9,8 @@ from dplora_jax.finetuning import objectives, recipe
 from experiments import budget, cli, run
 from tests.experiments.small_runs import fit
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def command(tiny_bert, finance_table, tmp_path):

@@ -17,6 +17,8 @@ from dplora_jax.privacy.ledger import Ledger, rebuild
 from experiments import cli, ledger, run
 from tests.experiments.small_runs import adapter_of, arguments, fit, lines_of, strict_json_files
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def command(tiny_bert, finance_table, tmp_path):
@@ -93,7 +95,9 @@ def test_seed_repeats_the_run_and_marks_it(command, done, tmp_path, capsys):
     for name in ("report.html", "config.json", "metrics.jsonl", "privacy_ledger.jsonl", "adapter/README.md"):
         assert "NOT FOR RELEASE" in (tmp_path / "first" / name).read_text(), name
     unseeded = adapter_of(done[1])
-    assert not np.array_equal(first["base_model.model.classifier.weight"], unseeded["base_model.model.classifier.weight"])
+    assert not np.array_equal(
+        first["base_model.model.classifier.weight"], unseeded["base_model.model.classifier.weight"]
+    )
 
 
 def test_frozen_layers_may_run_once_a_record_or_at_each_step(command, tmp_path):

@@ -14,13 +14,14 @@ from dplora_jax.privacy.ledger import Ledger
 from experiments import cli
 from tests.experiments.small_runs import adapter_of, arguments, crash_before, fit, lines_of
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def command(tiny_bert, finance_table, tmp_path):
     return arguments(tiny_bert, finance_table, tmp_path)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     command,
     tmp_path,

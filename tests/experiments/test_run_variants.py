@@ -11,6 +11,8 @@ from dplora_jax.privacy.ledger import Ledger
 from experiments import cli
 from tests.experiments.small_runs import crash_before, fit, lines_of
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture
 def command(tiny_bert, finance_table):

@@ -12,6 +12,8 @@ from dplora_jax.config import RunConfig, replace
 from dplora_jax.federation import streaming
 from tests.experiments.small_runs import fit
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(tiny_bert, finance_table, tmp_path):
     command = [

@@ -15,6 +15,8 @@ from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, report, summary
 from tests.experiments.small_runs import fit
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SIZES = (400, 60, 900)
 DISTRIBUTED = ["--trust=distributed", "--clients=3", "--rounds=10", "--epsilon=4"]
 CLIENT = ["--trust=client", "--clients=30", "--client_rate=0.3", "--rounds=10", "--local_steps=3", "--epsilon=4"]
