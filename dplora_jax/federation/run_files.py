@@ -6,7 +6,7 @@ import io
 from typing import NamedTuple
 
 from dplora_jax import config_checks
-from dplora_jax.config import FIELDS, RunConfig, from_flat, to_flat
+from dplora_jax.config import FIELDS, RunConfig, field_value, from_flat, to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration
 from dplora_jax.files import plain, to_json
@@ -155,6 +155,11 @@ def _refuse(config):
         raise Unfit("trust is none that is known")
     if (budget is None) + (sigma is None) != (1 if config.privacy.private else 2):
         raise Unfit(f"it has no `epsilon` and `noise_multiplier` of trust={config.privacy.trust}")
+    missing = [
+        name for name in config_checks.TRUST_FIELDS.get(config.privacy.trust, ()) if field_value(config, name) is None
+    ]
+    if missing:  # which a run resolves: its trust was edited
+        raise Unfit(f"trust={config.privacy.trust} has no {missing[0]}")
     try:
         config_checks.refuse(config)
     except InputError as error:

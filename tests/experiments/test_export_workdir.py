@@ -99,7 +99,7 @@ def test_a_workdir_tells_base_labels_length_and_budget(finished, tiny_bert, tmp_
 
 def test_the_export_carries_the_runs_word_on_its_release(finished, tmp_path, capsys):
     runs = {
-        "NOT FOR RELEASE: --seed": finished,
+        "NOT FOR RELEASE: a seed": finished,
         "for release": altered(finished, tmp_path / "unseeded", release="for release", seed=None),
         "NO PRIVACY": without_privacy(finished, tmp_path / "bare"),
     }
@@ -114,9 +114,7 @@ def test_the_export_carries_the_runs_word_on_its_release(finished, tmp_path, cap
         assert "Do not rely" not in card
 
 
-@pytest.mark.parametrize(
-    "changes", [{"release": "for release"}, {"delta": 1e-9}, {"noise_multiplier": 3.0}, {"trust": "distributed"}]
-)
+@pytest.mark.parametrize("changes", [{"release": "for release"}, {"delta": 1e-9}, {"noise_multiplier": 3.0}])
 def test_what_the_ledger_does_not_confirm_is_not_for_release(finished, tmp_path, changes):
     out = tmp_path / "out"
     assert export.main([f"--workdir={altered(finished, tmp_path / 'run', **changes)}", f"--out={out}"]) == 0

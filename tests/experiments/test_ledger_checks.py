@@ -58,6 +58,7 @@ TAMPERINGS = {
         ),
         "entry 1 has other trust",
     ),
+    "trust to distributed alone": (config(trust="distributed", local_steps=1), "trust=distributed has no survivors"),
     "delta, a little": (lambda w: (reforge(w, newer(delta=DELTA)), config(delta=DELTA * 1.001)(w)), "entry 1 has other delta"),
     "seed of a nonce": (
         lambda w: (
