@@ -9,7 +9,7 @@ import sys
 
 from absl import flags as absl_flags
 
-from dplora_jax.config import RunConfig, replace
+from dplora_jax.config import Base
 from dplora_jax.errors import InputError
 from experiments import exits, flagfile_reader, formats
 from experiments.tables import Table
@@ -29,7 +29,7 @@ def parameters(model, targets=TARGETS):
     from dplora_jax import lora
     from experiments.plan import models as plan_models
 
-    built, shapes = plan_models.build(replace(RunConfig(), model=model), None)
+    built, shapes = plan_models.build(Base(model), None)
     config = lora.LoraConfig(1, 1.0, targets)
     adapter = jax.eval_shape(lambda key, params: lora.init(key, built, params, config), jax.random.key(0), shapes)
     return lora.count(adapter), lora.count(shapes)

@@ -13,6 +13,7 @@ import json
 import logging
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -76,7 +77,9 @@ def unguarded():
         threading.excepthook,
         sys.unraisablehook,
     )
+    terminated = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, terminated)
     logging.disable(before[0])
     warnings.showwarning, sys.excepthook, threading.excepthook, sys.unraisablehook = before[1:]
 

@@ -1,5 +1,6 @@
 """One dispatch of rounds after another: charged to the ledger, run, saved, committed, and only then shown."""
 
+import functools
 import os
 import sys
 import time
@@ -8,10 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dplora_jax.config import FIELDS, to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, participation, processes, round, streaming, trust
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
+
+# The sections whose fields the compiled rounds are built of, and those of them that only reach them as arguments.
+BUILT_OF = ("lora", "privacy", "schedule", "optimizer", "aggregation", "execution")
+ARGUMENTS = (
+    *("epsilon", "delta", "noise_multiplier", "count_noise_multiplier", "seed", "split_seed"),
+    *("dispatch_rounds", "eval_every", "coordinator", "processes", "process", "stall_timeout"),
+)
 
 
 class Job(NamedTuple):
@@ -204,8 +213,7 @@ def _call(job, state, keys, length):
     """One call of the program of `length` rounds, compiled if it is the first -> (state, (private, valid), seconds)."""
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
-    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
-    key = (p.rounds.local, p.rounds.rule, length, shapes)
+    key = (_program_of(job), length, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
     with job.clock.busy():
         if key not in job.programs:
             program = round.make(p.rounds, p.mesh, diagnostics=job.config.execution.private_diagnostics)
@@ -213,6 +221,29 @@ def _call(job, state, keys, length):
         start = time.perf_counter()
         state, (_, private, valid) = jax.block_until_ready(job.programs[key](*arguments))
     return state, (private, valid), time.perf_counter() - start
+
+
+def _program_of(job):
+    """All that the compiled rounds are made of, but for the shapes of their arguments: jobs of which it is the same can share them."""
+    rounds = job.prepared.rounds
+    loss = rounds.loss
+    if isinstance(loss, functools.partial):  # which equals itself alone
+        loss = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))
+    fields = {
+        name: held
+        for name, held in to_flat(job.config).items()
+        if FIELDS[name].section in BUILT_OF and name not in ARGUMENTS
+    }
+    return (
+        rounds.model,
+        loss,
+        rounds.local,
+        rounds.rule,
+        rounds.rows,
+        rounds.wave,
+        job.prepared.mesh,
+        tuple(fields.items()),
+    )
 
 
 def commit(job, done, state, lines, shown, charged):

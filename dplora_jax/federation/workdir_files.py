@@ -6,7 +6,7 @@ import io
 from typing import NamedTuple
 
 from dplora_jax import config_checks
-from dplora_jax.config import FIELDS, RunConfig, from_flat, to_flat
+from dplora_jax.config import FIELDS, RunConfig, field_value, from_flat, to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, trust
 from dplora_jax.files import plain, to_json
@@ -156,6 +156,9 @@ def _refuse(config):
         raise Unfit(f"trust={config.privacy.trust} is not known")
     if (budget is None) + (sigma is None) != (1 if trust.mode(config).private else 2):
         raise Unfit(f"its `epsilon` and `noise_multiplier` do not fit trust={config.privacy.trust}")
+    missing = [name for name in trust.mode(config).fields if field_value(config, name) is None]
+    if missing:  # which a run resolves: its trust was edited
+        raise Unfit(f"trust={config.privacy.trust} has no {missing[0]}")
     try:
         config_checks.refuse(config)
     except InputError as error:

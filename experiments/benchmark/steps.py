@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from dplora_jax import lora, losses, models
+from dplora_jax.config import Base
 from dplora_jax.privacy import clipping, noise
 from experiments import flops
 from experiments.plan import models as plan_models
@@ -36,7 +37,6 @@ class Case(NamedTuple):
     task: str
     dtype: str
     remat: bool
-    quantize: None = None
 
 
 class Step(NamedTuple):
@@ -54,7 +54,7 @@ def arguments(case):
     """(model, params, adapter, batch) of random rows, every token attended."""
     classes = CLASSES if case.task == "classification" else None
     if case.model in plan_models.KNOWN:
-        model, _ = plan_models.build(case, classes, case.layers)
+        model, _ = plan_models.build(Base(case.model, case.dtype, remat=case.remat), classes, case.layers)
         params = jax.jit(model.init)(jax.random.key(0))
     else:
         model, params = models.from_pretrained(case.model, jnp.dtype(case.dtype), classes)

@@ -55,32 +55,32 @@ class NoWeights(NamedTuple):
         return name != "lm_head.weight"
 
 
-def build(config, classes, layers=None):
-    """The model of `config.base.name`, a name in KNOWN or a directory with config.json, and the shapes of its parameters as
-    `config` has them (dtype, quantisation, remat) -> (model, params of jax.ShapeDtypeStruct). `classes` None: a language model.
-    `layers` is how many layers it has, where not as many as it says.
+def build(base, classes, layers=None):
+    """The model of `base` (a `config.Base`), whose name is one in KNOWN or a directory with config.json, and the shapes of its
+    parameters as it has them (dtype, quantisation, remat) -> (model, params of jax.ShapeDtypeStruct). `classes` None: a language
+    model. `layers` is how many layers it has, where not as many as it says.
 
     Raises InputError on a name that is neither, and where the model is not supported.
     """
-    if config.base.name in KNOWN:
-        hf, place = KNOWN[config.base.name], pathlib.Path(config.base.name)
+    if base.name in KNOWN:
+        hf, place = KNOWN[base.name], pathlib.Path(base.name)
     else:
-        place = pathlib.Path(config.base.name).expanduser()
+        place = pathlib.Path(base.name).expanduser()
         if not (place / "config.json").is_file():
             raise InputError(
-                f"--model={config.base.name} is neither a directory with config.json nor one of {', '.join(KNOWN)}."
+                f"--model={base.name} is neither a directory with config.json nor one of {', '.join(KNOWN)}."
             )
         hf = pretrained.config(place)
     if layers is not None:
         hf = hf | {name: layers for name in pretrained.DEPTH if name in hf}
     there = place.is_dir() and bool(weight_files(place))  # then it is looked up which tensors there are
     with SafetensorsCheckpoint(place) if there else contextlib.nullcontext(NoWeights(place)) as checkpoint:
-        model = pretrained.build(hf, checkpoint, classes, jnp.dtype(config.base.dtype))
-    if config.base.remat:
+        model = pretrained.build(hf, checkpoint, classes, jnp.dtype(base.dtype))
+    if base.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    if config.base.quantize:
-        params = jax.eval_shape(functools.partial(quantized.quantize, model=model, kind=config.base.quantize), params)
+    if base.quantize:
+        params = jax.eval_shape(functools.partial(quantized.quantize, model=model, kind=base.quantize), params)
     return model, params
 
 

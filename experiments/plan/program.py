@@ -61,7 +61,7 @@ class Measured(NamedTuple):
 
 def abstract(config, devices, sizes, task, classes):
     """The Program of one round of `config` on `devices`, its K clients having `sizes` records. Raises InputError."""
-    model, params = plan_models.build(config, classes if task == "classification" else None)
+    model, params = plan_models.build(config.base, classes if task == "classification" else None)
     if config.data.max_length > model.config.max_positions:
         raise InputError(
             f"--max_length={config.data.max_length} is more than the model's {model.config.max_positions}."

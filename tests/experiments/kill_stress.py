@@ -33,6 +33,7 @@ import orbax.checkpoint  # noqa: F401
 import safetensors.numpy
 
 from dplora_jax.federation import dispatch
+from dplora_jax.federation.federation import Federation
 from dplora_jax.models.tokenizer import load_tokenizer
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild
@@ -99,8 +100,8 @@ def start(arguments, folder, boundary=None, wait=None):
         log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        real = dispatch.restore
-        dispatch.restore = lambda job: (os.write(writer, b"t"), real(job))[1]
+        real = Federation._restored
+        Federation._restored = lambda *arguments: (os.write(writer, b"t"), real(*arguments))[1]
         keep_journal(folder.with_suffix(".journal"))
         if boundary:
             arm(*boundary)

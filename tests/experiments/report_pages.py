@@ -1,9 +1,8 @@
 """The public files of a run as `experiments.run` writes them, and the report of them."""
 
-import dataclasses
 import json
 
-from dplora_jax.config import RunConfig, replace
+from dplora_jax.config import RunConfig, replace, to_flat
 from dplora_jax.files import to_json
 from experiments import cli, report
 
@@ -37,7 +36,7 @@ def config(clients=5, **changed):
         "command": "python -m experiments.run --flagfile=finance.flags",
         "accounting": "Privacy loss distributions.",
     }
-    document = dataclasses.asdict(dataclasses.replace(RUN, clients=clients))
+    document = to_flat(replace(RUN, clients=clients))
     return json.loads(to_json(document)) | {"federation": federation} | changed
 
 

@@ -1,9 +1,14 @@
 """A small run with every moving part, for the tests that start, kill and look at one."""
 
+import collections
 import json
 import pathlib
 
 import safetensors.numpy
+
+from dplora_jax.federation import storage
+from dplora_jax.finetuning import setup
+from experiments import cli
 
 
 def arguments(tiny_bert, finance_table, tmp_path):
@@ -14,6 +19,15 @@ def arguments(tiny_bert, finance_table, tmp_path):
         "--epsilon=8", "--delta=1e-3", "--client_lr=0.1", "--head_lr=1", "--server_momentum=0.5", "--ema=0.5",
         "--eval_every=2", f"--workdir={tmp_path / 'run'}",
     ]  # fmt: skip
+
+
+def fit(arguments, **options):
+    """The federation of a command line, fitted to its end without the command around it -> its FineTuning."""
+    config = cli.parse(arguments, lambda _: None)
+    with storage.open_workdir(config.output.workdir, config) as workdir:
+        job = setup.prepare(config, workdir.stored)
+        collections.deque(job.fit(workdir, **options), maxlen=0)
+    return job
 
 
 def adapter_of(workdir):

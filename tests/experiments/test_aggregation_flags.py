@@ -9,11 +9,13 @@ import pytest
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, dispatch, exact, participation, program, round_bytes
-from dplora_jax.finetuning import setup
+from dplora_jax.federation.federation import Federation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, ledger, run
-from tests.experiments.small_runs import crash_before, lines_of
+from experiments import cli, ledger, model_card, summary
+from tests.experiments.small_runs import crash_before, fit, lines_of
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def parse(*more):
@@ -104,7 +106,7 @@ def test_accuracy_of_a_client_that_is_never_in_a_round_is_no_breach(command, tmp
     """Without privacy too the ledger holds: a client's epsilon is infinite from its first round on."""
     folder = tmp_path / "run"
     more = ["--epsilon=inf", "--rounds=2", "--dispatch_rounds=1", "--participation=fixed:1", f"--workdir={folder}"]
-    assert run.main([*command, *more]) == 0
+    fit([*command, *more])
     assert ledger.verify(folder)
     assert [line["epsilon"].count("inf") for line in lines_of(folder / "metrics.jsonl")] == [0, 1, 2]
 
@@ -146,7 +148,7 @@ def test_a_scheduled_run_charges_each_client_for_its_rounds_and_its_ledger_holds
     """Nobody is taken past the budget, and who sits a round out pays nothing for it."""
     folder = tmp_path / "run"
     command = [*command, "--participation=fixed:2", "--dropout=0.3", f"--workdir={folder}"]
-    assert run.main(command) == 0
+    fit(command)
     config = cli.parse(command)
     book = Ledger(folder / "privacy_ledger.jsonl")
     assert book.charged_steps(3) == participation.steps(config).sum(0).tolist()
@@ -165,7 +167,7 @@ def test_a_scheduled_run_charges_each_client_for_its_rounds_and_its_ledger_holds
 
 def test_a_ledger_that_hides_a_clients_rounds_is_refused(command, tmp_path):
     folder = tmp_path / "run"
-    assert run.main([*command, "--participation=fixed:2", f"--workdir={folder}"]) == 0
+    fit([*command, "--participation=fixed:2", f"--workdir={folder}"])
     stored = json.loads((folder / "config.json").read_text())
     stored["participation"] = "fixed:1"
     (folder / "config.json").write_text(json.dumps(stored))
@@ -180,8 +182,8 @@ def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command
     with monkeypatch.context() as patch:
         crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
-            run.main(command)
-    assert run.main(command) == 0
+            fit(command)
+    fit(command)
     book = Ledger(folder / "privacy_ledger.jsonl")
     assert max(book.epsilons(1e-3)) <= 8
     planned = participation.steps(cli.parse(command)).sum(0)
@@ -191,18 +193,13 @@ def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command
 
 
 @pytest.mark.parametrize("aggregation", ["fedex", "flora"])
-def test_the_adapter_file_holds_what_was_folded_into_the_base(command, tmp_path, aggregation, monkeypatch):
+def test_the_adapter_file_holds_what_was_folded_into_the_base(command, tmp_path, aggregation):
     """The released model is base with residual and adapter; PEFT's file on the bare base is the same model."""
-    folder, kept = tmp_path / "run", {}
-    from dplora_jax.federation import final_adapter
-
-    save = final_adapter.save
-    monkeypatch.setattr(final_adapter, "save", lambda *args: (kept.update(state=args[4]), save(*args))[1])
-    assert run.main([*command, f"--aggregation={aggregation}", f"--workdir={folder}"]) == 0
+    folder = tmp_path / "run"
+    state = fit([*command, f"--aggregation={aggregation}", f"--workdir={folder}"]).federation._state
     config = cli.parse([*command, f"--aggregation={aggregation}"])
     model, params = models.from_pretrained(config.base.name, num_labels=2)
     adapter, lora_config = peft.load(folder / "adapter", model, params)
-    state = kept["state"]
     expected = jax.tree.map(np.add, jax.device_get(state.residual), exact.product(state.adapter))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), exact.product(adapter), expected)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(state.residual)) > 1e-4
@@ -215,14 +212,16 @@ def test_the_adapter_file_holds_what_was_folded_into_the_base(command, tmp_path,
 
 def test_every_client_of_fedsa_is_evaluated_and_has_a_file_of_its_own(command, tmp_path):
     folder = tmp_path / "run"
-    assert run.main([*command, "--aggregation=fedsa", f"--workdir={folder}"]) == 0
+    job = fit([*command, "--aggregation=fedsa", f"--workdir={folder}"])
     last = lines_of(folder / "metrics.jsonl")[-1]
     assert len(last["accuracy_by_client"]) == 3
     assert min(last["accuracy_by_client"]) - 1e-9 <= last["accuracy"] <= max(last["accuracy_by_client"]) + 1e-9
-    model, params = models.from_pretrained(cli.parse(command).model, num_labels=2)
+    model, params = models.from_pretrained(cli.parse(command).base.name, num_labels=2)
     own = [peft.load(folder / "adapter" / "clients" / str(k), model, params)[0]["layers"] for k in range(3)]
-    for place in (".", "clients/0", "clients/2"):
-        text = (folder / "adapter" / place / "README.md").read_text()
+    config = cli.parse([*command, "--aggregation=fedsa"])
+    cards = dict(model_card.of_adapters(config, job.federation.model, summary.line(folder), ["bad", "good"]))
+    assert set(cards) == {".", "clients/0", "clients/1", "clients/2"}
+    for text in cards.values():
         assert "NOT FOR RELEASE" in text
         assert "means over the clients' own models" in text
     for name in own[0]:
@@ -260,16 +259,19 @@ def test_bytes_are_what_travels(more, up, down):
 
 def test_a_client_of_garbage_is_told_in_the_metrics(command, tmp_path, monkeypatch):
     """One client's noise is infinite: its upload is dropped, and everyone can see so."""
-    prepare = setup.prepare
+    prepare = Federation.prepare
 
     def broken(*args, **options):
         p = prepare(*args, **options)
         std = np.array(p.placement.clients.noise_std)
         std[1] = np.inf
         std = jax.device_put(std, p.placement.clients.noise_std.sharding)
-        return p._replace(placement=p.placement._replace(clients=p.placement.clients._replace(noise_std=std)))
+        args[0].prepared = p._replace(
+            placement=p.placement._replace(clients=p.placement.clients._replace(noise_std=std))
+        )
+        return args[0].prepared
 
-    monkeypatch.setattr(setup, "prepare", broken)
-    assert run.main([*command, f"--workdir={tmp_path / 'run'}"]) == 0
+    monkeypatch.setattr(Federation, "prepare", broken)
+    fit([*command, f"--workdir={tmp_path / 'run'}"])
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert [(line["finished"], line["dropped"]) for line in lines[1:]] == [(2, [1])] * 4

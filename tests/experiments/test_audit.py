@@ -14,6 +14,7 @@ import pytest
 from dplora_jax.federation import round
 from dplora_jax.privacy import auditing, clipping, noise, sampling, secrets
 from experiments.attacks import audit, canaries, membership
+from tests.conftest import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GAUSSIAN, KEYS, THRESHOLD = noise.gaussian, secrets.round_keys, sampling.threshold
@@ -38,7 +39,7 @@ def sampled():
     return canaries.small(1.0, records=20, rate=0.05, rounds=3)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", mostly_slow((0,), range(3)))
 def test_an_intact_mechanism_is_not_contradicted(subject, seed):
     claim, bound, _ = attack(subject, seed)
     assert bound <= claim <= 1
@@ -88,8 +89,8 @@ def same_noise_everywhere(keys, rounds, attempt, *_):
     ("module", "name", "broken"),
     [
         (noise, "gaussian", no_noise),
-        (noise, "gaussian", forgotten(2)),
-        (clipping, "clipped_grad_sum", unclipped_head),
+        pytest.param(noise, "gaussian", forgotten(2), marks=pytest.mark.slow),
+        pytest.param(clipping, "clipped_grad_sum", unclipped_head, marks=pytest.mark.slow),
     ],
     ids=["no noise", "noise forgotten on one matrix", "clip missing on the head"],
 )
@@ -99,6 +100,7 @@ def test_a_broken_step_is_caught(subject, monkeypatch, module, name, broken):
     assert bound > claim
 
 
+@pytest.mark.slow
 def test_clipping_after_the_sum_is_caught(subject, monkeypatch):
     """It doubles what one record moves, so that it takes more coins than the others."""
     monkeypatch.setattr(clipping, "clipped_grad_sum", clipped_after_the_sum)
@@ -113,18 +115,21 @@ def test_noise_used_again_is_caught(subject, monkeypatch, keys):
     assert bound > claim
 
 
+@pytest.mark.slow
 def test_sampling_ten_times_too_often_is_caught(sampled, monkeypatch):
     monkeypatch.setattr(sampling, "threshold", lambda rate: THRESHOLD(10 * rate))
     claim, bound, _ = attack(sampled, runs=4)
     assert bound > claim
 
 
+@pytest.mark.slow
 def test_noise_used_again_is_caught_where_records_are_sampled(sampled, monkeypatch):
     monkeypatch.setattr(secrets, "round_keys", same_noise_every_round)
     claim, bound, _ = attack(sampled)
     assert bound > claim
 
 
+@pytest.mark.slow
 def test_sampling_as_claimed_is_not_contradicted(sampled):
     claim, bound, _ = attack(sampled, runs=4)
     assert bound <= claim

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from dplora_jax.config import RunConfig, replace
+from dplora_jax.config import FederationConfig, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import dispatch
 from dplora_jax.privacy import noise
@@ -13,6 +13,20 @@ from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
 
 MECHANISMS = [Mechanism(100, 0.2, 35, 1.1)]
+
+
+def job_of(ledger, folder, mechanisms=MECHANISMS, data=b"d" * 32, base=b"b" * 32, **changes):
+    """A run of four rounds with this `ledger`."""
+    fields = {"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
+    rounds = types.SimpleNamespace(local=types.SimpleNamespace(noise=noise.INDEPENDENT))
+    prepared = types.SimpleNamespace(
+        mechanisms=mechanisms, rounds=rounds, state=types.SimpleNamespace(adapter={}), sizes=[100]
+    )
+    kept = types.SimpleNamespace(ledger=ledger, directory=folder, config_digest=lambda: "c0")
+    described = {"release": "for release", "communication": {"adapter_parameters": 9}}
+    secrets, config = [b"s" * 32], replace(FederationConfig(), **(fields | changes))
+    inputs = dispatch.keyed_inputs(secrets, base, data)
+    return dispatch.Job(config, prepared, kept, secrets, inputs, described, None, {})
 
 
 @pytest.fixture
@@ -23,20 +37,7 @@ def keys(tmp_path):
         kept = Ledger(tmp_path / f"{name}.jsonl")
         for attempt, nonce in enumerate(nonces):
             kept.begin((1, 3), attempt, MECHANISMS, 1, {}, nonce=nonce)
-        local = types.SimpleNamespace(noise=noise.INDEPENDENT)
-        prepared = types.SimpleNamespace(
-            federation=types.SimpleNamespace(local=local),
-            mechanisms=MECHANISMS,
-            state=types.SimpleNamespace(adapter={}),
-        )
-        job = types.SimpleNamespace(
-            secrets=[b"s" * 32],
-            paid=None,
-            ledger=kept,
-            config=replace(RunConfig(), seed=seed, clients=1),
-            prepared=prepared,
-        )
-        return dispatch.round_keys(job, (1, 3), 0)["noise"]
+        return dispatch.round_keys(job_of(kept, tmp_path, seed=seed), (1, 3), 0)["noise"]
 
     return draw
 
@@ -55,28 +56,8 @@ def test_a_seeds_keys_depend_on_nothing_else(keys):
 
 @pytest.fixture
 def job(tmp_path):
-    """`job(mechanisms, **flags)`: a run of four rounds that nothing was charged for yet."""
-
-    def make(mechanisms=MECHANISMS, data=b"d" * 32, base=b"b" * 32, **changes):
-        config = replace(
-            RunConfig(),
-            **{"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
-            | changes,
-        )
-        local = types.SimpleNamespace(noise=noise.INDEPENDENT)
-        facts = {"release": "for release", "communication": {"adapter_parameters": 9}}
-        prepared = types.SimpleNamespace(
-            inputs={"data": data, "base": base}, mechanisms=mechanisms, facts=facts,
-            federation=types.SimpleNamespace(local=local), state=types.SimpleNamespace(adapter={}),
-        )  # fmt: skip
-        ledger = Ledger(tmp_path / "charged.jsonl")
-        if not ledger.begun:
-            (tmp_path / "config.json").write_text('{"federation": {"features": [1]}}')
-        return types.SimpleNamespace(
-            secrets=[b"s" * 32], paid=None, ledger=ledger, config=config, prepared=prepared, folder=tmp_path
-        )
-
-    return make
+    """`job(mechanisms, **fields)`: a run whose ledger is read anew, as at its next start."""
+    return lambda *mechanisms, **fields: job_of(Ledger(tmp_path / "charged.jsonl"), tmp_path, *mechanisms, **fields)
 
 
 def test_a_lost_dispatch_stays_paid_for_and_draws_new_keys_whatever_is_the_same(job, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from dplora_jax import checkpoint
 from dplora_jax.errors import InputError, NotFiniteError, Refused, StorageError
-from dplora_jax.federation import dispatch, processes, workdir_files
+from dplora_jax.federation import processes, storage, workdir_files
 from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
@@ -154,16 +154,11 @@ def test_orbaxs_own_error_is_told_and_an_older_checkpoint_stays(tmp_path, monkey
 
 
 def test_a_torn_line_of_diagnostics_goes_when_the_next_is_written(tmp_path):
-    import types
-
-    import numpy as np
-
-    job = types.SimpleNamespace(folder=tmp_path, config=types.SimpleNamespace(clients=1))
-    shown = {"loss": np.array([[0.5], [np.nan]])}
-    dispatch._write_diagnostics(job, (1, 3), shown)
+    kept = storage.Workdir(tmp_path, None, None, False)
+    kept.keep_private([{"round": 1, "loss": [0.5]}, {"round": 2, "loss": [float("nan")]}])
     path = tmp_path / "private" / "diagnostics.jsonl"
     path.write_text(path.read_text() + '{"round": 3, "no')
-    dispatch._write_diagnostics(job, (3, 5), shown)
+    kept.keep_private([{"round": 3, "loss": [0.5]}, {"round": 4, "loss": [float("nan")]}])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert [line["loss"] for line in lines] == [[0.5], ["nan"]] * 2

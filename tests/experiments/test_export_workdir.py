@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dplora_jax import lora, models, peft
+from dplora_jax.config import replace
 from dplora_jax.federation import trust, workdir_files
 from dplora_jax.finetuning import setup
 from dplora_jax.privacy import secrets
@@ -31,9 +32,10 @@ def finished(tiny_bert, finance_table, tmp_path_factory):
             f"--workdir={folder}",
         ]
     )  # fmt: skip
-    prepared = setup.prepare(config)
+    job = setup.prepare(config)
+    prepared = job.federation.prepare(job.shards)
     folder.mkdir()
-    charge(folder, config, prepared.facts, prepared.mechanisms)
+    charge(folder, config, job.federation.describe(job.describe), prepared.mechanisms)
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.2, leaf.shape), jax.device_get(prepared.state.adapter))
     adapter = lora.with_frozen(prepared.params, trained)
@@ -68,7 +70,7 @@ def without_privacy(finished, folder):
     """A copy of the workdir as that of a run without privacy."""
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("privacy_ledger.*"))
     stored = workdir_files.read_config(folder)
-    config = dataclasses.replace(stored.flags, trust="none", noise_multiplier=None)
+    config = replace(stored.flags, trust="none", noise_multiplier=None)
     silent = [dataclasses.replace(mechanism, noise_multiplier=0.0) for mechanism in stored.mechanisms]
     rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.description["clients"]]
     charge(folder, config, stored.description | {"clients": rows, "release": None}, silent)
@@ -97,7 +99,7 @@ def test_a_workdir_tells_base_labels_length_and_budget(finished, tiny_bert, tmp_
 
 def test_the_export_carries_the_runs_word_on_its_release(finished, tmp_path, capsys):
     runs = {
-        "NOT FOR RELEASE: --seed": finished,
+        "NOT FOR RELEASE: a seed": finished,
         "for release": altered(finished, tmp_path / "unseeded", release="for release", seed=None),
         "NO PRIVACY": without_privacy(finished, tmp_path / "bare"),
     }
@@ -112,9 +114,7 @@ def test_the_export_carries_the_runs_word_on_its_release(finished, tmp_path, cap
         assert "Do not rely" not in card
 
 
-@pytest.mark.parametrize(
-    "changes", [{"release": "for release"}, {"delta": 1e-9}, {"noise_multiplier": 3.0}, {"trust": "distributed"}]
-)
+@pytest.mark.parametrize("changes", [{"release": "for release"}, {"delta": 1e-9}, {"noise_multiplier": 3.0}])
 def test_what_the_ledger_does_not_confirm_is_not_for_release(finished, tmp_path, changes):
     out = tmp_path / "out"
     assert export.main([f"--workdir={altered(finished, tmp_path / 'run', **changes)}", f"--out={out}"]) == 0

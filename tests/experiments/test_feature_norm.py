@@ -9,12 +9,14 @@ import pytest
 
 from dplora_jax import lora, models, peft
 from dplora_jax.federation import mesh, methods
+from dplora_jax.federation.federation import Federation
 from dplora_jax.finetuning import setup
 from dplora_jax.models import features
 from experiments import cli, run
 from tests.conftest import write_tokenizer
+from tests.experiments.small_runs import crash_before, fit
 
-run_finish = run._finish
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -32,16 +34,12 @@ def command(tiny_bert, finance_table, tmp_path):
     ids=lambda more: more[0] if more else "fedavg",
 )
 def test_the_released_adapter_says_the_same_of_plain_features(command, tiny_bert, tmp_path, more, quick_compile):
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_finish", lambda job, done, state, lines: made.append((job, state, lines)))
-        assert run.main([*command, *more]) == 0
-    job, state, lines = made[0]
-    run_finish(job, 2, state, lines)
+    federation = fit([*command, *more]).federation
+    prepared, state = federation.prepared, federation._state
     model, base = models.from_pretrained(tiny_bert, num_labels=2)
     rows = {"input_ids": np.arange(40, dtype=np.int32).reshape(8, 5) % 20, "attention_mask": np.ones((8, 5), bool)}
-    within = job.prepared.model.prefix(base, rows, job.prepared.model.start)
-    params = {**base, features.KEY: mesh.fetch(job.prepared.params[features.KEY])}
+    within = prepared.model.prefix(base, rows, prepared.model.start)
+    params = {**base, features.KEY: mesh.fetch(prepared.params[features.KEY])}
     folders = ["adapter"] if "fedsa" not in "".join(more) else ["adapter/clients/0", "adapter/clients/1"]
     for client, folder in enumerate(folders):
         adapter, _ = peft.load(tmp_path / "run" / folder, model, base)
@@ -50,7 +48,7 @@ def test_the_released_adapter_says_the_same_of_plain_features(command, tiny_bert
             trained = methods.with_own(trained, {name: b[client] for name, b in state.own.items()})
         if state.residual:
             shifted = lora.shifted(model, params, state.residual)
-        expected = job.prepared.model.apply(shifted, {**rows, "hidden": within}, trained)
+        expected = prepared.model.apply(shifted, {**rows, "hidden": within}, trained)
         np.testing.assert_allclose(model.apply(base, rows, adapter), expected, rtol=2e-3, atol=2e-3)
 
 
@@ -59,18 +57,16 @@ def test_a_resumed_run_keeps_the_centre_that_its_head_was_trained_on(command, fi
         (tmp_path / name).write_text((finance_table / name).read_text())
     own = [*command, f"--data_dir={tmp_path}", "--test_data=" + str(tmp_path / "test.csv")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_finish", lambda *_: None)
-        assert run.main(own) == 0
+        crash_before(patch, Federation, "_finish")
+        with pytest.raises(KeyboardInterrupt):
+            fit(own)
     kept = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text().replace("profit", "sales"))
-    prepared = setup.prepare(cli.parse(own), kept)
-    np.testing.assert_array_equal(
-        prepared.params[features.KEY]["center"], np.float32(kept["federation"]["features"]["center"])
+    resumed, fresh = (
+        setup.prepare(cli.parse(own), stored).federation.params[features.KEY]["center"] for stored in (kept, None)
     )
-    fresh = setup.prepare(cli.parse(own))
-    assert (
-        np.abs(np.subtract(fresh.params[features.KEY]["center"], prepared.params[features.KEY]["center"])).max() > 1e-3
-    )
+    np.testing.assert_array_equal(resumed, np.float32(kept["federation"]["features"]["center"]))
+    assert np.abs(fresh - resumed).max() > 1e-3
 
 
 def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
@@ -79,8 +75,8 @@ def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
         folder.mkdir()
         for name, change in (("train.csv", train), ("test.csv", test)):
             (folder / name).write_text(change((finance_table / name).read_text()))
-        prepared = setup.prepare(cli.parse([*command, f"--data_dir={folder}"]))
-        return np.append(prepared.params[features.KEY]["center"], prepared.params[features.KEY]["scale"])
+        found = setup.prepare(cli.parse([*command, f"--data_dir={folder}"])).federation.params[features.KEY]
+        return np.append(found["center"], found["scale"])
 
     plain = center()
     np.testing.assert_array_equal(center(train=lambda rows: rows.replace("profit", "sales")), plain)

@@ -10,12 +10,13 @@ import pytest
 import safetensors.numpy
 
 from dplora_jax import models
-from dplora_jax.config import RunConfig, replace
 from dplora_jax.errors import InputError, NotFiniteError
 from dplora_jax.federation import aggregation, dispatch, finite, round
+from dplora_jax.federation.federation import Federation
 from dplora_jax.finetuning import setup
-from experiments import cli, run
+from experiments import cli
 from tests.experiments import small_runs
+from tests.federation import small_federation
 
 ADAPTER = {"layers": {"q": jnp.ones((2, 3))}, "head": {"kernel": jnp.ones(3)}}
 
@@ -82,7 +83,7 @@ def test_a_weight_that_is_not_finite_is_named():
     finite.check_weights("there", good)
     for bad in (np.nan, np.inf):
         params = good | {"head": {"bias": jnp.array([0, bad], jnp.bfloat16)}}
-        with pytest.raises(InputError, match=r"--model=there: its weights head/bias"):
+        with pytest.raises(InputError, match=r"^model=there: its weights head/bias"):
             finite.check_weights("there", params)
 
 
@@ -91,33 +92,35 @@ def test_a_weight_that_is_not_finite_is_named():
 )
 def test_nothing_is_charged_once_no_metric_is_finite(monkeypatch, done, metrics, kind):
     """Before the first charge, and, started again, before the next."""
-    monkeypatch.setattr(dispatch, "check_past", lambda job: None)
-    monkeypatch.setattr(dispatch, "restore", lambda job: (done, state(), [line(done, **metrics)]))
-    charged = []
-    monkeypatch.setattr(dispatch, "agreed_charge", lambda *_: charged.append(1))
+    federation = begun(monkeypatch, done, **metrics)
     with pytest.raises(kind):
-        run.train(job())
-    assert charged == []
+        list(federation._run(JOB, None, None, lambda: False))
 
 
-def test_a_run_whose_last_evaluation_is_not_finite_does_not_end_as_done(monkeypatch):
-    monkeypatch.setattr(run, "_settled", lambda job, done, state, lines: [line(4, accuracy=math.nan)])
+JOB = types.SimpleNamespace(config=small_federation.config(), ledger=None)
+
+
+def begun(monkeypatch, done, **metrics):
+    """A federation after `done` rounds, the last with these `metrics`, which must not charge any more."""
+    monkeypatch.setattr(dispatch, "check_past", lambda job: None)
+    monkeypatch.setattr(dispatch, "agreed_charge", lambda *_: pytest.fail("charged"))
+    monkeypatch.setattr(Federation, "_restored", lambda *_: (done, state(), [line(done, **metrics)]))
+    return small_federation.federation()
+
+
+def test_a_run_whose_last_evaluation_is_not_finite_does_not_end_as_done():
+    federation = small_federation.federation()
+    federation.history = [line(4)]
     with pytest.raises(NotFiniteError):
-        run._finish(job(), 4, state(), [line(4)])
-
-
-def job(probe=None):
-    return types.SimpleNamespace(config=replace(RunConfig(), rounds=4), prepared=types.SimpleNamespace(probe=probe))
+        list(federation._finish(JOB, state(), lambda state, ends: {"accuracy": math.nan}, None))
 
 
 @pytest.mark.parametrize(("done", "kind"), [(0, InputError), (2, NotFiniteError)])
 def test_without_a_test_set_a_public_sentence_decides_before_each_charge(monkeypatch, done, kind):
     """An adapter may be finite, and too large for any logit."""
-    monkeypatch.setattr(dispatch, "check_past", lambda job: None)
-    monkeypatch.setattr(dispatch, "restore", lambda job: (done, state(), [line(done)]))
-    monkeypatch.setattr(dispatch, "agreed_charge", lambda *_: pytest.fail("charged"))
+    federation = begun(monkeypatch, done)
     with pytest.raises(kind, match="of a public sentence is finite"):
-        run.train(job(lambda state: {"accuracy": math.nan}))
+        list(federation._run(JOB, None, lambda state: {"accuracy": math.nan}, lambda: False))
 
 
 def bert_with(tiny_bert, folder, change):
@@ -157,8 +160,9 @@ def test_finite_weights_that_overflow_give_no_finite_metric_of_a_sentence(tiny_b
     for change, is_nan in ((lambda tensors: None, False), (spoilt("embeddings.LayerNorm.weight", 1e30), True)):
         model = bert_with(tiny_bert, tmp_path / str(is_nan), change)
         words = small_runs.arguments(model, finance_table, tmp_path)
-        prepared = setup.prepare(cli.parse([*words, "--eval_every=0", "--last_layers=1"]))
-        assert {math.isnan(value) for value in prepared.probe(prepared.state).values()} == {is_nan}
+        job = setup.prepare(cli.parse([*words, "--eval_every=0", "--last_layers=1"]))
+        job.federation.prepare(job.shards)
+        assert {math.isnan(value) for value in job.federation.evaluate(job.probe).values()} == {is_nan}
 
 
 def test_a_tokenizer_beyond_the_embeddings_is_refused_by_a_run(tiny_bert, finance_table, tmp_path):

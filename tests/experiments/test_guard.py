@@ -102,7 +102,7 @@ def test_every_command_that_may_hold_records_or_secrets_is_guarded_first(command
     class Begun(Exception):
         pass
 
-    def begin(*_):
+    def begin(*_, **__):
         raise Begun
 
     monkeypatch.setattr(guard, "begin", begin)

@@ -21,6 +21,7 @@ from tests.experiments.ledger_workdirs import (
     write_lines,
     write_run,
 )
+from tests.experiments.small_runs import fit
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ TAMPERINGS = {
         ),
         "entry 1 has other trust",
     ),
+    "trust to distributed alone": (config(trust="distributed", local_steps=1), "trust=distributed has no survivors"),
     "delta, a little": (lambda w: (reforge(w, newer(delta=DELTA)), config(delta=DELTA * 1.001)(w)), "entry 1 has other delta"),
     "seed of a nonce": (
         lambda w: (
@@ -166,16 +168,13 @@ def test_an_old_checkpoint_that_was_being_removed_when_the_run_was_killed_is_no_
         ["--trust=none"],
     ],
 )
-def test_a_finished_run_of_each_mode_holds(more, tiny_bert, finance_table, tmp_path, capsys):
-    from experiments import run as program
-
+def test_a_finished_run_of_each_mode_holds(more, tiny_bert, finance_table, tmp_path, capsys, quick_compile):
     command = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
         "--max_length=8", "--clients=3", "--rounds=3", "--expected_batch_size=8", "--head_only", "--delta=1e-3",
-        "--eval_every=0", "--dispatch_rounds=2", f"--workdir={tmp_path}", *more,
+        "--eval_every=0", "--dispatch_rounds=2", "--mesh=1x1", f"--workdir={tmp_path}", *more,
     ]  # fmt: skip
-    assert program.main(command) == 0
-    capsys.readouterr()
+    fit(command)
     code, out, err = run(capsys, "verify", tmp_path)
     assert (code, err) == (0, "")
     seeded = "--seed=2" in more

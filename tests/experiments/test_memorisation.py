@@ -49,6 +49,7 @@ def command(base, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_secrets_that_many_records_repeat_are_learned_without_privacy_and_not_with(command, tmp_path):
     assert memorisation.main(command) == 0
     document = json.loads((tmp_path / "out" / "memorisation.json").read_text())

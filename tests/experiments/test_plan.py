@@ -1,6 +1,5 @@
 """The plan compiles the program of a run, and reads rightly what the compiled program says of itself."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dplora_jax import lora
+from dplora_jax.config import Base, replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import round
 from dplora_jax.finetuning import setup
@@ -103,9 +103,9 @@ def small(tiny_bert, finance_table):
 
 def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
     """Shapes, types, placement and every static choice are those that `setup.prepare` makes from data and weights."""
-    prepared = setup.prepare(small)
-    sizes = [client["records"] for client in prepared.facts["clients"]]
-    program = plan_program.abstract(small, jax.devices(), sizes, "classification", 2)
+    job = setup.prepare(small)
+    prepared = job.federation.prepare(job.shards)
+    program = plan_program.abstract(small, jax.devices(), prepared.sizes, "classification", 2)
     real = (prepared.state, prepared.params, prepared.placement.clients, prepared.placement.data)
     assert jax.tree.structure(real) == jax.tree.structure(program.arguments[:4])
     for have, planned in zip(jax.tree.leaves(real), jax.tree.leaves(program.arguments[:4]), strict=True):
@@ -113,7 +113,7 @@ def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
         assert have.sharding.is_equivalent_to(planned.sharding, have.ndim)
     names = ("model", "loss", "local", "ema", "wave", "rule", "method", "attendance", "rows")
     for name in names:
-        assert getattr(prepared.federation, name) == getattr(program.federation, name), name
+        assert getattr(prepared.rounds, name) == getattr(program.federation, name), name
 
 
 def test_state_stays_where_it_lies_and_memory_is_the_arguments_and_more(small, quick_compile):
@@ -203,21 +203,17 @@ def test_flags_that_make_room_are_tried_until_it_fits(small, monkeypatch):
         ("chatglm-6b", 6_173_286_400),
     ],
 )
-def test_named_models_have_their_published_sizes(small, name, parameters):
-    config = dataclasses.replace(small, model=name)
+def test_named_models_have_their_published_sizes(name, parameters):
     classes = 2 if name == "bert-base" else None
-    params = plan_models.build(config, classes)[1]
+    params = plan_models.build(Base(name), classes)[1]
     head = {"head"} & set(params)
     assert lora.count({part: value for part, value in params.items() if part not in head}) == parameters
     assert plan_models.default_task(name) == ("classification" if classes else "language_model")
 
 
-def test_few_bits_are_planned_in_few_bits(small):
-    plain, few = (
-        plan_models.build(dataclasses.replace(small, model="gpt2", dtype="bfloat16", quantize=kind, remat=True), None)
-        for kind in (None, "nf4")
-    )
-    assert few[0].config.base.remat
+def test_few_bits_are_planned_in_few_bits():
+    plain, few = (plan_models.build(Base("gpt2", "bfloat16", kind, remat=True), None) for kind in (None, "nf4"))
+    assert few[0].config.remat
     size = lambda params: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params["layers"]))  # noqa: E731
     assert size(few[1]) < 0.3 * size(plain[1])
 
@@ -249,9 +245,9 @@ def test_without_the_compiler_one_sentence_tells_how_to_get_it(monkeypatch, caps
     assert error.count("\n") == 1
 
 
-def test_an_unknown_model_is_named(small):
+def test_an_unknown_model_is_named():
     with pytest.raises(InputError, match="llama9"):
-        plan_models.build(dataclasses.replace(small, model="llama9"), None)
+        plan_models.build(Base("llama9"), None)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +261,7 @@ def test_an_unknown_model_is_named(small):
 )
 def test_the_papers_federations_are_programs_of_their_models_published_shapes(flagfile, name, task, parameters):
     """Their weights cannot be had everywhere; a whole round of each is traced, gradients and noise included."""
-    config = dataclasses.replace(cli.parse([f"--flagfile={flagfile}.flags"]), model=name, mesh="1x1")
+    config = replace(cli.parse([f"--flagfile={flagfile}.flags"]), model=name, mesh="1x1")
     made = plan_program.abstract(config, jax.devices()[:1], [100] * 5, task, 3)
     state = jax.eval_shape(round.make(made.federation, made.mesh), *made.arguments)[0]
     before = made.arguments[0].adapter

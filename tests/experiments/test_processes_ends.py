@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from experiments import ledger, supervisor
+from dplora_jax.federation import supervisor
+from experiments import ledger
 from tests.experiments import several
 
 pytestmark = pytest.mark.slow

@@ -7,6 +7,9 @@ import pytest
 from dplora_jax.config import field_value, replace
 from dplora_jax.finetuning import objectives, recipe
 from experiments import budget, cli, run
+from tests.experiments.small_runs import fit
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table,
 
 def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsys):
     args = [*command, "--epsilon=8", "--rounds=2"]
-    assert run.main(args) == 0
+    fit(args)
     told = json.loads((tmp_path / "run" / "config.json").read_text())
     assert told["ema"] == 0.8
     assert run.main(args) == 0

@@ -12,7 +12,7 @@ def config(folder, **flags):
         data_dir=str(folder),
         text_column="text",
         label_column="label",
-        labels="good,bad",
+        labels=("good", "bad"),
         **flags,
     )
 

@@ -1,6 +1,7 @@
 """The main job as a person runs it: its files, its figures, its refusals."""
 
 import contextlib
+import io
 import json
 import stat
 
@@ -9,11 +10,14 @@ import pytest
 
 import experiments.report
 from dplora_jax import checkpoint, models
-from dplora_jax.finetuning import setup
+from dplora_jax.federation import clock
+from dplora_jax.finetuning import public_tests, setup
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, rebuild
-from experiments import ledger, progress, run
-from tests.experiments.small_runs import adapter_of, arguments, lines_of, strict_json_files
+from experiments import cli, ledger, run
+from tests.experiments.small_runs import adapter_of, arguments, fit, lines_of, strict_json_files
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -21,13 +25,21 @@ def command(tiny_bert, finance_table, tmp_path):
     return arguments(tiny_bert, finance_table, tmp_path)
 
 
-def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
-    assert run.main(command) == 0
-    folder = tmp_path / "run"
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert "epsilon" in said.out
-    assert str(folder / "adapter") in said.out
+@pytest.fixture(scope="module")
+def done(tiny_bert, finance_table, tmp_path_factory):
+    """(command, its workdir, what it said) of a run that ended."""
+    place = tmp_path_factory.mktemp("done")
+    command, out, err = arguments(tiny_bert, finance_table, place), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run.main(command) == 0
+    assert err.getvalue() == ""
+    return command, place / "run", out.getvalue()
+
+
+def test_run_leaves_what_the_contract_names(done):
+    _, folder, said = done
+    assert "epsilon" in said
+    assert str(folder / "adapter") in said
     lines = lines_of(folder / "metrics.jsonl")
     assert [line["round"] for line in lines] == list(range(7))
     assert [line["round"] for line in lines if "accuracy" in line] == [0, 2, 4, 6]
@@ -38,7 +50,6 @@ def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
     assert config["rank"] == 2
     assert config["epsilon"] == 8
     assert config["federation"]["base_files"] == models.file_digests(config["model"])
-    assert (folder / "report.html").exists()
     assert set(adapter_of(folder)) >= {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
     assert stat.S_IMODE((folder / "private").stat().st_mode) == 0o700
     assert list((folder / "private").iterdir()) == [], "secrets outlived the run"
@@ -50,52 +61,48 @@ def test_run_leaves_what_the_contract_names(command, tmp_path, capsys):
     assert (folder / "report.html").read_text() == report, "the entry that ends the run changed its report"
 
 
-def test_epsilon_shown_is_the_ledgers_own(command, tmp_path):
-    run.main(command)
-    folder = tmp_path / "run"
+def test_epsilon_shown_is_the_ledgers_own(done):
+    _, folder, _ = done
     kept = Ledger(folder / "privacy_ledger.jsonl")
     assert lines_of(folder / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(kept.epsilons(1e-3))
     mechanism = rebuild(kept.entries[0]["clients"][0])
     assert accounting.epsilon(mechanism, 12, 1e-3) == pytest.approx(kept.epsilons(1e-3)[0])
 
 
-def test_finished_run_says_so_and_does_nothing(command, tmp_path, capsys):
-    run.main(command)
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in (tmp_path / "run").rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
-    capsys.readouterr()
+def test_finished_run_says_so_and_does_nothing(done, capsys):
+    command, folder, _ = done
+    times = lambda: {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}  # noqa: E731
+    before = times()
     assert run.main(command) == 0
     assert "finished" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert before == times()
 
 
-def test_other_configuration_is_refused_by_name(command, capsys):
-    run.main(command)
+def test_other_configuration_is_refused_by_name(done, capsys):
+    command, *_ = done
     assert run.main([*command, "--rank=3", "--delta=1e-4"]) == 2
     said = capsys.readouterr().err
     assert "--rank" in said
     assert "--delta" in said
 
 
-def test_seed_repeats_the_run_and_marks_it(command, tmp_path, capsys):
-    for name in ("first", "second"):
-        run.main([*command, "--seed=3", f"--workdir={tmp_path / name}"])
+def test_seed_repeats_the_run_and_marks_it(command, done, tmp_path, capsys):
+    assert run.main([*command, "--seed=3", f"--workdir={tmp_path / 'first'}"]) == 0
+    assert "NOT FOR RELEASE" in capsys.readouterr().out
+    fit([*command, "--seed=3", f"--workdir={tmp_path / 'second'}"])
     first, second = adapter_of(tmp_path / "first"), adapter_of(tmp_path / "second")
     assert all(np.array_equal(first[name], second[name]) for name in first)
-    assert "NOT FOR RELEASE" in capsys.readouterr().out
     for name in ("report.html", "config.json", "metrics.jsonl", "privacy_ledger.jsonl", "adapter/README.md"):
         assert "NOT FOR RELEASE" in (tmp_path / "first" / name).read_text(), name
-    run.main([*command, f"--workdir={tmp_path / 'third'}"])
-    third = adapter_of(tmp_path / "third")
-    assert not np.array_equal(first["base_model.model.classifier.weight"], third["base_model.model.classifier.weight"])
+    unseeded = adapter_of(done[1])
+    assert not np.array_equal(
+        first["base_model.model.classifier.weight"], unseeded["base_model.model.classifier.weight"]
+    )
 
 
 def test_frozen_layers_may_run_once_a_record_or_at_each_step(command, tmp_path):
     for name in ("cache_frozen", "nocache_frozen"):
-        run.main([*command, "--seed=3", "--last_layers=1", f"--{name}", f"--workdir={tmp_path / name}"])
+        fit([*command, "--seed=3", "--last_layers=1", f"--{name}", f"--workdir={tmp_path / name}"])
     once, each = adapter_of(tmp_path / "cache_frozen"), adapter_of(tmp_path / "nocache_frozen")
     assert all(np.allclose(once[name], each[name], atol=1e-5) for name in each)
     assert np.abs(each["base_model.model.classifier.weight"]).max() > 1e-2
@@ -128,20 +135,15 @@ def test_all_evaluation_counts_as_work_and_not_as_waiting(command, monkeypatch):
         yield
         busy.pop()
 
-    monkeypatch.setattr(progress.Clock, "busy", counted)
-    made = setup.prepare
+    monkeypatch.setattr(clock.Clock, "busy", counted)
+    evaluator = public_tests.evaluator
 
-    def prepare(*args, **kwargs):
-        prepared = made(*args, **kwargs)
+    def overheard(*arguments):
+        measure = evaluator(*arguments)
+        return lambda *args, **options: (inside.append(bool(busy)), measure(*args, **options))[1]
 
-        def evaluate(*args, **kwargs):
-            inside.append(bool(busy))
-            return prepared.evaluate(*args, **kwargs)
-
-        return prepared._replace(evaluate=evaluate)
-
-    monkeypatch.setattr(setup, "prepare", prepare)
-    assert run.main([*command, "--rounds=2", "--eval_every=1"]) == 0
+    monkeypatch.setattr(public_tests, "evaluator", overheard)
+    fit([*command, "--rounds=2", "--eval_every=1"])
     assert inside == [True, True, True], "the base model, and each of two rounds"
 
 
@@ -182,7 +184,7 @@ def test_missing_public_test_set_is_refused_unless_never_evaluated(command, fina
     without = [*command, f"--data_dir={alone}", "--labels=good,bad"]
     assert run.main(without) == 2
     assert "--eval_every=0" in capsys.readouterr().err
-    assert run.main([*without, "--eval_every=0", "--rounds=1"]) == 0
+    setup.prepare(cli.parse([*without, "--eval_every=0"]))
 
 
 def test_corrupt_weights_are_refused(command, tiny_bert, tmp_path, capsys):
@@ -196,13 +198,13 @@ def test_corrupt_weights_are_refused(command, tiny_bert, tmp_path, capsys):
 
 
 def test_rank_above_a_matrixs_own_size_is_a_warning(command, capsys):
-    assert run.main([*command, "--rank=20", "--rounds=1"]) == 0
+    assert run.main([*command, "--rank=20", "--rounds=1", "--eval_every=0"]) == 0
     assert "warning: rank 20" in capsys.readouterr().err
 
 
-def test_run_by_column_with_unequal_clients_has_its_own_rates(command, tmp_path):
-    assert run.main([*command, "--partition=dirichlet:0.5"]) == 0
-    clients = json.loads((tmp_path / "run" / "config.json").read_text())["federation"]["clients"]
-    assert len({client["records"] for client in clients}) > 1
-    assert all(client["sampling_rate"] == min(1, 8 / client["records"]) for client in clients)
-    assert all(7.9 < client["epsilon"] <= 8 for client in clients)
+def test_clients_of_unequal_sizes_have_their_own_rates(command):
+    job = setup.prepare(cli.parse([*command, "--partition=dirichlet:0.5"]))
+    clients = job.federation.plan([len(shard["labels"]) for shard in job.shards]).clients
+    assert len({client.records for client in clients}) > 1
+    assert all(client.sampling_rate == min(1, 8 / client.records) for client in clients)
+    assert all(7.9 < client.epsilon <= 8 for client in clients)

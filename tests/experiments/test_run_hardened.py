@@ -11,8 +11,10 @@ from dplora_jax.federation import dispatch
 from dplora_jax.privacy import accounting, host_noise
 from dplora_jax.privacy.hardened import Hardened
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, run
-from tests.experiments.small_runs import adapter_of, arguments, crash_before, lines_of
+from experiments import cli
+from tests.experiments.small_runs import adapter_of, arguments, crash_before, fit, lines_of
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -20,7 +22,6 @@ def command(tiny_bert, finance_table, tmp_path):
     return arguments(tiny_bert, finance_table, tmp_path)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     command,
     tmp_path,
@@ -29,7 +30,7 @@ def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     """In dispatches as short as the noise's memory asks; the first is lost before its checkpoint, and under a seed run again."""
     monkeypatch.setattr(host_noise, "DISPATCH_BYTES", 1)
     hardened = [*command, "--noise=hardened", "--seed=3", "--rounds=3", "--eval_every=3"]
-    assert run.main([*hardened, f"--workdir={tmp_path / 'whole'}"]) == 0
+    fit([*hardened, f"--workdir={tmp_path / 'whole'}"])
     ledger = Ledger(tmp_path / "whole" / "privacy_ledger.jsonl")
     assert [e["rounds"] for e in ledger.entries if e["entry"] == "begin"] == [[1, 2], [2, 3], [3, 4]]
     assert lines_of(tmp_path / "whole" / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
@@ -42,8 +43,8 @@ def test_a_hardened_run_costs_what_the_ledger_says_and_resumes_to_the_same_bits(
     with monkeypatch.context() as patch:
         crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
-            run.main(lost)
-    assert run.main(lost) == 0
+            fit(lost)
+    fit(lost)
     assert len(drawn) == 4
     jax.tree.map(np.testing.assert_array_equal, drawn[0], drawn[1])
     for k, client in enumerate(facts["clients"]):  # false alarms: 5 standard errors of some 700 draws

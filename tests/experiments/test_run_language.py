@@ -15,6 +15,7 @@ from experiments import cli as run_flags
 from experiments import ledger, run
 from experiments.attacks import audit, membership
 from tests.conftest import GOLDEN, WORDS, write_tokenizer
+from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NOUNS, VERBS = WORDS[5:9], WORDS[9:13]
@@ -71,7 +72,7 @@ def done(base, tables, tmp_path_factory):
     def of(kind):
         if kind not in made:
             more = ["--seed=1", f"--benchmarks_dir={tables / 'public'}", "--benchmarks=piqa", "--last_layers=1"]
-            assert run.main(job(base, tables / kind, root / kind, *KINDS[kind], *more)) == 0
+            fit(job(base, tables / kind, root / kind, *KINDS[kind], *more))
             made[kind] = root / kind
         return made[kind]
 
@@ -158,7 +159,7 @@ def test_choices_are_scored_plain_and_by_their_lengths(base, tables, done):
 
 def test_layers_that_run_once_for_each_record_change_nothing(base, tables, done, tmp_path):
     flags = ["--seed=1", "--last_layers=1", "--nocache_frozen"]
-    assert run.main(job(base, tables / "answers", tmp_path / "whole", *KINDS["answers"], *flags)) == 0
+    fit(job(base, tables / "answers", tmp_path / "whole", *KINDS["answers"], *flags))
     for one, other in zip(metrics(done("answers")), metrics(tmp_path / "whole"), strict=True):
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
 
@@ -170,7 +171,7 @@ def test_labels_words_learn_what_their_texts_say(base, tables, tmp_path):
         lines(tmp_path / "own" / f"{name}.jsonl", [*rows, rows[0] | {"words": f"{NOUNS[0]} {name}"}] * 4)
     more = ["--epsilon=inf", "--rounds=40", "--eval_every=40", "--targets=all-linear", "--client_lr=2", "--rank=8"]
     more += ["--expected_batch_size=10", "--server_momentum=0.5"]
-    assert run.main(job(base, tmp_path / "own", tmp_path / "run", *KINDS["labels"], *more)) == 0
+    fit(job(base, tmp_path / "own", tmp_path / "run", *KINDS["labels"], *more))
     assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.9
 
 
@@ -219,7 +220,7 @@ def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_
     lines(tmp_path / "public" / "medquad" / "train.jsonl", rows)
     flags = ["--dataset=medquad", "--test_fraction=0.25", "--rounds=1", "--generate=0"]
     more = [*flags, "--benchmarks=medquad", f"--benchmarks_dir={tmp_path / 'public'}"]
-    assert run.main(job(base, tmp_path / "public" / "medquad", tmp_path / "own", *more)) == 0
+    fit(job(base, tmp_path / "public" / "medquad", tmp_path / "own", *more))
     last = metrics(tmp_path / "own")[-1]
     assert last["medquad_perplexity"] == pytest.approx(last["perplexity"], rel=1e-5)
     lines(tmp_path / "mine" / "train.jsonl", rows)
@@ -271,6 +272,6 @@ def test_bert_predicts_no_next_token(tiny_bert, tables, tmp_path, capsys):
 
 def test_one_party_of_several_has_its_own_share_alone(base, tables, tmp_path):
     more = ["--clients=1", "--parties=3", "--rounds=1"]
-    assert run.main(job(base, tables / "text", tmp_path / "one", *KINDS["text"], *more)) == 0
+    fit(job(base, tables / "text", tmp_path / "one", *KINDS["text"], *more))
     facts = json.loads((tmp_path / "one" / "config.json").read_text())["federation"]
     assert [client["records"] for client in facts["clients"]] == [20]

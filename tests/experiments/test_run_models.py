@@ -10,6 +10,7 @@ import safetensors.numpy
 from dplora_jax import models, peft
 from experiments import run
 from tests.conftest import GOLDEN, write_tokenizer
+from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -38,7 +39,7 @@ def job(base, table, tmp_path, *extra):
     ids=["remat", "frozen layers below", "nf4 in bfloat16", "int8, every matrix"],
 )
 def test_a_decoder_becomes_a_classifier_and_leaves_an_adapter_that_peft_reads(base, extra, finance_table, tmp_path):
-    assert run.main(job(base, finance_table, tmp_path, *extra)) == 0
+    fit(job(base, finance_table, tmp_path, *extra))
     folder = tmp_path / "run"
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
     tensors = safetensors.numpy.load_file(folder / "adapter" / "adapter_model.safetensors")

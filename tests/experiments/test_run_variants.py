@@ -5,10 +5,13 @@ import json
 import pytest
 
 from dplora_jax.errors import InputError
+from dplora_jax.federation.federation import Federation
 from dplora_jax.privacy import ledger
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, run
-from tests.experiments.small_runs import crash_before, lines_of
+from experiments import cli
+from tests.experiments.small_runs import crash_before, fit, lines_of
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -24,10 +27,10 @@ def command(tiny_bert, finance_table):
 def test_adaptive_clip_norms_are_released_charged_and_kept_in_the_checkpoint(command, tmp_path, monkeypatch):
     command, folder = [*command, "--clipping=adaptive", f"--workdir={tmp_path / 'run'}"], tmp_path / "run"
     with monkeypatch.context() as patch:
-        crash_before(patch, run, "_finish")
+        crash_before(patch, Federation, "_finish")
         with pytest.raises(KeyboardInterrupt):
-            run.main(command)
-    assert run.main(command) == 0
+            fit(command)
+    fit(command)
     shown = [line["clip_norm"] for line in lines_of(folder / "metrics.jsonl") if "clip_norm" in line]
     assert len(shown) == 2
     assert all(len(norms) == 2 and norms[0] != norms[1] for norms in shown)
@@ -39,7 +42,7 @@ def test_adaptive_clip_norms_are_released_charged_and_kept_in_the_checkpoint(com
 
 def test_banded_run_spends_its_budget_and_says_how(command, tmp_path):
     workdir = tmp_path / "run"
-    assert run.main([*command, "--noise=banded", "--local_steps=2", "--rounds=2", f"--workdir={workdir}"]) == 0
+    fit([*command, "--noise=banded", "--local_steps=2", "--rounds=2", f"--workdir={workdir}"])
     book = Ledger(workdir / "privacy_ledger.jsonl")
     assert ledger.rebuild(book.entries[0]["clients"][0]).bands == 2
     assert lines_of(workdir / "metrics.jsonl")[-1]["epsilon"] == pytest.approx(book.epsilons(1e-3))

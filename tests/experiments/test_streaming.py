@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dplora_jax.config import RunConfig, replace
 from dplora_jax.federation import streaming
-from experiments import run
+from tests.experiments.small_runs import fit
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
-def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(
-    tiny_bert, finance_table, tmp_path, capsys
-):
+def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(tiny_bert, finance_table, tmp_path):
     command = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
         "--max_length=8", "--clients=3", "--rounds=3", "--expected_batch_size=8", "--rank=2", "--noise_multiplier=1",
         "--delta=1e-3", "--eval_every=0", "--seed=3",
     ]  # fmt: skip
-    assert run.main([*command, f"--workdir={tmp_path / 'there'}"]) == 0
-    assert run.main([*command, "--stream", f"--workdir={tmp_path / 'streamed'}"]) == 0
-    assert "The devices waited " in capsys.readouterr().out
+    fit([*command, f"--workdir={tmp_path / 'there'}"])
+    made = fit([*command, "--stream", f"--workdir={tmp_path / 'streamed'}"])
+    assert "The devices waited " in made.federation.clock.in_words()
     there, streamed = (
         safetensors.numpy.load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("there", "streamed")
@@ -59,9 +60,9 @@ def test_records_are_streamed_where_they_would_take_too_much_of_a_device():
     table = {"input_ids": np.zeros((3, 100), np.int32), "labels": np.zeros(3, np.int32)}
     device = lambda limit: types.SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})  # noqa: E731
     grid = lambda limit: types.SimpleNamespace(local_devices=[device(limit)], devices=np.zeros(2))  # noqa: E731
-    auto = types.SimpleNamespace(stream=None)
+    auto = RunConfig()
     bytes_a_device = 404 * 1000 / 2
     assert streaming.wanted(auto, grid(4 * bytes_a_device - 1), table, [400, 600])
     assert not streaming.wanted(auto, grid(4 * bytes_a_device), table, [400, 600])
     assert not streaming.wanted(auto, grid(None), table, [400, 600])  # a device that does not tell: a CPU
-    assert streaming.wanted(types.SimpleNamespace(stream=True), grid(None), table, [1])
+    assert streaming.wanted(replace(RunConfig(), stream=True), grid(None), table, [1])

@@ -8,9 +8,12 @@ import pytest
 
 from dplora_jax.config import RunConfig, deciding, replace
 from dplora_jax.errors import InputError
-from experiments import run, sweep
+from experiments import sweep
 from experiments.sweep import cells as sweep_cells
 from experiments.sweep import report as sweep_report
+from tests.experiments.small_runs import fit
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture
@@ -182,15 +185,15 @@ def test_a_case_without_a_budget_stands_at_every_budget(tmp_path):
             ("FedAvg", "2", 1, 0.5), ("FedAvg", "2", 2, 0.7), ("FedAvg", "8", 1, 0.8), ("no privacy", "any", 1, 0.9),
         )
     ]  # fmt: skip
-    header, rows = sweep_report.cells(lines)
-    assert header == ["case", "epsilon 2 accuracy", "epsilon 8 accuracy"]
-    assert rows == [["FedAvg", "0.600 ± 0.141", "0.800"], ["no privacy", "0.900", "0.900"]]
+    table = sweep_report.table(lines)
+    assert table.head == ["case", "epsilon 2 accuracy", "epsilon 8 accuracy"]
+    assert table.rows == [["FedAvg", "0.600 ± 0.141", "0.800"], ["no privacy", "0.900", "0.900"]]
     deltas = [{"case": "FedAvg", "delta": "1e-3", "seed": 1, "metrics": {"accuracy": 0.4}, "seconds": 1.0}]
     both = sweep_report.markdown(lines + deltas)
     assert "epsilon 2 accuracy" in both
     assert "delta 1e-3 accuracy" in both
     assert "NOT FOR RELEASE" in both
-    assert sweep_report.body(lines + deltas).count("<table>") == 2
+    assert len(sweep_report.contents(lines + deltas)["groups"]) == 2
 
 
 def test_a_cell_without_a_finite_metric_stands_in_the_table_and_is_no_best(tmp_path):
@@ -226,7 +229,7 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
         plain = [word for word in command if not word.startswith(("--out", "--seeds", "--case", "--vary"))]
         folder = tmp_path / name["case"]
         seeds = [f"--epsilon={name['epsilon']}", f"--seed={name['seed']}", f"--split_seed={name['seed']}"]
-        assert run.main([*plain, *more, *seeds, f"--workdir={folder}"]) == 0
+        fit([*plain, *more, *seeds, f"--workdir={folder}"])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert found["metrics"] == {name: lines[-1][name] for name in ("accuracy", "macro_f1")}
         assert found["epsilon_max"] == lines[-1]["epsilon_max"]
@@ -237,6 +240,7 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path):
             assert base["metrics"] == {name: lines[0][name] for name in ("accuracy", "macro_f1")}
 
 
+@pytest.mark.slow
 def test_workers_share_the_cells_and_the_file(command, tmp_path):
     """Two real processes; each writes its own cells into the one file, and a third start finds nothing to do."""
     short = [word for word in command if not word.startswith("--case")] + ["--case=one:"]

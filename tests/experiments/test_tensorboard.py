@@ -8,6 +8,8 @@ from dplora_jax.errors import InputError
 from experiments import run, tensorboard
 from tests.experiments.small_runs import arguments, lines_of
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def scalars(folder):
     """{(name, round): value} of all events in `folder`; every one must be there once."""

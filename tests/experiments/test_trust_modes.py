@@ -12,7 +12,10 @@ from dplora_jax.federation import calibration, trust
 from dplora_jax.privacy import accounting, secrets, size_classes
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, run
+from experiments import cli, report, summary
+from tests.experiments.small_runs import fit
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 SIZES = (400, 60, 900)
 DISTRIBUTED = ["--trust=distributed", "--clients=3", "--rounds=10", "--epsilon=4"]
@@ -164,7 +167,7 @@ def test_a_budget_that_no_noise_keeps_is_refused_in_mode_client():
         ),
     ],
 )
-def test_a_run_accounts_and_tells_its_mode(mode, more, told, tiny_bert, finance_table, tmp_path, capsys, monkeypatch):
+def test_a_run_accounts_and_tells_its_mode(mode, more, told, tiny_bert, finance_table, tmp_path, monkeypatch):
     """And epsilon in the metrics is what the ledger recomputes."""
     made = []
     real = secrets.load_or_create
@@ -174,8 +177,8 @@ def test_a_run_accounts_and_tells_its_mode(mode, more, told, tiny_bert, finance_
         "--max_length=8", "--clients=3", "--rounds=4", "--expected_batch_size=8", "--rank=2", "--epsilon=8", "--delta=1e-3",
         "--eval_every=4", f"--workdir={tmp_path}", f"--trust={mode}", *more,
     ]  # fmt: skip
-    assert run.main(command) == 0
-    assert told[1] in capsys.readouterr().out
+    fit(command)
+    assert told[1] in summary.line(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     ledger = Ledger(tmp_path / "privacy_ledger.jsonl")
     assert lines[-1]["epsilon"] == pytest.approx(ledger.epsilons(1e-3))
@@ -183,8 +186,7 @@ def test_a_run_accounts_and_tells_its_mode(mode, more, told, tiny_bert, finance_
     document = json.loads((tmp_path / "config.json").read_text())
     assert told[0] in document["federation"]["trust"][0]
     assert [client["records"] for client in document["federation"]["clients"]] == [20, 20, 20]
-    report = (tmp_path / "report.html").read_text()
-    assert told[0] in report
+    assert told[0] in report.write(tmp_path).read_text()
     if mode == "client":
         assert len(made[0]) == 4  # the server's own is among them
         assert len(set(lines[-1]["epsilon"])) == 1

@@ -200,3 +200,31 @@ def test_other_records_than_the_workdirs_are_refused(federation, tmp_path):
 def test_the_number_of_shards_is_the_number_of_clients(federation):
     with pytest.raises(InputError, match="records of 2 clients are given, and clients=3"):
         list(federation().fit(small.shards()[:2], storage.InMemory()))
+
+
+class Compiled(Exception):
+    """A program is to be compiled."""
+
+
+@pytest.fixture
+def compiling_fails(federation, monkeypatch):
+    """Once the module's own program is compiled, the next one raises Compiled."""
+    run(federation())
+
+    def make(*_, **__):
+        raise Compiled
+
+    monkeypatch.setattr(dispatch.round, "make", make)
+
+
+def test_federations_of_other_budgets_share_a_program(federation, compiling_fails):
+    """A budget reaches it as its arguments."""
+    assert max(run(federation(epsilon=4.0))[-1].epsilon) <= 4
+
+
+@pytest.mark.parametrize(
+    "fields", [{"server_lr": 0.5}, {"client_lr": 0.4}, {"ema": 0.0}, {"private_diagnostics": True}, {"mesh": "3x1"}]
+)
+def test_federations_of_other_programs_do_not(federation, compiling_fails, fields):
+    with pytest.raises(Compiled):
+        run(federation(**fields))
