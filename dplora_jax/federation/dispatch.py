@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming
 from dplora_jax.privacy import ledger as ledgers
@@ -193,7 +194,9 @@ def _call(job, state, keys, length):
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
-    key = (p.rounds.local, p.rounds.rule, length, shapes)
+    # What a seed decides is an argument of the program; learning rates, say, are in it.
+    like = replace(job.config, seed=None)
+    key = (like, p.rounds.model, p.rounds.loss, p.rounds.local, p.rounds.rule, p.rounds.rows, length, shapes)
     with job.clock.busy():
         if key not in job.programs:
             program = round.make(p.rounds, p.mesh, diagnostics=job.config.execution.private_diagnostics)
