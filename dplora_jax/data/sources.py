@@ -83,7 +83,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
 def _load_demo(source: Source) -> Corpus:
     for flag in ("data_dir", "test_data", "labels", "group_column", "encoding", "separator"):
         if getattr(source, flag):
-            name = "partition=column:..." if flag == "group_column" else flag
+            name = "partition=column:..." if flag == "group_column" else f"`{flag}`"
             raise InputError(
                 f"{name} does not fit dataset={source.dataset}, which has only its own texts; leave it out."
             )
@@ -203,7 +203,7 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
     needed = {"data_dir": source.data_dir} | {flag: columns[role] for role, flag in roles.items()}
     for flag, given in needed.items():
         if not given:
-            raise InputError(f"dataset={source.dataset} reads your own table and needs --{flag}; give it.")
+            raise InputError(f"dataset={source.dataset} reads your own table and needs `{flag}`; give it.")
     return kind, columns
 
 

@@ -145,7 +145,7 @@ def in_turns(of_rows, size, batch, weights):
     rows = weights.shape[0]
     if size >= rows:
         return of_rows(batch, weights)
-    turns = -(-rows // size)
+    turns, of_rows = -(-rows // size), jax.jit(of_rows, inline=True)  # traced once, for its shapes and for its turns
 
     def split(x):
         x = jnp.pad(x, [(0, turns * size - rows), *[(0, 0)] * (x.ndim - 1)])

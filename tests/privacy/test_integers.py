@@ -122,5 +122,5 @@ def test_the_grid_is_the_finest_on_which_int32_cannot_overflow(capacity, sigma):
 def test_what_integers_cannot_hold_is_refused():
     with pytest.raises(InputError, match="32-bit"):
         integers.bits_for([accounting.Mechanism(10**7, 0.1, 10**6, 1.0)])
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="lower `rank`"):
         integers.check_size({"a": jax.ShapeDtypeStruct((2**13, 2**13), jnp.float32)})
