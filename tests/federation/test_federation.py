@@ -130,6 +130,24 @@ def test_a_dispatch_is_charged_before_it_runs(federation, tmp_path, monkeypatch)
     assert max(rounds[-1].epsilon) <= 8
 
 
+def test_a_dispatch_is_charged_run_saved_and_committed_and_only_then_shown(federation, monkeypatch):
+    """Whatever is killed in between: no round runs unpaid, and no metric is out whose round could run again."""
+    kept, events = storage.InMemory(), []
+
+    def listen(target, name):
+        real = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *args, **more: (events.append(name), real(*args, **more))[1])
+
+    for target, name in (
+        (kept.ledger, "begin"), (dispatch, "_call"), (kept, "save"), (kept.ledger, "commit"), (kept, "release"),
+    ):  # fmt: skip
+        listen(target, name)
+    for round in federation().fit(small.shards(), kept):
+        events.append(round.number)
+    paid = ["begin", "_call", "save", "commit", "release"]
+    assert events == ["save", "release", 0, *paid, 1, 2, *paid, 3, 4, "release"]
+
+
 def test_in_memory_too_no_client_goes_past_its_epsilon(federation, monkeypatch):
     """The ledger in memory refuses as the one on disk does."""
     monkeypatch.setattr(dispatch, "_affordable", lambda job, done: 10**6)
