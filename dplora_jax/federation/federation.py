@@ -51,7 +51,8 @@ class Federation:
 
     `model` and `params` come from `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
     (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled
-    rounds, and `memo` what the frozen layers made of records: given the same dicts, federations of like shapes share them.
+    rounds, and `memo` what the frozen layers made of records: given the same dicts, federations that differ
+    in no more than records and `seed` share them.
     `base_name` is what others know the base model by, for the adapter's files.
 
     Raises InputError where the configuration has no guarantee, or no meaning.

@@ -8,6 +8,7 @@ Letters: K clients, C rows of a client's capacity, M rows at a time.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ class Pooled:
         turns, order = _turns(picked, weights, at_a_time(self.rows, local.microbatch or local.capacity))
         count, size = len(weights), turns["row"].shape[1]
 
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for its turns
         def take(turn):
             batch = {name: array[turn["row"]] for name, array in data.items()}
             norm, owners = local.clipper.clip_norm, (turn["owner"], count)

@@ -140,12 +140,15 @@ def clip_each(rows, clip_norm):
 
 
 def in_turns(clip_rows, size, batch, weights):
-    """`of_rows(batch, weights) -> (sum, norms, losses)` over `size` rows of the batch at a time: sums add up, rows are set side
+    """`clip_rows(batch, weights) -> (sum, norms, losses)` over `size` rows of the batch at a time: sums add up, rows are set side
     by side. The last turn is filled up with rows of weight 0."""
     rows = weights.shape[0]
     if size >= rows:
         return clip_rows(batch, weights)
-    turns = -(-rows // size)
+    turns, clip_rows = (
+        -(-rows // size),
+        jax.jit(clip_rows, inline=True),
+    )  # traced once, for its shapes and for its turns
 
     def split(x):
         x = jnp.pad(x, [(0, turns * size - rows), *[(0, 0)] * (x.ndim - 1)])

@@ -165,7 +165,7 @@ def test_a_benchmark_that_holds_the_private_texts_is_refused_whatever_else_stand
     lines(tmp_path, "validation.jsonl", table)
     held = [f"s{i}" for i in range(20)]
     for whole in ([of(*held)], [of("s0", "s1", "s1"), of("s2")]):
-        with pytest.raises(InputError, match=f"--benchmarks={name} is refused as a public test set"):
+        with pytest.raises(InputError, match=f"benchmarks={name} is refused as a public test set"):
             benchmark(name, str(tmp_path), private=whole)
     with pytest.raises(Refused) as caught:
         benchmark(name, str(tmp_path), private=[of("another"), of(*held[:8], "s1")])
