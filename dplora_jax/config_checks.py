@@ -140,6 +140,10 @@ def _budget(config):
         f"noise_multiplier={sigma} must be 0.05 to {MOST_NOISE:g}; trust=none runs without noise.",
     )
     yield (
+        not private or noises.KINDS[privacy.noise].gaussian,
+        f"noise={privacy.noise} is not the Gaussian noise that is accounted: its epsilon is unknown. Use another, or trust=none.",
+    )
+    yield (
         not private or math.isfinite(privacy.clip_norm),
         "clip_norm=inf clips nothing: only trust=none allows it.",
     )

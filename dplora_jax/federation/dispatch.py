@@ -224,7 +224,7 @@ def _call(job, state, keys, length):
 
 
 def _program_of(job):
-    """All that the compiled rounds are made of, but for the shapes of their arguments: jobs of which it is the same can share them."""
+    """All that the compiled rounds are made of, but the shapes of their arguments: jobs with the same can share them."""
     rounds = job.prepared.rounds
     loss = rounds.loss
     if isinstance(loss, functools.partial):  # which equals itself alone

@@ -8,12 +8,13 @@ from dplora_jax.privacy import clippers
 
 
 class Kind(NamedTuple):
-    """What a configuration has to know of a kind of noise: the `module` and the `name` of its class, whether its draws are
-    `correlated` over steps, which fields belong to it alone, {field: value} of what is not given, and `checks(config, mode)`:
+    """What a configuration has to know of a kind of noise: the `module` and the `name` of its class, whether it is `gaussian`, of
+    the standard deviation that `accounting.Mechanism` accounts in every coordinate, whether its draws are `correlated` over steps, which fields belong to it alone, {field: value} of what is not given, and `checks(config, mode)`:
     (holds, what to say if not) for a config whose defaults are filled in, under the trust mode `mode` (`trust.mode.Mode`)."""
 
     module: str
     name: str
+    gaussian: bool
     correlated: bool = False
     fields: tuple = ()
     defaults: Callable = lambda config: {}
@@ -55,16 +56,17 @@ def _hardened(config, mode):
 
 
 KINDS = {
-    "independent": Kind("dplora_jax.privacy.noise", "Independent"),
+    "independent": Kind("dplora_jax.privacy.noise", "Independent", gaussian=True),
     "banded": Kind(
         "dplora_jax.privacy.banded",
         "Banded",
+        gaussian=True,
         correlated=True,
         fields=("bands",),
         defaults=lambda config: {"bands": config.schedule.local_steps},
         checks=_banded,
     ),
-    "hardened": Kind("dplora_jax.privacy.hardened", "Hardened", checks=_hardened),
+    "hardened": Kind("dplora_jax.privacy.hardened", "Hardened", gaussian=True, checks=_hardened),
 }
 
 

@@ -88,9 +88,10 @@ def test_a_silo_charges_its_own_ledger_before_it_runs(tmp_path, monkeypatch):
         def crash(*_):
             raise KeyboardInterrupt
 
-        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as broken:
             broken.setattr(Silo, "_compiled", crash)
-            party.fit(start, 1)
+            with pytest.raises(KeyboardInterrupt):
+                party.fit(start, 1)
     ledger = Ledger(tmp_path / "silo" / "privacy_ledger.jsonl")
     assert ledger.charged_rounds() == 1
     assert len(ledger.begun[0]["clients"]) == 1
