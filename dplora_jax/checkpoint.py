@@ -18,7 +18,7 @@ def anchors(directory):
 
     Read from the notes, which orbax keeps as plain JSON and which become visible in one step with the rest; needs no JAX.
     """
-    found = []
+    anchors_by_name = []
     whole = re.compile("[0-9]{1,9}")  # others are being written
     folders = [path for path in pathlib.Path(directory).glob("[0-9]*") if whole.fullmatch(path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name)):
@@ -29,8 +29,8 @@ def anchors(directory):
             if not folder.exists() or int(folder.name) < max(int(path.name) for path in folders):
                 continue
             raise InputError(f"{folder} is damaged: restore it, or start a new `workdir`.") from None
-        found.append((f"checkpoint {folder.name}", anchor))
-    return found
+        anchors_by_name.append((f"checkpoint {folder.name}", anchor))
+    return anchors_by_name
 
 
 def _sync_tree(directory):

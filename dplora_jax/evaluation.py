@@ -36,7 +36,7 @@ def padded_batches(table, size):
 
 def classifier(model, mesh, params, test):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} over `test` (dict of [N, ...] arrays with `labels`); both are
-    nan where any logit is not finite, since argmax takes what is no number for a label.
+    nan where any logit is not finite, since argmax takes what is not a number for a label.
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
     over the clients axis, and compiled once; every process gets all predictions.
@@ -53,12 +53,12 @@ def classifier(model, mesh, params, test):
 
 
 def on(test):
-    """What `Federation.fit` takes as `evaluate`: accuracy and macro-F1 on the public rows `test` (a dict of [N, ...] arrays) where they
-    have `labels`, else perplexity over the tokens that `loss_mask` marks."""
+    """What `Federation.fit` takes as `evaluate`: accuracy and macro-F1 on the public rows `test` (a dict of [N, ...] arrays)
+    where they have `labels`, else perplexity over the tokens that `loss_mask` marks."""
     make = classifier if "labels" in test else perplexity
 
     def measure(prepared):
-        evaluate = make(prepared.model, prepared.mesh, prepared.params, prepared.rows(test))
+        evaluate = make(prepared.model, prepared.mesh, prepared.params, prepared.through_frozen_layers(test))
         return lambda adapter, residual=(), ends=False: evaluate(adapter, residual)
 
     return measure
@@ -79,11 +79,11 @@ def likelihoods(model, mesh, params, table):
 
 def perplexity(model, mesh, params, table):
     """A function (adapter, residual=()) -> {"perplexity"}: exp of the mean loss of a token, over all marked tokens of `table`."""
-    counted, found = int(table["loss_mask"][:, 1:].sum()), likelihoods(model, mesh, params, table)
+    counted, measure = int(table["loss_mask"][:, 1:].sum()), likelihoods(model, mesh, params, table)
 
     def evaluate(adapter, residual=()):
         with np.errstate(over="ignore"):  # then it is infinite
-            return {"perplexity": float(np.exp(-found(adapter, residual).sum() / max(1, counted)))}
+            return {"perplexity": float(np.exp(-measure(adapter, residual).sum() / max(1, counted)))}
 
     return evaluate
 
@@ -91,10 +91,10 @@ def perplexity(model, mesh, params, table):
 def label_words(model, mesh, params, table, labels, classes):
     """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} by the likeliest of `classes` words, the I * classes rows of
     `table` (`encoding.all_answers`), against `labels` [I]."""
-    found = likelihoods(model, mesh, params, table)
+    measure = likelihoods(model, mesh, params, table)
 
     def evaluate(adapter, residual=()):
-        nats = found(adapter, residual).reshape(-1, classes)
+        nats = measure(adapter, residual).reshape(-1, classes)
         return _of_labels(np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED), labels, classes)
 
     return evaluate
@@ -104,12 +104,12 @@ def choices(model, mesh, params, table, asked):
     """A function (adapter, residual=()) -> {"accuracy", "accuracy_norm"}: how often the likeliest answer of each of `asked` is
     the right one, by its likelihood and by that over its length in characters, as EleutherAI's evaluation harness has `acc`
     and `acc_norm`. `table` is `encoding.all_answers` of `asked`."""
-    found, ends = likelihoods(model, mesh, params, table), np.cumsum([len(one.answers) for one in asked])[:-1]
+    measure, ends = likelihoods(model, mesh, params, table), np.cumsum([len(one.answers) for one in asked])[:-1]
     lengths = np.array([len(answer.removeprefix(" ")) for one in asked for answer in one.answers], float)
     right = np.array([one.right for one in asked])
 
     def evaluate(adapter, residual=()):
-        nats = found(adapter, residual)
+        nats = measure(adapter, residual)
         if not np.isfinite(nats).all():
             return dict.fromkeys(("accuracy", "accuracy_norm"), math.nan)
         best = [np.array([part.argmax() for part in np.split(x, ends)]) for x in (nats, nats / np.maximum(lengths, 1))]
@@ -127,7 +127,7 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
 
     def evaluate(adapter, residual=()):
         based = lora.shifted(model, params, residual) if residual else params
-        made = [
+        batches = [
             np.asarray(
                 generation.generate(
                     model, based, batch, max_new_tokens=new_tokens, adapter=adapter, end_tokens=ends, pad_token=pad
@@ -138,12 +138,12 @@ def answers(model, params, tokenizer, asked, max_length, new_tokens, chat=False)
         written = tokenizer.batch_decode(
             [
                 list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
-                for ids in np.concatenate(made)[: len(asked)]
+                for ids in np.concatenate(batches)[: len(asked)]
             ],
             skip_special_tokens=True,
         )
         pairs = list(zip(written, references, strict=True))
-        return {name: float(np.mean([of(*pair) for pair in pairs])) for name, of in ANSWER_SCORES.items()}
+        return {name: float(np.mean([score(*pair) for pair in pairs])) for name, score in ANSWER_SCORES.items()}
 
     return evaluate
 
@@ -173,7 +173,7 @@ def _over_rows(model, mesh, params, table, compute):
         return compute(lora.shifted(model, params, residual) if residual else params, adapter, batch)
 
     def all_rows(adapter, residual=()):
-        found = [one(params, adapter, residual, batch) for batch in batches]
-        return np.concatenate([np.asarray(rows) for rows in found])[:count]
+        losses = [one(params, adapter, residual, batch) for batch in batches]
+        return np.concatenate([np.asarray(rows) for rows in losses])[:count]
 
     return all_rows

@@ -86,7 +86,7 @@ def read_json(path, kind=dict):
 
 
 def parse_json(content, path, kind=dict):
-    """The JSON in the bytes `content` of `path`, which is named in the errors; InputError as of `read_json`."""
+    """The JSON in the bytes `content` of `path`, which is named in the errors; raises InputError as `read_json` does."""
     try:
         document = json_files.parse(content, json_files.anything, MOST_BYTES)
     except json_files.Unfit as error:
@@ -119,7 +119,7 @@ def plain(value):
 
 
 def number(value):
-    """The float of a JSON value that `plain` may have written; None for what is no number."""
+    """The float of a JSON value that `plain` may have written; None for what is not a number."""
     if isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

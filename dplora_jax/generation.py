@@ -26,7 +26,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more.")
     if "position_ids" in batch:
-        raise ValueError("prompts take no position_ids: what follows them would not know its own.")
+        raise ValueError("prompts cannot have position_ids: the tokens that follow them would have none.")
     mask = batch.get("attention_mask")
     if mask is not None and not isinstance(mask, jax.core.Tracer) and (np.diff(np.asarray(mask, int)) > 0).any():
         raise ValueError("prompts must be padded to the right: a token is attended behind one that is not.")

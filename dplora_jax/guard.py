@@ -29,7 +29,7 @@ def begin(speaks=lambda: True, phrase=str):
     logging.disable(logging.CRITICAL)
     warnings.showwarning = lambda *args: speaks() and _show_warning(phrase, *args)
     sys.excepthook = lambda _, error, __: show(error)
-    threading.excepthook = sys.unraisablehook = lambda told: told.exc_value is not None and show(told.exc_value)
+    threading.excepthook = sys.unraisablehook = lambda raised: raised.exc_value is not None and show(raised.exc_value)
 
 
 def _dump_no_core():
@@ -63,16 +63,16 @@ def _said(error):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    said = str(error) if type(error).__name__ == "JaxRuntimeError" else ""
-    if said.startswith("RESOURCE_EXHAUSTED"):
-        return said.splitlines()[0]
+    text = str(error) if type(error).__name__ == "JaxRuntimeError" else ""
+    if text.startswith("RESOURCE_EXHAUSTED"):
+        return text.splitlines()[0]
     return WITHHELD if error.args else ""
 
 
 def _show_warning(phrase, message, category, filename, line, *_):
-    own = isinstance(message, InputWarning)
+    ours = isinstance(message, InputWarning)
     print(
-        f"warning: {phrase(message) if own else f'{_name(category)} at {filename}:{line} ({WITHHELD})'}",
+        f"warning: {phrase(message) if ours else f'{_name(category)} at {filename}:{line} ({WITHHELD})'}",
         file=sys.stderr,
     )
 

@@ -31,7 +31,7 @@ def read(path):
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would have us wait
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise Unfit("it is no plain file")
+                raise Unfit("it is not a plain file")
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or errors.storage(error):
@@ -53,7 +53,7 @@ def parse(data, check, most=MOST_TEXT):
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, MemoryError):  # no UTF-8, no JSON, a number of 5,000 digits, absurdly deep
-        raise Unfit("it is no JSON") from None
+        raise Unfit("it is not JSON") from None
     level = [value]
     for _ in range(DEEPEST + 1):
         level = [item for part in level for item in _items(part)]
@@ -81,19 +81,19 @@ def anything(value):
 def scalar(value):
     """No list and no object: they could be of any size and depth."""
     if isinstance(value, dict | list):
-        raise Unfit("is no single value")
+        raise Unfit("is not a single value")
     return value
 
 
 def whole(low, high):
     """A whole number."""
-    words = f"is no whole number from {low} to {high}"
+    words = f"is not a whole number from {low} to {high}"
     return _where(lambda value: type(value) is int and low <= value <= high, words)
 
 
 def real(low=-math.inf, high=math.inf, above=False):
     """A number from `low` (or above it) to `high` that a float can hold, as it is; "inf" is infinity."""
-    words = f"is no number {'above' if above else 'from'} {low:g} to {high:g}"
+    words = f"is not a number {'above' if above else 'from'} {low:g} to {high:g}"
 
     def check(value):
         value = math.inf if value == "inf" else value
@@ -113,18 +113,18 @@ def flag(value):
 
 def text(most=200):
     """Text of at most so many characters."""
-    return _where(lambda value: type(value) is str and len(value) <= most, f"is no text of at most {most} characters")
+    return _where(lambda value: type(value) is str and len(value) <= most, f"is not text of at most {most} characters")
 
 
 def hexadecimal(most=128, least=0):
     """Hexadecimal digits, as of a hash."""
     digits = re.compile(f"[0-9a-f]{{{least},{most}}}")
-    return _where(lambda value: type(value) is str and digits.fullmatch(value), f"is no {least} to {most} hex digits")
+    return _where(lambda value: type(value) is str and digits.fullmatch(value), f"is not {least} to {most} hex digits")
 
 
 def one_of(*values):
     """One of these."""
-    return _where(lambda value: type(value) is str and value in values, f"is none of {', '.join(values)}")
+    return _where(lambda value: type(value) is str and value in values, f"is not one of {', '.join(values)}")
 
 
 def optional(check):
@@ -137,7 +137,7 @@ def list_of(check, most=MOST_PARTS, least=0):
 
     def checked(value):
         if type(value) is not list or not least <= len(value) <= most:
-            raise Unfit(f"is no list of {least}{f' to {most}' if most > least else ''}")
+            raise Unfit(f"is not a list of {least}{f' to {most}' if most > least else ''}")
         try:
             return [check(item) for item in value]
         except Unfit as error:
@@ -155,7 +155,7 @@ def mapping_of(check, most=100, name=64):
             or len(value) > most
             or any(len(key) > name or not key.isidentifier() for key in value)
         ):
-            raise Unfit(f"is no object of at most {most} names")
+            raise Unfit(f"is not an object of at most {most} names")
         return record({}, dict.fromkeys(value, check))(value)
 
     return checked
@@ -168,7 +168,7 @@ def record(required, known=None, rest=scalar):
 
     def checked(value):
         if type(value) is not dict:
-            raise Unfit("is no object")
+            raise Unfit("is not an object")
         for name in required:
             if name not in value:
                 raise Unfit(f"has no {name}")

@@ -3,7 +3,7 @@
 Letters: B rows, T tokens, L layers, I inputs, O outputs, R rank.
 
 An adapter is a dict `{"layers": {target: Pair}, "head": {...}}`, either part of which may be missing. Its leaves are exactly
-the arrays that are trained; a frozen A is no leaf (`freeze_a` moves it into the base parameters).
+the arrays that are trained; a frozen A is not a leaf (`freeze_a` moves it into the base parameters).
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class LoraConfig:
 
 @struct.dataclass
 class Pair:
-    """One adapted matrix, stacked over layers: a [L, R, I] (None when frozen), b [L, O, R]; the scale is no leaf."""
+    """One adapted matrix, stacked over layers: a [L, R, I] (None when frozen), b [L, O, R]; the scale is not a leaf."""
 
     a: Any
     b: Any
@@ -218,8 +218,8 @@ def _add_at(tree, path, parts, delta):
     first = kernels.shape[0] - jax.tree.leaves(parts)[0].shape[0]
 
     def one(layer):
-        kernel, own = layer
-        return (kernel.astype(jnp.float32) + delta(own)).astype(kernel.dtype)
+        kernel, pair = layer
+        return (kernel.astype(jnp.float32) + delta(pair)).astype(kernel.dtype)
 
     return kernels.at[first:].set(jax.lax.map(one, (kernels[first:], parts))).reshape(tree.shape)
 

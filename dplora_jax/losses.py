@@ -21,10 +21,10 @@ class ModelLoss:
 
     model: Any
     params: Any
-    of_logits: Callable
+    logits_loss: Callable
 
     def __call__(self, adapter, batch):
-        return self.of_logits(self.model.apply(self.params, batch, adapter), batch)
+        return self.logits_loss(self.model.apply(self.params, batch, adapter), batch)
 
     def activations(self, batch):
         """What the adapted layers compute on: (tokens of a row, dtype)."""

@@ -118,8 +118,8 @@ def load(path, model, params):
     ) as error:  # a type that numpy lacks
         raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
     described = PeftConfig(path, document, (getattr(model, "head_name", None), "classifier", "score"))
-    found = _matrices(path, model, tensors, described)
-    layers, config = _stacked(model, params, found, described)
+    matrices = _matrices(path, model, tensors, described)
+    layers, config = _stacked(model, params, matrices, described)
     adapter = {"layers": layers} if layers else {}
     if "head" in params:
         adapter["head"] = _head(path, model, params["head"], tensors)
@@ -138,24 +138,24 @@ def _file(path, name):
     return file
 
 
-def _head(path, model, own, tensors):
-    """Take the head out of `tensors`; the base's `own` where the file has none."""
-    names = {part: f"{PREFIX}{model.head_name}.{HEAD_PARTS[part]}" for part in own}
-    found = [name for name in names.values() if name in tensors]
-    if not found:
-        return {part: jnp.asarray(value, jnp.float32) for part, value in own.items()}
-    if len(found) < len(own):
-        raise InputError(f"{path}: the adapter's head has only {found[0]} of {' and '.join(names.values())}.")
+def _head(path, model, shapes, tensors):
+    """Take the head out of `tensors`; the base's `shapes` where the file has none."""
+    names = {part: f"{PREFIX}{model.head_name}.{HEAD_PARTS[part]}" for part in shapes}
+    present = [name for name in names.values() if name in tensors]
+    if not present:
+        return {part: jnp.asarray(value, jnp.float32) for part, value in shapes.items()}
+    if len(present) < len(shapes):
+        raise InputError(f"{path}: the adapter's head has only {present[0]} of {' and '.join(names.values())}.")
     head = {part: tensors.pop(name) for part, name in names.items()}
     head["kernel"] = head["kernel"].T
-    if any(head[part].shape != own[part].shape for part in own):
+    if any(head[part].shape != shapes[part].shape for part in shapes):
         raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
     return {part: jnp.asarray(value, jnp.float32) for part, value in head.items()}
 
 
 def _matrices(path, model, tensors, described):
     """Take the A and B matrices out of `tensors` -> {target: {layer: (A, B, scale)}}, each checked against `described`."""
-    found = {}
+    matrices = {}
     for target, place in model.targets.items():
         for layer in range(model.config.num_layers if place.layered else 1):
             # An adapter of the bare model (FEATURE_EXTRACTION, LlamaModel) lacks the first part of every name.
@@ -164,11 +164,11 @@ def _matrices(path, model, tensors, described):
                 names = [f"{PREFIX}{module}.lora_{letter}.weight" for letter in "AB"]
                 pair = [tensors.pop(name) for name in names if name in tensors]
                 if pair:
-                    found.setdefault(target, {})[layer] = _checked(path, target, place, module, pair, described)
+                    matrices.setdefault(target, {})[layer] = _checked(path, target, place, module, pair, described)
     if not any(target == "pooler" for target in model.targets):  # no logit of such a model depends on it
         for name in [name for name in tensors if re.fullmatch(POOLER, name)]:
             del tensors[name]
-    return found
+    return matrices
 
 
 def _checked(path, target, place, module, pair, described):
@@ -180,7 +180,7 @@ def _checked(path, target, place, module, pair, described):
             f"{path}: there are matrices of {module}, which target_modules, exclude_modules or layers_to_transform of "
             "adapter_config.json leave out, so that PEFT would not use them."
         )
-    (inputs, outputs), (rank, scale), (a, b) = place.shape, described.of_module(module), pair
+    (inputs, outputs), (rank, scale), (a, b) = place.shape, described.module_scaling(module), pair
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise InputError(
             f"{path}: {target} has A {a.shape} and B {b.shape}, which do not fit rank {rank} and {place.shape}."
@@ -188,28 +188,31 @@ def _checked(path, target, place, module, pair, described):
     return a.astype(np.float32), b.astype(np.float32), scale
 
 
-def _stacked(model, params, found, described):
+def _stacked(model, params, matrices, described):
     """({target: Pair}, LoraConfig) of the matrices that `_matrices` found."""
-    rank = max((a.shape[0] for own in found.values() for a, _, _ in own.values()), default=described.rank)
+    rank = max((a.shape[0] for by_layer in matrices.values() for a, _, _ in by_layer.values()), default=described.rank)
     alpha = described.alpha
     if described.stabilised or rank != described.rank:
         alpha = described.scale(alpha, described.rank) * rank
     depth = model.config.num_layers
-    first = min((layer for target, own in found.items() if model.targets[target].layered for layer in own), default=0)
-    config = LoraConfig(rank, alpha, tuple(sorted(found)), depth - first if first else None)
-    if not found:
+    first = min(
+        (layer for target, by_layer in matrices.items() if model.targets[target].layered for layer in by_layer),
+        default=0,
+    )
+    config = LoraConfig(rank, alpha, tuple(sorted(matrices)), depth - first if first else None)
+    if not matrices:
         return {}, config
     bare = {name: value for name, value in params.items() if name != "head"}
     layers = lora.init(jax.random.key(0), model, bare, config)["layers"]
-    for target, own in found.items():
-        scales = [scale for _, _, scale in own.values()]
+    for target, by_layer in matrices.items():
+        scales = [scale for _, _, scale in by_layer.values()]
         scale = alpha / rank if any(math.isclose(s, alpha / rank, rel_tol=1e-12) for s in scales) else scales[0]
         a, b = np.array(layers[target].a), np.array(layers[target].b)
-        for layer, (own_a, own_b, own_scale) in own.items():
-            at, width = layer - first if model.targets[target].layered else 0, len(own_a)
-            a[at, :width] = own_a
+        for layer, (layer_a, layer_b, layer_scale) in by_layer.items():
+            at, width = layer - first if model.targets[target].layered else 0, len(layer_a)
+            a[at, :width] = layer_a
             # Layers of one kind share a scale; where the file gives one another, the ratio goes into its B.
-            same = math.isclose(own_scale, scale, rel_tol=1e-12)
-            b[at, :, :width] = own_b if same else own_b * np.float32(own_scale / scale)
+            same = math.isclose(layer_scale, scale, rel_tol=1e-12)
+            b[at, :, :width] = layer_b if same else layer_b * np.float32(layer_scale / scale)
         layers[target] = Pair(jnp.asarray(a), jnp.asarray(b), scale)
     return layers, config

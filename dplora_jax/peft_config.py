@@ -12,7 +12,7 @@ UNUSED = {
     "use_qalora": (False, None), "use_bdlora": (None, False), "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None,), "target_parameters": (None, []), "loftq_config": ({}, None), "megatron_config": (None,),
     "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
-    # How A and B began is of no concern, unless the base's own matrices were changed to make room (PiSSA, OLoRA, ...).
+    # How A and B began does not matter, unless the base's own matrices were changed to make room (PiSSA, OLoRA, ...).
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 # What is read, or changes no value of a finished adapter. `fan_in_fan_out` is one: PEFT itself corrects it by the matrix.
@@ -84,7 +84,7 @@ class PeftConfig:
         """What B A is multiplied with: alpha / rank, or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
         return alpha / math.sqrt(rank) if self.stabilised else alpha / rank
 
-    def of_module(self, module):
+    def module_scaling(self, module):
         """(rank, scale) of the matrix that PEFT calls `module`, by the first pattern that matches its name's end."""
         rank = self._by_pattern("rank_pattern", module, self.rank)
         return rank, self.scale(self._by_pattern("alpha_pattern", module, self.alpha), rank)
@@ -107,8 +107,8 @@ class PeftConfig:
             return True
         patterns = [patterns] if isinstance(patterns, str) else patterns
         patterns = [rf"(?:^|.*?\.){pattern}\." for pattern in patterns] or [r".*?\.[^.]*\."]
-        found = (re.match(rf"{pattern}(\d+)\.", module) for pattern in patterns)
-        index = next((int(match[match.lastindex]) for match in found if match), None)
+        matches = (re.match(rf"{pattern}(\d+)\.", module) for pattern in patterns)
+        index = next((int(match[match.lastindex]) for match in matches if match), None)
         return index in (layers if isinstance(layers, list) else [layers])
 
     def _selects(self, names, module):
@@ -123,7 +123,8 @@ class PeftConfig:
                 self._matchers[before, pattern] = _matcher(before, pattern)
             except (re.error, ValueError, OverflowError, RecursionError):
                 raise InputError(
-                    f"{self._path}: {pattern!r} in adapter_config.json is no regular expression that is read here: only those of "
+                    f"{self._path}: {pattern!r} in adapter_config.json is not a regular expression that this program "
+                    "reads: only those of "
                     "RE2 are, without look-ahead and back-references."
                 ) from None
         return self._matchers[before, pattern](module)

@@ -117,7 +117,7 @@ def squared_norm(g, x, unit=1.0):
     (_, tokens, outputs), inputs = g.shape, x.shape[-1]
     g, x, exponent = _scaled(g, x)
     lengths = jnp.sqrt(jnp.square(g).sum(-1) * jnp.square(x).sum(-1)).sum(1) * SLACK
-    of_sum = 2 * tokens * ROUNDOFF * lengths
+    sum_error = 2 * tokens * ROUNDOFF * lengths
     if outputs * inputs <= tokens * (outputs + inputs):
         squares = square_sum(jnp.einsum("bto,bti->boi", g, x, precision=EXACT))
     else:
@@ -125,14 +125,14 @@ def squared_norm(g, x, unit=1.0):
         squares = jax.lax.optimization_barrier(jnp.einsum("bts,bts->bt", gram_g, gram_x, precision=EXACT)).sum(1)
         error = (terms_g + terms_x + 2 * tokens) * ROUNDOFF * jnp.square(lengths)
         squares = jnp.maximum(squares, 0) + error
-    return jnp.square(_times_power(jnp.sqrt(squares) + of_sum, exponent, unit))
+    return jnp.square(_times_power(jnp.sqrt(squares) + sum_error, exponent, unit))
 
 
 def _scaled(g, x):
     """g [B, T, O] and x [B, T, I] with every token's largest number between 1 and 2, the tokens of g then by their share of their
     row's longest; and the exponents [B] int32 of what this divided the rows' products by."""
-    (g, of_g), (x, of_x) = _normalised(g), _normalised(x)
-    exponents = of_g + of_x
+    (g, g_exponent), (x, x_exponent) = _normalised(g), _normalised(x)
+    exponents = g_exponent + x_exponent
     largest = exponents.max(1)
     return g * _power(exponents - largest[:, None])[..., None], x, largest
 
@@ -155,10 +155,10 @@ def _power(exponent):
 def _times_power(y, exponent, unit=1.0):
     """y 2^exponent / unit, where only the result need lie within float32."""
     bits = jax.lax.bitcast_convert_type(jnp.asarray(unit, jnp.float32), jnp.int32)
-    of_unit = jnp.clip((bits >> 23) - 127, -LARGEST, LARGEST)
-    exponent = exponent - of_unit
+    unit_exponent = jnp.clip((bits >> 23) - 127, -LARGEST, LARGEST)
+    exponent = exponent - unit_exponent
     half = jnp.clip(exponent, -LARGEST, LARGEST)
-    return y / (unit * _power(-of_unit)) * _power(half) * _power(exponent - half)
+    return y / (unit * _power(-unit_exponent)) * _power(half) * _power(exponent - half)
 
 
 def _gram(y):

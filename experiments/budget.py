@@ -20,13 +20,20 @@ from absl import flags as absl_flags
 from dplora_jax import guard
 from dplora_jax.config import RunConfig, field_value, replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import participation, trust
 from dplora_jax.files import to_json
-from dplora_jax.privacy import accounting, paper_bound
+from dplora_jax.privacy import accounting, clippers, noises, paper_bound
 from experiments import cli, exits
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
 POINTS = 24  # of a curve over the rounds
+# What to ask for in place of other trust modes.
+ASK_LOCAL = {
+    "distributed": "at the same --noise_multiplier it costs a client what --trust=local does. Ask for that.",
+    "client": "its records are clients. Ask for --trust=local with --clients=1, --records=the clients and "
+    "--expected_batch_size=client_rate times the clients, which is true to a thousandth.",
+}
 CURVES = 5  # from the fewest records to the most, where there are more distinct sizes
 
 
@@ -59,13 +66,13 @@ def main(argv=None):
     )  # the sizes may be those of a table; nor are Renyi orders that do not converge worth a word: others do
     question, options = parse(sys.argv[1:] if argv is None else argv)
     answer = solve(question)
-    told = tell(question, answer)
+    result = tell(question, answer)
     if options["plot"]:
-        budget_text.plot(told, options["plot"])
+        budget_text.plot(result, options["plot"])
     if options["json"]:
-        print(to_json(told, indent=2))
+        print(to_json(result, indent=2))
     else:
-        budget_text.show(told)
+        budget_text.show(result)
     return 0
 
 
@@ -74,7 +81,7 @@ def parse(argv):
     values = absl_flags.FlagValues()
     text = {
         "records": "records of each client, comma-separated, or of every one of --clients; default: as the run's data has them",
-        "solve": f"what to find: {', '.join(UNKNOWNS)}; default: the one not given",
+        "solve": f"what to compute: {', '.join(UNKNOWNS)}; default: the one not given",
         "plot": "file for a figure of epsilon over the rounds, .png, .svg or .pdf",
     }
     for name, help_text in text.items():
@@ -104,11 +111,11 @@ def _unknown(name, given):
     if name is None:
         if not given & {"epsilon", "noise_multiplier"}:
             raise InputError(
-                "give --epsilon, to learn the noise that it takes, or --noise_multiplier, to learn its cost."
+                "give --epsilon to compute the noise that it needs, or --noise_multiplier to compute its cost."
             )
         name = next((unknown for unknown in UNKNOWNS if unknown not in given), None)
         if name is None:
-            raise InputError(f"all of {', '.join(UNKNOWNS)} are given: say with --solve which of them to find.")
+            raise InputError(f"{', '.join(UNKNOWNS)} are all given: say with --solve which of them to compute.")
     missing = {"epsilon", "noise_multiplier"} - {name} - given
     if missing:
         raise InputError(f"--solve={name} needs --{' and --'.join(sorted(missing))}.")
@@ -117,25 +124,21 @@ def _unknown(name, given):
 
 def _checked(config, unknown, numbers):
     """The config as a run checks it, with the unknown unset; rounds and batch, where unknown, at 1."""
-    if config.privacy.trust == "distributed":
+    if config.privacy.trust in ASK_LOCAL:
         raise InputError(
-            "--trust=distributed costs a client what --trust=local does at the same noise_multiplier: ask for that."
+            f"this command does not answer for --trust={config.privacy.trust}: {ASK_LOCAL[config.privacy.trust]}"
         )
-    if config.privacy.trust == "client":
+    if not trust.mode(config).private or math.inf in numbers.values():
+        raise InputError("this command needs a private --trust, with a finite --epsilon and --noise_multiplier.")
+    if clippers.kind(config).moves or noises.KINDS[config.privacy.noise].correlated:
         raise InputError(
-            "--trust=client counts clients as records: ask for --trust=local with --clients=1, --records=the clients and "
-            "--expected_batch_size=client_rate times the clients, which is true to a thousandth."
+            f"this command accounts plain steps: only a run calibrates --clipping={config.privacy.clipping} with "
+            f"--noise={config.privacy.noise}. Use --clipping=flat and --noise=independent."
         )
-    if config.privacy.trust == "none" or math.inf in numbers.values():
-        raise InputError("a budget is of a private --trust, with a finite --epsilon and --noise_multiplier.")
-    if config.privacy.clipping == "adaptive" or config.privacy.noise == "banded":
+    if participation.scheduled(config):
         raise InputError(
-            "a budget is of plain steps: --clipping=adaptive and --noise=banded are calibrated by a run alone."
-        )
-    if config.schedule.participation != "all":
-        raise InputError(
-            f"a budget is of a client's own rounds: ask with --rounds=the rounds that it is in, without --participation="
-            f"{config.schedule.participation}."
+            f"this command accounts one client's own rounds: leave out --participation={config.schedule.participation}, and give "
+            "--rounds=the rounds that the client is in."
         )
     if unknown in ("rounds", "expected_batch_size"):
         config = replace(config, **{unknown: 1})
@@ -146,7 +149,7 @@ def _checked(config, unknown, numbers):
 
 
 def _sizes(text, config, clients_given):
-    """Each client's number of records: as flagged, else as the run's data and partition have them."""
+    """Each client's number of records: as --records says, else as the run's data and partition have them."""
     if text is None:
         from dplora_jax.finetuning import dealing
 
@@ -227,7 +230,8 @@ def _largest(unknown, config, sizes):
     if not low:
         what = "a single round" if unknown == "rounds" else "an expected batch of 1"
         raise InputError(
-            f"epsilon {config.privacy.epsilon:g} is out of reach: {what} costs {cost(1):.4g}; raise --noise_multiplier or --epsilon."
+            f"epsilon {config.privacy.epsilon:g} is out of reach: {what} costs {cost(1):.4g}; raise --noise_multiplier or "
+            "--epsilon."
         )
     return low, low == end
 

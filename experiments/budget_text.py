@@ -11,28 +11,28 @@ from experiments.tables import Table
 BARS, WIDTH = 8, 40
 
 
-def show(told):
+def show(result):
     """Print the answer in a sentence, a table with a row for each distinct size, bars over the rounds, and the notes."""
-    print(_sentence(told))
-    print(_table(told).text())
-    worst = max(told["curves"], key=lambda row: row["epsilon"][-1])
+    print(_sentence(result))
+    print(_table(result).text())
+    worst = max(result["curves"], key=lambda row: row["epsilon"][-1])
     print(f"\nepsilon by round, for clients of {worst['records']:,} records")
-    counts = told["curve_rounds"]
+    counts = result["curve_rounds"]
     for index in sorted({round((len(counts) - 1) * i / (BARS - 1)) for i in range(BARS)}):
         spent = worst["epsilon"][index]
         bar = "█" * round(WIDTH * spent / worst["epsilon"][-1])
         print(f"{counts[index]:>8,} {bar} {formats.epsilon(spent)}")
     print()
-    for note in notes(told):
+    for note in notes(result):
         print(note)
 
 
-def _table(told):
+def _table(result):
     """A row for each distinct size, or for those of one mechanism."""
     body = []
-    for rows in _alike(told["clients"]):
+    for rows in _alike(result["clients"]):
         row, last = rows[0], rows[-1]
-        cells = [row["sampling_rate"], row["capacity"], row["noise_multiplier"], told["rounds"]]
+        cells = [row["sampling_rate"], row["capacity"], row["noise_multiplier"], result["rounds"]]
         body.append(
             [
                 formats.span([row["records"], last["records"]]),
@@ -54,18 +54,18 @@ def _alike(clients):
     return [list(rows) for _, rows in itertools.groupby(clients, mechanism)]
 
 
-def _sentence(told):
+def _sentence(result):
     """The answer in words."""
-    rounds, batch = f"{told['rounds']:,} rounds", f"expected batch {told['expected_batch_size']:g}"
-    steps = f" of {told['local_steps']} local steps" if told["local_steps"] > 1 else ""
-    spent = max(row["epsilon"] for row in told["clients"])
-    sigma = "noise multiplier " + formats.span([row["noise_multiplier"] for row in told["clients"]])
-    at = f"at delta {told['delta']:g}"
-    budget = f"epsilon {told['epsilon']:.4g} {at}"
-    least = "at least " if told["at_end_of_range"] else "at most "
+    rounds, batch = f"{result['rounds']:,} rounds", f"expected batch {result['expected_batch_size']:g}"
+    steps = f" of {result['local_steps']} local steps" if result["local_steps"] > 1 else ""
+    spent = max(row["epsilon"] for row in result["clients"])
+    sigma = "noise multiplier " + formats.span([row["noise_multiplier"] for row in result["clients"]])
+    at = f"at delta {result['delta']:g}"
+    budget = f"epsilon {result['epsilon']:.4g} {at}"
+    least = "at least " if result["at_end_of_range"] else "at most "
     largest = (
         f"Every batch stays within {budget}, all records at once ({batch}) too"
-        if told["at_end_of_range"]
+        if result["at_end_of_range"]
         else f"{batch.capitalize()} is the largest that stays within {budget}"
     )
     return {
@@ -73,39 +73,39 @@ def _sentence(told):
         "noise_multiplier": f"{sigma[0].upper()}{sigma[1:]} keeps {rounds}{steps} within {budget}, with {batch}.",
         "rounds": f"{least.capitalize()}{rounds}{steps} stay within {budget}, with {sigma} and {batch}.",
         "expected_batch_size": f"{largest}, with {sigma} and {rounds}{steps}.",
-    }[told["solved"]]
+    }[result["solved"]]
 
 
-def notes(told):
+def notes(result):
     """What the columns mean, and what they do not promise."""
-    reach = max(row["paper_reach"] for row in told["clients"])
+    reach = max(row["paper_reach"] for row in result["clients"])
     yield "epsilon  by privacy loss distributions, the capacity's truncation included: an upper bound, what a run reports"
     yield "RDP      by Renyi accounting, without a capacity: a looser upper bound, as a cross-check"
     yield "paper    q sqrt(T log(1/delta)) / sigma: the asymptotic form of arXiv 2312.17493, its unspecified constant"
     yield f"         set to 1. NO GUARANTEE; claimed only below an unspecified multiple of q^2 T = {reach:.3g}"
-    if any(row["renyi_epsilon"] < row["epsilon"] for row in told["clients"]):
+    if any(row["renyi_epsilon"] < row["epsilon"] for row in result["clients"]):
         yield f"         RDP below epsilon: a step's loss is so small that its rounding up to a grid of {accounting.GRID:g} tells"
     yield "noise    standard deviation on each coordinate of a step's mean gradient: sigma clip_norm / (q n)"
 
 
-def plot(told, path):
+def plot(result, path):
     """Write the figure of epsilon over the rounds to `path`: a curve for each size in "curves", and the paper's form for
     the fewest records. Raises InputError where the file cannot be written."""
     from matplotlib.figure import Figure
 
-    by_size, rounds = {row["records"]: row for row in told["clients"]}, told["curve_rounds"]
+    by_size, rounds = {row["records"]: row for row in result["clients"]}, result["curve_rounds"]
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for curve in told["curves"]:
+    for curve in result["curves"]:
         sigma = by_size[curve["records"]]["noise_multiplier"]
         label = f"{curve['records']:,} records, sigma {sigma:.3g}"
         axes.plot([0, *rounds], [0, *curve["epsilon"]], label=label)
-    first = told["clients"][0]
+    first = result["clients"][0]
     paper = [first["paper_epsilon"] * (done / rounds[-1]) ** 0.5 for done in (0, *rounds)]
     axes.plot([0, *rounds], paper, "--", color="grey", label=f"the paper's form for {first['records']:,}, no guarantee")
-    if told["solved"] != "epsilon":
-        axes.axhline(told["epsilon"], color="grey", linewidth=0.8)
-    axes.set(xlabel="round", ylabel=f"epsilon at delta {told['delta']:g}", xlim=(0, None), ylim=(0, None))
+    if result["solved"] != "epsilon":
+        axes.axhline(result["epsilon"], color="grey", linewidth=0.8)
+    axes.set(xlabel="round", ylabel=f"epsilon at delta {result['delta']:g}", xlim=(0, None), ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     try:

@@ -70,7 +70,7 @@ def settle(config):
 
 @contextlib.contextmanager
 def speaking_of_flags():
-    """Errors of the library that pass here speak of flags in the place of fields."""
+    """Errors of the library that pass here speak of flags in place of fields."""
     try:
         yield
     except InputError as error:
@@ -79,7 +79,7 @@ def speaking_of_flags():
 
 
 def as_flags(text):
-    """`text` of the library with flags in the place of fields: `rank` becomes --rank, and rank=8 becomes --rank=8."""
+    """`text` of the library with flags in place of fields: `rank` becomes --rank, and rank=8 becomes --rank=8."""
     text = str(text)
     text = re.sub(rf"`({NAMES})`", r"--\1", text)
     return re.sub(rf"(?<![\w.`-])({NAMES})=(?=[^\s=])", r"--\1=", text)
@@ -102,7 +102,8 @@ def without_auto(config):
     """`config`; InputError where it asks for --auto, which reads a run's records."""
     if config.output.auto:
         raise InputError(
-            "--auto chooses when a run has read its records: give the flags that it chose, which the run says."
+            "--auto cannot be used here, since it chooses once a run has read its records: give the flags that the run "
+            "says it chose."
         )
     return config
 
@@ -121,7 +122,7 @@ def read(argv, values, usage):
     more = [name for name in values if name not in ("help", "helpfull")]
     for entry in FIELDS.values():
         _define(entry, values)
-    flags.DEFINE_boolean("help", False, "show the flags that matter to most", short_name="h", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show the flags that matter most", short_name="h", flag_values=values)
     flags.DEFINE_boolean("helpfull", False, "show every flag", flag_values=values)
     rest, flagfile = flagfile_reader.parse(argv, values, "run")
     if values.help or values.helpfull:

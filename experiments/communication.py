@@ -47,7 +47,7 @@ def rows(rounds, targets=TARGETS, models=MODELS, ranks=RANKS):
             }  # fmt: skip
 
 
-def of_run(config):
+def run_rows(config):
     """(targets, rows) of all models, for the rounds and targets of a RunConfig; for the usual targets where it names none, or a
     family's own."""
     targets = config.lora.targets or TARGETS
@@ -81,11 +81,11 @@ def main(argv=None):
     try:
         rest, _ = flagfile_reader.parse(sys.argv[1:] if argv is None else argv, values, "communication")
         flagfile_reader.refuse_rest(rest)
-        found = list(rows(values.rounds, values.targets, values.models))
+        table = list(rows(values.rounds, values.targets, values.models))
     except (absl_flags.Error, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None
     head = ["model", "rank", "up a round", f"up in {values.rounds} rounds", f"full fine-tuning, {values.rounds} rounds"]
-    body = [[row["model"], str(row["rank"]), *_sizes(row), f"{row['ratio']:,.4g}"] for row in found]
+    body = [[row["model"], str(row["rank"]), *_sizes(row), f"{row['ratio']:,.4g}"] for row in table]
     print(Table([*head, "times less"], body).markdown())
     return 0
 

@@ -9,15 +9,15 @@ from experiments import cli
 
 
 def known(error, folder=None):
-    """The InputError that `error` is or stands for, as of `told`, speaking of flags; None for a fault of the program. An InputError
-    stays what it is, whatever it came from."""
+    """The InputError that `error` is or stands for, speaking of flags; None for a fault of the program. An InputError stays
+    what it is, whatever it came from."""
     meant = error if isinstance(error, errors.InputError) else errors.storage(error, folder)
     if meant is not None:
         meant.args = (cli.as_flags(str(meant)), *meant.args[1:])
     return meant
 
 
-def told(error, folder=None):
+def say_and_code(error, folder=None):
     """Say what `error` is, if it is one that a user can mend -> exit code; else raise it. `folder` is one whose files the command
     needs to the end."""
     what = known(error, folder)
@@ -39,8 +39,8 @@ def guarded(main):
             return code
         except BrokenPipeError as error:  # who read what is printed has gone; at the end it would be flushed again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return told(errors.StorageError(f"what is printed cannot be written ({error.strerror})."))
+            return say_and_code(errors.StorageError(f"the output cannot be written ({error.strerror})."))
         except Exception as error:
-            return told(error)
+            return say_and_code(error)
 
     return run

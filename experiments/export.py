@@ -21,7 +21,7 @@ from absl import flags
 
 from dplora_jax import errors, files, guard
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from experiments import cli, exits, flagfile_reader, ledger
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,7 +37,7 @@ UNTOLD = "unknown: nothing beside the adapter tells how it was trained"
 class Run(NamedTuple):
     """The run that trained an adapter: its config.json, the last line of its metrics, and whether its ledger confirms both."""
 
-    stored: run_files.Stored
+    stored: workdir_files.Stored
     last: dict
     ledger: ledger.Agreement
 
@@ -104,7 +104,7 @@ def _job(given):
                 f"{folder} has no adapter yet: finish the run with its own command, which goes on where it was."
             )
     labels = given.labels and tuple(name.strip() for name in given.labels.split(","))
-    labels = labels or (run and tuple(map(str, run.stored.facts["data"]["labels"]))) or _noted_labels(adapter)
+    labels = labels or (run and tuple(map(str, run.stored.description["data"]["labels"]))) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
     dtype = given.dtype or (run.stored.flags.base.dtype if run else "float32")
@@ -138,8 +138,8 @@ def _run(folder):
     """The Run of a workdir."""
     for name in ("config.json", "metrics.jsonl"):
         if files.find(folder, name) is None:
-            raise InputError(f"{folder} is no run's workdir: it has no {name}.")
-    stored, lines = run_files.read_config(folder), run_files.read_metrics(folder)
+            raise InputError(f"{folder} is not a run's workdir: it has no {name}.")
+    stored, lines = workdir_files.read_config(folder), workdir_files.read_metrics(folder)
     return Run(stored, lines[-1].values if lines else {}, ledger.agreement(folder))
 
 
@@ -148,12 +148,12 @@ def _release(run, adapter):
     its adapter."""
     if run is not None:
         if not run.stored.private:
-            return f"{run_files.NO_PRIVACY}: the run was made without it"
+            return f"{workdir_files.NO_PRIVACY}: the run was made without it"
         return run.stored.release if run.ledger.holds else f"NOT FOR RELEASE. {run.ledger.words.rstrip('.')}"
     note = files.find(adapter, "README.md")
-    said = files.read_bytes(note).decode("utf-8", "replace") if note else ""
+    note_text = files.read_bytes(note).decode("utf-8", "replace") if note else ""
     marks = {"NOT FOR RELEASE": " (--seed made its noise reproducible)", "NO PRIVACY": ""}
-    return next((f"{mark}{why}" for mark, why in marks.items() if mark in said), UNTOLD)
+    return next((f"{mark}{why}" for mark, why in marks.items() if mark in note_text), UNTOLD)
 
 
 def _noted_labels(adapter):
@@ -162,8 +162,10 @@ def _noted_labels(adapter):
 
     note = files.find(adapter, "README.md")
     lines = files.read_bytes(note).decode("utf-8", "replace").splitlines() if note else ()
-    said = next((line.removeprefix(model_card.LABELS) for line in lines if line.startswith(model_card.LABELS)), "[]")
-    named = files.parse_json(said.encode(), adapter / "README.md", list)
+    label_line = next(
+        (line.removeprefix(model_card.LABELS) for line in lines if line.startswith(model_card.LABELS)), "[]"
+    )
+    named = files.parse_json(label_line.encode(), adapter / "README.md", list)
     return tuple(map(str, named)) or None
 
 
@@ -229,7 +231,7 @@ def _head_rows(adapter):
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{adapter} holds no readable PEFT adapter ({error}).") from None
     if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
-        raise InputError(f"{adapter}: tensor {heads[0]} has shape {tuple(shape)}, which is no classifier's head.")
+        raise InputError(f"{adapter}: tensor {heads[0]} has shape {tuple(shape)}, which is not a classifier's head.")
     return shape[0] if heads else None
 
 

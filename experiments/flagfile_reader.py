@@ -34,7 +34,7 @@ class Word(NamedTuple):
 
 
 def parse(argv, values, program):
-    """Read `argv` and its flagfiles into absl's `values` -> (what is no flag, the name of the last flagfile that `argv` itself
+    """Read `argv` and its flagfiles into absl's `values` -> (what is not a flag, the name of the last flagfile that `argv` itself
     names, or None). Raises InputError."""
     words, name = expand(argv, values)
     try:
@@ -46,7 +46,7 @@ def parse(argv, values, program):
 
 
 def refuse_rest(rest):
-    """InputError where a command line holds what is no flag."""
+    """InputError where a command line holds what is not a flag."""
     if rest:
         hint = (
             "it begins with another dash than -; write --"
@@ -114,11 +114,11 @@ def _find(name, folders, open_files):
     """The flagfile `name`: in one of `folders`, else a shipped one, but none of those that are being read."""
     asked = pathlib.Path(name).expanduser()
     places = [folder / asked for folder in (*folders, SHIPPED)]
-    found = [path for path in places if name and path.is_file()]
-    path = next((path for path in found if not any(path.samefile(other) for other in open_files)), None)
-    if path is None and found:
+    existing = [path for path in places if name and path.is_file()]
+    path = next((path for path in existing if not any(path.samefile(other) for other in open_files)), None)
+    if path is None and existing:
         raise InputError(
-            f"flagfile {found[0]} is read while it is being read: it names itself, or a file that names it."
+            f"flagfile {existing[0]} is read while it is being read: it names itself, or a file that names it."
         )
     if path is None:
         shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*.flags")))
@@ -166,7 +166,7 @@ def _flag(line):
     if line.lstrip("-").startswith(tuple(DASHES)):
         raise InputError(f"{line!r} begins with another dash than -: write --name=value.")
     if not line.startswith("-"):
-        raise InputError(f"{line!r} is no flag: write --name=value, or # before a comment.")
+        raise InputError(f"{line!r} is not a flag: write --name=value, or # before a comment.")
     match = re.match(r"--?([A-Za-z][\w-]*)(.*)", line, re.DOTALL)
     if not match:
         raise InputError(f"{line!r} names no flag: write --name=value.")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dplora_jax import checkpoint, guard
 from dplora_jax.errors import InputError, StorageError
-from dplora_jax.federation import ledger_checks, run_files, trust_modes
+from dplora_jax.federation import ledger_checks, trust, workdir_files
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
 from experiments import cli, exits, formats
@@ -26,13 +26,13 @@ class Verdict(NamedTuple):
     """A ledger that holds: its entries, the run's flags, what anchors it, and what was found of its seals."""
 
     ledger: Ledger
-    stored: run_files.Stored
+    stored: workdir_files.Stored
     anchors: list  # names
     seals: str
 
     @property
     def private(self):
-        return self.stored.flags.privacy.private
+        return trust.mode(self.stored.flags).private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""
@@ -63,7 +63,7 @@ def agreement(workdir):
     """
     workdir = pathlib.Path(workdir)
     try:
-        if not (workdir / FILE).exists() and not any(line.number for line in run_files.read_metrics(workdir)):
+        if not (workdir / FILE).exists() and not any(line.number for line in workdir_files.read_metrics(workdir)):
             return Agreement(True, "")
         return Agreement(True, f"Ledger: {verify(workdir).words()}.")
     except StorageError:
@@ -75,8 +75,8 @@ def agreement(workdir):
 def verify(workdir):
     """The Verdict on `workdir`, or InputError with what does not hold."""
     workdir = pathlib.Path(workdir)
-    stored, path = run_files.read_config(workdir), workdir / FILE
-    lines = run_files.read_metrics(
+    stored, path = workdir_files.read_config(workdir), workdir / FILE
+    lines = workdir_files.read_metrics(
         workdir, stored.flags.schedule.rounds
     )  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
@@ -94,17 +94,17 @@ def verify(workdir):
 
 def _seals(workdir, config, ledger):
     """Check the seals where the secrets are there to do it -> words."""
-    parties = trust_modes.mode(config).parties(config)
+    parties = trust.mode(config).parties(config)
     if config.privacy.seed is not None:
         ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, parties)))
         return "fit, but anyone who knows --seed can make them"
     try:
-        held = secrets.load(workdir / "private")
+        party_secrets = secrets.load(workdir / "private")
     except OSError:  # not ours to read
-        held = None
-    if held is None:
+        party_secrets = None
+    if party_secrets is None:
         return "cannot be checked: the secrets are destroyed, or not here"
-    ledger.seal_with(b"".join(held))
+    ledger.seal_with(b"".join(party_secrets))
     return "fit the run's secrets"
 
 

@@ -29,10 +29,10 @@ def _reader(model, document):
     if hf_checkpoint.averages(model):
         return "SentenceTransformer", "text-classification"
     name = document["architectures"][0]
-    return next((found for end, found in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
+    return next((classes for end, classes in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
 
 
-def of_adapter(model, line, labels=()):
+def adapter_note(model, line, labels=()):
     """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant."""
     note = f"# LoRA adapter\n\n{line}\n"
     if labels and model.config.num_labels is not None:  # PEFT's files have no place for them; an export reads this line
@@ -46,18 +46,18 @@ def of_adapter(model, line, labels=()):
     return note
 
 
-def of_adapters(config, model, line, labels=()):
+def adapter_notes(config, model, line, labels=()):
     """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
     client."""
-    note = of_adapter(model, line, labels)
+    note = adapter_note(model, line, labels)
     if not methods.BY_NAME[config.aggregation.method].personal:
         return [(".", note)]
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"
-    own = [
+    client_notes = [
         f"{note}\nThis is client {k}'s own model: the shared A with its B. {OWN_MODELS}.\n"
         for k in range(config.schedule.clients)
     ]
-    return [(".", shared), *((f"clients/{k}", text) for k, text in enumerate(own))]
+    return [(".", shared), *((f"clients/{k}", text) for k, text in enumerate(client_notes))]
 
 
 def closing_line(job, model, document):
@@ -88,7 +88,7 @@ def text(job, model, document, config, labels):
         f"**Release: {formats.markdown(job.release)}.**",
     ]
     parts += [_use(averaged, labels)] if labels else []
-    method = job.run.stored.facts["method"] if job.run else []
+    method = job.run.stored.description["method"] if job.run else []
     matrices = f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets) or 'no matrix (a head alone)'}"
     parts.append("## Training\n\n" + "\n".join(f"- {formats.markdown(line)}" for line in method or [matrices]))
     if job.run:
@@ -108,13 +108,13 @@ def _use(averaged, labels):
 
 def _run_facts(run):
     """The federation's data, guarantee and metrics, all of it public; no guarantee that the ledger does not confirm."""
-    flags, facts, last = run.stored.flags, run.stored.facts, run.last
-    data = formats.markdown(facts["data"]["description"] or flags.data.dataset)
+    flags, described, last = run.stored.flags, run.stored.description, run.last
+    data = formats.markdown(described["data"]["description"] or flags.data.dataset)
     yield f"Data: {data} Texts were cut to {flags.data.max_length} tokens."
     if not run.ledger.holds:
         yield f"**Do not rely on these figures.** {formats.markdown(run.ledger.words)}"
-    elif facts["trust"]:
-        yield "\n".join(f"- {formats.markdown(line)}" for line in facts["trust"])
+    elif described["trust"]:
+        yield "\n".join(f"- {formats.markdown(line)}" for line in described["trust"])
     if run.stored.private and run.ledger.holds and last:
         rows = [
             [str(k), formats.number(records), formats.epsilon(spent)]
@@ -125,5 +125,5 @@ def _run_facts(run):
         f"{label} {formats.metric(float(last[key]), key)}" for key, label in formats.METRICS.items() if key in last
     ]
     if scores:
-        whose = f" {OWN_MODELS}, not of this one." if flags.aggregation.method == "fedsa" else ""
+        whose = f" {OWN_MODELS}, not of this one." if methods.BY_NAME[flags.aggregation.method].personal else ""
         yield f"On the public test set: {', '.join(scores)}.{whose}"

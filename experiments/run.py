@@ -35,7 +35,7 @@ def main(argv=None):
                 return code
     except Exception as error:
         processes.fail(exits.known(error, folder) or error)  # where there are several, ends them all
-        return exits.told(error, folder)
+        return exits.say_and_code(error, folder)
 
 
 def run(config, workdir, command):
@@ -87,7 +87,7 @@ def _write_cards(config, folder, job):
     from experiments import model_card, summary
 
     labels = list(job.corpus.label_names)
-    for adapter, note in model_card.of_adapters(config, job.federation.model, summary.line(folder), labels):
+    for adapter, note in model_card.adapter_notes(config, job.federation.model, summary.line(folder), labels):
         chain.replace_durably(folder / "adapter" / adapter / "README.md", note)
 
 

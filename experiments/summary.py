@@ -1,35 +1,29 @@
 """The line that a run ends with."""
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files
+from dplora_jax.federation import trust, workdir_files
 from experiments import formats, ledger
-
-PROTECTED = {
-    "local": "every client's records",
-    "distributed": "every client's records (secure aggregation simulated)",
-    "client": "every client as a whole",
-}
 
 
 def line(folder):
     """The line to end with, from the run's own files; where the ledger does not confirm them, it says that first."""
-    stored, lines = run_files.read_config(folder), run_files.read_metrics(folder)
+    stored, lines = workdir_files.read_config(folder), workdir_files.read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/metrics.jsonl does not exist or is empty: restore it.")
-    last, flags, sent = lines[-1].values, stored.flags, stored.facts["communication"]
+    last, flags, sent = lines[-1].values, stored.flags, stored.description["communication"]
     scores = [
         f"{label} {formats.metric(float(last[name]), name)}" for name, label in formats.METRICS.items() if name in last
     ]
     metrics = f"test {', '.join(scores)}" if scores else "not evaluated"
     confirmed = ledger.agreement(folder)
     budget = (
-        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {PROTECTED[flags.privacy.trust]}"
+        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects}"
         if stored.private
-        else run_files.NO_PRIVACY
+        else workdir_files.NO_PRIVACY
     )
     each = sent_uploads([line.values for line in lines], flags.schedule.clients) / flags.schedule.clients
     up, full = (each * sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "full_bytes"))
-    kind = " (synthetic data)" if stored.facts["data"]["synthetic"] else ""
+    kind = " (synthetic data)" if stored.description["data"]["synthetic"] else ""
     seeded = " NOT FOR RELEASE (--seed)." if flags.privacy.seed is not None and stored.private else ""
     doubt = "" if confirmed.holds else f"DO NOT RELY ON THESE FIGURES. {confirmed.words} "
     return (

@@ -5,7 +5,7 @@ import shutil
 
 from dplora_jax import files
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 
 FOLDER = "tensorboard"
 HIDDEN = ("round", "release")
@@ -21,7 +21,7 @@ def write(workdir):
     """Write `workdir`/tensorboard: a scalar for each number of each round, a list's by its index (a client's)."""
     import tensorboardX
 
-    lines = [line.values for line in run_files.read_metrics(workdir)]
+    lines = [line.values for line in workdir_files.read_metrics(workdir)]
     shutil.rmtree(workdir / FOLDER, ignore_errors=True)
     with tensorboardX.SummaryWriter(str(workdir / FOLDER)) as writer:
         for line in lines:

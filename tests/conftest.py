@@ -112,7 +112,7 @@ def mostly_slow(fast, every):
 
 
 def _as_tuple(value):
-    return value if isinstance(value, tuple) else (value,)
+    return value if type(value) is tuple else (value,)  # a named tuple is one value
 
 
 @pytest.fixture(scope="session")

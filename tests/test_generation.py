@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 
 from dplora_jax import generation, lora, models
 from dplora_jax.models import layers
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
@@ -63,7 +63,7 @@ def uncached(model, params, batch, adapter=None):
     return jax.lax.scan(one, ids, jnp.arange(NEW))[1].T
 
 
-@pytest.mark.parametrize("name", [GPT2, LLAMA, WINDOW, GLM, GLM2])
+@pytest.mark.parametrize("name", mostly_slow([GPT2, WINDOW, GLM], [GPT2, LLAMA, WINDOW, GLM, GLM2]))
 def test_greedy_tokens_are_those_of_the_whole_row_run_anew_whatever_the_padding(name):
     model, params, batch, generated = load(name)
     tokens = continued(name)
@@ -188,6 +188,6 @@ def test_mistakes_are_named_before_anything_runs():
     left = np.array([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
     with pytest.raises(ValueError, match="padded to the right"):
         generation.generate(Chain(), COUNT, {"input_ids": left, "attention_mask": left}, max_new_tokens=2)
-    with pytest.raises(ValueError, match="take no position_ids"):
+    with pytest.raises(ValueError, match="cannot have position_ids"):
         generation.generate(Chain(), COUNT, {**DIGITS, "position_ids": DIGITS["input_ids"]}, max_new_tokens=2)
     assert generation.generate(Chain(8), COUNT, DIGITS, max_new_tokens=5).shape == (3, 5)

@@ -10,7 +10,7 @@ import pytest
 from dplora_jax import models, peft
 from dplora_jax.errors import InputError
 from experiments import export
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SOURCE = GOLDEN / "peft_gpt2_tiny"
@@ -47,17 +47,17 @@ def test_the_folder_itself_may_be_a_link(base, adapter, tmp_path):
     peft.load(tmp_path / "current", *base)
 
 
-def test_a_value_of_another_kind_is_one_sentence_or_harmless(base, adapter):
+@pytest.mark.parametrize("kind", mostly_slow((0, 5, 9), range(len(WRONG))))  # a text, an object, an endless number
+def test_a_value_of_another_kind_is_one_sentence_or_harmless(base, adapter, kind):
     path, refused = adapter / "adapter_config.json", 0
     said = json.loads(path.read_text())
     for name in said:
-        for value in WRONG:
-            path.write_text(json.dumps(said | {name: value}))
-            try:
-                peft.load(adapter, *base)
-            except InputError:
-                refused += 1
-    assert refused > 3 * len(WRONG)
+        path.write_text(json.dumps(said | {name: WRONG[kind]}))
+        try:
+            peft.load(adapter, *base)
+        except InputError:
+            refused += 1
+    assert refused > 3
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 10**400, 1e300, True])
@@ -108,7 +108,7 @@ def test_a_pattern_takes_no_exponential_time(base, adapter, option, pattern):
 def test_a_pattern_that_is_not_read_is_one_sentence(base, adapter, pattern):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": pattern}))
-    assert "no regular expression" in refusal(peft.load, adapter, *base)
+    assert "not a regular expression" in refusal(peft.load, adapter, *base)
 
 
 def test_an_empty_head_does_not_say_how_many_labels_an_export_has(adapter):
@@ -116,4 +116,4 @@ def test_an_empty_head_does_not_say_how_many_labels_an_export_has(adapter):
         {"base_model.model.score.weight": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}}
     ).encode()
     (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert "no classifier's head" in refusal(export._head_rows, adapter)
+    assert "not a classifier's head" in refusal(export._head_rows, adapter)

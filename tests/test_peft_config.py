@@ -35,7 +35,7 @@ SCALES = [
 @pytest.mark.parametrize(("options", "module", "layers", "expected"), SCALES)
 def test_rank_and_scale_are_pefts(options, module, layers, expected):
     for layer in layers:
-        rank, scale = read(**options).of_module(module.format(layer))
+        rank, scale = read(**options).module_scaling(module.format(layer))
         assert (rank, round(scale, 12)) == (expected[0], round(expected[1], 12))
 
 
@@ -106,5 +106,5 @@ def test_options_that_change_no_value_are_read_over():
 
 
 def test_a_broken_pattern_is_named():
-    with pytest.raises(InputError, match=r"'\(' in adapter_config\.json is no regular expression"):
+    with pytest.raises(InputError, match=r"'\(' in adapter_config\.json is not a regular expression"):
         read(target_modules="(").adapts("query")

@@ -30,18 +30,18 @@ def columns(schema, batches, wanted, every):
     names = schema.names
     refuse_twice(names, names if every else wanted)
     classes = _class_names(schema)
-    found = {name: [] for name in names if every or name in wanted}
+    columns = {name: [] for name in names if every or name in wanted}
     for batch in batches:
-        for name, cells in found.items():
+        for name, cells in columns.items():
             cells += _cells(batch.column(batch.schema.get_field_index(name)), classes.get(name))
-    return found
+    return columns
 
 
 def _class_names(schema):
     """{column: its labels' names} as `datasets` writes them into a schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        labels = {name: of["names"] for name, of in features.items() if of.get("_type") == "ClassLabel"}
+        labels = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
     return {name: names for name, names in labels.items() if names}

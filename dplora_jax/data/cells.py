@@ -1,6 +1,6 @@
 """What the readers of tables share: what a cell may be, and how they say what is wrong.
 
-A cell is a string, exactly as the file holds it, and None where nothing stands there. In a file with types, what is no string
+A cell is a string, exactly as the file holds it, and None where nothing stands there. In a file with types, what is not a string
 becomes one where there is only one way to write it: whole numbers, dates, true and false (in JSON any number, as it stands).
 All else stays what it is, and `records.rows` refuses it where a text is wanted.
 """

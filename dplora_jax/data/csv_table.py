@@ -12,14 +12,14 @@ SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 def read(stream, wanted, every, separators):
     """(the names of all columns, {name: cells} of those `wanted`, or of `every` one that has a name) of an open text file.
 
-    The first of `separators` is taken whose header has the `wanted` columns. Blank lines are no rows, and a row may leave out its
-    last cells. Raises UnreadableError.
+    The first of `separators` is taken whose header has the `wanted` columns. Blank lines are not rows, and a row may leave out
+    its last cells. Raises UnreadableError.
     """
     limit = csv.field_size_limit(sys.maxsize)  # else a text of more than 131,072 characters is an error
     try:
         # Excel's own first line, where it must tell itself how the rest is written.
-        told = re.fullmatch(r"sep=(.)\s*", stream.readline())
-        skipped, separators = (1, (told[1],)) if told else (0, separators)
+        separator_line = re.fullmatch(r"sep=(.)\s*", stream.readline())
+        skipped, separators = (1, (separator_line[1],)) if separator_line else (0, separators)
         return _columns(stream, wanted, every, _separator(stream, skipped, wanted, separators), skipped)
     finally:
         csv.field_size_limit(limit)
@@ -48,13 +48,13 @@ def _separator(stream, skipped, wanted, separators):
         headers[separator] = _header(stream, skipped, separator)
         if wanted <= set(headers[separator]) and separator in separators:
             return separator
-    found = headers[separators[0]]
+    header = headers[separators[0]]
     fitting = [s for s, header in headers.items() if wanted <= set(header)]
-    others = fitting or [s for s, header in headers.items() if s not in separators and len(header) > len(found) == 1]
+    others = fitting or [s for s, header in headers.items() if s not in separators and len(header) > len(header) == 1]
     if others:
         name = {character: name for name, character in SEPARATORS.items()}[others[0]]
         raise UnreadableError(
-            f"has {_columns_of(found)} in its header as it is read now, and {_columns_of(headers[others[0]])} if a {name} parts "
+            f"has {_columns_of(header)} in its header as it is read now, and {_columns_of(headers[others[0]])} if a {name} parts "
             f"them; give separator={name}."
         )
     return separators[0]

@@ -10,8 +10,8 @@ FINANCE = tasks.Task(
 )
 DEMOS = {
     "finance_demo": (finance_demo, FINANCE),
-    "medical_demo": (medical_demo, tasks.own(tasks.ANSWERS)),
-    "general_demo": (general_demo, tasks.own(tasks.TEXT)),
+    "medical_demo": (medical_demo, tasks.own_table(tasks.ANSWERS)),
+    "general_demo": (general_demo, tasks.own_table(tasks.TEXT)),
 }
 
 

@@ -27,13 +27,15 @@ def names(source, clients):
     if not root.is_dir():
         raise InputError(f"data_dir={source.data_dir} is not a folder; give the one that holds the clients' folders.")
     try:
-        found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        folder_names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise unreadable(error, f"{root} cannot be read ({error.strerror}); let this process read it.") from None
-    if len(found) != clients:
-        raise InputError(f"{source.data_dir} has {len(found)} folders, one a client; give clients={len(found)}.")
-    _refuse_shared(root, found, sources.OWN_TABLES[source.dataset])
-    return found
+    if len(folder_names) != clients:
+        raise InputError(
+            f"{source.data_dir} has {len(folder_names)} folders, one a client; give clients={len(folder_names)}."
+        )
+    _refuse_shared(root, folder_names, sources.OWN_TABLES[source.dataset])
+    return folder_names
 
 
 def _refuse_shared(root, folders, suffixes):
@@ -59,8 +61,8 @@ def read(source, corpus, name):
     """
     folder = Path(source.data_dir) / name
     labels = corpus.label_names or None
-    own = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=labels)
-    found = sources.load(own, need_test=False).train
+    client_source = dataclasses.replace(source, data_dir=str(folder), test_data=None, labels=labels)
+    client_records = sources.load(client_source, need_test=False).train
     if corpus.test is not None:
-        records.refuse_copy([found], records.columns_of(corpus.test))
-    return found
+        records.refuse_copy([client_records], records.columns_of(corpus.test))
+    return client_records

@@ -56,10 +56,10 @@ class _TwiceError(Exception):
 
 
 def _once(pairs):
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    object_values = dict(pairs)
+    if len(object_values) < len(pairs):
         raise _TwiceError
-    return found
+    return object_values
 
 
 # Numbers stay as they are written: 007 and 1e5 are somebody's words, and Python reads no number of five thousand digits.

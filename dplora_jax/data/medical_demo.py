@@ -80,11 +80,11 @@ def generate(seed=0):
     for split, count in CONDITIONS.items():
         records = []
         while len(records) < len(_QUESTIONS) * count:
-            facts = _condition(rng)
-            if facts["name"] in seen:
+            condition = _condition(rng)
+            if condition["name"] in seen:
                 continue
-            seen.add(facts["name"])
-            records += [(question.format(**facts), answer.format(**facts)) for question, answer in _QUESTIONS]
+            seen.add(condition["name"])
+            records += [(question.format(**condition), answer.format(**condition)) for question, answer in _QUESTIONS]
         records = shuffled(rng, records)
         parts[split] = [question for question, _ in records], [answer for _, answer in records]
     return parts

@@ -116,13 +116,13 @@ def _texts(table, role, name, task):
                 f"{table.where} has values in column '{name}' that are not text ({kind}); save them as text, or name another "
                 "column."
             )
-    found = [read(cell) for cell in cells] if read else [cell or "" for cell in cells]
-    for number, text in enumerate(found, start=1):
+    texts = [read(cell) for cell in cells] if read else [cell or "" for cell in cells]
+    for number, text in enumerate(texts, start=1):
         if not text.isascii() and HALF_A_CHARACTER.search(text):  # no tokenizer takes it
             raise InputError(
                 f"{table.where} has half a character (a lone surrogate) in column '{name}' of record {number}; mend it there."
             )
-    return found
+    return texts
 
 
 def _kept(values, wanted):
@@ -130,36 +130,36 @@ def _kept(values, wanted):
     return {role: [column[i] for i in keep] for role, column in values.items()}
 
 
-def split(of, fraction, seed):
-    """A random part of size `fraction` of the Rows `of` held out as the public test -> (rest, part), in the table's order.
+def split(rows, fraction, seed):
+    """A random part of size `fraction` of the Rows `rows` held out as the public test -> (rest, part), in the table's order.
 
     Of questions and answers whole questions are held out: one that has several answers is in one part with all of them.
     """
-    total = len(of.texts)
-    held = round(total * fraction)
-    if not 0 < held < total:
+    total = len(rows.texts)
+    test_count = round(total * fraction)
+    if not 0 < test_count < total:
         raise InputError(f"test_fraction={fraction} of {total} rows leaves one part empty; give another.")
     order = np.random.default_rng(seed).permutation(total)
-    if of.answers is not None:
+    if rows.answers is not None:
         first = {}
         for rank, index in enumerate(order):
-            first.setdefault(of.texts[index], rank)
-        order = order[np.argsort([first[of.texts[index]] for index in order], kind="stable")]
-        while held < total and of.texts[order[held]] == of.texts[order[held - 1]]:
-            held += 1
-    return _taken(of, order[held:]), _taken(of, order[:held])
+            first.setdefault(rows.texts[index], rank)
+        order = order[np.argsort([first[rows.texts[index]] for index in order], kind="stable")]
+        while test_count < total and rows.texts[order[test_count]] == rows.texts[order[test_count - 1]]:
+            test_count += 1
+    return _taken(rows, order[test_count:]), _taken(rows, order[:test_count])
 
 
-def some(of: Records | None, count, seed):
-    """`count` of the Records `of` at random, in the table's order; all where there are no more, or `count` is None."""
-    if of is None or count is None or count >= len(of.texts):
-        return of
-    chosen = np.sort(np.random.default_rng((seed, 1)).permutation(len(of.texts))[:count])
-    return take(of, chosen)._replace(groups=of.groups and tuple(of.groups[i] for i in chosen))
+def some(table: Records | None, count, seed):
+    """`count` of the Records `table` at random, in the table's order; all where there are no more, or `count` is None."""
+    if table is None or count is None or count >= len(table.texts):
+        return table
+    chosen = np.sort(np.random.default_rng((seed, 1)).permutation(len(table.texts))[:count])
+    return take(table, chosen)._replace(groups=table.groups and tuple(table.groups[i] for i in chosen))
 
 
-def _taken(of, indices):
-    return Rows(*(None if column is None else [column[i] for i in np.sort(indices)] for column in of))
+def _taken(rows, indices):
+    return Rows(*(None if column is None else [column[i] for i in np.sort(indices)] for column in rows))
 
 
 def corpus(train, test, task, codes, about):
@@ -169,22 +169,22 @@ def corpus(train, test, task, codes, about):
     statistics of private records. (One that holds some of them may be a public one with duplicates.)
     """
     encoded = []
-    for part, of in (("training", train), ("test", test)):
-        if of is None:
+    for part, rows in (("training", train), ("test", test)):
+        if rows is None:
             encoded.append(None)
             continue
-        labels = np.zeros(len(of.texts), np.int32)
-        if of.labels is not None:
-            strange = sum(label not in codes for label in of.labels)
+        labels = np.zeros(len(rows.texts), np.int32)
+        if rows.labels is not None:
+            strange = sum(label not in codes for label in rows.labels)
             if strange:
                 raise InputError(
                     f"{strange} rows of the {part} table have a label outside the known ones "
                     f"({', '.join(task.label_names)}); mend these rows, or name all labels by `labels`."
                 )
-            labels = np.array([codes[label] for label in of.labels], np.int32)
-        groups = None if of.groups is None or part == "test" else tuple(of.groups)
-        answers = None if of.answers is None else tuple(of.answers)
-        encoded.append(Records(tuple(of.texts), labels, groups, answers))
+            labels = np.array([codes[label] for label in rows.labels], np.int32)
+        groups = None if rows.groups is None or part == "test" else tuple(rows.groups)
+        answers = None if rows.answers is None else tuple(rows.answers)
+        encoded.append(Records(tuple(rows.texts), labels, groups, answers))
     if None not in encoded:
         refuse_copy(encoded[:1], columns_of(encoded[1]))
     return Corpus(*encoded, task, about, synthetic=False)
@@ -195,31 +195,33 @@ def refuse_copy(parts, columns, what: str = "the test table"):
     `what`) hold every record of `parts` (a list of Records, one a client), or of one of them that has FEW different ones or more:
     each text in one column, and each answer too where there are some. Labels may have other numbers there: metrics on it would be
     exact statistics of what is private all the same."""
-    held = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
+    public_cells = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
     wanted = [[set(map(_plain, column)) for column in (part.texts, part.answers or ())] for part in parts]
     whole = [set().union(*sets) for sets in zip(*wanted, strict=True)]
     several = [sets for sets in wanted if max(map(len, sets)) >= FEW]
     for sets, whose in [(whole, ""), *((sets, " of a client") for sets in several)]:
-        if any(sets) and all(not own or any(own <= cells for cells in held) for own in sets):
+        if any(sets) and all(
+            not column_texts or any(column_texts <= cells for cells in public_cells) for column_texts in sets
+        ):
             raise Refused(
                 f"{what} is refused as a public test set: give another.",
                 f"{what} holds every training record{whose}, and these are private.",
             )
 
 
-def columns_of(of: Records):
-    """The columns of `of` that `refuse_copy` looks for private records in."""
-    return [of.texts, of.answers or ()]
+def columns_of(table: Records):
+    """The columns of `table` that `refuse_copy` looks for private records in."""
+    return [table.texts, table.answers or ()]
 
 
 def _plain(text):
     return " ".join(text.split())
 
 
-def take(of: Records, indices) -> Records:
+def take(table: Records, indices) -> Records:
     """The records at `indices`, without their groups."""
-    answers = None if of.answers is None else tuple(of.answers[i] for i in indices)
-    return Records(tuple(of.texts[i] for i in indices), of.labels[indices], None, answers)
+    answers = None if table.answers is None else tuple(table.answers[i] for i in indices)
+    return Records(tuple(table.texts[i] for i in indices), table.labels[indices], None, answers)
 
 
 def together(parts) -> Records:

@@ -83,7 +83,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
 def _load_demo(source: Source) -> Corpus:
     for flag in ("data_dir", "test_data", "labels", "group_column", "encoding", "separator"):
         if getattr(source, flag):
-            name = "partition=column:..." if flag == "group_column" else flag
+            name = "partition=column:..." if flag == "group_column" else f"`{flag}`"
             raise InputError(
                 f"{name} does not fit dataset={source.dataset}, which has only its own texts; leave it out."
             )
@@ -101,20 +101,22 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     }
     columns = {role: given[role] or name for role, name in task.columns}
     wanted = [*columns.values(), *([source.group_column] if source.group_column else [])]
-    found, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
-    if not found:
+    split_tables, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
+    if not split_tables:
         raise InputError(
             f"{source.data_dir or task.hub.repository} has no table to train on for dataset={source.dataset}; it needs "
             f"train.* (or one of test.* and validation.* alone) as {', '.join(tables.SUFFIXES)}."
         )
-    main = next(name for name in SPLITS if name in found)
-    table = found.pop(main)
+    main = next(name for name in SPLITS if name in split_tables)
+    table = split_tables.pop(main)
     train, test = records.rows(table, task, columns, source.group_column, public=True), None
     if source.test_data is not None:
         test = _read_test(source, columns, None, source.data_dir and table.where)
         test = records.rows(test, task, columns, public=True)
-    elif found:
-        test = records.rows(found[next(name for name in TEST_SPLITS if name in found)], task, columns, public=True)
+    elif split_tables:
+        test = records.rows(
+            split_tables[next(name for name in TEST_SPLITS if name in split_tables)], task, columns, public=True
+        )
     description = f"{source.dataset}: public benchmark ({origin})"
     if test is not None and source.test_fraction is not None:
         raise InputError(f"`test_fraction` does not fit dataset={source.dataset} with a test file; leave it out.")
@@ -129,13 +131,13 @@ def _tables(name, task, folder, wanted, every=False, form=tables.PLAIN):
     """({split: Table}, what reports say of where it is from) of a public table, from a folder or the hub."""
     if folder is not None:
         paths = {split: tables.find(folder, split, tables.SUFFIXES) for split in SPLITS}
-        found = {split: tables.read_file(path, wanted, every, form) for split, path in paths.items() if path}
-        return found, "local files"
+        split_tables = {split: tables.read_file(path, wanted, every, form) for split, path in paths.items() if path}
+        return split_tables, "local files"
     if task.hub is None:
         raise InputError(f"{name} is not on the hub in a form that needs no code; give the folder with its table.")
-    found = hub.read(name, task.hub, wanted, every)
-    found = {split: table for split, table in found.items() if split in SPLITS}
-    return found, f"{task.hub.repository}, revision {task.hub.revision}, from the hub"
+    split_tables = hub.read(name, task.hub, wanted, every)
+    split_tables = {split: table for split, table in split_tables.items() if split in SPLITS}
+    return split_tables, f"{task.hub.repository}, revision {task.hub.revision}, from the hub"
 
 
 def benchmark(
@@ -154,20 +156,20 @@ def benchmark(
     `private` records, or of one client's (`records.refuse_copy`).
     """
     task = known(name)
-    found, _ = _tables(name, task, folder, task.column.values(), every=True, form=form)
-    split = next((s for s in (CHOICE_SPLITS if task.kind == tasks.CHOICES else TEST_SPLITS) if s in found), None)
+    split_tables, _ = _tables(name, task, folder, task.column.values(), every=True, form=form)
+    split = next((s for s in (CHOICE_SPLITS if task.kind == tasks.CHOICES else TEST_SPLITS) if s in split_tables), None)
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
-    table = found[split]
+    table = split_tables[split]
     records.refuse_copy(private, table.columns.values(), f"benchmarks={name}")
     if task.kind != tasks.CHOICES:
-        of = records.rows(table, task, task.column, public=True)
-        of = records.corpus(None, of, task, task.codes, name).test
-        return tasks.asked(task, records.some(of, count, seed), chat)
+        asked_records = records.rows(table, task, task.column, public=True)
+        asked_records = records.corpus(None, asked_records, task, task.codes, name).test
+        return tasks.asked(task, records.some(asked_records, count, seed), chat)
     cells = records.choices(table, task)
     total = len(next(iter(cells.values())))
     chosen = range(total) if count is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    asked = [task.ask({column: of[i] for column, of in cells.items()}) for i in chosen]
+    asked = [task.ask({column: asked_records[i] for column, asked_records in cells.items()}) for i in chosen]
     lost = sum(not 0 <= one.right < len(one.answers) for one in asked)
     if lost:
         raise InputError(f"{table.where} does not tell the right answer of {lost} rows: give the validation table.")
@@ -203,7 +205,7 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
     needed = {"data_dir": source.data_dir} | {flag: columns[role] for role, flag in roles.items()}
     for flag, given in needed.items():
         if not given:
-            raise InputError(f"dataset={source.dataset} reads your own table and needs --{flag}; give it.")
+            raise InputError(f"dataset={source.dataset} reads your own table and needs `{flag}`; give it.")
     return kind, columns
 
 
@@ -213,7 +215,7 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
     path = tables.find(source.data_dir, "train", suffixes)
     if path is None:
         raise InputError(f"{source.data_dir} has no train{' or train'.join(suffixes)}; put the training table there.")
-    test_path, task = _public_test(source, need_test), tasks.own(kind)
+    test_path, task = _public_test(source, need_test), tasks.own_table(kind)
     wanted = [*columns.values(), *([source.group_column] if source.group_column else [])]
     train = tables.read_file(path, wanted, form=source.form)
     train = records.rows(train, task, columns, source.group_column, private=True)
@@ -224,7 +226,7 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
         description += f"; test: a part declared public, {source.test_fraction:g} of it, split_seed {source.split_seed}"
     names = _label_names(source, test) if kind == tasks.LABELS else ()
     codes = {name: i for i, name in enumerate(names)}
-    return records.corpus(train, test, tasks.own(kind, names), codes, description)
+    return records.corpus(train, test, tasks.own_table(kind, names), codes, description)
 
 
 def _public_test(source: Source, need_test: bool) -> Path | None:
@@ -248,11 +250,11 @@ def load_public(source: Source, need_test: bool) -> Corpus:
     """What is public where each client's own table lies in a folder of its own (`folders`): a Corpus whose `train` is None."""
     kind, columns = own_columns(source)
     path = _public_test(source, need_test)
-    test = path and records.rows(_read_test(source, columns, path), tasks.own(kind), columns)
+    test = path and records.rows(_read_test(source, columns, path), tasks.own_table(kind), columns)
     names = _label_names(source, test) if kind == tasks.LABELS else ()
     about = f"{source.dataset}: each client's own table"
     codes = {name: i for i, name in enumerate(names)}
-    corpus = records.corpus(None, test, tasks.own(kind, names), codes, about)
+    corpus = records.corpus(None, test, tasks.own_table(kind, names), codes, about)
     return corpus._replace(test=records.some(corpus.test, source.test_records, source.split_seed))
 
 

@@ -48,7 +48,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How text files are written that are no UTF-8, or part their cells by something else; None: nothing was said."""
+    """How text files are written that are not UTF-8, or part their cells by something else; None: nothing was said."""
 
     encoding: str | None = None
     separator: str | None = None
@@ -69,7 +69,7 @@ def text_format(encoding: str | None, separator: str | None) -> TextFormat:
     separator = csv_table.SEPARATORS.get(separator, "\t" if separator == r"\t" else separator)
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
         words = ", ".join(csv_table.SEPARATORS)
-        raise InputError(f"separator={separator} is no separator; write {words}, or one character.")
+        raise InputError(f"separator={separator} is not a separator; write {words}, or one character.")
     return TextFormat(encoding, separator)
 
 
@@ -93,12 +93,12 @@ def find(folder: str, stem: str, suffixes: Collection[str]) -> Path | None:
     try:
         if not root.is_dir():
             raise InputError(f"data_dir={folder} is not a folder; give the folder that holds the tables.")
-        found = [root / (stem + suffix) for suffix in (*suffixes, *zipped) if (root / (stem + suffix)).is_file()]
+        paths = [root / (stem + suffix) for suffix in (*suffixes, *zipped) if (root / (stem + suffix)).is_file()]
     except OSError as error:
         raise unreadable(error, f"{folder} cannot be read ({error.strerror}); let this process read it.") from None
-    if len(found) > 1:
-        raise InputError(f"{folder} has more than one {stem} table ({', '.join(p.name for p in found)}); keep one.")
-    return found[0] if found else None
+    if len(paths) > 1:
+        raise InputError(f"{folder} has more than one {stem} table ({', '.join(p.name for p in paths)}); keep one.")
+    return paths[0] if paths else None
 
 
 def read_file(path: Path, wanted: Collection[str], every: bool = False, form: TextFormat = PLAIN) -> Table:

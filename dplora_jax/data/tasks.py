@@ -138,7 +138,7 @@ def _first_answer(value):
 
 
 def _number(value):
-    """A cell as a whole number; -1 where it is none, as in tables whose labels are kept back."""
+    """A cell as a whole number; -1 where it is not one, as in tables whose labels are kept back."""
     text = label_of(value)
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
 
@@ -194,7 +194,7 @@ TASKS = {
 TRAINABLE = tuple(name for name, task in TASKS.items() if task.kind != CHOICES)
 
 
-def own(kind, label_names=()):
+def own_table(kind, label_names=()):
     """The Task of a person's own table of `kind`."""
     ask = {LABELS: label_words(label_names), ANSWERS: question_answer, TEXT: plain_text}[kind]
     return Task(kind, ask, label_names=tuple(label_names))

@@ -112,7 +112,7 @@ class Mean:
         kept = choose(valid, (done.clip_norm, done.own), (group.clip_norm, group.own))
         weights = group.client.weight * valid
         total = weighted_sum(weights, masked(valid, done.terms))
-        # What never left its client is no upload, and its noisy gradients are no one's to see.
+        # What never left its client is not an upload, and its noisy gradients are no one's to see.
         upload, released, count = masked(there, (done.upload, done.trace.released, done.trace.count))
         trace = done.trace._replace(released=released, count=count)
         return total, weights.sum(), Shown(upload, trace, *kept, valid)

@@ -2,34 +2,24 @@
 
 from dplora_jax.config import field_value, fields
 from dplora_jax.errors import InputError
-from dplora_jax.federation import methods, participation, trust_modes
+from dplora_jax.federation import methods, participation, trust
 
 
 def checks(config):
     """(holds, what to say if not) for every field of who takes part and how uploads are put together."""
-    trust = config.privacy.trust
-    yield (
-        config.aggregation.method in methods.BY_NAME,
-        f"aggregation={config.aggregation.method} is not known: {', '.join(methods.BY_NAME)}.",
-    )
     yield (
         config.aggregation.server_optimizer == "sgd" or not config.aggregation.server_momentum,
-        f"`server_momentum` is of server_optimizer=sgd: {config.aggregation.server_optimizer} has moments of its own.",
+        (
+            f"`server_momentum` cannot be used with server_optimizer={config.aggregation.server_optimizer}, which has "
+            "moments of its own: leave it out, or use sgd."
+        ),
     )
-    yield from _one_by_one(config, trust)
+    yield from _one_by_one(config)
     yield from _factors(config)
     yield from _robust(config)
     yield (
         not config.optimizer.proximal or config.schedule.local_steps > 1,
-        "`proximal` pulls back to where the round began, which one local step never leaves: raise `local_steps`.",
-    )
-    yield (
-        config.aggregation.upload_bits is None or config.privacy.noise != "hardened",
-        "`upload_bits` rounds by the device's own keys, which noise=hardened has none of: leave one of them out.",
-    )
-    yield (
-        config.schedule.dropout is None or trust != "client",
-        "`dropout` with trust=client is `client_rate`: use that.",
+        "`proximal` needs `local_steps` of 2 or more: it pulls later steps back to where the round began.",
     )
     try:
         participation.check(config.schedule.participation, config.schedule.clients)
@@ -37,14 +27,14 @@ def checks(config):
         yield False, str(error)
 
 
-def _one_by_one(config, trust):
+def _one_by_one(config):
     """What needs each upload by itself."""
     others = {"aggregation": "fedavg", "robust": "none", "ranks": None, "upload_bits": None, "participation": "all"}
     for name, usual in others.items():
         yield (
-            trust_modes.BY_NAME[trust].public_uploads or field_value(config, name) == usual,
-            f"{name}={field_value(config, name)} handles each client's upload by itself, which trust={trust} does not: leave it "
-            "out, or use trust=local.",
+            trust.mode(config).public_uploads or field_value(config, name) == usual,
+            f"{name}={field_value(config, name)} works on each client's upload, and trust={config.privacy.trust} shows none: "
+            "leave it out, or use trust=local.",
         )
 
 
@@ -69,7 +59,7 @@ def _factors(config):
     )
     yield (
         not config.lora.freeze_a and not config.lora.head_only,
-        "`ranks` cannot be used with `freeze_a` or `head_only`: a rank is of an A and a B that are trained.",
+        "`ranks` cannot be used with `freeze_a` or `head_only`: a client's rank needs a trained A and a trained B.",
     )
 
 
@@ -89,10 +79,13 @@ def _robust(config):
         sound = False
     yield (
         sound,
-        f"robust={config.aggregation.robust} is malformed: none, median, or trimmed_mean:SHARE with SHARE below 0.5.",
+        (
+            f"robust={config.aggregation.robust} is malformed: write none, median, or trimmed_mean:SHARE with SHARE below "
+            "0.5."
+        ),
     )
     yield (
         config.aggregation.robust == "none" or config.lora.ranks is None,
-        f"robust={config.aggregation.robust} takes the place of a mean of like uploads, and `ranks` makes them unlike: leave one of them "
+        f"robust={config.aggregation.robust} compares uploads of one shape, and `ranks` gives them several: leave one of them "
         "out.",
     )

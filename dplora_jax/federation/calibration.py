@@ -5,25 +5,27 @@ import dataclasses
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import participants, trust_modes
-from dplora_jax.privacy import accounting, size_classes
+from dplora_jax.federation import participation, trust
+from dplora_jax.privacy import accounting, clippers, size_classes
 
 LEVELS = 4  # of steps, of many clients that are in different numbers of rounds
 
 
 def mechanisms(config, sizes):
-    """Each client's mechanism: calibrated to the budget, or of the noise that is flagged."""
-    return trust_modes.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
+    """Each client's mechanism: calibrated to the budget, or with the noise that is given."""
+    return trust.mode(config).plan(config, sizes, lambda sizes: _by_client(config, sizes))
 
 
 def _by_client(config, sizes):
     """The mechanism that each client's own noise makes, calibrated to the steps that it is in."""
-    steps, made = planned_steps(participants.total_steps(config), sizes), [None] * len(sizes)
+    steps, mechanisms = planned_steps(participation.total_steps(config), sizes), [None] * len(sizes)
     for count in sorted(set(steps.tolist())):  # clients that are in as many rounds are calibrated together
-        own = [client for client, of_client in enumerate(steps) if of_client == count]
-        for client, mechanism in zip(own, _planned(config, [sizes[k] for k in own], max(count, 1)), strict=True):
-            made[client] = mechanism
-    return made
+        members = [client for client, client_steps in enumerate(steps) if client_steps == count]
+        for client, mechanism in zip(
+            members, _planned(config, [sizes[k] for k in members], max(count, 1)), strict=True
+        ):
+            mechanisms[client] = mechanism
+    return mechanisms
 
 
 def kept(stored, sizes):
@@ -31,8 +33,8 @@ def kept(stored, sizes):
     began = [row["records"] for row in stored["federation"]["clients"]]
     if began != list(sizes):
         raise InputError(
-            f"the clients have {sizes} records, and this workdir began with {began}: a budget is for the records that it was "
-            "planned for; restore them, or start a new `workdir`."
+            f"the clients have {sizes} records, and this workdir began with {began}, for which its budget was planned: "
+            "restore them, or start a new `workdir`."
         )
     return written(stored)
 
@@ -41,10 +43,13 @@ def written(stored):
     """Each client's mechanism as config.json (a dict) has it: what an earlier version did not write is at its default."""
     names = [field.name for field in dataclasses.fields(accounting.Mechanism)]
     # The rows tell the clients' own records. The mechanism's are more where there are null ones; in mode `client`, the clients.
-    own = (lambda row: stored["clients"]) if stored["trust"] == "client" else (lambda row: row["records"])
+    default_records = (
+        (lambda row: stored["clients"]) if trust.BY_NAME[stored["trust"]].bare_clients else (lambda row: row["records"])
+    )
     return [
         accounting.Mechanism(
-            **{name: row[name] for name in names if name in row} | {"records": row.get("sampled_from", own(row))}
+            **{name: row[name] for name in names if name in row}
+            | {"records": row.get("sampled_from", default_records(row))}
         )
         for row in stored["federation"]["clients"]
     ]
@@ -61,7 +66,11 @@ def planned_steps(steps, sizes):
 
 def _planned(config, sizes, steps):
     """The mechanisms of clients of `sizes` records that take `steps` local steps each."""
-    options = config.privacy.mechanism_options
+    options = {
+        "adaptive": clippers.kind(config).moves,
+        "count_noise": config.privacy.count_noise_multiplier,
+        "bands": config.privacy.bands or 1,
+    }
     if config.privacy.epsilon is not None:
         return accounting.calibrate(
             sizes, config.schedule.expected_batch_size, steps, config.privacy.epsilon, config.privacy.delta, **options

@@ -5,24 +5,26 @@ import dataclasses
 import jax
 
 from dplora_jax import lora
-from dplora_jax.federation import participants, round_bytes, trust_modes
+from dplora_jax.federation import aggregation_words, participation, round_bytes, trust
 from dplora_jax.privacy import accounting
 
 
 def describe(config, sizes, mechanisms, model, adapter, grid, noise):
-    """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own (`noise.Noise`)."""
-    trust_mode = trust_modes.mode(config)
-    steps = participants.steps(config).sum(0).tolist()
+    """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own
+    (`noise.Noise`)."""
+    trust_mode = trust.mode(config)
+    steps = participation.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
     spent = [accounting.epsilon(m, count, config.privacy.delta) for m, count in zip(mechanisms, steps, strict=True)]
-    up, down = round_bytes.of_run(config, adapter)
+    up, down = round_bytes.by_client(config, adapter)
     weights = trust_mode.weights(config, sizes, mechanisms)
     clients = [  # `sampled_from` is the mechanism's own records: with null ones, or in mode `client` the clients
         {"client": k, **dataclasses.asdict(m), "records": n, "sampled_from": m.records, "epsilon": e, "weight": w}
         for k, (m, n, e, w) in enumerate(zip(mechanisms, sizes, spent, weights, strict=True))
     ]
-    for row, own, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
-        row |= {"rounds": own // config.steps_per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
+    per_round = trust_mode.steps_per_round(config)
+    for row, client_steps, bytes_up, bytes_down in zip(clients, steps, up, down, strict=True):
+        row |= {"rounds": client_steps // per_round, "bytes_up": bytes_up, "bytes_down": bytes_down}
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,
@@ -49,7 +51,8 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
 def _method(config, noise):
     """How the run trains, in words."""
     method = [
-        *trust_modes.mode(config).method(config),
+        *trust.mode(config).method(config),
+        *(aggregation_words.lines(config) if trust.mode(config).public_uploads else ()),
         "head alone, no LoRA"
         if config.lora.head_only
         else f"LoRA rank {config.lora.rank} on {','.join(config.lora.targets)}"
@@ -62,7 +65,7 @@ def _method(config, noise):
 
 
 def release(config):
-    """Whether the outputs may leave the house; None where there is no privacy to speak of."""
-    if not config.privacy.private:
+    """Whether the outputs may leave the house; None where there is no privacy."""
+    if not trust.mode(config).private:
         return None
     return "for release" if config.privacy.seed is None else "NOT FOR RELEASE: a seed makes the noise reproducible"

@@ -11,7 +11,7 @@ import numpy as np
 
 from dplora_jax.config import FIELDS, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, participants, processes, randomness, round, streaming
+from dplora_jax.federation import mesh, participation, processes, round, streaming, trust
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
 
@@ -40,8 +40,9 @@ class Job(NamedTuple):
     paid: str | None = None
 
     def steps(self, rounds=None):
-        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in all."""
-        steps = participants.steps(self.config, rounds)
+        """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in
+        all."""
+        steps = participation.steps(self.config, rounds)
         return steps if self.members is None else steps[:, self.members]
 
     @property
@@ -62,7 +63,8 @@ def check_past(job):
             )
     if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
         raise InputError(
-            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new `workdir`."
+            f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new "
+            "`workdir`."
         )
 
 
@@ -92,7 +94,7 @@ def charge(job, done):
 
     A dispatch that a crash cut off is never run again under its keys. Someone may have seen its uploads, and two transcripts
     under one set of keys, from machines that round differently, show in their difference gradients without noise. So it stays
-    paid for, and a new attempt has keys of its own and is paid for too. Only with `seed`, whose noise is no secret, are the same
+    paid for, and a new attempt has keys of its own and is paid for too. Only with `seed`, whose noise is not secret, are the same
     rounds run again as they were. Raises InputError rather than take a client past its epsilon.
     """
     config, ledger = job.config, job.ledger
@@ -116,7 +118,7 @@ def charge(job, done):
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
-    more = {"steps": job.steps(rounds).sum(0).tolist()} if participants.scheduled(config) else {}
+    more = {"steps": job.steps(rounds).sum(0).tolist()} if participation.scheduled(config) else {}
     more |= {
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
@@ -127,7 +129,9 @@ def charge(job, done):
         config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
         more["nonce"] = os.urandom(16).hex()
-    ledger.begin(rounds, attempt, job.prepared.mechanisms, config.steps_per_round, job.inputs, **more)
+    ledger.begin(
+        rounds, attempt, job.prepared.mechanisms, trust.mode(config).steps_per_round(config), job.inputs, **more
+    )
     return rounds, attempt
 
 
@@ -137,7 +141,7 @@ def _stay_within(job, rounds):
     if config.privacy.epsilon is None:
         return
     mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
-    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": config.steps_per_round}
+    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": trust.mode(config).steps_per_round(config)}
     planned["steps"] = job.steps(rounds).sum(0).tolist()
     spent = max(job.ledger.epsilons(config.privacy.delta, [planned]))
     if spent > config.privacy.epsilon:
@@ -150,7 +154,7 @@ def _stay_within(job, rounds):
 def _affordable(job, done):
     """The last round that no client has to pay more for than was planned: lost attempts have been paid for too."""
     config = job.config
-    if not participants.scheduled(config):
+    if not participation.scheduled(config):
         return done + config.schedule.rounds - job.ledger.charged_rounds()
     planned = job.steps().sum(0)
     left = planned - job.ledger.charged_steps(len(planned))
@@ -163,7 +167,7 @@ def paid_secrets(job):
     before it.
 
     So a workdir that is put back to an earlier state, a disk's snapshot say, cannot draw them again for anything else. With
-    `seed` they are the seed's alone: its noise is no secret, and is to be the same however the rounds are cut.
+    `seed` they are the seed's alone: its noise is not secret, and is to be the same however the rounds are cut.
     """
     if job.config.privacy.seed is not None:
         return job.secrets
@@ -172,12 +176,20 @@ def paid_secrets(job):
 
 
 def round_keys(job, rounds, attempt):
-    """What the dispatch that was charged last draws from (`randomness.of_rounds`)."""
-    return randomness.of_rounds(job.config, job.prepared, paid_secrets(job), rounds, attempt)
+    """What rounds [a, b) of the dispatch that was charged last draw from, as the noise makes it (`noise.Noise.round_keys`), and
+    "joins" where not everyone takes part in each round."""
+    config, prepared, numbers, parties = job.config, job.prepared, range(*rounds), paid_secrets(job)
+    local, rate = prepared.rounds.local, trust.mode(config).joining(config)
+    keys = local.noise.round_keys(
+        parties, numbers, attempt, config.schedule.clients, rate, local, prepared.mechanisms, prepared.state.adapter
+    )
+    if participation.partial(config):
+        keys["joins"] = participation.joins(config, parties, numbers, attempt)
+    return keys
 
 
 def _most_rounds(job):
-    """The most rounds of a dispatch: as flagged, and no more than the host's draws have room for."""
+    """The most rounds of a dispatch: as configured, and no more than the host's draws have room for."""
     config, local = job.config, job.prepared.rounds.local
     sent = job.description["communication"]["adapter_parameters"]
     return min(config.execution.dispatch_rounds, local.noise.most_rounds(config.schedule.clients, sent, local))
@@ -212,7 +224,7 @@ def _call(job, state, keys, length):
 
 
 def _program_of(job):
-    """All that the compiled rounds are made of, but for the shapes of their arguments: jobs of which it is the same can share them."""
+    """All that the compiled rounds are made of, but the shapes of their arguments: jobs with the same can share them."""
     rounds = job.prepared.rounds
     loss = rounds.loss
     if isinstance(loss, functools.partial):  # which equals itself alone

@@ -10,67 +10,31 @@ There is one way through, for every command and every notebook, and one place th
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax import config_checks, lora
+from dplora_jax import config_checks
 from dplora_jax.config import FederationConfig
 from dplora_jax.errors import InputError, InputWarning
 from dplora_jax.federation import (
-    calibration,
     description,
     dispatch,
     final_adapter,
-    fingerprints,
     finite,
-    frozen_layers,
     mesh,
-    participants,
+    metrics_lines,
+    planning,
+    preparation,
     processes,
-    program,
-    round,
-    round_lines,
     storage,
-    streaming,
-    trust_modes,
+    trust,
 )
 from dplora_jax.federation.clock import Clock
-from dplora_jax.privacy import accounting, secrets
-
-
-class ClientPlan(NamedTuple):
-    """What a run will do with one client's records, and what that costs it."""
-
-    records: int
-    sampling_rate: float
-    capacity: int
-    noise_multiplier: float
-    rounds: int
-    epsilon: float
-
-
-class Plan(NamedTuple):
-    """What a run will cost each client, at `delta`."""
-
-    clients: list[ClientPlan]
-    delta: float
-
-    def __str__(self):
-        lines = [f"{'client':>6}{'records':>9}{'q':>9}{'capacity':>10}{'sigma':>9}{'rounds':>8}{'epsilon':>9}"]
-        for k, c in enumerate(self.clients):
-            lines.append(
-                f"{k:6}{c.records:9}{c.sampling_rate:9.4f}{c.capacity:10}{c.noise_multiplier:9.4f}{c.rounds:8}{c.epsilon:9.4f}"
-            )
-        return "\n".join([*lines, f"at delta {self.delta:g}"])
 
 
 class Round(NamedTuple):
@@ -82,37 +46,14 @@ class Round(NamedTuple):
     line: dict  # its line of metrics.jsonl: these, and seconds, bytes and who took part
 
 
-class Prepared(NamedTuple):
-    """A federation whose records lie on its mesh, ready to run."""
-
-    model: Any  # above the frozen layers, where these ran once
-    params: Any
-    lora_config: lora.LoraConfig
-    rounds: round.Rounds  # the static part of the compiled program
-    mesh: Any
-    placement: mesh.Placement
-    stream: Any  # streaming.Stream, or None where the records lie on the devices
-    mechanisms: list
-    sizes: list
-    state: round.State
-    adapter: Any
-    rows: Callable  # takes a table of tokens through the frozen layers, as the records went
-    base_digest: bytes
-    record_digests: dict  # {client: SHA-256 of its records}, of this process's clients
-
-    @property
-    def whole_model(self):
-        """The model from its first layer on."""
-        return dataclasses.replace(self.model, start=0)
-
-
 class Federation:
     """Clients who fine-tune one frozen language model together, each under its own (epsilon, delta).
 
-    `model` and `params` are of `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
-    (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled rounds, and
-    `memo` what the frozen layers made of records: given the same dicts, federations of like shapes share them. `base_name` is what
-    others know the base model by, for the adapter's files.
+    `model` and `params` come from `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
+    (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled
+    rounds, and `memo` what the frozen layers made of records: given the same dicts, federations that differ
+    in no more than records and `seed` share them.
+    `base_name` is what others know the base model by, for the adapter's files.
 
     Raises InputError where the configuration has no guarantee, or no meaning.
     """
@@ -128,36 +69,29 @@ class Federation:
 
     def plan(self, sizes):
         """The Plan for clients of `sizes` records, which are public: nothing runs, and no record is looked at."""
-        config = self.config
         self._check_count(sizes)
-        mechanisms, steps = calibration.mechanisms(config, list(sizes)), participants.total_steps(config).tolist()
-        clients = [
-            ClientPlan(
-                n, m.sampling_rate, m.capacity, m.noise_multiplier, count // config.steps_per_round,
-                accounting.epsilon(m, count, config.privacy.delta),
-            )
-            for n, m, count in zip(sizes, mechanisms, steps, strict=True)
-        ]  # fmt: skip
-        return Plan(clients, config.privacy.delta)
+        return planning.plan(self.config, list(sizes))
 
     def local_clients(self, length):
-        """The numbers of the clients whose records this process must give to `fit`, of rows of `length` tokens: all, where there is
-        one process."""
-        _, _, _, wave = self._adapter_and_wave(length)
+        """The numbers of the clients whose records this process must give to `fit`, of rows of `length` tokens: all, where
+        there is one process."""
+        wave = preparation.adapter_and_wave(self.config, self.mesh, self.model, self.params, length)[-1]
         return mesh.own_clients(self.mesh, self.config.schedule.clients, wave)
 
     def fit(self, shards, workdir=None, *, evaluate=None, probe=None, describe=None, stop=lambda: False):
-        """Run all rounds, or those that an earlier start in `workdir` left -> an iterator of `Round`, those of earlier starts first.
+        """Run all rounds, or those that an earlier start in `workdir` left -> an iterator of `Round`, those of earlier starts
+        first.
 
-        `shards` has for each client a dict of [n_k, ...] arrays: `input_ids` and `attention_mask` [n_k, T] int32, and what the loss
-        reads (`labels` [n_k]; `loss_mask` [n_k, T]); None for a client whose records another process holds. Each dispatch of rounds
-        is charged before it runs, saved, committed, and only then yielded. Without a `workdir` (a path, or a `storage.Workdir`) the
-        run is kept in memory, and a warning says that nothing of it is durable.
+        `shards` has for each client a dict of [n_k, ...] arrays: `input_ids` and `attention_mask` [n_k, T] int32, and what the
+        loss reads (`labels` [n_k]; `loss_mask` [n_k, T]); None for a client whose records another process holds. Each dispatch
+        of rounds is charged before it runs, saved, committed, and only then yielded. Without a `workdir` (a path, or a
+        `storage.Workdir`) the run is kept in memory, and a warning says that nothing of it is durable.
 
-        Where the run of `workdir` has ended already, its rounds are yielded as they were. `evaluate(prepared)` gives a function (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every
-        `execution.eval_every` rounds; `probe` likewise one that only tells whether a run that is not evaluated still has finite
-        logits. `describe(prepared)` gives what config.json says beyond the configuration. Where `stop()` holds after a dispatch,
-        the run ends there with `stopped` set, and everything saved.
+        Where the run of `workdir` has ended already, its rounds are yielded as they were. `evaluate(prepared)` gives a function
+        (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every `execution.eval_every` rounds;
+        `probe` likewise one that only tells whether a run that is not evaluated still has finite logits. `describe(prepared)`
+        gives what config.json says beyond the configuration. Where `stop()` holds after a dispatch, the run ends there with
+        `stopped` set, and everything saved.
 
         Raises InputError for records that a run cannot have or is not to go on with, NotFiniteError where training diverged.
         """
@@ -186,11 +120,11 @@ class Federation:
     def describe(self, describe=None):
         """What config.json says under "federation", with what `describe(prepared)` (see `fit`) adds; needs `prepare` before."""
         p = self.prepared
-        told = description.describe(
+        described = description.describe(
             self.config, p.sizes, p.mechanisms, p.model, p.adapter, self.mesh, p.rounds.local.noise
         )
         more = describe(p) if describe else {}
-        return told | more | {"method": [*told["method"], *more.get("method", ())]}
+        return described | more | {"method": [*described["method"], *more.get("method", ())]}
 
     def evaluate(self, evaluate):
         """The metrics that `evaluate(prepared)` (see `fit`) gives of the adapter as it stands: the base model's before `fit`.
@@ -205,59 +139,20 @@ class Federation:
         return self._released and self._released.adapter
 
     def prepare(self, shards, stored=None):
-        """Calibrate, run the frozen layers, and place everything on the mesh -> Prepared. `stored` is the config.json (a dict) of a
-        run that was charged already, whose mechanisms are kept. Raises InputError."""
-        config, count = self.config, self.config.schedule.clients
+        """Calibrate, run the frozen layers, and place everything on the mesh -> Prepared. `stored` is the config.json (a dict)
+        of a run that was charged already, whose mechanisms are kept. Raises InputError."""
         self._check_count(shards)
-        held = {k: shard for k, shard in enumerate(shards) if shard is not None}
-        sizes = _all_sizes({k: len(shard["attention_mask"]) for k, shard in held.items()}, count)
-        if not held:
-            raise InputError("this process holds no client's records: start fewer processes than there are clients.")
-        table = {name: np.concatenate([shard[name] for shard in held.values()]) for name in next(iter(held.values()))}
-        length = table["attention_mask"].shape[1]
-        adapter, params, lora_config, wave = self._adapter_and_wave(length)
-        self._check_delta(max(sizes))
-        mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
-        digests = {k: fingerprints.digest_arrays(shard) for k, shard in held.items()}
-        streamed = processes.agree(lambda: streaming.wanted(config, self.mesh, table, sizes))
-        base_digest = fingerprints.digest_base(self.model, params)
-        on_mesh = mesh.put(params, mesh.base_sharding(self.mesh, params))
-        # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
-        local = on_mesh if processes.count() == 1 else params
-        model, rows = frozen_layers.split(config, self.model, local, sum(sizes), length, self._memo)
-        table = rows(table)
-        placed = _shards(table, sizes, held)
-        parts = trust_modes.mode(config).shares(config, sizes, mechanisms)
-        placement = mesh.place(
-            self.mesh, placed, parts, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed
+        self.prepared = preparation.prepare(
+            self.config, self.model, self.params, self.loss, self.mesh, shards, stored, self._memo
         )
-        rounds = program.federation(config, model, self.loss, mechanisms, adapter, placement, length, wave, streamed)
-        stream = streaming.Stream(rounds.local, mesh.fetch(placement.clients), placed, self.mesh) if streamed else None
-        state = mesh.put(rounds.init(adapter, count), NamedSharding(self.mesh, PartitionSpec()))
-        self.prepared = Prepared(
-            model, on_mesh, lora_config, rounds, self.mesh, placement, stream, mechanisms, sizes, state, adapter, rows,
-            base_digest, digests,
-        )  # fmt: skip
         return self.prepared
 
     def _check_count(self, values):
         if len(values) != self.config.schedule.clients:
-            raise InputError(f"there are {len(values)} clients' records, and clients={self.config.schedule.clients}.")
-
-    def _check_delta(self, largest):
-        """Warn where delta is no small matter to a client of `largest` records."""
-        privacy = self.config.privacy
-        if privacy.private and privacy.delta * largest >= 1:
-            warnings.warn(
-                f"delta={privacy.delta:g} is not below 1 / {largest} records: at that delta, publishing one record whole would "
-                "count as private.",
-                InputWarning,
-                stacklevel=2,
+            raise InputError(
+                f"records of {len(values)} clients are given, and clients={self.config.schedule.clients}: give one entry for "
+                "each client."
             )
-
-    def _adapter_and_wave(self, length):
-        adapter, params, lora_config = program.adapter(self.config, self.model, self.params)
-        return adapter, params, lora_config, program.wave(self.config, self.mesh, self.model, adapter, length)
 
     @contextlib.contextmanager
     def _open(self, workdir):
@@ -274,18 +169,18 @@ class Federation:
 
     def _job(self, prepared, kept, describe):
         """The Job of a run that is kept in `kept`: described, its secrets at hand, its ledger sealed."""
-        config, told = self.config, self.describe(describe)
-        if config.privacy.private and not all(math.isfinite(client["epsilon"]) for client in told["clients"]):
+        config, described = self.config, self.describe(describe)
+        if trust.mode(config).private and not all(math.isfinite(client["epsilon"]) for client in described["clients"]):
             raise InputError(
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
             )
-        kept.describe(config, told)
-        keys = kept.secrets(trust_modes.mode(config).parties(config), config.privacy.seed)
+        kept.describe(config, described)
+        keys = kept.secrets(trust.mode(config).parties(config), config.privacy.seed)
         if kept.ledger is not None:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()
-        inputs = dispatch.keyed_inputs(keys, prepared.base_digest, _all_records(prepared, keys))
-        return dispatch.Job(config, prepared, kept, keys, inputs, told, self.clock, self._programs)
+        inputs = dispatch.keyed_inputs(keys, prepared.base_digest, preparation.records_digest(prepared, keys))
+        return dispatch.Job(config, prepared, kept, keys, inputs, described, self.clock, self._programs)
 
     def _measuring(self, prepared, evaluate):
         """A function (state, ends) -> metrics of what `evaluate(prepared)` measures."""
@@ -310,7 +205,7 @@ class Federation:
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             done = rounds[1] - 1
-            fresh = round_lines.dispatch_lines(job, rounds, attempt, seconds, shown)
+            fresh = metrics_lines.dispatch_lines(job, rounds, attempt, seconds, shown)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             last = done == config.schedule.rounds
@@ -332,7 +227,7 @@ class Federation:
         restored = job.storage.restore(job.prepared.state)
         if restored is None:
             state = jax.tree.map(jax.numpy.copy, job.prepared.state)  # it is donated, and shares the head with the base
-            line = round_lines.base_line(job.config.schedule.clients)
+            line = metrics_lines.base_line(job.config.schedule.clients)
             with job.clock.busy():
                 line |= evaluate(state, ends=True)
             anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
@@ -348,8 +243,8 @@ class Federation:
         return done, state, notes["lines"]
 
     def _finish(self, job, state, evaluate, probe):
-        """Settle the last line, write the adapter, close the ledger and destroy the secrets; yields the last Round once more where
-        only now it was evaluated."""
+        """Settle the last line, write the adapter, close the ledger and destroy the secrets; yields the last Round once more
+        where only now it was evaluated."""
         config, last = self.config, dict(self.history[-1])
         if config.execution.eval_every and not any(name in last for name in finite.METRICS):
             last |= evaluate(state, ends=True)  # `eval_every` was 0 until this start, or the budget ended early
@@ -375,43 +270,13 @@ def _nothing(state, ends=False):
 
 
 def _round(line):
-    metrics = {name: value for name, value in line.items() if name not in round_lines.FIELDS}
+    metrics = {name: value for name, value in line.items() if name not in metrics_lines.FIELDS}
     return Round(line["round"], line.get("epsilon", []), metrics, line)
 
 
 def _charged(job):
     """What the ledger says that each client has spent, every attempt that was begun included."""
-    if not job.config.privacy.private or job.ledger is None or not job.ledger.begun:
+    if not trust.mode(job.config).private or job.ledger is None or not job.ledger.begun:
         return {}
     spent = job.ledger.epsilons(job.config.privacy.delta)
     return {"epsilon": spent, "epsilon_max": max(spent)}
-
-
-def _shards(table, sizes, held):
-    """`table`, the rows of the clients that are `held`, in their order, as a list of one dict a client (the others' empty)."""
-    shards, start = [], 0
-    for client, size in enumerate(sizes):
-        end = start + size if client in held else start
-        shards.append({name: array[start:end] for name, array in table.items()})
-        start = end
-    return shards
-
-
-def _all_sizes(sizes, clients):
-    """Every client's n_k, which are public, from the processes that hold their records ({client: n_k} of this one)."""
-    known = {int(k): n for part in processes.gather(sizes) for k, n in part.items()}
-    return [known[k] for k in range(clients)]
-
-
-def _all_records(prepared, keys):
-    """The digest of all clients' records, whoever holds them. Between processes go keyed digests alone: a plain one would tell the
-    network who is in. Raises InputError where processes have different models or programs."""
-    keyed = {k: secrets.digest(keys[k], "records", digest.hex()).hex() for k, digest in prepared.record_digests.items()}
-    same = {"base model": prepared.base_digest.hex(), "program": fingerprints.digest_installation().hex()}
-    gathered = processes.gather({"records": keyed, **same})
-    for name in same:  # else one process would train another model, and nothing would say so
-        for number, process in enumerate(gathered):
-            if process[name] != gathered[0][name]:
-                raise InputError(f"process {number} has another {name} than process 0: give all the same.")
-    merged = {int(k): digest for process in gathered for k, digest in process["records"].items()}
-    return fingerprints.digest_arrays([np.frombuffer(bytes.fromhex(merged[k]), np.uint8) for k in sorted(merged)])

@@ -1,6 +1,6 @@
 """What a run gives away in the end: the adapter that metrics and files speak of, whatever the aggregation makes of it.
 
-Metrics are of its head on features as the run prepares them (`models.features`), files of the same on those of the base."""
+Metrics use its head on features as the run prepares them (`models.features`); files hold that head for the base's features."""
 
 from typing import Any, NamedTuple
 
@@ -28,8 +28,12 @@ def metrics(config, sizes, evaluate, state):
         for client in range(config.schedule.clients)
     ]
     shares = np.array(sizes) / sum(sizes)
-    means = {name: float(np.dot(shares, [found[name] for found in each])) for name in each[0]} if each[0] else {}
-    return means | {f"{name}_by_client": [found[name] for found in each] for name in each[0]}
+    means = (
+        {name: float(np.dot(shares, [client_metrics[name] for client_metrics in each])) for name in each[0]}
+        if each[0]
+        else {}
+    )
+    return means | {f"{name}_by_client": [client_metrics[name] for client_metrics in each] for name in each[0]}
 
 
 class Released(NamedTuple):
@@ -43,11 +47,11 @@ class Released(NamedTuple):
 def fetched(config, params, state):
     """The Released of `state`, its head on features as the base model makes them; where there are several processes, all must
     call it."""
-    found = Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
+    released = Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
     if features.KEY not in params:
-        return found
-    head = features.outward(found.adapter["head"], mesh.fetch(params[features.KEY]))
-    return found._replace(adapter=found.adapter | {"head": head})
+        return released
+    head = features.outward(released.adapter["head"], mesh.fetch(params[features.KEY]))
+    return released._replace(adapter=released.adapter | {"head": head})
 
 
 def save(folder, config, model, lora_config, parts, base):
@@ -61,5 +65,5 @@ def save(folder, config, model, lora_config, parts, base):
     method = methods.BY_NAME[config.aggregation.method]
     if method.personal:
         for client in range(config.schedule.clients):
-            own = method.begin(whole, jax.tree.map(lambda x, k=client: x[k], parts.own))
-            peft.save(folder / "clients" / str(client), model, own, lora_config, base)
+            client_adapter = method.begin(whole, jax.tree.map(lambda x, k=client: x[k], parts.own))
+            peft.save(folder / "clients" / str(client), model, client_adapter, lora_config, base)

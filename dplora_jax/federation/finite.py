@@ -52,18 +52,19 @@ def check(state, lines, probe=None):
         _check_metrics(probe(state) | {"round": last["round"]}, "a public sentence")
 
 
-def _check_metrics(line, of):
+def _check_metrics(line, measured_on):
     """Raise where a metrics line has metrics and none is finite."""
-    found = {name: line[name] for name in METRICS if name in line}
-    each = [value for name in found for value in (found[name], *line.get(f"{name}_by_client", ()))]
+    metrics = {name: line[name] for name in METRICS if name in line}
+    each = [value for name in metrics for value in (metrics[name], *line.get(f"{name}_by_client", ()))]
     if not each or any(math.isfinite(files.number(value)) for value in each):
         return
-    told = f"no metric of {of} is finite ({', '.join(found)})"
+    sentence = f"no metric of {measured_on} is finite ({', '.join(metrics)})"
     if not line.get("round"):
         raise InputError(
-            f"before any training, {told}: check the weights of `model`, its config.json and its tokenizer. Nothing was charged."
+            f"before any training, {sentence}: check the weights of `model`, its config.json and its tokenizer. Nothing was "
+            "charged."
         )
     raise NotFiniteError(
-        f"after round {line['round']}, {told}: the adapter is of no use, most often since the learning rates are too large. "
+        f"after round {line['round']}, {sentence}: the adapter is useless, most often because the learning rates are too large. "
         f"{SAVED}; start a new `workdir` with smaller ones."
     )

@@ -25,11 +25,11 @@ def fit_in_memory(model, rows, length):
 
 
 def split(config, model, params, rows, length, memo=None):
-    """The model above the frozen layers, and a function that takes a table {name: [N, ...]} through them, once for each row -> (model,
-    run), where `config` lets `rows` rows of `length` tokens be kept; else (model, what leaves a table as it is).
+    """The model above the frozen layers, and a function that takes a table {name: [N, ...]} through them, once for each row ->
+    (model, run), where `config` lets `rows` rows of `length` tokens be kept; else (model, what leaves a table as it is).
 
-    `run` gives a table with `hidden`, which for a classifier takes the place of `input_ids`. `memo`, a dict, carries what was made
-    of a table to the next call.
+    `run` gives a table with `hidden`, which for a classifier takes the place of `input_ids`. `memo`, a dict, carries what was
+    made of a table to the next call.
     """
     start = first_adapted(config, model)
     if not start or not config.execution.cache_frozen:

@@ -1,4 +1,4 @@
-"""config.json and metrics.jsonl (`run_files`), held against their own flags and against the ledger; no JAX."""
+"""config.json and metrics.jsonl (`workdir_files`), held against their own flags and against the ledger; no JAX."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, participants
+from dplora_jax.federation import calibration, participation, trust
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild, steps_of
 
@@ -16,16 +16,16 @@ NOISE_SLACK = 2e-3  # of a recalibrated noise, likewise
 MOST_EPSILONS = 1000  # that are reckoned anew of the lines of metrics.jsonl
 
 
-def _check_flags(path, told):
+def _check_flags(path, stored):
     """Every client's mechanism is the one that the flags and the clients' sizes decide: sampling, capacity, bands, noise."""
     try:
-        made = calibration.mechanisms(told.flags, told.records)
+        mechanisms = calibration.mechanisms(stored.flags, stored.records)
     except InputError as error:
         raise InputError(f"{path} does not hold: {error}") from None
     except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
         raise InputError(f"{path} does not hold: no mechanism can be made of its flags and sizes.") from None
-    for client, (said, decided) in enumerate(zip(told.mechanisms, made, strict=True)):
-        if other := _differ(said, decided):
+    for client, (stored_one, decided) in enumerate(zip(stored.mechanisms, mechanisms, strict=True)):
+        if other := _differ(stored_one, decided):
             raise InputError(
                 f"{path} does not hold: client {client}'s {', '.join(other)} cannot follow from its flags and the clients' sizes."
             )
@@ -45,36 +45,37 @@ def _differ(said, decided):
 
 def _reached(config):
     """int [rounds + 1, K]: the steps of the mechanism that each client takes up to each round, by the public schedule."""
-    taken = np.cumsum(participants.schedule(config), 0, np.int32)
-    return np.concatenate([np.zeros((1, config.schedule.clients), np.int32), taken]) * np.int32(config.steps_per_round)
+    taken = np.cumsum(participation.schedule(config), 0, np.int32)
+    rounds_before = np.concatenate([np.zeros((1, config.schedule.clients), np.int32), taken])
+    return rounds_before * np.int32(trust.mode(config).steps_per_round(config))
 
 
-def check_config(path, told, ledger):
+def check_config(path, stored, ledger):
     """Release, guarantee, mechanisms and steps of every begin entry are those of config.json, its mechanisms are those of its
     flags, and the epsilon that it plans for each client is what these come to."""
-    _check_entries(path, told, ledger)
-    _check_flags(path, told)
-    _check_planned(path, told)
+    _check_entries(path, stored, ledger)
+    _check_flags(path, stored)
+    _check_planned(path, stored)
 
 
-def _check_entries(path, told, ledger):
-    """Every begin entry is of what config.json says."""
-    config, reached = told.flags, _reached(told.flags)
+def _check_entries(path, stored, ledger):
+    """Every begin entry agrees with config.json."""
+    config, reached = stored.flags, _reached(stored.flags)
     follows = (
         ("for release" if config.privacy.seed is None else "NOT FOR RELEASE")
-        if config.privacy.private
+        if trust.mode(config).private
         else "NO PRIVACY"
     )
-    if not told.release.startswith(follows):
+    if not stored.release.startswith(follows):
         raise InputError(
-            f"{path} does not hold: it says {told.release!r}, and by its trust and seed the run is {follows}."
+            f"{path} does not hold: it says {stored.release!r}, and by its trust and seed the run is {follows}."
         )
     same = {
-        "release": told.release,
+        "release": stored.release,
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
-        "local_steps": config.steps_per_round,
-        "config": told.digest,
+        "local_steps": trust.mode(config).steps_per_round(config),
+        "config": stored.digest,
     }
     checked = None  # the clients of the entry before, which a ledger holds once
     for number, entry in enumerate(ledger.entries, 1):
@@ -87,21 +88,23 @@ def _check_entries(path, told, ledger):
             other += ["rounds"]
         elif steps_of(entry) != (reached[end - 1] - reached[first - 1]).tolist():
             other += ["clients in its rounds"]
-        if entry["clients"] is not checked and [rebuild(client) for client in entry["clients"]] != told.mechanisms:
+        if entry["clients"] is not checked and [rebuild(client) for client in entry["clients"]] != stored.mechanisms:
             other += ["sampling or noise"]
         if other:
             raise InputError(f"{path} does not agree with the ledger: entry {number} has other {', '.join(other)}.")
         checked = entry["clients"]
 
 
-def _check_planned(path, told):
+def _check_planned(path, stored):
     """The epsilon that config.json plans for each client is what its mechanism and steps come to, and within the budget."""
-    config, steps = told.flags, participants.total_steps(told.flags).tolist()
+    config, steps = stored.flags, participation.total_steps(stored.flags).tolist()
     budget = math.inf if config.privacy.epsilon is None else config.privacy.epsilon
-    for client, (planned, mechanism) in enumerate(zip(told.epsilons, told.mechanisms, strict=True)):
+    for client, (planned, mechanism) in enumerate(zip(stored.epsilons, stored.mechanisms, strict=True)):
         least = accounting.epsilon(mechanism, steps[client], config.privacy.delta) * (1 - SLACK)
-        never = not config.privacy.private and not steps[client]  # and so not without privacy either
-        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (config.privacy.private or never):
+        never = not trust.mode(config).private and not steps[client]  # and so not without privacy either
+        if not least <= planned <= budget * (1 + SLACK) or math.isfinite(planned) != (
+            trust.mode(config).private or never
+        ):
             raise InputError(
                 f"{path} does not agree with the ledger: client {client}'s epsilon does not follow from it."
             )
@@ -112,16 +115,16 @@ def _check_planned(path, told):
             raise InputError(f"{path} does not agree with the ledger: noise_multiplier is not client {client}'s.")
 
 
-def check_metrics(path, told, ledger, lines):
+def check_metrics(path, stored, ledger, lines):
     """Every line of metrics.jsonl is one that the run can have written when it had been charged as the ledger says."""
-    wrong = _wrong_metrics(told, ledger, lines)
+    wrong = _wrong_metrics(stored, ledger, lines)
     if wrong:
         raise InputError(f"{path} does not agree with the ledger: it {wrong}.")
 
 
-def _wrong_metrics(told, ledger, lines):
+def _wrong_metrics(stored, ledger, lines):
     """What no honest run writes, in words, or None."""
-    config, reached = told.flags, _reached(told.flags)
+    config, reached = stored.flags, _reached(stored.flags)
     last = _last_committed(ledger)
     if early := next((line.number for line in lines if line.number > last), None):
         return f"shows round {early}, which was never committed"
@@ -129,20 +132,20 @@ def _wrong_metrics(told, ledger, lines):
         return "does not show each round from 0 on once, in order"
     for line in lines:
         # Without privacy, all that follows a client's first round is infinite.
-        free = [not config.privacy.private and bool(own) for own in reached[line.number]]
+        free = [not trust.mode(config).private and bool(client_steps) for client_steps in reached[line.number]]
         if len(line.epsilon) != config.schedule.clients or free != [not math.isfinite(value) for value in line.epsilon]:
             return f"has no epsilon for each client in round {line.number}"
         if line.largest != max(line.epsilon):
             return f"has another epsilon_max in round {line.number} than its largest epsilon"
-        if line.release not in (None, told.release):
-            return f"says {line.release!r} of round {line.number}, and the ledger {told.release!r}"
-    if wrong := _understated(told, _charged_when_shown(ledger, reached, lines), lines):
+        if line.release not in (None, stored.release):
+            return f"says {line.release!r} of round {line.number}, and the ledger {stored.release!r}"
+    if wrong := _understated(stored, _charged_when_shown(ledger, reached, lines), lines):
         return wrong
     if ledger.ended:
         last = next(entry for entry in ledger.entries if entry["entry"] == "end").get("round")
         if not lines or lines[-1].number != last:
             return f"does not end with round {last}, the run's last"
-        if config.privacy.private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.privacy.delta)):
+        if trust.mode(config).private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.privacy.delta)):
             return "shows less epsilon than was charged"
     return None
 
@@ -169,17 +172,17 @@ def _charged_when_shown(ledger, reached, lines):
     return charged
 
 
-def _understated(told, charged, lines):
+def _understated(stored, charged, lines):
     """Which line shows less epsilon than its round had been `charged`, or less than a line before it, in words; else None.
 
     Of many lines some are reckoned, evenly spread; the others lie between these."""
-    stride = max(1, math.ceil(len(lines) * len(set(told.mechanisms)) / MOST_EPSILONS))
+    stride = max(1, math.ceil(len(lines) * len(set(stored.mechanisms)) / MOST_EPSILONS))
     some = lines[::-stride][::-1]
     counts = np.array([charged[line.number] for line in some]).T.tolist()
     # Lines within a dispatch may show more: they are reckoned on a coarser grid, every one of which is an upper bound.
     least = [
-        accounting.epsilon_curve(mechanism, tuple(own), told.flags.privacy.delta)
-        for mechanism, own in zip(told.mechanisms, counts, strict=bool(lines))
+        accounting.epsilon_curve(mechanism, tuple(client_steps), stored.flags.privacy.delta)
+        for mechanism, client_steps in zip(stored.mechanisms, counts, strict=bool(lines))
     ]
     for index, line in enumerate(some):
         if not _reaches(line.epsilon, [curve[index] for curve in least]):
@@ -191,5 +194,5 @@ def _understated(told, charged, lines):
 
 
 def _reaches(shown, least):
-    """Whether every epsilon shown is as large as the least it can be; one that is no number is not."""
+    """Whether every epsilon shown is as large as the least it can be; one that is not a number is not."""
     return len(shown) == len(least) and all(s >= c * (1 - SLACK) for s, c in zip(shown, least, strict=True))

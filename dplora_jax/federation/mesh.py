@@ -24,7 +24,7 @@ def make(spec, clients, model, devices=None):
     """
     if devices is None:
         devices = jax.devices()
-        by_process = [list(own) for _, own in itertools.groupby(sorted(devices, key=_process), _process)]
+        by_process = [list(group) for _, group in itertools.groupby(sorted(devices, key=_process), _process)]
     else:
         by_process = [devices]
     if spec == "auto":
@@ -33,15 +33,15 @@ def make(spec, clients, model, devices=None):
     else:
         parts = spec.lower().split("x")
         if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-            raise InputError(f"mesh={spec} is not CLIENTSxMODEL, as in 8x1, nor auto.")
+            raise InputError(f"mesh={spec} must be CLIENTSxMODEL, as in 8x1, or auto.")
         rows, columns = map(int, parts)
     if rows * columns > len(devices):
         raise InputError(f"mesh={spec} needs {rows * columns} devices, and there are {len(devices)}.")
     each, rest = divmod(rows * columns, len(by_process))
     if rest or each > min(map(len, by_process)):
         raise InputError(
-            f"mesh={spec}: {rows * columns} devices are not as many of each of the {len(by_process)} processes; use a mesh "
-            "that is, or other `processes`."
+            f"mesh={spec} needs {rows * columns} devices, which the {len(by_process)} processes cannot give in equal "
+            "parts: use another mesh, or another number of `processes`."
         )
     odd = sorted(
         {size for target in model.targets.values() for size in target.shape if size % columns}
@@ -51,7 +51,7 @@ def make(spec, clients, model, devices=None):
         raise InputError(
             f"mesh={spec}: a model axis of {columns} does not divide the model's sizes {odd}; use one that does."
         )
-    chosen = np.array([device for own in by_process for device in own[:each]]).reshape(rows, columns)
+    chosen = np.array([device for group in by_process for device in group[:each]]).reshape(rows, columns)
     return Mesh(chosen, (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 

@@ -8,6 +8,7 @@ Letters: K clients, C rows of a client's capacity, M rows at a time.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ def rows(mechanisms):
     """The rows that clients of these `accounting.Mechanism`s fill together in a step, but for a chance of OVERFLOW."""
     joined = np.ones(1)
     for m in mechanisms:
-        own = scipy.stats.binom.pmf(np.arange(m.capacity + 1), m.part, m.join_rate)
-        own[-1] += max(0.0, 1 - own.sum())  # beyond its capacity a client drops rows
-        joined = np.convolve(joined, own)
+        row_chances = scipy.stats.binom.pmf(np.arange(m.capacity + 1), m.part, m.join_rate)
+        row_chances[-1] += max(0.0, 1 - row_chances.sum())  # beyond its capacity a client drops rows
+        joined = np.convolve(joined, row_chances)
     tail = np.cumsum(joined[::-1])[::-1]  # tail[i]: the chance of i rows or more
     return max(1, int((tail > OVERFLOW).sum()) - 1)
 
@@ -58,6 +59,7 @@ class Pooled:
         turns, order = _turns(picked, weights, at_a_time(self.rows, local.microbatch or local.capacity))
         count, size = len(weights), turns["row"].shape[1]
 
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for its turns
         def take(turn):
             batch = {name: array[turn["row"]] for name, array in data.items()}
             norm, owners = local.clipper.clip_norm, (turn["owner"], count)

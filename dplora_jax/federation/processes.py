@@ -118,12 +118,12 @@ def _connect(config):
         )
         _group.number, _group.count = jax.process_index(), jax.process_count()
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        execution, reason = config.execution, " ".join(str(error).split())[:200]
         _fail(
             LOST,
-            f"process {config.execution.process} could not join the others by coordinator={config.execution.coordinator} within {stall} s: start "
-            f"all {config.execution.processes or ''} processes, and let them reach process 0 at that address: it listens there alone, or "
-            f"where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
+            f"process {execution.process} could not join the others by coordinator={execution.coordinator} within {stall} s: "
+            f"start all {execution.processes or ''} processes, and let them reach process 0 at that address: it listens there "
+            f"alone, or where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
         )
 
 
@@ -228,7 +228,7 @@ def fail(error):
         return
     seconds = SECONDARY if _secondary(error) else 0
     if isinstance(error, InputError):
-        who = "" if isinstance(error, Refused) else f"{_group.name}: "  # whose clients it is of is not for all
+        who = "" if isinstance(error, Refused) else f"{_group.name}: "  # whose clients it concerns is not for all
         _fail(error.code, f"{who}{error}", seconds)
     guard.show(error)
     _fail(1, f"{_group.name} failed with {type(error).__name__}: see what it printed.", seconds or 1.5 * SUSPECT)

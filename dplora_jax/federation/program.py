@@ -15,17 +15,16 @@ from dplora_jax.federation import (
     attendance,
     compression,
     methods,
-    participants,
+    participation,
     pool,
     ranks,
     robust,
     round,
     streaming,
-    trust_modes,
+    trust,
 )
 from dplora_jax.federation.client import APART, ON_DEVICE, LocalConfig, whole
-from dplora_jax.privacy import clipping, noises
-from dplora_jax.privacy.adaptive import Adaptive
+from dplora_jax.privacy import clippers, clipping, noises
 from dplora_jax.privacy.noise import NoNoise
 from dplora_jax.privacy.unclipped import Unclipped
 
@@ -50,7 +49,7 @@ def adapter(config, model, params):
 
 def federation(config, model, loss, mechanisms, adapter, placement, length, wave=1, streamed=False):
     """The static part of the rounds (`round.Rounds`) for clients that lie as `placement` says, `wave` at a time."""
-    trust_mode = trust_modes.mode(config)
+    trust_mode = trust.mode(config)
     noise = noises.kind(config.privacy.noise).from_config(config, mechanisms, adapter) if _noisy(config) else NoNoise()
     local = LocalConfig(
         config.schedule.local_steps,
@@ -74,24 +73,22 @@ def federation(config, model, loss, mechanisms, adapter, placement, length, wave
         wave=wave,
         rule=trust_mode.rule(config, mechanisms, placement.sizes, _robust(config.aggregation.robust)),
         method=_method(config),
-        attendance=attendance.Some() if participants.partial(config) else attendance.EVERYONE,
+        attendance=attendance.Some() if participation.partial(config) else attendance.EVERYONE,
         rows=_rows(config, mechanisms, model, adapter, wave, length),
     )
 
 
 def _noisy(config):
     """Whether clients add noise of their own."""
-    trust_mode = trust_modes.mode(config)
+    trust_mode = trust.mode(config)
     return trust_mode.private and not trust_mode.bare_clients
 
 
 def _clipper(config):
     """What clients do to their rows' gradients."""
-    if trust_modes.mode(config).bare_clients or math.isinf(config.privacy.clip_norm):
+    if trust.mode(config).bare_clients or math.isinf(config.privacy.clip_norm):
         return Unclipped()
-    if config.privacy.clipping == "adaptive":
-        return Adaptive(config.privacy.clip_norm, config.privacy.clip_quantile, config.privacy.clip_rate)
-    return clipping.Clip(config.privacy.clip_norm, config.privacy.clipping)
+    return clippers.kind(config).make(config.privacy)
 
 
 def _method(config):
@@ -107,8 +104,8 @@ def _robust(spec):
 
 
 def wave(config, grid, model, adapter, length):
-    """How many clients a device computes at a time: as flagged, else, where they can pool their rows, as many as it has, in waves
-    of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
+    """How many clients a device computes at a time: as configured, else, where they can pool their rows, as many as it has, in
+    waves of one size of up to MOST_POOLED clients whose uploads fit POOLED_BYTES."""
     if config.execution.wave is not None:
         return min(config.execution.wave, config.schedule.clients)
     if not _poolable(config, model, adapter, length):
@@ -130,7 +127,7 @@ def _poolable(config, model, adapter, length):
         and noises.kind(config.privacy.noise).pools
         and config.lora.ranks is None
         and not _method(config).personal
-        and not participants.partial(config)
+        and not participation.partial(config)
     )
 
 

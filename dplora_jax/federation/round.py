@@ -103,8 +103,8 @@ def make(rounds: Rounds, mesh, transcript=False, diagnostics=False):
         after, shown = mapped(state._replace(clip_norms=clip_norms, own=own), params, clients, data, keys)
         clip_norms, own = jax.tree.map(lambda x, new: new[: len(x)], kept, (after.clip_norms, after.own))
         after = after._replace(clip_norms=clip_norms, own=own)
-        of_clients, of_server, private, valid = shown
-        public = {**of_clients, **of_server} if transcript else None
+        from_clients, from_server, private, valid = shown
+        public = {**from_clients, **from_server} if transcript else None
         # The state lies as it came: else a compiler splits it over `model`, and the next dispatch, compiled already, refuses it.
         return jax.lax.with_sharding_constraint(after, NamedSharding(mesh, replicated)), (public, private, valid)
 
@@ -127,8 +127,8 @@ def _round(rounds, params, clients, data, state, keys, transcript, diagnostics):
 
 
 def server_step(rounds, state, terms, weight, shown, server_keys=None):
-    """The server's half of a round, from the sums over all clients of their weighted terms and of their weights, and what the clients
-    show (`waves.Shown`) -> (State, what the round came to)."""
+    """The server's half of a round, from the sums over all clients of their weighted terms and of their weights, and what the
+    clients show (`waves.Shown`) -> (State, what the round came to)."""
     settled = rounds.rule.settle(rounds, terms, weight, state, shown, server_keys)
     up = jax.tree.map(jnp.negative, settled.mean)
     step, server = rounds.server_optimizer.update(up, state.server, state.adapter)
@@ -138,11 +138,11 @@ def server_step(rounds, state, terms, weight, shown, server_keys=None):
     return rounds.rule.next(settled, new, state), settled
 
 
-def _select(shown, of_server, transcript, diagnostics):
+def _select(shown, from_server, transcript, diagnostics):
     """The parts of a round that the program may put out: (public of each client, of the server, private, whose uploads count)."""
     trace = shown.trace
     private = (
         {"loss": trace.loss, "clip_fraction": trace.clip_fraction, "sampled": trace.sampled} if diagnostics else None
     )
     public = {"uploads": shown.upload, "released": trace.released, **trace.count} if transcript else {}
-    return public, of_server if transcript else {}, private, shown.valid
+    return public, from_server if transcript else {}, private, shown.valid

@@ -2,10 +2,10 @@
 
 import jax
 
-from dplora_jax.federation import methods, participants
+from dplora_jax.federation import methods, participation
 
 
-def of_run(config, adapter):
+def by_client(config, adapter):
     """(bytes up, bytes down) of each client in a round, two lists of K; `adapter` is the one that is trained (shapes suffice).
 
     Down travels what a client lacks to begin the next round, in float32: as a rule the means, of several ranks its own
@@ -15,7 +15,7 @@ def of_run(config, adapter):
     shapes = jax.eval_shape(lambda tree: tree, adapter)
     adapters = [_cut(shapes, rank) for rank in ranks]
     method = methods.BY_NAME[config.aggregation.method]
-    return method.transfers(shapes, adapters, config.aggregation.upload_bits, participants.partial(config))
+    return method.transfers(shapes, adapters, config.aggregation.upload_bits, participation.partial(config))
 
 
 def _cut(shapes, rank):

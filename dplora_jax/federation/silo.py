@@ -6,8 +6,8 @@
         uploads = {client: silo.fit(server.adapter, number) for client, silo in silos.items()}
         server.aggregate(uploads)
 
-No network is here: an adapter and an upload are pytrees of arrays. By the same seed the adapters are those of `Federation`, to the
-rounding of floating point.
+No network is here: an adapter and an upload are pytrees of arrays. By the same seed the adapters are those of `Federation`, to
+the rounding of floating point.
 
 Letters: K clients.
 """
@@ -33,10 +33,11 @@ from dplora_jax.federation import (
     frozen_layers,
     mesh,
     methods,
+    participation,
     program,
     round,
     storage,
-    trust_modes,
+    trust,
     waves,
 )
 from dplora_jax.federation.clock import Clock
@@ -58,15 +59,23 @@ def _settled(config, sizes):
     config = config_checks.settle(config)
     method = methods.BY_NAME[config.aggregation.method]
     if len(sizes) != config.schedule.clients:
-        raise InputError(f"there are {len(sizes)} sizes, and clients={config.schedule.clients}.")
-    if trust_modes.mode(config).bare_clients:
+        raise InputError(
+            f"{len(sizes)} sizes are given, and clients={config.schedule.clients}: give one for each client."
+        )
+    if trust.mode(config).bare_clients:
         raise InputError(
             f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos."
         )
     if method.personal or config.lora.ranks is not None:
-        raise InputError(f"silos share one adapter of one rank: aggregation={method.name} and `ranks` have several.")
-    if config.schedule.participation != "all" or config.schedule.dropout:
-        raise InputError("the server asks silos for uploads as it goes: leave out `participation` and `dropout`.")
+        raise InputError(
+            "silos share one adapter of one rank: leave out `ranks`, and any aggregation that keeps a part of the "
+            f"adapter at each client (here {method.name})."
+        )
+    if participation.scheduled(config) or config.schedule.dropout:
+        raise InputError(
+            "silos follow no schedule, since the server asks them for uploads as it goes: leave out `participation` and "
+            "`dropout`."
+        )
     return config
 
 
@@ -84,21 +93,24 @@ def _init(rounds, adapter, clients=0):
 class Silo:
     """One party's part alone: its records, its secret, its ledger. Nothing leaves it but what `fit` returns.
 
-    `client` is its number among clients of the public `sizes`; `records` is a dict of [n_k, ...] arrays as `Federation.fit` takes
-    them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one `accounting.Mechanism` a client)
-    may give them instead. With a `workdir` its secret, its ledger and its state are kept there; without, nothing is durable. A
-    context manager: its end sets the workdir free.
+    `client` is its number among clients of the public `sizes`; `records` is a dict of [n_k, ...] arrays as `Federation.fit`
+    takes them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one `accounting.Mechanism` a
+    client) may give them instead. With a `workdir` its secret, its ledger and its state are kept there; without, nothing is
+    durable. A context manager: its end sets the workdir free. Silos of one configuration and of like shapes may share the
+    compiled round: `programs`, a dict, keeps it.
 
     Raises InputError for a configuration that silos cannot run, and for records of another number than `sizes` says.
     """
 
-    def __init__(self, model, params, loss, config, *, client, records, sizes, mechanisms=None, workdir=None):
+    def __init__(
+        self, model, params, loss, config, *, client, records, sizes, mechanisms=None, workdir=None, programs=None
+    ):
         self.config, self.client = _settled(config, sizes), client
         count, length = records["attention_mask"].shape
         if count != sizes[client]:
             raise InputError(f"client {client} has {count} records, and the plan is for {sizes[client]}.")
         mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
-        shares = trust_modes.mode(self.config).shares(self.config, sizes, mechanisms)
+        shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
         self._mesh = mesh.make("1x1", 1, model)
@@ -108,7 +120,7 @@ class Silo:
         everyone = self._placement._replace(sizes=list(sizes))
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, everyone, length)
         part = Part([mechanisms[client]], [shares[client]], rounds, _init(rounds, adapter, 1))
-        self._program = round.make(rounds, self._mesh, transcript=True)
+        self._programs = {} if programs is None else programs
         self._context = storage.open_silo(workdir, self.config)
         try:
             self._job = self._begin(part, digests, self._context.__enter__())
@@ -123,11 +135,11 @@ class Silo:
         kept.ledger.seal_with(secret)
         kept.ledger.promise()
         sent = lora.count(part.state.adapter)
-        told = {"release": description.release(self.config), "communication": {"adapter_parameters": sent}}
+        described = {"release": description.release(self.config), "communication": {"adapter_parameters": sent}}
         kept.describe(self.config, {"client": self.client})
         inputs = dispatch.keyed_inputs([secret], *digests)
         config = replace(self.config, dispatch_rounds=1, eval_every=0)
-        job = dispatch.Job(config, part, kept, [secret], inputs, told, Clock(), {}, [self.client])
+        job = dispatch.Job(config, part, kept, [secret], inputs, described, Clock(), {}, [self.client])
         dispatch.check_past(job)
         restored = kept.restore(part.state)
         self.done, self._state = restored[:2] if restored else (0, part.state)
@@ -142,7 +154,7 @@ class Silo:
     @property
     def epsilon(self):
         """What this party's records have paid by its own ledger, lost attempts included; infinite without privacy."""
-        if not self.config.privacy.private:
+        if not trust.mode(self.config).private:
             return float("inf")
         return max(self._job.ledger.epsilons(self.config.privacy.delta), default=0.0)
 
@@ -165,24 +177,33 @@ class Silo:
         begun = self._state._replace(adapter=adapter, average=self._state.average._replace(rounds=np.int32(number - 1)))
         placed = mesh.place_keys(self._mesh, keys, 1)
         begun = jax.tree.map(jnp.array, begun)  # it is donated
-        after, shown = self._program(begun, self._params, self._placement.clients, self._placement.data, placed)
+        arguments = begun, self._params, self._placement.clients, self._placement.data, placed
+        after, shown = self._compiled(arguments)(*arguments)
         upload = jax.tree.map(lambda x: np.asarray(x)[0, 0], shown[0]["uploads"])
         self.done, self._state = number, self._state._replace(clip_norms=after.clip_norms)
         self._job.storage.save(number, self._state, {"ledger": self._job.ledger.anchor})
         self._job.ledger.commit(rounds, attempt)
         return upload
 
+    def _compiled(self, arguments):
+        """The compiled round."""
+        part, shapes = self._job.prepared.rounds, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
+        key = part.local, part.rule, shapes
+        if key not in self._programs:
+            self._programs[key] = round.make(part, self._mesh, transcript=True).lower(*arguments).compile()
+        return self._programs[key]
+
 
 class Server:
     """The part that sums uploads and steps: it holds no record and no secret. `adapter` is the newest global one.
 
-    Arguments as of `Silo`; all parties derive the same start from the public configuration.
+    Arguments as for `Silo`; all parties derive the same start from the public configuration.
     """
 
     def __init__(self, model, params, loss, config, sizes, mechanisms=None):
         self.config = _settled(config, sizes)
         mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
-        shares = trust_modes.mode(self.config).shares(self.config, sizes, mechanisms)
+        shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         grid = mesh.make("1x1", 1, model)
         nothing = [{} for _ in sizes]
@@ -191,7 +212,7 @@ class Server:
         self._clients = placement.clients
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, placement, 1)
         self._rounds = dataclasses.replace(rounds, attendance=attendance.Some())
-        self._state = _init(self._rounds, adapter)
+        self._state = _init(self._rounds, adapter)._replace(clip_norms=())  # each silo keeps its own
         self._step = jax.jit(self._aggregated)
 
     @property

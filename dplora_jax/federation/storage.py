@@ -1,21 +1,22 @@
 """Where a run keeps what it must not lose: in a working directory, or nowhere (`InMemory`).
 
-Both have one interface: the ledger, `stored` (an earlier start's config.json, or None), `finished`, `secrets`, `describe`, `restore`,
-`save`, `release`, `keep_private` and `finish`. Of several processes only process 0 has the ledger and writes; all save their parts of
-a checkpoint.
+Both have one interface: the ledger, `stored` (an earlier start's config.json, or None), `finished`, `secrets`, `describe`,
+`restore`, `save`, `release`, `keep_private` and `finish`. Of several processes only process 0 has the ledger and writes; all
+save their parts of a checkpoint.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import sys
 
-from dplora_jax import checkpoint, private_files
+from dplora_jax import checkpoint, errors, private_files
 from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import processes, run_files, trust_modes, workdir
+from dplora_jax.federation import processes, resuming, trust, workdir_files
 from dplora_jax.files import to_json
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
@@ -69,31 +70,31 @@ class Workdir:
 
     def secrets(self, parties, seed):
         """The secret of each of so many `parties`: process 0 makes them where there are none, the others read its file."""
-        private, made = self.directory / "private", None
+        private, created = self.directory / "private", None
         if processes.primary():
             if (
                 not self.ledger.entries
             ):  # nothing ran under secrets that an earlier start left, or nothing tells what did
                 secrets.destroy(private)
-            made = secrets.load_or_create(private, parties) if seed is None else None
+            created = secrets.load_or_create(private, parties) if seed is None else None
         processes.meet()
         if seed is not None:
             return secrets.from_seed(seed, parties)
-        held = made or secrets.load(private)
-        if held is None:
+        party_secrets = created or secrets.load(private)
+        if party_secrets is None:
             raise InputError(
                 f"{private} has no secrets that this process can read: `workdir` must be one shared folder for all."
             )
-        return held
+        return party_secrets
 
     def describe(self, config, description):
         """Write config.json, unless an earlier start, which was charged by it, did."""
         if processes.primary() and self.stored is None:
-            run_files.write_config(self.directory, config, description)
+            workdir_files.write_config(self.directory, config, description)
 
     def config_digest(self):
         """SHA-256 of config.json, which each begin entry of the ledger has."""
-        return run_files.read_config(self.directory).digest
+        return workdir_files.read_config(self.directory).digest
 
     def restore(self, like):
         """(rounds done, state, notes) of the newest checkpoint, or None; `like` gives shapes, dtypes and shardings."""
@@ -111,7 +112,7 @@ class Workdir:
 
     def release(self, lines):
         """Write metrics.jsonl anew: the public metrics `lines`."""
-        run_files.write_metrics(self.directory, lines)
+        workdir_files.write_metrics(self.directory, lines)
 
     def lines(self):
         """The public metrics of a finished run, a dict a round."""
@@ -139,20 +140,37 @@ class Workdir:
 
 
 @contextlib.contextmanager
+def locked(workdir):
+    """Hold the working directory for this process; InputError when another holds it."""
+    workdir = pathlib.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / ".lock", "w")  # noqa: SIM115 - held until the process ends
+    except OSError as error:
+        raise errors.storage(error) or InputError(f"workdir={workdir} cannot be written ({error.strerror}).") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"workdir={workdir} is in use by another run.") from None
+        yield workdir
+
+
+@contextlib.contextmanager
 def open_workdir(directory, config):
     """The Workdir of `config` (settled) at `directory`, made where there is none, held for this process until the context ends.
 
     Raises InputError where another process holds it, where its run has other fields that decide the result, or where its ledger
     does not hold.
     """
-    held = workdir.locked(directory) if processes.primary() else contextlib.nullcontext(pathlib.Path(directory))
-    with held as folder:
+    lock = locked(directory) if processes.primary() else contextlib.nullcontext(pathlib.Path(directory))
+    with lock as folder:
         ledgers_here = []  # process 0's
 
         def look():
-            stored = workdir.stored_config(folder, config)
+            stored = resuming.stored_config(folder, config)
             ledgers_here.append(_checked_ledger(config, folder))
-            stored = workdir.charged_config(folder, stored, ledgers_here[0])
+            stored = resuming.charged_config(folder, stored, ledgers_here[0])
             return {"finished": ledgers_here[0].ended, "stored": stored}
 
         seen = processes.agree(look)
@@ -184,14 +202,15 @@ class SiloWorkdir(Workdir):
 
 @contextlib.contextmanager
 def open_silo(directory, config):
-    """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is None.
+    """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is
+    None.
 
     Raises InputError as `open_workdir` does.
     """
     if directory is None:
         yield InMemory()
         return
-    with workdir.locked(directory) as folder:
+    with locked(directory) as folder:
         opened = SiloWorkdir(folder, _checked_ledger(config, folder), None, False)
         try:
             yield opened
@@ -206,13 +225,13 @@ def _checked_ledger(config, folder):
         ledger.check(anchor, name)
     seeded = config.privacy.seed is not None
     if ledger.ended:
-        held = (
-            secrets.from_seed(config.privacy.seed, trust_modes.mode(config).parties(config))
+        party_secrets = (
+            secrets.from_seed(config.privacy.seed, trust.mode(config).parties(config))
             if seeded
             else secrets.load(private)
         )
-        if held:  # an end that someone else wrote must not cost the secrets
-            ledger.seal_with(b"".join(held))
+        if party_secrets:  # an end that someone else wrote must not cost the secrets
+            ledger.seal_with(b"".join(party_secrets))
         secrets.destroy(private)
     elif not (private / secrets.FILE).exists() and ledger.entries and not seeded:
         raise InputError(

@@ -21,7 +21,7 @@ SHARE = 0.25  # of a device's memory that records may take before they are strea
 
 
 def wanted(config, grid, table, sizes):
-    """Whether to stream: as flagged, else where a device's records would take more than SHARE of its memory, if it tells."""
+    """Whether to stream: as configured, else where a device's records would take more than SHARE of its memory, if it tells."""
     if config.execution.stream is not None:
         return config.execution.stream
     limit = (grid.local_devices[0].memory_stats() or {}).get("bytes_limit")
@@ -67,11 +67,11 @@ class Stream:
 
     def round(self, keys):
         """One round's keys [1, K, ...] as `mesh.place_keys` puts them, with "batch" {name: [1, K', S, C, ...]} and "weights"
-        [1, K', S, C] in the place of "sampling"."""
+        [1, K', S, C] in place of "sampling"."""
         padded = self.count - len(keys["sampling"][0])
-        own = np.pad(keys["sampling"][0], [(0, padded), *[(0, 0)] * (keys["sampling"].ndim - 2)])
+        sampling_keys = np.pad(keys["sampling"][0], [(0, padded), *[(0, 0)] * (keys["sampling"].ndim - 2)])
         with jax.default_device(self.host):
-            rows, weights = jax.device_get(self.draw(self.clients, {"sampling": own}))
+            rows, weights = jax.device_get(self.draw(self.clients, {"sampling": sampling_keys}))
         batch = {
             name: np.zeros((self.count, *rows.shape[1:], *array.shape[1:]), array.dtype)
             for name, array in self.shards[0].items()

@@ -3,6 +3,7 @@
 Letters: K clients of this device.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ def run(rounds, params, members, data, state, shows, split):
     base what is not trained in this round. Who counts, and with what weight, is the rule's.
     """
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for its steps
     def one(group):
         *sums, shown = _wave(rounds, params, group, data, state, split)
         if not shows:

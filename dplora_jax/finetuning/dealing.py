@@ -20,18 +20,21 @@ class Dealt(NamedTuple):
 def deal(config):
     """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
     those that it asks for."""
+    data = config.data
     source = sources.Source(
-        dataset=config.data.dataset, data_dir=config.data.data_dir, test_data=config.data.test_data, text_column=config.data.text_column,
-        label_column=config.data.label_column, prompt_column=config.data.prompt_column, answer_column=config.data.answer_column,
-        group_column=partition.group_column(config.data.partition), labels=config.data.labels or None, test_fraction=config.data.test_fraction,
-        split_seed=config.schedule.split_seed, train_records=config.data.train_records, test_records=config.data.test_records,
-        encoding=config.data.encoding, separator=config.data.separator,
+        dataset=data.dataset, data_dir=data.data_dir, test_data=data.test_data, text_column=data.text_column,
+        label_column=data.label_column, prompt_column=data.prompt_column, answer_column=data.answer_column,
+        group_column=partition.group_column(data.partition), labels=data.labels or None, test_fraction=data.test_fraction,
+        split_seed=config.schedule.split_seed, train_records=data.train_records, test_records=data.test_records,
+        encoding=data.encoding, separator=data.separator,
     )  # fmt: skip
     need_test = config.execution.eval_every > 0
     if config.data.partition == partition.FOLDERS:
-        found = folders.names(source, config.schedule.clients)
+        folder_names = folders.names(source, config.schedule.clients)
         corpus = sources.load_public(source, need_test)
-        return Dealt(corpus, lambda own: _together({k: folders.read(source, corpus, found[k]) for k in own}))
+        return Dealt(
+            corpus, lambda clients: _together({k: folders.read(source, corpus, folder_names[k]) for k in clients})
+        )
     corpus = sources.load(source, need_test)
     train = corpus.train
     parties = config.data.parties or config.schedule.clients
@@ -39,11 +42,11 @@ def deal(config):
         config.data.partition, train.labels, train.groups, parties, config.schedule.split_seed
     )[config.data.party :]
 
-    def read(own):
-        own = {k: records.take(train, shares[k]) for k in own}
+    def read(clients):
+        taken = {k: records.take(train, shares[k]) for k in clients}
         if corpus.test is not None:
-            records.refuse_copy(list(own.values()), records.columns_of(corpus.test))
-        return _together(own)
+            records.refuse_copy(list(taken.values()), records.columns_of(corpus.test))
+        return _together(taken)
 
     return Dealt(corpus, read)
 
@@ -62,6 +65,6 @@ def load(config):
 
 def _together(by_client):
     """Several clients' records as one table, and where each one's are in it."""
-    ends = np.cumsum([0, *(len(of.labels) for of in by_client.values())])
+    ends = np.cumsum([0, *(len(part.labels) for part in by_client.values())])
     places = {k: np.arange(start, end) for k, start, end in zip(by_client, ends[:-1], ends[1:], strict=True)}
     return records.together(by_client.values()), places

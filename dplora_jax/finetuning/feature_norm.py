@@ -16,13 +16,13 @@ def with_features(config, model, params, test, memo, stored):
     if not config.base.feature_norm:
         return params
     if "bias" not in params.get("head", {}):
-        raise InputError("`feature_norm` is for a classifier whose head has a bias, as BERT's: leave it out.")
+        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
     if test is None:
-        raise InputError("`feature_norm` is measured on a public test set, and there is none: see `test_data`.")
-    found = stored["federation"].get("features") if stored else None
-    found = found or processes.agree(lambda: _measured(config, model, params, test, memo))
-    found = {name: np.asarray(value, np.float32) for name, value in found.items()}
-    return params | {features.KEY: found, "head": features.inward(params["head"], found)}
+        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
+    measured = stored["federation"].get("features") if stored else None
+    measured = measured or processes.agree(lambda: _measured(config, model, params, test, memo))
+    measured = {name: np.asarray(value, np.float32) for name, value in measured.items()}
+    return params | {features.KEY: measured, "head": features.inward(params["head"], measured)}
 
 
 def _measured(config, model, params, test, memo):
@@ -33,7 +33,7 @@ def _measured(config, model, params, test, memo):
     named = (features.KEY, config.base.name, config.base.dtype, config.base.quantize)
     pooled = frozen_layers.remembered(memo, named, jax.jit(model.features), params, inputs)
     try:
-        found = features.measure(pooled, config.base.feature_norm)
+        measured = features.measure(pooled, config.base.feature_norm)
     except ValueError as error:
         raise InputError(f"feature_norm={config.base.feature_norm:g}: {error}") from None
-    return {name: value.tolist() for name, value in found.items()}
+    return {name: value.tolist() for name, value in measured.items()}

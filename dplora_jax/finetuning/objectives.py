@@ -28,7 +28,7 @@ def kind(config, task):
     """
     chosen = config.data.objective
     if config.data.chat and task.kind == tasks.TEXT:
-        raise InputError(f"`chat` is for prompts, and dataset={config.data.dataset} has none: leave it out.")
+        raise InputError(f"`chat` needs prompts, and dataset={config.data.dataset} has none: leave it out.")
     bidirectional = pretrained.model_type(config.base.name) == "bert"
     if chosen == AUTO:
         chosen = CLASSIFIER if bidirectional or config.lora.head_only else LANGUAGE_MODEL
@@ -67,7 +67,8 @@ def make(config, task, tokenizer):
     bound, least = encoding.most_tokens(tokenizer, [words], config.data.chat)  # public, as the labels are
     if least > config.data.max_length:
         raise InputError(
-            f"max_length={config.data.max_length} leaves no room for a text: a prompt without one has {least}."
+            f"max_length={config.data.max_length} leaves no room for a text: a prompt without text has {least} tokens. "
+            "Raise it."
         )
     loss = functools.partial(losses.language_model, max_targets=bound)
     return Objective(LANGUAGE_MODEL, right, rows(encoding.all_answers), loss)

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from dplora_jax import evaluation
-from dplora_jax.data import encoding, records, sources, tables, tasks
+from dplora_jax.data import encoding, partition, records, sources, tables, tasks
 from dplora_jax.errors import InputError
 from dplora_jax.finetuning import objectives
 
@@ -13,13 +13,16 @@ SENTENCE = "The bank said that profit rose in the first quarter, and the patient
 STEP = 32  # lengths of benchmarks are rounded up to a multiple of it
 
 
-def evaluator(config, aim, corpus, private, tokenizer, test, prepared):
-    """A function (adapter, residual, ends) -> public metrics of a `federation.Prepared` run; with `ends`, which is for the first and
-    the last, those too that take longer: written answers, and `benchmarks`. `test` is `aim.test(corpus.test)`. `private` is a list
-    of Records, those of each client that this process trains for: no public task may hold them all, or one client's."""
+def evaluator(config, objective, corpus, private, tokenizer, test, prepared):
+    """A function (adapter, residual, ends) -> public metrics of a `federation.Prepared` run; with `ends`, which is for the
+    first and the last, those too that take longer: written answers, and `benchmarks`. `test` is `aim.test(corpus.test)`.
+    `private` is a list of Records, those of each client that this process trains for: no public task may hold them all, or one
+    client's."""
     model, params, grid = prepared.model, prepared.params, prepared.mesh
-    regular = _regular(aim, corpus, model, params, grid, None if test is None else prepared.rows(test))
-    closing = _closing(config, aim, corpus, private, prepared.whole_model, params, grid, tokenizer)
+    regular = _regular(
+        objective, corpus, model, params, grid, None if test is None else prepared.through_frozen_layers(test)
+    )
+    closing = _closing(config, objective, corpus, private, prepared.whole_model, params, grid, tokenizer)
 
     def evaluate(adapter, residual, ends=False):
         metrics = regular(adapter, residual)
@@ -31,8 +34,8 @@ def evaluator(config, aim, corpus, private, tokenizer, test, prepared):
 
 
 def probe(config, classifies, tokenizer, prepared):
-    """A function (adapter, residual, ends) -> metrics on a public sentence, for a run that is evaluated on nothing else. They tell no
-    more than whether the logits are finite."""
+    """A function (adapter, residual, ends) -> metrics on a public sentence, for a run that is evaluated on nothing else. They
+    tell no more than whether the logits are finite."""
     model, params, grid = prepared.whole_model, prepared.params, prepared.mesh
     if classifies:
         one = records.Records((SENTENCE,), np.zeros(1, np.int32))
@@ -44,10 +47,10 @@ def probe(config, classifies, tokenizer, prepared):
     return lambda adapter, residual, ends=False: measure(adapter, residual)
 
 
-def _regular(aim, corpus, model, params, grid, test):
+def _regular(objective, corpus, model, params, grid, test):
     if test is None:
         raise InputError("there is no public test set to evaluate on: give `test_data`, or eval_every=0.")
-    if aim.kind == objectives.CLASSIFIER:
+    if objective.kind == objectives.CLASSIFIER:
         return evaluation.classifier(model, grid, params, test)
     if corpus.task.kind == tasks.LABELS:
         labels = np.asarray(corpus.test.labels)
@@ -55,23 +58,26 @@ def _regular(aim, corpus, model, params, grid, test):
     return evaluation.perplexity(model, grid, params, test)
 
 
-def _closing(config, aim, corpus, private, model, params, grid, tokenizer):
+def _closing(config, objective, corpus, private, model, params, grid, tokenizer):
     """{what its metrics' names begin with: evaluation} of what is measured at both ends alone."""
-    found = {}
-    if aim.kind != objectives.LANGUAGE_MODEL:
+    evaluations = {}
+    if objective.kind != objectives.LANGUAGE_MODEL:
         if config.evaluation.benchmarks:
-            raise InputError("`benchmarks` asks a language model, and this is a classifier: leave it out.")
-        return found
+            raise InputError("`benchmarks` needs a language model, and this is a classifier: leave it out.")
+        return evaluations
     if corpus.task.kind == tasks.ANSWERS and config.evaluation.generate:
         asked = _some(config, tasks.asked(corpus.task, corpus.test, config.data.chat))
         _check_room(config, model)
-        found[""] = evaluation.answers(
+        evaluations[""] = evaluation.answers(
             model, params, tokenizer, asked, config.data.max_length, config.evaluation.new_tokens, config.data.chat
         )
     for name in config.evaluation.benchmarks:
         asked = _asked(config, corpus, private, name)
-        found |= {f"{name}_{part}": of for part, of in _benchmark(config, name, asked, model, params, grid, tokenizer)}
-    return found
+        evaluations |= {
+            f"{name}_{part}": evaluate
+            for part, evaluate in _benchmark(config, name, asked, model, params, grid, tokenizer)
+        }
+    return evaluations
 
 
 def _asked(config, corpus, private, name):
@@ -83,11 +89,14 @@ def _asked(config, corpus, private, name):
     folder = config.evaluation.benchmarks_dir and pathlib.Path(config.evaluation.benchmarks_dir) / name
     if folder and not folder.is_dir():
         raise InputError(
-            f"benchmarks={name} wants a folder {folder}, which is not there; without `benchmarks_dir` it is read from the hub."
+            f"benchmarks={name} needs the folder {folder}, which does not exist; without `benchmarks_dir` it is read from "
+            "the hub."
         )
-    own = config.data.data_dir and pathlib.Path(config.data.data_dir).resolve()
-    if folder and own in (
-        (folder.resolve(), *folder.resolve().parents) if config.data.partition == "folders" else (folder.resolve(),)
+    private_folder = config.data.data_dir and pathlib.Path(config.data.data_dir).resolve()
+    if folder and private_folder in (
+        (folder.resolve(), *folder.resolve().parents)
+        if config.data.partition == partition.FOLDERS
+        else (folder.resolve(),)
     ):
         raise InputError(
             f"benchmarks={name} would be read from `data_dir`, where the private table lies: give another folder."
@@ -136,5 +145,6 @@ def _check_room(config, model):
     most = model.config.max_positions
     if config.data.max_length + config.evaluation.new_tokens > most:
         raise InputError(
-            f"max_length={config.data.max_length} and new_tokens={config.evaluation.new_tokens} are more than the model's {most} positions."
+            f"max_length={config.data.max_length} and new_tokens={config.evaluation.new_tokens} together exceed the model's "
+            f"{most} positions: lower one of them."
         )

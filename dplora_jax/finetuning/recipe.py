@@ -54,37 +54,40 @@ def chosen(sizes, clients, epsilon, objective):
     """
     records = statistics.median(sizes)
     least, most = BATCHES
-    found = COMMON | BY_OBJECTIVE[objective]
-    found["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
+    recipe = COMMON | BY_OBJECTIVE[objective]
+    recipe["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
     if epsilon is not None and math.isfinite(epsilon):
         x = records * epsilon * math.sqrt(clients)
         way = 1 / (1 + (HALF / x) ** 2)
         ways = {"client_lr": way, "head_lr": x / (x + HEAD_HALF) if objective == CENTRED else way}
-        found |= {name: float(f"{found[name] * ways[name]:.3g}") for name in ways if found[name] is not None}
-    return found
+        recipe |= {name: float(f"{recipe[name] * ways[name]:.3g}") for name in ways if recipe[name] is not None}
+    return recipe
 
 
 def for_run(config, given):
     """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
-    from dplora_jax.data import tasks
-    from dplora_jax.federation import methods
+    from dplora_jax.data import partition, tasks
+    from dplora_jax.federation import methods, trust
     from dplora_jax.finetuning import dealing, objectives
     from dplora_jax.models import pretrained
 
-    if config.data.partition == "folders":
+    if config.data.partition == partition.FOLDERS:
         raise InputError(
-            "`auto` reads how many records each client has, which with partition=folders no process knows of all: give "
+            "`auto` cannot be used with partition=folders, where no process knows how many records each client has: give "
             "`expected_batch_size` and the learning rates."
         )
-    if config.privacy.trust in ("distributed", "client"):
-        raise InputError(f"`auto` knows what to set for trust=local and none, not for trust={config.privacy.trust}.")
+    mode = trust.mode(config)
+    if not mode.public_uploads:
+        raise InputError(
+            f"`auto` cannot be used with trust={config.privacy.trust}: it knows what to set for trust=local and none."
+        )
     epsilon, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
-    if sigma is not None and config.privacy.trust != "none":
-        raise InputError("`auto` goes by `epsilon`: give that in place of `noise_multiplier`.")
+    if sigma is not None and mode.private:
+        raise InputError("`auto` needs `epsilon`: give it in place of `noise_multiplier`.")
     dealt = dealing.deal(config)
     _, places = dealt.read(range(config.schedule.clients))
     sizes = [len(places[k]) for k in range(config.schedule.clients)]
-    private = epsilon if config.privacy.trust != "none" else None
+    private = epsilon if mode.private else None
     kind = objectives.kind(config, dealt.corpus.task)
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
         warnings.warn(
@@ -97,8 +100,8 @@ def for_run(config, given):
     able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.base.name) == "bert"
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
-    found = chosen(sizes, config.schedule.clients, private, kind)
-    found["last_layers"] = min(found["last_layers"], pretrained.depth(config.base.name))
+    recipe = chosen(sizes, config.schedule.clients, private, kind)
+    recipe["last_layers"] = min(recipe["last_layers"], pretrained.depth(config.base.name))
     if any(refusal.field == "freeze_a" for refusal in methods.BY_NAME[config.aggregation.method].refuses):
-        del found["freeze_a"]
-    return {name: value for name, value in found.items() if name not in given}
+        del recipe["freeze_a"]
+    return {name: value for name, value in recipe.items() if name not in given}

@@ -34,9 +34,9 @@ class FineTuning(NamedTuple):
 
 
 def prepare(config, stored=None, memo=None, dealt=None, programs=None, command=""):
-    """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and `programs`,
-    dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in for the records
-    that the fields name. Raises InputError."""
+    """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and
+    `programs`, dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in
+    for the records that the fields name. Raises InputError."""
     processes.at("reading the base model and the records")
     dealt = dealt or dealing.deal(config)
     corpus = dealt.corpus
@@ -50,23 +50,23 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     encoding.check_length(config.data.max_length, model, tokenizer)
     encoding.check_ids(model, tokenizer)
     finite.check_weights(base.name, params)
-    aim = objectives.make(config, corpus.task, tokenizer)
+    objective = objectives.make(config, corpus.task, tokenizer)
     evaluated = config.execution.eval_every
-    test = aim.test(corpus.test) if (evaluated or base.feature_norm) and corpus.test else None
+    test = objective.test(corpus.test) if (evaluated or base.feature_norm) and corpus.test else None
     params = feature_norm.with_features(config, model, params, test, memo, stored)
     federation = Federation(
-        model, params, aim.loss, config, base_name=pretrained.hub_id(base.name), programs=programs, memo=memo
+        model, params, objective.loss, config, base_name=pretrained.hub_id(base.name), programs=programs, memo=memo
     )
     # No other client's text is looked at.
     table, shares = dealt.read(federation.local_clients(config.data.max_length))
-    train = aim.train(table)
+    train = objective.train(table)
     shards = [
         {name: array[shares[k]] for name, array in train.items()} if k in shares else None
         for k in range(config.schedule.clients)
     ]
     private = dealing.by_client(table, shares)
     evaluate = functools.partial(
-        public_tests.evaluator, config, aim, corpus, private, tokenizer, test if evaluated else None
+        public_tests.evaluator, config, objective, corpus, private, tokenizer, test if evaluated else None
     )
     probe = None if evaluated else functools.partial(public_tests.probe, config, classifies, tokenizer)
     describe = functools.partial(_describe, config, corpus, labels, params, command)
@@ -96,8 +96,8 @@ def _describe(config, corpus, labels, params, command, prepared):
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)
     if features.KEY in params:
-        held = jax.device_get(params[features.KEY])
-        described["features"] = {name: np.asarray(value).tolist() for name, value in held.items()}
+        normalisation = jax.device_get(params[features.KEY])
+        described["features"] = {name: np.asarray(value).tolist() for name, value in normalisation.items()}
     return described
 
 

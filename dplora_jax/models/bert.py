@@ -245,7 +245,7 @@ def from_config(hf, num_labels, pooling, normalize):
         "max_position_embeddings", "type_vocab_size",
     )  # fmt: skip
     if width % num_heads:
-        raise InputError(f"config.json: hidden_size={width} is no multiple of num_attention_heads={num_heads}.")
+        raise InputError(f"config.json: hidden_size={width} is not a multiple of num_attention_heads={num_heads}.")
     return BertConfig(
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments,
         activation(hf, "hidden_act", "gelu"), number(hf, "layer_norm_eps", 1e-12), num_labels, pooling, normalize,

@@ -148,7 +148,7 @@ def from_config(hf):
         "max_sequence_length", "bos_token_id", "gmask_token_id", "mask_token_id",
     )  # fmt: skip
     if width % (4 * num_heads):
-        raise InputError(f"config.json: hidden_size={width} is no multiple of 4 num_attention_heads={num_heads}.")
+        raise InputError(f"config.json: hidden_size={width} is not a multiple of 4 num_attention_heads={num_heads}.")
     return GlmConfig(
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions, start, gmask, mask,
         number(hf, "layernorm_epsilon", 1e-5),

@@ -20,7 +20,7 @@ PINNED = {  # of the models in pretrained.PACKAGES
 DECIDING = ("config.json", "modules.json", "tokenizer.json", "tokenizer_config.json")  # beside the weights
 
 
-def of_place(place):
+def place_digests(place):
     """{file name: SHA-256 in hex} of the files that decide what the model of `place` (a directory or .gguf file) computes: its
     weights, its config and its tokenizer. All weights are read once; InputError where there are none."""
     if place.is_file():
@@ -37,9 +37,9 @@ def warn_of_other_files(short, place):
     folder = place.parent if place.is_file() else place
     for name, expected in PINNED.get(short, {}).items():
         path = files.find(folder, name)
-        found = files.sha256(path) if path else "no such file"
-        if found != expected:
+        digest = files.sha256(path) if path else "no such file"
+        if digest != expected:
             warnings.warn(
-                f"{folder / name} is not the file that {short} is known by: its SHA-256 is {found}, expected {expected}.",
+                f"{folder / name} is not the file that {short} is known by: its SHA-256 is {digest}, expected {expected}.",
                 stacklevel=2,
             )

@@ -71,7 +71,8 @@ def refuse_unsupported(hf, allowed):
 
 
 def sizes(hf, *names):
-    """The whole numbers above 0 that config.json `hf` gives for `names`; InputError where one lacks or is no such number."""
+    """The whole numbers above 0 that config.json `hf` gives for `names`; InputError where one is missing or is not such a
+    number."""
     for name in names:
         if not isinstance(hf.get(name), int) or isinstance(hf[name], bool) or not 1 <= hf[name] <= MOST_SIZE:
             raise InputError(

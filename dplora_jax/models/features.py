@@ -28,13 +28,13 @@ def measure(pooled, norm):
     return {"center": center.astype(np.float32), "scale": np.float32(norm / spread)}
 
 
-def inward(head, found):
+def inward(head, normalisation):
     """The head {"kernel" [D, O], "bias" [O]} that is to prepared features what `head` is to plain ones."""
     kernel = jnp.asarray(head["kernel"], jnp.float32)
-    return {"kernel": kernel / found["scale"], "bias": head["bias"] + found["center"] @ kernel}
+    return {"kernel": kernel / normalisation["scale"], "bias": head["bias"] + normalisation["center"] @ kernel}
 
 
-def outward(head, found):
+def outward(head, normalisation):
     """The head on plain features that is what `head` is on prepared ones."""
-    kernel = head["kernel"] * found["scale"]
-    return {"kernel": kernel, "bias": head["bias"] - found["center"] @ kernel}
+    kernel = head["kernel"] * normalisation["scale"]
+    return {"kernel": kernel, "bias": head["bias"] - normalisation["center"] @ kernel}

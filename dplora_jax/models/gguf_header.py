@@ -38,13 +38,17 @@ class Header:
         except (OSError, ValueError) as error:
             raise storage(error) or InputError(f"{path} cannot be read ({error}): give a GGUF file.") from None
         if self.bytes[:4] != b"GGUF":
-            raise InputError(f"{path} is no GGUF file: it starts with {self.bytes[:4]!r}; copy or download it again.")
+            raise InputError(
+                f"{path} is not a GGUF file: it starts with {self.bytes[:4]!r}; copy or download it again."
+            )
         if len(self.bytes) < 24:
             raise self._damaged(f"it has {len(self.bytes)} bytes")
         reader = gguf_reader.Reader(self.bytes, 4)
         version, tensors, keys = reader.unpack("IQQ")
         if version not in (2, 3):
-            raise InputError(f"{path}: GGUF version {version} is not read, only 2 and 3 with the lowest byte first.")
+            raise InputError(
+                f"{path}: GGUF version {version} is not supported, only 2 and 3 with the lowest byte first."
+            )
         try:
             self.metadata, stored = reader.metadata(keys), reader.tensors(tensors)
         except (struct.error, ValueError, KeyError, OverflowError, MemoryError):

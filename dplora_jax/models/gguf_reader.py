@@ -57,13 +57,13 @@ class Reader:
 
     def _named(self, count, read):
         self._count(count)
-        found = {}
+        metadata = {}
         for _ in range(count):
             name = self.value(STRING)
-            if name in found:
+            if name in metadata:
                 raise ValueError(f"{name} is there twice")
-            found[name] = read()
-        return found
+            metadata[name] = read()
+        return metadata
 
     def _count(self, items):
         self._items += items

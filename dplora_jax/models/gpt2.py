@@ -157,7 +157,7 @@ def from_config(hf, num_labels):
     )
     (mlp_width,) = sizes({"n_inner": hf.get("n_inner") or 4 * width}, "n_inner")
     if width % num_heads:
-        raise InputError(f"config.json: n_embd={width} is no multiple of n_head={num_heads}.")
+        raise InputError(f"config.json: n_embd={width} is not a multiple of n_head={num_heads}.")
     return Gpt2Config(
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions,
         activation(hf, "activation_function", "gelu_new"), number(hf, "layer_norm_epsilon", 1e-5),

@@ -204,12 +204,14 @@ def save_modules(directory, model, params, labels, source=None, max_length=None)
         for i, (path, kind) in enumerate(modules)
     ]
     _write_json(directory / "modules.json", listed)
-    own = "sentence_bert_config.json"
-    said = read_json(source / own) if source is not None and find(source, own) else {}
-    if not max_length and said.get("max_seq_length"):
-        (max_length,) = sizes(said, "max_seq_length")
+    settings_name = "sentence_bert_config.json"
+    settings = read_json(source / settings_name) if source is not None and find(source, settings_name) else {}
+    if not max_length and settings.get("max_seq_length"):
+        (max_length,) = sizes(settings, "max_seq_length")
     length = min(max_length or c.max_positions, c.max_positions)
-    _write_json(directory / own, {"max_seq_length": length, "do_lower_case": said.get("do_lower_case") is True})
+    _write_json(
+        directory / settings_name, {"max_seq_length": length, "do_lower_case": settings.get("do_lower_case") is True}
+    )
     pooling = {"word_embedding_dimension": c.width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     pooling |= {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False}
     _write_json(directory / "1_Pooling" / "config.json", pooling)
@@ -243,14 +245,14 @@ def copy_side_files(source, directory, tokenizer: Any = None, with_code=False):
 def _own_code(source):
     """The Python files of the classes that config.json and tokenizer_config.json name, and those that these import from there."""
     settings = [read_json(source / name) for name in ("config.json", "tokenizer_config.json") if find(source, name)]
-    maps = [said["auto_map"] for said in settings if isinstance(said.get("auto_map"), dict)]
+    maps = [part["auto_map"] for part in settings if isinstance(part.get("auto_map"), dict)]
     classes = [
         name for named in maps for value in named.values() for name in (value if isinstance(value, list) else [value])
     ]
-    wanted, found = [str(name).split(".")[0] for name in classes if name], {}
+    wanted, code_files = [str(name).split(".")[0] for name in classes if name], {}
     while wanted:
         name = f"{wanted.pop()}.py"
-        if name not in found and is_plain(name) and (path := find(source, name)):
-            found[name] = path
+        if name not in code_files and is_plain(name) and (path := find(source, name)):
+            code_files[name] = path
             wanted += RELATIVE_IMPORT.findall(read_bytes(path).decode("utf-8", "replace"))
-    return tuple(found)
+    return tuple(code_files)

@@ -28,7 +28,7 @@ def rows(base, wanted):
     >>> rows(("Positive", "negative", "neutral"), ("negative", "positive"))
     (1, 0)
     """
-    base, wanted = (tuple(map(_plain, found)) for found in (base, wanted))
+    base, wanted = (tuple(map(_plain, labels)) for labels in (base, wanted))
     if len(set(base)) < len(base) or not set(wanted) <= set(base):
         return None
     return tuple(map(base.index, wanted))
@@ -38,24 +38,24 @@ def _plain(name):
     return re.sub(r"^label_(\d+)$", r"\1", str(name).strip().casefold())
 
 
-def told(hf, wanted, stored):
+def stored_outputs(hf, wanted, stored):
     """(the rows of a stored head of `stored` outputs for the labels `wanted`, or None for a fresh one; what was done, in words,
     or None where the head is read as it is)."""
     base = names(hf)
-    found = rows(base, wanted) if len(base) == stored else None
-    if found is None:
+    outputs = rows(base, wanted) if len(base) == stored else None
+    if outputs is None:
         listed = ", ".join(base) if len(base) == stored else f"{stored} unnamed ones"
-        return None, f"the base's classification head is of other labels ({listed}): the head starts fresh, at zero"
-    if found == tuple(range(stored)):
-        return found, None
+        return None, f"the base's classification head has other labels ({listed}): the head starts fresh, at zero"
+    if outputs == tuple(range(stored)):
+        return outputs, None
     return (
-        found,
+        outputs,
         f"the base's classification head, whose labels are {', '.join(base)}, is put in the task's order by name",
     )
 
 
-def aligned(head, found, count):
-    """`head` {"kernel" [I, O'], "bias" [O']} with the outputs `found`, or with `count` zero ones where `found` is None."""
-    if found is None:
+def aligned(head, outputs, count):
+    """`head` {"kernel" [I, O'], "bias" [O']} with the outputs `outputs`, or with `count` zero ones where `outputs` is None."""
+    if outputs is None:
         return {part: jnp.zeros((*value.shape[:-1], count), value.dtype) for part, value in head.items()}
-    return {part: jnp.asarray(value)[..., jnp.asarray(found)] for part, value in head.items()}
+    return {part: jnp.asarray(value)[..., jnp.asarray(outputs)] for part, value in head.items()}

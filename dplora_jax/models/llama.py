@@ -156,9 +156,11 @@ def from_config(hf, num_labels):
     window = hf.get("sliding_window", 4096) if kind == "mistral" else None  # transformers' own default
     if window is not None:
         sizes(hf | {"sliding_window": window}, "sliding_window")
-    own = "sliding_attention" if window else "full_attention"
-    if set(hf.get("layer_types") or [own]) != {own}:
-        raise InputError(f"config.json: layer_types={hf['layer_types']} is not supported, only {own} in every layer.")
+    expected_type = "sliding_attention" if window else "full_attention"
+    if set(hf.get("layer_types") or [expected_type]) != {expected_type}:
+        raise InputError(
+            f"config.json: layer_types={hf['layer_types']} is not supported, only {expected_type} in every layer."
+        )
     return LlamaConfig(
         vocab_size, width, num_layers, num_heads, num_kv_heads, head_width, mlp_width, max_positions,
         frequencies(hf, head_width), activation(hf, "hidden_act", "silu"), number(hf, "rms_norm_eps", 1e-6),
@@ -180,7 +182,7 @@ def frequencies(hf, head_width):
     # Of the two spellings, transformers takes the older, whole: nothing of the other adds to it, not even its rope_theta.
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise InputError(f"config.json: the rope scaling {scaling!r} is no set of options for all layers alike.")
+        raise InputError(f"config.json: the rope scaling {scaling!r} is not one set of options for all layers.")
     refuse_unsupported(scaling, {"partial_rotary_factor": (None, 1, 1.0)})  # where transformers 5 writes it
     theta = number(_given(hf, "rope_theta") | _given(scaling, "rope_theta"), "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"

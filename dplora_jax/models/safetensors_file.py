@@ -90,13 +90,13 @@ class SafetensorsCheckpoint:
             )
 
     def _slice(self, name):
-        found = self._find(name)
-        if found is None:
+        stored_name = self._find(name)
+        if stored_name is None:
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}.")
-        self._asked.add(found)
-        tensor = self._files[found].get_slice(found)
+        self._asked.add(stored_name)
+        tensor = self._files[stored_name].get_slice(stored_name)
         if tensor.get_dtype() not in FLOATS:
             raise InputError(
-                f"{self.directory}: tensor {found} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}."
+                f"{self.directory}: tensor {stored_name} is {tensor.get_dtype()}, not one of {', '.join(FLOATS)}."
             )
         return tensor

@@ -30,8 +30,8 @@ def lower_cases(directory):
     """Whether a sentence model of `directory` lower-cases its texts before the tokenizer sees them."""
     if find(directory, "modules.json") is None:
         return False
-    own = next(filter(None, (find(directory, name) for name in OWN_CONFIGS)), None)
-    return own is not None and read_json(own).get("do_lower_case") is True
+    config_path = next(filter(None, (find(directory, name) for name in OWN_CONFIGS)), None)
+    return config_path is not None and read_json(config_path).get("do_lower_case") is True
 
 
 def refuse_prompt(directory):

@@ -100,7 +100,7 @@ def tokens(tokenizer, text, **options):
         return tokenizer(text, verbose=False, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+    except BaseException as error:  # a panic of tokenizers' Rust is not an Exception
         kind = type(error).__name__
     # Raised outside the handler, so that not even the error's context holds what was said.
     raise InputError(f"the model's tokenizer fails on a text ({kind}): mend its files, or take another model.")

@@ -26,9 +26,9 @@ def follow(directory, tokenizer, by_class):
     kind, backend = type(by_class).__name__, tokenizer.backend_tokenizer
     if kind == "BertTokenizer":
         options = {theirs: getattr(by_class, name) for name, theirs in BERT.items()}
-        found = backend.normalizer is not None and _changed(backend.normalizer, "BertNormalizer", options)
-        if found:
-            backend.normalizer = found
+        changed = backend.normalizer is not None and _changed(backend.normalizer, "BertNormalizer", options)
+        if changed:
+            backend.normalizer = changed
         elif any(settings.get(name) is not None for name in BERT):
             warnings.warn(
                 f"{directory}: tokenizer.json's own normaliser is kept, which is not BERT's: {', '.join(BERT)} of "
@@ -53,8 +53,8 @@ def lower_case(directory, tokenizer):
         from tokenizers import normalizers
 
         backend = tokenizer.backend_tokenizer
-        own = [] if backend.normalizer is None else [backend.normalizer]
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        normaliser = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *normaliser])
 
 
 def end_ids(tokenizer):
@@ -63,8 +63,8 @@ def end_ids(tokenizer):
     named, place = [tokenizer.eos_token_id], tokenizer.name_or_path
     if place and pathlib.Path(place).is_dir():
         path = find(place, "generation_config.json") or find(place, "config.json")
-        said = read_json(path).get("eos_token_id") if path else None
-        named += said if isinstance(said, list) else [said]
+        eos_id = read_json(path).get("eos_token_id") if path else None
+        named += eos_id if isinstance(eos_id, list) else [eos_id]
     return tuple(sorted({end for end in named if type(end) is int and end >= 0}))
 
 

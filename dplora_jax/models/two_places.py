@@ -33,11 +33,11 @@ def untied(model, checkpoint):
     if model.config.num_labels is not None:
         return model
     if isinstance(model, bert.Bert):
-        for copy, own in BERT_TIES.items():
-            if checkpoint.has(copy) and (not checkpoint.has(own) or _differ(checkpoint, copy, own)):
+        for copy, original in BERT_TIES.items():
+            if checkpoint.has(copy) and (not checkpoint.has(original) or _differ(checkpoint, copy, original)):
                 raise InputError(
-                    f"{checkpoint.directory}: tensor {copy} is not {own}, to which it should be tied; an output layer of its own "
-                    "is not supported."
+                    f"{checkpoint.directory}: tensor {copy} differs from {original}, to which it should be tied; an output layer "
+                    "of its own is not supported."
                 )
         return model
     name = f"{model.tied_name}.weight"

@@ -14,14 +14,13 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import rdp_privacy_accountant
 
 from dplora_jax.errors import InputError
-from dplora_jax.privacy import size_classes
+from dplora_jax.privacy import noise_search, size_classes
 
 NEIGHBOURS = privacy_accountant.NeighboringRelation.REPLACE_SPECIAL
 GRID = 1e-3  # of the privacy losses that are reported
 CAPACITY_COST = 1e-3  # the share of epsilon that a batch's fixed capacity may cost
-NOISE_RANGE = (0.05, 1e4)
 ROUNDING = 2e-14  # what float64 may lose of delta, a composed event (PRIVACY.md, How epsilon is checked)
-MOST_NOISE = 1e9  # of a multiplier that is flagged or kept in a ledger
+MOST_NOISE = 1e9  # of a multiplier that is given or kept in a ledger
 MOST_STEPS = 10**6  # of a client in all rounds
 # Of a step's losses, and of the composed ones by `_coarser`'s measure: a second's work, and some hundred megabytes.
 MOST_POINTS = (10**5, 4 * 10**8)
@@ -147,7 +146,7 @@ def composed(parts, delta, grid=GRID):
 @functools.cache
 def renyi_epsilon(mechanism, steps, delta):
     """epsilon of the same steps by Renyi accounting, a looser upper bound by other means: a cross-check, never what is promised.
-    It is of plain Poisson sampling (its accountant knows no capacity), so it says nothing of what a capacity costs."""
+    It covers plain Poisson sampling (its accountant knows no capacity), so it says nothing of what a capacity costs."""
     if mechanism.noise_multiplier == 0:
         return math.inf if steps else 0.0
     one = dp_event.PoissonSampledDpEvent(mechanism.sampling_rate, dp_event.GaussianDpEvent(mechanism.noise_multiplier))
@@ -165,29 +164,29 @@ def calibrate(sizes, expected_batch_size, steps, target, delta, adaptive=False, 
 
     -> a list of Mechanism, in order; many distinct sizes are accounted in classes (`size_classes`). `adaptive` releases a
     centred count too, under noise of std `count_noise` (None chooses it, see `_with_count`). Raises InputError where no noise
-    multiplier in NOISE_RANGE would do, and where `delta` is below `least_delta`.
+    multiplier in `noise_search.NOISE_RANGE` would do, and where `delta` is below `least_delta`.
     """
     check_delta(delta, -(-steps // bands))
     grid = min(1e-2, max(GRID, target / 400))
-    classes = size_classes.of(sizes, expected_batch_size)
-    found, guess, spread = {}, 1.0, None
+    classes = size_classes.bounds_by_size(sizes, expected_batch_size)
+    by_class, guess, spread = {}, 1.0, None
     for members in sorted(set(classes.values())):
         step = _step(members, expected_batch_size, bands)
 
         def cost(noise, capacity=step.part, step=step):
             return epsilon(_with_noise(step, noise, capacity), steps, delta, grid)
 
-        plain = _least_noise(cost, target, guess, tolerance=2e-3)
+        plain = noise_search.least(cost, target, guess, tolerance=2e-3)
         capacity, spread = _least_capacity(step.part, step.join_rate, functools.partial(cost, plain), spread)
         noise = (
             plain
             if capacity == step.part and cost(plain) <= target
-            else _least_noise(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
+            else noise_search.least(lambda s, c=capacity, f=cost: f(s, c), target, plain, 5e-4)
         )
-        found[members], guess = _with_noise(step, noise, capacity), noise
+        by_class[members], guess = _with_noise(step, noise, capacity), noise
     if adaptive:
-        found = {members: _with_count(step, count_noise) for members, step in found.items()}
-    return [found[classes[size]] for size in sizes]
+        by_class = {members: _with_count(step, count_noise) for members, step in by_class.items()}
+    return [by_class[classes[size]] for size in sizes]
 
 
 def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adaptive=False, count_noise=None, bands=1):
@@ -196,8 +195,8 @@ def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adapt
     if noise_multiplier:
         check_delta(delta, -(-steps // bands))
     exact = {size: (size, size) for size in sizes}
-    classes = size_classes.of(sizes, expected_batch_size) if noise_multiplier else exact
-    found, spread = {}, None
+    classes = size_classes.bounds_by_size(sizes, expected_batch_size) if noise_multiplier else exact
+    by_class, spread = {}, None
     for members in sorted(set(classes.values())):
         step = _with_noise(_step(members, expected_batch_size, bands), noise_multiplier, None)
         if adaptive and noise_multiplier:
@@ -210,8 +209,8 @@ def with_noise(sizes, expected_batch_size, steps, noise_multiplier, delta, adapt
         capacity = generous_capacity(step.part, step.join_rate) if noise_multiplier == 0 else None
         if capacity is None:
             capacity, spread = _least_capacity(step.part, step.join_rate, cost, spread)
-        found[members] = dataclasses.replace(step, capacity=capacity)
-    return [found[classes[size]] for size in sizes]
+        by_class[members] = dataclasses.replace(step, capacity=capacity)
+    return [by_class[classes[size]] for size in sizes]
 
 
 def _step(members, expected_batch_size, bands):
@@ -254,44 +253,12 @@ def least_noise(records, rate, steps, target, delta):
     check_delta(delta, steps)
     grid = min(1e-2, max(GRID, target / 400))
     cost = lambda noise: epsilon(Mechanism(records, rate, records, noise), steps, delta, grid)  # noqa: E731
-    return _least_noise(cost, target, 1.0, 5e-4)
+    return noise_search.least(cost, target, 1.0, 5e-4)
 
 
 def generous_capacity(size, rate):
     """The mean and six standard deviations of a Poisson sample's size, and at most all: what a run without noise takes."""
     return min(size, math.ceil(size * rate + 6 * math.sqrt(size * rate * (1 - rate))))
-
-
-def _least_noise(cost, target, guess, tolerance):
-    """The smallest noise with cost <= target, to a relative tolerance, by a secant in logarithms kept inside a bracket."""
-    low, high = NOISE_RANGE[0], None
-    noise, costs = guess, {}
-    for _ in range(60):
-        costs[noise] = value = cost(noise)
-        if value <= target:
-            high = noise
-            if value >= target * (1 - tolerance) or high <= low * (1 + tolerance / 4):
-                return noise
-        else:
-            low = noise
-        if high is None and noise >= NOISE_RANGE[1]:
-            break
-        slope = _slope(costs)
-        aim = noise * (target * (1 - tolerance / 2) / max(value, 1e-9)) ** (1 / slope)
-        inside = low < aim < (high or math.inf)
-        noise = aim if inside else math.sqrt(low * high) if high else low * 2
-        noise = min(max(noise, NOISE_RANGE[0]), NOISE_RANGE[1])
-    raise InputError(
-        f"epsilon {target:g} is out of reach: no noise multiplier in {NOISE_RANGE} gives it; raise `epsilon` or `delta`."
-    )
-
-
-def _slope(costs):
-    """d log cost / d log noise from the two last evaluations; -1.5 to begin with."""
-    (x0, y0), (x1, y1) = (list(costs.items()) * 2)[-2:]
-    if x0 == x1 or min(y0, y1) <= 0 or not math.isfinite(y0 + y1) or y0 == y1:
-        return -1.5
-    return min(-0.2, math.log(y1 / y0) / math.log(x1 / x0))
 
 
 def _least_capacity(size, rate, cost, spread):

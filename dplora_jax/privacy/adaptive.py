@@ -24,7 +24,7 @@ def centred_count(norms, clip_norm, weights):
 
 def next_norm(clip_norm, noisy_count, divisor, quantile, rate):
     """clip_norm exp(-rate (b - quantile)), with b = noisy_count / divisor + 1/2 the share of records within the clip norm;
-    `divisor` is the public expected batch size. Kept within `accounting.CLIP_NORMS`, and what is no number changes nothing."""
+    `divisor` is the public expected batch size. Kept within `accounting.CLIP_NORMS`, and what is not a number changes nothing."""
     moved = clip_norm * jnp.exp(-rate * (noisy_count / divisor + 0.5 - quantile))
     return jnp.where(jnp.isnan(moved), clip_norm, jnp.clip(moved, *CLIP_NORMS))
 

@@ -55,17 +55,17 @@ def scores(sums, canaries, sigmas, rate, steps=1):
     canaries = {name: np.nan_to_num(np.asarray(x, np.float64)) for name, x in canaries.items()}
     sigmas = np.asarray(sigmas, np.float64)
     ratio = functools.partial(_likelihood_ratio, sigmas=sigmas, rate=rate, steps=steps)
-    found = {"all": ratio(sums, canaries)}
+    by_score = {"all": ratio(sums, canaries)}
     for name in sums if len(sums) > 1 else ():
-        found[name] = ratio({name: sums[name]}, {name: canaries[name]})
+        by_score[name] = ratio({name: sums[name]}, {name: canaries[name]})
     rounds, clients = next(iter(sums.values())).shape[:2]
     if clients > 1:
         unit = sigmas[:, None] if (sigmas > 0).all() else 1.0
         shared = {name: unit * (x / unit).mean(1, keepdims=True) for name, x in sums.items()}
-        found["clients"] = ratio({name: x - shared[name] for name, x in sums.items()}, canaries)
+        by_score["clients"] = ratio({name: x - shared[name] for name, x in sums.items()}, canaries)
     if rounds > 1:
-        found["rounds"] = _between_rounds(sums, canaries, rate)
-    return found
+        by_score["rounds"] = _between_rounds(sums, canaries, rate)
+    return by_score
 
 
 def _products(x, y):
@@ -108,8 +108,8 @@ def _between_rounds(sums, canaries, rate):
     return (_products(moved, canaries) ** 2).sum(0)
 
 
-def bound(found, coins, mechanism, steps, delta, independent, confidence=CONFIDENCE):
-    """The lower bound on epsilon that `found` {name: [M]} proves of the `coins` [M] (True = in) -> Bound.
+def bound(scores, coins, mechanism, steps, delta, independent, confidence=CONFIDENCE):
+    """The lower bound on epsilon that `scores` {name: [M]} proves of the `coins` [M] (True = in) -> Bound.
 
     `mechanism` and `steps` are the claim of the clients that hold the canaries (None where they differ). `independent`: each
     client holds one canary, so that coins are independent trials, if clients' randomness is, and the trade-off curve applies.
@@ -118,8 +118,8 @@ def bound(found, coins, mechanism, steps, delta, independent, confidence=CONFIDE
     coins = np.asarray(coins, bool)
     pilot = np.arange(len(coins)) % PILOT == 0
     alpha = (1 - confidence) / 2
-    name, threshold = _picked(found, coins, pilot, alpha)
-    values, truth = np.asarray(found[name])[~pilot], coins[~pilot]
+    name, threshold = _picked(scores, coins, pilot, alpha)
+    values, truth = np.asarray(scores[name])[~pilot], coins[~pilot]
     guesses, guessed, right = _from_guesses(values - threshold, truth, delta, alpha)
     wrong_in, wrong_out = (values[~truth] > threshold).sum(), (values[truth] <= threshold).sum()
     false_positive = upper_rate(wrong_in, (~truth).sum(), alpha / 2)
@@ -130,7 +130,7 @@ def bound(found, coins, mechanism, steps, delta, independent, confidence=CONFIDE
     return Bound(guesses, curve, name, len(truth), guessed, right, float(false_positive), float(false_negative))
 
 
-def _picked(found, coins, pilot, alpha):
+def _picked(scores, coins, pilot, alpha):
     """The score and the threshold that promise most, going by the pilot's coins -> (name, threshold).
 
     The promise is how many standard deviations apart the rest would then be proven to be. "all" is the best score of an
@@ -139,7 +139,7 @@ def _picked(found, coins, pilot, alpha):
     truth = coins[pilot]
     ins, outs = truth.sum(), (~truth).sum()
     best = -np.inf, "all", 0.0
-    for name, values in found.items():
+    for name, values in scores.items():
         order = np.argsort(values[pilot], kind="stable")
         ordered, hits = np.asarray(values[pilot], np.float64)[order], truth[order]
         missed, raised = (
@@ -225,8 +225,8 @@ def epsilon_from_rates(false_positive, false_negative, mechanism, steps, delta):
 @functools.lru_cache(maxsize=256)
 def _curve(mechanism, steps):
     """delta of the composed mechanism at each of `LOSSES`: an upper bound."""
-    found = accounting.step_loss(mechanism, 1e-2).self_compose(steps).get_delta_for_epsilon(list(LOSSES))
-    return tuple(found + accounting.ROUNDING * steps)
+    deltas = accounting.step_loss(mechanism, 1e-2).self_compose(steps).get_delta_for_epsilon(list(LOSSES))
+    return tuple(deltas + accounting.ROUNDING * steps)
 
 
 def reach(delta, confidence=CONFIDENCE):

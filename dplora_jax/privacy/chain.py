@@ -118,7 +118,7 @@ class Chain:
                 entry = json_files.parse(line, self.entry)
             except json_files.Unfit as error:
                 raise InputError(
-                    f"{self.path} is damaged: line {number} is no entry this version knows: {error}; {ADVICE}"
+                    f"{self.path} is damaged: line {number} is not an entry that this version knows: {error}; {ADVICE}"
                 ) from None
             if entry["previous"] != heads[-1]:
                 raise InputError(
@@ -160,8 +160,8 @@ class Chain:
         if self.head_path.exists():
             sealed.append((str(self.head_path), self._head_file()))
         for name, value in sealed:
-            shown = str(value.get("seal")).encode(errors="replace")  # whatever text stands there
-            if not hmac.compare_digest(shown, _seal(secret, value).encode()):
+            seal = str(value.get("seal")).encode(errors="replace")  # whatever text stands there
+            if not hmac.compare_digest(seal, _seal(secret, value).encode()):
                 raise InputError(
                     f"{name} was not written by this run: its seal does not fit the run's secrets; {ADVICE}"
                 )

@@ -63,7 +63,7 @@ def clipped_grad_sum(
     weights = jnp.ones(rows, jnp.float32) if weights is None else weights.astype(jnp.float32)
     slots = _slots(form, loss_fn, adapter, batch, rows, bits is not None or owners is not None)
 
-    def of_rows(batch, weights):
+    def clip_rows(batch, weights):
         kept, losses = _vmap(loss_fn, adapter, batch) if slots is None else _one_pass(loss_fn, adapter, batch, slots)
         # Norm and sum are of these numbers: neither is worked out from anything before them.
         kept = jax.lax.optimization_barrier(kept)
@@ -78,7 +78,7 @@ def clipped_grad_sum(
     at_once = rows if slots is None or owners is not None else _rows_at_once(slots, rows)
     if at_once < rows:
         slots = _slots(form, loss_fn, adapter, batch, at_once, bits is not None)
-    return in_turns(of_rows, at_once, batch, weights)
+    return in_turns(clip_rows, at_once, batch, weights)
 
 
 class Clipper:
@@ -139,30 +139,34 @@ def clip_each(rows, clip_norm):
     return jax.tree.map(_scaled, _spread(factors, parts), rows)
 
 
-def in_turns(of_rows, size, batch, weights):
-    """`of_rows(batch, weights) -> (sum, norms, losses)` over `size` rows of the batch at a time: sums add up, rows are set side
+def in_turns(clip_rows, size, batch, weights):
+    """`clip_rows(batch, weights) -> (sum, norms, losses)` over `size` rows of the batch at a time: sums add up, rows are set side
     by side. The last turn is filled up with rows of weight 0."""
     rows = weights.shape[0]
     if size >= rows:
-        return of_rows(batch, weights)
-    turns = -(-rows // size)
+        return clip_rows(batch, weights)
+    turns, clip_rows = (
+        -(-rows // size),
+        jax.jit(clip_rows, inline=True),
+    )  # traced once, for its shapes and for its turns
 
     def split(x):
         x = jnp.pad(x, [(0, turns * size - rows), *[(0, 0)] * (x.ndim - 1)])
         return x.reshape(turns, size, *x.shape[1:])
 
     def add(total, turn):
-        grad, norms, losses = of_rows(*turn)
+        grad, norms, losses = clip_rows(*turn)
         return jax.tree.map(jnp.add, total, grad), (norms, losses)
 
     turns = jax.tree.map(split, (batch, weights))
-    shapes = jax.eval_shape(of_rows, *jax.tree.map(lambda x: x[0], turns))[0]
+    shapes = jax.eval_shape(clip_rows, *jax.tree.map(lambda x: x[0], turns))[0]
     total, by_row = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), turns)
     return total, *(x.reshape(-1)[:rows] for x in by_row)
 
 
 def slots_of(form, loss_fn, adapter, batch):
-    """What one backward pass leaves of all rows for `clipped_grad_sum`, as jax.ShapeDtypeStruct; None where it is no one pass."""
+    """What one backward pass leaves of all rows for `clipped_grad_sum`, as jax.ShapeDtypeStruct; None where it is not one
+    pass."""
     rows = jax.tree.leaves(batch)[0].shape[0]
     return jax.eval_shape(lambda: _slots(form, loss_fn, adapter, batch, rows, False))
 
@@ -241,8 +245,8 @@ def _weighted_sum(factors, g):
 
 def _sums_by_owner(owner, count, factors, g):
     """`_weighted_sum` of each owner's rows -> [count, ...]."""
-    own = jax.nn.one_hot(owner, count, axis=0)
-    return jnp.tensordot(own, _scaled(factors, g), 1, precision=per_row.EXACT)
+    owner_rows = jax.nn.one_hot(owner, count, axis=0)
+    return jnp.tensordot(owner_rows, _scaled(factors, g), 1, precision=per_row.EXACT)
 
 
 def _scaled(factors, g):

@@ -12,7 +12,7 @@ from dplora_jax.privacy import accounting, host_noise, integers, noise, sampling
 
 
 class HostDraws:
-    """Which records join a step, by the host's draws in the place of the device's keys."""
+    """Which records join a step, by the host's draws in place of the device's keys."""
 
     def rows(self, keys, step, client, records, capacity):
         """As `ByKeys.rows`, from `keys` int32 [local_steps, records], each record's draw."""
@@ -68,10 +68,10 @@ class Hardened(noise.Noise):
             f"gradients cut to integers of clip_norm 2^-{self.bits}, and integer noise drawn on the host from SHAKE-256"
         ]
 
-    def round_keys(self, held, numbers, attempt, clients, rate, local, mechanisms, adapter):
+    def round_keys(self, party_secrets, numbers, attempt, clients, rate, local, mechanisms, adapter):
         """`host_noise.round_draws` of noise in units of the grid."""
         stds = [m.noise_multiplier * 2.0**self.bits for m in mechanisms]
-        return host_noise.round_draws(held, numbers, attempt, local.local_steps, adapter, stds, local.records)
+        return host_noise.round_draws(party_secrets, numbers, attempt, local.local_steps, adapter, stds, local.records)
 
     def key_shapes(self, parties, clients, rate, local, adapter):
         """The draws' own: drawing them would take long."""

@@ -28,10 +28,10 @@ def rounded_normal(key, count, std):
     def more(index):
         return hashlib.shake_256(key + b"more" + index.to_bytes(8, "little")).digest(REFINED // 8)
 
-    return of_words(words, std, more)
+    return from_words(words, std, more)
 
 
-def of_words(words, std, more):
+def from_words(words, std, more):
     """The integers to which the normals of `words` [n] uint64 round -> int32 [n].
 
     Of a word's bits one is the sign and 63 are the tail probability p in (0, 1/2), so that draws far out, up to 16.1 `std`,

@@ -50,7 +50,7 @@ KINDS = {"truncated_poisson_gaussian": accounting.Mechanism}  # kind -> a frozen
 
 def describe(mechanism):
     """A mechanism as a JSON object, {"kind": its kind, **its fields}: all of it public."""
-    kind = next(kind for kind, of in KINDS.items() if type(mechanism) is of)
+    kind = next(kind for kind, mechanism_type in KINDS.items() if type(mechanism) is mechanism_type)
     return {"kind": kind, **dataclasses.asdict(mechanism)}
 
 

@@ -23,9 +23,10 @@ def gaussian(keys, tree, std, step):
     normals: JAX's float32 normal never leaves 5.42 standard deviations, and a sum of four reaches 10.84.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    fold = lambda key, number: jax.random.fold_in(key, number)  # noqa: E731
-    four = jax.vmap(fold, (0, None))(jax.random.wrap_key_data(keys, impl="threefry2x32"), step)
-    by_leaf = jax.random.key_data(jax.vmap(jax.vmap(fold, (0, None)), (None, 0))(four, jnp.arange(len(leaves))))
+    four = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys, impl="threefry2x32"), step)
+    by_leaf = jax.random.key_data(
+        jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(four, jnp.arange(len(leaves)))
+    )
 
     def draw(index, std, shape):
         if math.prod(shape) < TOGETHER:
@@ -64,7 +65,7 @@ class Noise:
         if not math.isfinite(local.clipper.clip_norm):
             raise ValueError("noise hides only what is clipped: give a clipper of a finite norm, or no noise.")
         if self.one_scale and local.clipper.moves:
-            raise ValueError(f"{type(self).__name__} noise is of one scale, and the norm of this clipper moves.")
+            raise ValueError(f"{type(self).__name__} noise has one scale, and the norm of this clipper moves.")
 
     def init(self, adapter):
         """What the noise of a round's first step remembers of the steps before."""
@@ -79,9 +80,9 @@ class Noise:
         """Lines on this noise, for config.json and the report; none on the usual one."""
         return []
 
-    def round_keys(self, held, numbers, attempt, clients, rate, local, mechanisms, adapter):
-        """What rounds `numbers` draw from, by the secrets `held` (`secrets.round_keys`)."""
-        return secrets.round_keys(held, numbers, attempt, clients, rate)
+    def round_keys(self, party_secrets, numbers, attempt, clients, rate, local, mechanisms, adapter):
+        """What rounds `numbers` draw from, by the secrets `party_secrets` (`secrets.round_keys`)."""
+        return secrets.round_keys(party_secrets, numbers, attempt, clients, rate)
 
     def key_shapes(self, parties, clients, rate, local, adapter):
         """One round's `round_keys` as jax.ShapeDtypeStruct; `parties` have a secret, of whom the first `clients` are clients."""

@@ -1,16 +1,76 @@
 """The kinds of noise by name: a new kind is a file with a `noise.Noise`, and a line here. No JAX until one is looked up."""
 
 import importlib
+from collections.abc import Callable
+from typing import NamedTuple
 
-# name: the module and the class in it
+from dplora_jax.privacy import clippers
+
+
+class Kind(NamedTuple):
+    """What a configuration has to know of a kind of noise: the `module` and the `name` of its class, whether it is `gaussian`, of
+    the standard deviation that `accounting.Mechanism` accounts in every coordinate, whether its draws are `correlated` over
+    steps, which fields belong to it alone, {field: value} of what is not given, and `checks(config, mode)`: (holds, what to say
+    if not) for a config whose defaults are filled in, under the trust mode `mode` (`trust.mode.Mode`)."""
+
+    module: str
+    name: str
+    gaussian: bool
+    correlated: bool = False
+    fields: tuple = ()
+    defaults: Callable = lambda config: {}
+    checks: Callable = lambda config, mode: ()
+
+
+def _banded(config, mode):
+    bands, steps = config.privacy.bands, config.schedule.local_steps
+    yield (
+        mode.public_uploads,
+        f"noise=banded cannot be used with trust={mode.name}: it needs a client's own noise to carry its guarantee.",
+    )
+    yield mode.private, f"noise=banded cannot be used with trust={mode.name}."
+    yield (
+        not clippers.kind(config).moves,
+        f"clipping={config.privacy.clipping} and noise=banded exclude each other: correlated noise has one scale.",
+    )
+    yield (
+        bands > 1 and steps % bands == 0,
+        f"noise=banded needs `local_steps` and `bands` of 2 or more, `bands` dividing local_steps={steps}.",
+    )
+
+
+def _hardened(config, mode):
+    yield (
+        mode.private and mode.public_uploads,
+        f"noise=hardened cannot be used with trust={mode.name}: rounded shares do not make a rounded total. Use trust=local.",
+    )
+    yield (
+        not clippers.kind(config).moves,
+        f"noise=hardened cannot be used with clipping={config.privacy.clipping}: its grid is fixed, and the clip norm moves. "
+        "Use flat, per_layer or automatic.",
+    )
+    yield (
+        config.aggregation.upload_bits is None,
+        "`upload_bits` cannot be used with noise=hardened: it rounds by keys of the device, and hardened noise has no such keys. "
+        "Leave one of them out.",
+    )
+
+
 KINDS = {
-    "independent": ("dplora_jax.privacy.noise", "Independent"),
-    "banded": ("dplora_jax.privacy.banded", "Banded"),
-    "hardened": ("dplora_jax.privacy.hardened", "Hardened"),
+    "independent": Kind("dplora_jax.privacy.noise", "Independent", gaussian=True),
+    "banded": Kind(
+        "dplora_jax.privacy.banded",
+        "Banded",
+        gaussian=True,
+        correlated=True,
+        fields=("bands",),
+        defaults=lambda config: {"bands": config.schedule.local_steps},
+        checks=_banded,
+    ),
+    "hardened": Kind("dplora_jax.privacy.hardened", "Hardened", gaussian=True, checks=_hardened),
 }
 
 
 def kind(name):
     """The class of the kind of noise that is called `name`."""
-    module, attribute = KINDS[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(KINDS[name].module), KINDS[name].name)

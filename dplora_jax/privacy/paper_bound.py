@@ -6,7 +6,7 @@ sampling rate q are (epsilon, delta)-private, for any epsilon < c1 q^2 T, if
     sigma >= c2 q sqrt(T log(1 / delta)) / epsilon.
 
 Neither source gives the constants. Here c2 = 1 and log is natural; solved for epsilon, that is q sqrt(T log(1 / delta)) / sigma.
-With c2 = 1 it is no upper bound: at q = 1 it lies below the exact epsilon of the Gaussian, whose leading term is
+With c2 = 1 it is not an upper bound: at q = 1 it lies below the exact epsilon of the Gaussian, whose leading term is
 sqrt(2 T log(1 / delta)) / sigma. Nor is its condition checked, c1 being unknown; epsilon < q^2 T is what c1 = 1 would ask.
 The paper also clips a batch's mean gradient rather than each example's, so its sigma refers to another sensitivity.
 """
@@ -31,9 +31,9 @@ def reach(sampling_rate, steps):
 
 
 def sentence(mechanisms, steps, delta):
-    """What a report says of it: the largest value over the clients, and that it is no guarantee."""
+    """What a report says of it: the largest value over the clients, and that it is not a guarantee."""
     largest = max(epsilon(m.sampling_rate, m.noise_multiplier, steps, delta) for m in mechanisms)
     return (
         f"The DP-LoRA paper's asymptotic bound, q sqrt(T log(1/delta)) / sigma with its unspecified constant set to 1, would say "
-        f"epsilon {largest:.3f}; it is no guarantee."
+        f"epsilon {largest:.3f}; it is not a guarantee."
     )

@@ -56,12 +56,12 @@ def load(private):
     path = pathlib.Path(private) / FILE
     try:
         text = json_files.read(path)
-        held = [] if not text or b"\0" in text else json_files.parse(text, SECRETS)
+        secrets = [] if not text or b"\0" in text else json_files.parse(text, SECRETS)
     except FileNotFoundError:
         return None
     except json_files.Unfit as error:
         raise InputError(f"{path} is damaged: {error}; restore it.") from None
-    return [bytes.fromhex(secret) for secret in held] or None
+    return [bytes.fromhex(secret) for secret in secrets] or None
 
 
 def destroy(private):
@@ -111,11 +111,13 @@ def round_keys(secrets, rounds, attempt, clients=None, rate=None):
     def key(secret, purpose, number):
         return np.frombuffer(digest(secret, purpose, int(number), int(attempt)), np.uint32).reshape(4, 2)
 
-    own, server = secrets[:clients], secrets[len(secrets) if clients is None else clients :]
+    clients_secrets, server = secrets[:clients], secrets[len(secrets) if clients is None else clients :]
     keys = {
-        p: np.array([[key(s, p, r) for s in own] for r in rounds], np.uint32).reshape(len(rounds), len(own), 4, 2)
+        p: np.array([[key(s, p, r) for s in clients_secrets] for r in rounds], np.uint32).reshape(
+            len(rounds), len(clients_secrets), 4, 2
+        )
         for p in PURPOSES
     }
     if server:
         keys["server"] = np.array([key(server[0], "noise", r) for r in rounds], np.uint32).reshape(len(rounds), 4, 2)
-    return keys if rate is None else keys | {"joins": joins(own, rounds, attempt, rate)}
+    return keys if rate is None else keys | {"joins": joins(clients_secrets, rounds, attempt, rate)}

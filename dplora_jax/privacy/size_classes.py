@@ -2,20 +2,20 @@
 
 import math
 
-MOST = 32  # distinct sizes that are each accounted for themselves
+MOST = 32  # distinct sizes that are each accounted on their own
 CLASSES = (
     24  # of more sizes, at most: a client takes part at most a 23rd of the sizes' range (in logarithms) more often
 )
 
 
-def of(sizes, expected_batch_size):
+def bounds_by_size(sizes, expected_batch_size):
     """{size: (smallest, largest) of its class}; a class of its own for each where there are at most MOST distinct sizes.
 
     A client of n records is sampled as one of n' = `largest`, the n' - n missing ones null records that contribute nothing, at
     rate min(1, expected_batch_size / smallest): its mechanism is exactly that of n' records, whatever n. Sizes that join
     whole are one class (at rate 1 the size costs nothing); the others are cut on a geometric grid.
 
-    >>> of((40, 50, 200), 64)
+    >>> bounds_by_size((40, 50, 200), 64)
     {40: (40, 40), 50: (50, 50), 200: (200, 200)}
     """
     distinct = sorted(set(sizes))

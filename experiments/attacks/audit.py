@@ -13,11 +13,11 @@ from absl import flags as absl_flags
 from dplora_jax import guard, private_files
 from dplora_jax.config import replace, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import workdir
+from dplora_jax.federation import storage, trust
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
 from experiments import cli, exits
-from experiments.attacks.canaries import audit, of_config, small
+from experiments.attacks.canaries import audit, from_config, small
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
 HELP = """python -m experiments.audit [--flagfile=finance.flags and flags of experiments.run] [flags]
@@ -34,17 +34,17 @@ Without any flag of experiments.run, a small random model is audited: 1,200 clie
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     guard.begin(phrase=cli.as_flags)
-    own, config = _parse(sys.argv[1:] if argv is None else argv)
-    if own.help:
+    options, config = _parse(sys.argv[1:] if argv is None else argv)
+    if options.help:
         print(HELP)
         return 0
-    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
+    with storage.locked(options.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():
             raise InputError(f"--workdir={folder} holds a run: an audit needs a directory of its own.")
-        return (_membership if own.membership else _audits)(own, config, folder)
+        return (_membership if options.membership else _audits)(options, config, folder)
 
 
-class Own(NamedTuple):
+class Options(NamedTuple):
     """The audit's own flags."""
 
     runs: int
@@ -57,7 +57,7 @@ class Own(NamedTuple):
 
 
 def _parse(argv):
-    """The command line -> (Own, RunConfig or None for the small model); raises InputError."""
+    """The command line -> (Options, RunConfig or None for the small model); raises InputError."""
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_integer("runs", 8, "", lower_bound=1, flag_values=values)
     absl_flags.DEFINE_integer("canaries", 1, "", lower_bound=1, flag_values=values)
@@ -78,14 +78,14 @@ def _parse(argv):
     config = cli.parse(others) if run_flags else None
     named = next((arg.partition("=")[2] for arg in others if arg.lstrip("-").startswith("workdir=")), None)
     folder = named or (f"{config.output.workdir}-audit" if config else "runs/audit")
-    own = Own(values.runs, values.canaries, epsilons, values.audit_seed, values.membership, values.help, folder)
-    return own, config
+    options = Options(values.runs, values.canaries, epsilons, values.audit_seed, values.membership, values.help, folder)
+    return options, config
 
 
-def _audits(own, config, folder):
+def _audits(options, config, folder):
     """Audit each claim, print and write what was reached -> exit code."""
 
-    claims = len(own.epsilons) or (1 if config else len(EPSILONS))
+    claims = len(options.epsilons) or (1 if config else len(EPSILONS))
     confidence = 1 - (1 - auditing.CONFIDENCE) / claims  # of each claim, so that the exit code has CONFIDENCE
     least, highest = auditing.reach(config.privacy.delta if config else 1e-5, confidence)
     beaten = f"a claim of 1 is beaten by {least} right of {least}" if least else "no claim of 1 is beaten"
@@ -96,9 +96,9 @@ def _audits(own, config, folder):
     )
     print(f"{'claim':>8}{'by guesses':>12}{'by the curve':>14}  score, error rates at most")
     lines = []
-    for subject in _subjects(own, config):
-        rng = np.random.default_rng(own.seed)
-        claim, bound = audit(subject, own.runs, own.canaries, rng, confidence=confidence)
+    for subject in _subjects(options, config):
+        rng = np.random.default_rng(options.seed)
+        claim, bound = audit(subject, options.runs, options.canaries, rng, confidence=confidence)
         broken = max(bound.guesses, bound.curve or 0) > claim
         curve = "-" if bound.curve is None else f"{bound.curve:.3f}"
         rates = f"{bound.false_positive:.4f} and {bound.false_negative:.4f}"
@@ -107,12 +107,12 @@ def _audits(own, config, folder):
     result = {
         "confidence": auditing.CONFIDENCE,
         "confidence_of_each_claim": confidence,
-        "runs": own.runs,
-        "canaries_per_client": own.canaries,
-        "seed": own.seed,
+        "runs": options.runs,
+        "canaries_per_client": options.canaries,
+        "seed": options.seed,
         "right_guesses_that_beat_a_claim_of_1": least,
         "highest_bound_by_guesses": highest,
-        "flags": _flags(own, config),
+        "flags": _flags(options, config),
         "audits": lines,
     }
     chain.replace_durably(folder / "audit.json", to_json(result, indent=1))
@@ -122,29 +122,29 @@ def _audits(own, config, folder):
     return 0
 
 
-def _flags(own, config):
+def _flags(options, config):
     """The flags that were audited, None of the small model; the claims stand for a budget where --epsilons names them."""
     if config is None:
         return None
-    budget = ("epsilon", "noise_multiplier") if own.epsilons else ()
+    budget = ("epsilon", "noise_multiplier") if options.epsilons else ()
     return {name: value for name, value in plain(to_flat(config)).items() if name not in budget}
 
 
-def _subjects(own, config):
+def _subjects(options, config):
     if config is None:
-        return (small(epsilon) for epsilon in own.epsilons or EPSILONS)
-    if not own.epsilons:
-        return (of_config(config),)
-    return (of_config(replace(config, epsilon=value, noise_multiplier=None)) for value in own.epsilons)
+        return (small(epsilon) for epsilon in options.epsilons or EPSILONS)
+    if not options.epsilons:
+        return (from_config(config),)
+    return (from_config(replace(config, epsilon=value, noise_multiplier=None)) for value in options.epsilons)
 
 
-def _membership(own, config, folder):
+def _membership(options, config, folder):
     """Membership inference against the finished adapter, without privacy and with the configuration's -> exit code."""
     from experiments.attacks import membership
 
     if config is None:
         raise InputError("--membership needs a configuration: give --flagfile, with a test set or --test_fraction.")
-    if not config.privacy.private:
+    if not trust.mode(config).private:
         raise InputError("--membership compares a private run with one without: give --epsilon or --noise_multiplier.")
     bare = replace(config, trust="none", epsilon=None, noise_multiplier=None)
     if not config.base.feature_norm:  # whose rates are for clipped gradients
@@ -153,7 +153,7 @@ def _membership(own, config, folder):
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []
     for name, one in ("no privacy", bare), ("as configured", config):
-        line = membership.attack(one, own.seed)
+        line = membership.attack(one, options.seed)
         print(f"{name:>14}{line['tpr_at_0.001']:18.4f}{line['tpr_at_0.01']:12.4f}{line['auc']:8.3f}", flush=True)
         lines.append({"run": name, **line})
     private_files.write(folder / "membership.json", {"runs": lines})

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dplora_jax import evaluation, lora, losses
 from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation, mesh, round
+from dplora_jax.federation import aggregation, mesh, round, trust
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.models import bert
 from dplora_jax.privacy import accounting, auditing, clipping, secrets
@@ -97,11 +97,11 @@ def _small_program(clients, records, capacity):
     return federation, mesh.make("1x1", clients, model), params, adapter
 
 
-def of_config(config):
+def from_config(config):
     """The program of a run's configuration, with each client's size, sampling and noise -> Subject. Raises InputError."""
     from dplora_jax.finetuning import setup
 
-    if not config.privacy.private:
+    if not trust.mode(config).private:
         raise InputError("there is no claim to audit in --trust=none: give --epsilon or --noise_multiplier.")
     for name, audited in (("trust", "local"), ("clipping", "flat"), ("noise", "independent"), *PLAIN):
         if field_value(config, name) != audited:
@@ -173,11 +173,11 @@ def shards(subject, canaries, coins):
     client is too small."""
     count = coins.shape[1]
     opposed = subject.rate == 1
-    held = count * (2 if opposed else 1)
+    records_taken = count * (2 if opposed else 1)
     smallest = min(m.records for m in subject.mechanisms)
-    if held > smallest:
+    if records_taken > smallest:
         raise InputError(
-            f"--canaries={count} takes {held} records, and a client has {smallest}: give a smaller number."
+            f"--canaries={count} takes {records_taken} records, and a client has {smallest}: give a smaller number."
         )
     out = []
     for mechanism, mine in zip(subject.mechanisms, coins, strict=True):
@@ -186,7 +186,7 @@ def shards(subject, canaries, coins):
         scale = np.zeros(mechanism.records, np.float32)
         scale[:count] = canaries["scale"] * mine
         if opposed:
-            scale[count:held] = -canaries["scale"] / 2
+            scale[count:records_taken] = -canaries["scale"] / 2
         out.append(shard | {"scale": scale})
     return out
 
@@ -256,15 +256,17 @@ def audit(subject, runs, canaries, rng, program=None, confidence=auditing.CONFID
             f"{coins} coins (runs x clients x canaries) can prove nothing; {FEWEST} is the least: give more --runs or --canaries."
         )
     records = canary_records(subject, canaries, rng)
-    found, truth = [], []
+    score_tables, truth = [], []
     for _ in range(runs):
         coins = rng.integers(0, 2, (len(subject.mechanisms), canaries)).astype(bool)
         keys = [rng.bytes(32) for _ in subject.mechanisms]
         sums, directions = transcript(subject, records, coins, keys, program)
         sigmas = [m.noise_multiplier for m in subject.mechanisms]
-        found.append(auditing.scores(sums, directions, sigmas, subject.rate, subject.federation.local.local_steps))
+        score_tables.append(
+            auditing.scores(sums, directions, sigmas, subject.rate, subject.federation.local.local_steps)
+        )
         truth.append(coins.reshape(-1))
-    pooled = {name: np.concatenate([scores[name].reshape(-1) for scores in found]) for name in found[0]}
+    pooled = {name: np.concatenate([scores[name].reshape(-1) for scores in score_tables]) for name in score_tables[0]}
     same = subject.mechanisms[0] if len(set(subject.mechanisms)) == 1 else None
     claim = max(accounting.epsilon(m, subject.steps, subject.delta) for m in set(subject.mechanisms))
     truth, independent = np.concatenate(truth), canaries == 1

@@ -27,10 +27,10 @@ def attack(config, seed=None):
             raise InputError(f"--{name}={field_value(config, name)} cannot be attacked yet, only {attacked}.")
     job = setup.prepare(replace(config, eval_every=0, seed=config.privacy.seed if seed is None else seed))
     collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
-    aim, tables = _tables(config)
+    objective, tables = _tables(config)
     prepared = job.federation.prepared
     before, after = (
-        [_losses(aim.loss, prepared.whole_model, prepared.params, adapter, table) for table in tables]
+        [_losses(objective.loss, prepared.whole_model, prepared.params, adapter, table) for table in tables]
         for adapter in (None, job.federation.adapter)
     )
     members, others = (x - y for x, y in zip(before, after, strict=True))
@@ -42,8 +42,8 @@ def rates(members, others):
     from jax_privacy import auditing  # takes seconds to import
 
     auditor = auditing.CanaryScoreAuditor(members, others)
-    found = {f"tpr_at_{rate:g}": float(auditor.tpr_at_given_fpr(rate)) for rate in (1e-3, 1e-2)}
-    return found | {"auc": float(auditor.attack_auroc()), "members": len(members), "others": len(others)}
+    rates = {f"tpr_at_{rate:g}": float(auditor.tpr_at_given_fpr(rate)) for rate in (1e-3, 1e-2)}
+    return rates | {"auc": float(auditor.attack_auroc()), "members": len(members), "others": len(others)}
 
 
 def _tables(config):
@@ -51,10 +51,10 @@ def _tables(config):
     corpus, shares = dealing.load(config)
     if corpus.test is None:
         raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")
-    aim = objectives.make(config, corpus.task, models.load_tokenizer(config.base.name))
-    train, test = aim.train(corpus.train), aim.train(corpus.test)
-    held = np.concatenate(shares)
-    return aim, ({name: value[held] for name, value in train.items()}, test)
+    objective = objectives.make(config, corpus.task, models.load_tokenizer(config.base.name))
+    train, test = objective.train(corpus.train), objective.train(corpus.test)
+    members = np.concatenate(shares)
+    return objective, ({name: value[members] for name, value in train.items()}, test)
 
 
 def _losses(loss, model, params, adapter, table):

@@ -17,7 +17,9 @@ import numpy as np
 from absl import flags as absl_flags
 
 from dplora_jax.config import field_value, replace
+from dplora_jax.data import partition
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from experiments import cli, exits
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
@@ -34,7 +36,7 @@ NAMES = (
 DIGITS = 6
 
 
-class Own(NamedTuple):
+class Options(NamedTuple):
     """The command's own flags."""
 
     canaries: int
@@ -55,29 +57,30 @@ class Canary(NamedTuple):
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     from dplora_jax import guard, private_files
-    from dplora_jax.federation import workdir
+    from dplora_jax.federation import storage
 
     guard.begin(phrase=cli.as_flags)
-    config, own = parse(sys.argv[1:] if argv is None else argv)
-    with workdir.locked(own.folder) as folder, private_files.reasons_in(folder):
+    config, options = parse(sys.argv[1:] if argv is None else argv)
+    with storage.locked(options.folder) as folder, private_files.reasons_in(folder):
         if (folder / "config.json").exists():
             raise InputError(f"--workdir={folder} holds a run: canaries need a directory of their own.")
         lines = []
         print(private_files.NOTE)
         print(
-            f"{own.canaries} canaries, {own.copies} copies each; exposure at most {np.log2(own.candidates + 1):.1f} bits"
+            f"{options.canaries} canaries, {options.copies} copies each; "
+            f"exposure at most {np.log2(options.candidates + 1):.1f} bits"
         )
         print(f"{'run':>14}{'exposure, mean':>16}{'largest':>9}{'extracted':>11}{'epsilon':>9}")
-        for name, line in results(config, own):
+        for name, line in results(config, options):
             mean, most = np.mean(line["exposure"]), max(line["exposure"])
-            extracted = f"{sum(line['extracted'])} of {own.canaries}"
+            extracted = f"{sum(line['extracted'])} of {options.canaries}"
             print(f"{name:>14}{mean:16.2f}{most:9.2f}{extracted:>11}{line['epsilon']:>9}", flush=True)
             lines.append({"run": name, **line})
         document = {
             "release": "NOT FOR RELEASE: seeded, and one of the runs has no privacy",
-            "canaries": own.canaries,
-            "copies": own.copies,
-            "candidates": own.candidates,
+            "canaries": options.canaries,
+            "copies": options.copies,
+            "candidates": options.candidates,
             "runs": lines,
         }
         private_files.write(folder / "memorisation.json", document)
@@ -85,7 +88,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    """The command line (without the program's name) -> (RunConfig, Own). Raises InputError."""
+    """The command line (without the program's name) -> (RunConfig, Options). Raises InputError."""
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_integer(
         "canaries", 8, "secrets in client 0's records", 1, len(NAMES) * len(THINGS), flag_values=values
@@ -94,22 +97,29 @@ def parse(argv):
     absl_flags.DEFINE_integer(
         "candidates", 999, "other secrets that each is ranked among", lower_bound=1, flag_values=values
     )
-    absl_flags.DEFINE_integer("canary_seed", 1, "of the secrets and of the noise", lower_bound=0, flag_values=values)
+    absl_flags.DEFINE_integer(
+        "canary_seed", 1, "seed of the secrets and of the noise", lower_bound=0, flag_values=values
+    )
     values, name = cli.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
     given = cli.chosen(values)
     config = cli.settle(replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries"))
-    if not config.privacy.private:
-        raise InputError("a run with privacy is compared with one without: give --epsilon or --noise_multiplier.")
-    if config.data.partition == "folders":
-        raise InputError("canaries are added to a table that is dealt: give another --partition than folders.")
-    return config, Own(values.canaries, values.copies, values.candidates, values.canary_seed, config.output.workdir)
+    if not trust.mode(config).private:
+        raise InputError(
+            "this command compares a private run with one without privacy: give --epsilon or --noise_multiplier."
+        )
+    if config.data.partition == partition.FOLDERS:
+        raise InputError(
+            "--partition=folders cannot be used here, since canaries are added to one table before it is dealt: give "
+            "another --partition."
+        )
+    return config, Options(values.canaries, values.copies, values.candidates, values.canary_seed, config.output.workdir)
 
 
-def canaries(own):
+def canaries(options):
     """`own.canaries` canaries, their secrets drawn by `own.seed`."""
-    rng = np.random.default_rng(own.seed)
+    rng = np.random.default_rng(options.seed)
     subjects = [(thing, name) for thing in THINGS for name in NAMES]
-    chosen = rng.permutation(len(subjects))[: own.canaries]
+    chosen = rng.permutation(len(subjects))[: options.canaries]
     return [Canary("The {} of {} is".format(*subjects[index]), _secret(rng)) for index in chosen]
 
 
@@ -117,26 +127,26 @@ def _secret(rng):
     return " " + "".join(map(str, rng.integers(0, 10, DIGITS)))
 
 
-def as_records(found, task):
+def as_records(inserted, task):
     """Each canary as a record of `task`: its beginning is the prompt where there are prompts."""
     from dplora_jax.data import tasks
     from dplora_jax.data.records import Records
 
     answers = task.kind == tasks.ANSWERS
-    texts = tuple(c.beginning if answers else c.beginning + c.secret for c in found)
+    texts = tuple(c.beginning if answers else c.beginning + c.secret for c in inserted)
     return Records(
-        texts, np.zeros(len(texts), np.int32), None, tuple(c.secret.strip() for c in found) if answers else None
+        texts, np.zeros(len(texts), np.int32), None, tuple(c.secret.strip() for c in inserted) if answers else None
     )
 
 
-def with_canaries(dealt, found, copies):
-    """The Dealt in which client 0 has `copies` more records for each of `found`."""
+def with_canaries(dealt, inserted, copies):
+    """The Dealt in which client 0 has `copies` more records for each of `inserted`."""
     from dplora_jax.data import records
 
-    extra = records.together([as_records(found, dealt.corpus.task)] * copies)
+    extra = records.together([as_records(inserted, dealt.corpus.task)] * copies)
 
-    def read(own):
-        table, places = dealt.read(own)
+    def read(clients):
+        table, places = dealt.read(clients)
         if 0 in places:
             places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(extra.texts))])}
             table = records.together([table, extra])
@@ -145,7 +155,7 @@ def with_canaries(dealt, found, copies):
     return dealt._replace(read=read)
 
 
-def results(config, own):
+def results(config, options):
     """(name, what was found) of the base model, of training without privacy, and of training as configured."""
     from dplora_jax import models
     from dplora_jax.data import tasks
@@ -159,35 +169,35 @@ def results(config, own):
     for name, known in canary_program.PLAIN:
         if (field_value(config, name) or None) != (known or None):
             raise InputError(f"--{name}={field_value(config, name)} cannot be measured yet, only {known}.")
-    found, tokenizer = canaries(own), models.load_tokenizer(config.base.name)
+    inserted, tokenizer = canaries(options), models.load_tokenizer(config.base.name)
     task = dealing.deal(config).corpus.task
     if task.kind == tasks.LABELS or objectives.kind(config, task) != objectives.LANGUAGE_MODEL:
         raise InputError(
             f"--dataset={config.data.dataset} trains no language model on text or answers: there is nothing to memorise."
         )
-    dealt = with_canaries(dealing.deal(config), found, own.copies)
+    dealt = with_canaries(dealing.deal(config), inserted, options.copies)
     for name, one in (("no privacy", bare), ("as configured", config)):
-        job = setup.prepare(replace(one, eval_every=0, seed=own.seed), dealt=dealt)
-        measure = functools.partial(_measure, config, own, task, tokenizer, found)
+        job = setup.prepare(replace(one, eval_every=0, seed=options.seed), dealt=dealt)
+        measure = functools.partial(_measure, config, options, task, tokenizer, inserted)
         if name == "no privacy":
             job.federation.prepare(job.shards)
             yield "base model", job.federation.evaluate(measure) | {"epsilon": "-"}
         *_, last = job.federation.fit(job.shards, storage.InMemory())
-        spent = f"{max(last.epsilon):.3f}" if one.privacy.private else "inf"
+        spent = f"{max(last.epsilon):.3f}" if trust.mode(one).private else "inf"
         yield name, job.federation.evaluate(measure) | {"epsilon": spent}
 
 
-def _measure(config, own, task, tokenizer, found, prepared):
-    """A function (adapter, residual, ends) -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were trained
-    on."""
+def _measure(config, options, task, tokenizer, inserted, prepared):
+    """A function (adapter, residual, ends) -> {"exposure": [C] bits, "extracted": [C] bool}; canaries are asked as they were
+    trained on."""
     from dplora_jax import evaluation, generation
     from dplora_jax.data import encoding, tasks
 
     whole = prepared.whole_model
-    rng = np.random.default_rng((own.seed, 1))
+    rng = np.random.default_rng((options.seed, 1))
     asked, begun = [], []
-    for canary in found:
-        all_of_it = [canary, *(canary._replace(secret=_secret(rng)) for _ in range(own.candidates))]
+    for canary in inserted:
+        all_of_it = [canary, *(canary._replace(secret=_secret(rng)) for _ in range(options.candidates))]
         one = tasks.asked(task, as_records(all_of_it, task), config.data.chat)
         asked.append(tasks.Asked(tuple(a.prompts[0] for a in one), tuple(a.answers[0] for a in one)))
         alone = tasks.asked(task, as_records([canary._replace(secret="")], task), config.data.chat)[0]
@@ -207,7 +217,7 @@ def _measure(config, own, task, tokenizer, found, prepared):
     prompts = encoding.prompts(tokenizer, begun, longest, config.data.chat)
 
     def measure(adapter, residual, ends):
-        nats = likelihoods(adapter).reshape(len(found), -1)
+        nats = likelihoods(adapter).reshape(len(inserted), -1)
         ranks = 1 + (nats[:, 1:] >= nats[:, :1]).sum(1)
         written = generation.generate(
             whole,
@@ -218,7 +228,7 @@ def _measure(config, own, task, tokenizer, found, prepared):
             pad_token=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(np.asarray(written), skip_special_tokens=True)
-        hits = [text.strip().startswith(c.secret.strip()) for text, c in zip(texts, found, strict=True)]
-        return {"exposure": (np.log2(own.candidates + 1) - np.log2(ranks)).tolist(), "extracted": hits}
+        hits = [text.strip().startswith(c.secret.strip()) for text, c in zip(texts, inserted, strict=True)]
+        return {"exposure": (np.log2(options.candidates + 1) - np.log2(ranks)).tolist(), "extracted": hits}
 
     return measure

@@ -48,7 +48,7 @@ def define():
     flags.DEFINE_integer("rank", 4, "LoRA rank", lower_bound=1, flag_values=values)
     flags.DEFINE_list("targets", ["q", "v"], "matrices to adapt", flag_values=values)
     flags.DEFINE_boolean("freeze_a", False, "train B alone", flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the frozen base", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of the frozen base", flag_values=values)
     flags.DEFINE_boolean("remat", False, "make a layer's activations again in the backward pass", flag_values=values)
     flags.DEFINE_enum(
         "task", None, ["language_model", "classification"], "what is trained; BERT: classes", flag_values=values
@@ -144,14 +144,14 @@ def sweep(config):
         what = case(config)
         key = {"case": json.loads(to_json(what)), "forms": config.forms, "peers": config.peers, "machine": machine()}
         key["repeats"] = config.repeats
-        found = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
-        if found is None:
-            found = measured(config, what)
+        measurement = next((line["found"] for line in done if all(line.get(part) == key[part] for part in key)), None)
+        if measurement is None:
+            measurement = measured(config, what)
             with open(out, "a", encoding="utf-8") as file:
-                file.write(to_json(key | {"found": found}) + "\n")
+                file.write(to_json(key | {"found": measurement}) + "\n")
             print(f"{name}: done", file=sys.stderr, flush=True)
             jax.clear_caches()
-        cells.append((name, found))
+        cells.append((name, measurement))
     benchmark_table.plot(cells, out.with_suffix(".svg"))
     yield machine()
     yield benchmark_table.markdown(cells)

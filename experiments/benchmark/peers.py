@@ -38,15 +38,15 @@ def calls(case):
     torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, _hf(case)["vocab_size"], (case.batch, case.length)))
-    found = {}
+    runs = {}
     for name, make in PEERS.items():
         try:
-            found[name] = make(case, ids)
-            found[name]()
+            runs[name] = make(case, ids)
+            runs[name]()
         except Exception as error:  # a peer that cannot run this is no reason to leave the others out
-            found.pop(name, None)
+            runs.pop(name, None)
             print(f"{name} cannot run this: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-    return found
+    return runs
 
 
 def _hf(case):

@@ -42,10 +42,10 @@ PEAKS = {
 
 def lines(case, chips):
     """A line for each of `chips` (names of PEAKS)."""
-    told = {form: estimate(case, form) for form in ("plain", "auto")}
+    estimates = {form: estimate(case, form) for form in ("plain", "auto")}
     body = []
     for chip in chips:
-        for form, (products, exact, traffic, sent) in told.items():
+        for form, (products, exact, traffic, sent) in estimates.items():
             peak = PEAKS[chip]
             compute = (products - exact) / peak.bfloat16 + exact / peak.exact
             times = compute, traffic / peak.bandwidth, sent / peak.link

@@ -30,27 +30,30 @@ ALLOWED = 1024  # bytes of a client beside its own rows
 
 def table(model, clients, waves, records, length, repeats):
     """Lines of the table and of the two fits."""
-    own = row_bytes(records, length)
-    yield f"{model}: {records} records of {length} tokens a client ({own:,} B), expected batch {EXPECTED}, rank {RANK} on q and v"
+    bytes_per_client = row_bytes(records, length)
+    yield (
+        f"{model}: {records} records of {length} tokens a client ({bytes_per_client:,} B), expected batch {EXPECTED}, "
+        f"rank {RANK} on q and v"
+    )
     rows, body = [], []
     for wave, count in itertools.product(waves, clients):
-        found = _child(model, count, wave, records, length, repeats)
-        rows.append((count, wave, found))
-        times = [f"{found['seconds']:.3f}", f"{1e3 * found['seconds'] / count:.2f}"]
+        measured = _child(model, count, wave, records, length, repeats)
+        rows.append((count, wave, measured))
+        times = [f"{measured['seconds']:.3f}", f"{1e3 * measured['seconds'] / count:.2f}"]
         body.append(
-            [str(count), str(wave), *times, *(formats.size(found[key]) for key in ("peak", "xla", "temporaries"))]
+            [str(count), str(wave), *times, *(formats.size(measured[key]) for key in ("peak", "xla", "temporaries"))]
         )
         print(f"{count} clients, wave {wave}: done", file=sys.stderr, flush=True)
     yield Table(["K", "wave", "round s", "ms/client", "resident", "XLA", "temporaries"], body).text()
     for name, key in (("resident", "peak"), ("XLA", "xla")):
-        base, a, b = fit([(count, wave, found[key]) for count, wave, found in rows])
-        verdict = "within" if b <= own + ALLOWED else "ABOVE"
+        base, a, b = fit([(count, wave, measured[key]) for count, wave, measured in rows])
+        verdict = "within" if b <= bytes_per_client + ALLOWED else "ABOVE"
         yield (
             f"{name}: base {formats.size(base)}, a {formats.size(a)} of a wave's client, b {b:,.0f} B a client: {verdict} its "
-            f"rows and 1 KiB ({own + ALLOWED:,} B)"
+            f"rows and 1 KiB ({bytes_per_client + ALLOWED:,} B)"
         )
     for wave in waves:
-        seconds, power = _line([(count, found["seconds"]) for count, w, found in rows if w == wave])
+        seconds, power = _line([(count, measured["seconds"]) for count, w, measured in rows if w == wave])
         yield f"time, wave {wave}: {seconds * 1e3:.2f} ms a client by least squares; seconds grow as K^{power:.3f}"
 
 

@@ -147,8 +147,8 @@ def measure(case, forms, repeats, extra=None):
     product, operations = matmul(case.dtype)
     calls = {name: lambda name=name: call(name) for name in steps} | {LIMIT: product} | (extra or {})
     seconds = interleaved(calls, repeats, REST if extra else 0.0)
-    found = {name: {"seconds": seconds[name].tolist()} | steps[name]._asdict() for name in steps}
-    for row in found.values():
+    measured = {name: {"seconds": seconds[name].tolist()} | steps[name]._asdict() for name in steps}
+    for row in measured.values():
         del row["run"]
-    found |= {name: {"seconds": seconds[name].tolist()} for name in extra or {}}
-    return found | {LIMIT: {"seconds": seconds[LIMIT].tolist(), "flops": operations}}
+    measured |= {name: {"seconds": seconds[name].tolist()} for name in extra or {}}
+    return measured | {LIMIT: {"seconds": seconds[LIMIT].tolist(), "flops": operations}}

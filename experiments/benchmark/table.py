@@ -23,48 +23,48 @@ HEAD = [
 ]
 
 
-def ratios(found, name, other="plain"):
+def ratios(measured, name, other="plain"):
     """The quartiles of `name`'s seconds over `other`'s of the same turn."""
-    return np.quantile(np.array(found[name]["seconds"]) / np.array(found[other]["seconds"]), [0.25, 0.5, 0.75])
+    return np.quantile(np.array(measured[name]["seconds"]) / np.array(measured[other]["seconds"]), [0.25, 0.5, 0.75])
 
 
-def share(found, name):
+def share(measured, name):
     """The operations a second of a step over those of the plain matrix product of the same turn, the median."""
     rate = lambda row: row["flops"] / np.array(row["seconds"])  # noqa: E731
-    return float(np.median(rate(found[name]) / rate(found[LIMIT])))
+    return float(np.median(rate(measured[name]) / rate(measured[LIMIT])))
 
 
-def lines(case, found):
+def lines(case, measured):
     """The table of one cell, line by line; a step without figures of memory is a peer's, and comes with ours over theirs."""
     body = []
-    for name, row in found.items():
+    for name, row in measured.items():
         if name == LIMIT:
             continue
-        seconds, (low, middle, high) = np.median(row["seconds"]), ratios(found, name)
+        seconds, (low, middle, high) = np.median(row["seconds"]), ratios(measured, name)
         rate = case.batch / seconds
         values = [name, f"{seconds:.3f}", f"{middle:.3f}", f"{low:.3f} .. {high:.3f}", f"{rate:.2f}"]
         values.append(f"{rate * case.length:.0f}")
         if "peak" in row:
-            values += [f"{share(found, name):.2f}", formats.size(row["peak"])]
-            values += [f"{row['peak'] / found['plain']['peak']:.3f}", f"{row['compile_seconds']:.1f}"]
+            values += [f"{share(measured, name):.2f}", formats.size(row["peak"])]
+            values += [f"{row['peak'] / measured['plain']['peak']:.3f}", f"{row['compile_seconds']:.1f}"]
         body.append(values + [""] * (len(HEAD) - len(values)))
     yield from Table(HEAD, body).text().splitlines()
-    for name in (name for name, row in found.items() if "peak" not in row and name != LIMIT):
+    for name in (name for name, row in measured.items() if "peak" not in row and name != LIMIT):
         ours = "plain" if name.endswith("plain") else "auto"
-        low, middle, high = ratios(found, name, ours)
+        low, middle, high = ratios(measured, name, ours)
         yield f"{ours} does {middle:.2f} ({low:.2f} .. {high:.2f}) times the examples a second of {name}"
-    limit = found[LIMIT]
+    limit = measured[LIMIT]
     yield f"the limit: a plain matrix product runs at {limit['flops'] / np.median(limit['seconds']) / 1e9:,.0f} GFLOP/s"
 
 
-def fastest(found, forms):
+def fastest(measured, forms):
     """Of the `forms` that are here, the one of the least median ratio to the plain step, and that ratio."""
-    return min(((float(ratios(found, form)[1]), form) for form in forms if form in found), default=(None, None))
+    return min(((float(ratios(measured, form)[1]), form) for form in forms if form in measured), default=(None, None))
 
 
 def markdown(cells):
-    """A sweep's cells [(name {flag: value}, found)] as a Markdown table, and how often the automatic choice was the fastest form
-    or within 5 % of it."""
+    """A sweep's cells [(name {flag: value}, measured)] as a Markdown table, and how often the automatic choice was the fastest
+    form or within 5 % of it."""
     if not cells:
         return "no cells"
     names = list(cells[0][0])
@@ -73,17 +73,19 @@ def markdown(cells):
     head = [*names, "plain s", *(f"{form}: time, memory" for form in forms), "fastest", "plain of matmul"]
     head += [f"auto / {peer}, examples/s" for peer in peers]
     rows, near, counted = [], 0, 0
-    for name, found in cells:
-        own = [str(name[flag]) for flag in names] + [f"{np.median(found['plain']['seconds']):.2f}"]
+    for name, measured in cells:
+        row = [str(name[flag]) for flag in names] + [f"{np.median(measured['plain']['seconds']):.2f}"]
         for form in forms:
-            memory = found[form]["peak"] / found["plain"]["peak"] if form in found else None
-            own.append("" if memory is None else f"{ratios(found, form)[1]:.3f}, {memory:.3f}")
-        best, form = fastest(found, [form for form in forms if form != "auto"])
-        if "auto" in found and best is not None:
-            near, counted = near + (float(ratios(found, "auto")[1]) <= 1.05 * best), counted + 1
-        own += [form or "", f"{share(found, 'plain'):.2f}"]
-        own += [f"{ratios(found, peer, 'auto')[1]:.2f}" if {peer, "auto"} <= found.keys() else "" for peer in peers]
-        rows.append(own)
+            memory = measured[form]["peak"] / measured["plain"]["peak"] if form in measured else None
+            row.append("" if memory is None else f"{ratios(measured, form)[1]:.3f}, {memory:.3f}")
+        best, form = fastest(measured, [form for form in forms if form != "auto"])
+        if "auto" in measured and best is not None:
+            near, counted = near + (float(ratios(measured, "auto")[1]) <= 1.05 * best), counted + 1
+        row += [form or "", f"{share(measured, 'plain'):.2f}"]
+        row += [
+            f"{ratios(measured, peer, 'auto')[1]:.2f}" if {peer, "auto"} <= measured.keys() else "" for peer in peers
+        ]
+        rows.append(row)
     table = Table(head, rows).markdown()
     if not counted:
         return table
@@ -96,9 +98,9 @@ def plot(cells, path):
 
     figure = Figure(figsize=(8, 0.32 * len(cells) + 1.4), layout="constrained")
     axes, marks = figure.add_subplot(), itertools.cycle("osD^v")
-    forms = dict.fromkeys(form for _, found in cells for form in found if form in FORMS)
+    forms = dict.fromkeys(form for _, measured in cells for form in measured if form in FORMS)
     for form, mark in zip(forms, marks, strict=False):
-        points = [(ratios(found, form)[1], i) for i, (_, found) in enumerate(cells) if form in found]
+        points = [(ratios(measured, form)[1], i) for i, (_, measured) in enumerate(cells) if form in measured]
         axes.plot(*zip(*points, strict=True), mark, label=form, markersize=5, alpha=0.8)
     axes.axvline(1, color="0.6", linewidth=1)
     axes.set_yticks(range(len(cells)), [", ".join(f"{k} {v}" for k, v in name.items()) for name, _ in cells])

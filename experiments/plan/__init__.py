@@ -17,6 +17,7 @@ from absl import flags as absl_flags
 
 from dplora_jax.config import replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from dplora_jax.files import to_json
 from experiments import cli, exits, formats
 from experiments.tables import Table
@@ -51,9 +52,9 @@ def main(argv=None):
     """Plan what the command line `argv` (default: this process's) says -> exit code."""
     config, options = parse(sys.argv[1:] if argv is None else argv)
     chip, devices = topology(options["topology"])
-    told = plan(config, options, chip, devices)
-    print(to_json(told, indent=2)) if options["json"] else show(told)
-    return 0 if told["fits"] else 1
+    planned = plan(config, options, chip, devices)
+    print(to_json(planned, indent=2)) if options["json"] else show(planned)
+    return 0 if planned["fits"] else 1
 
 
 def parse(argv):
@@ -75,11 +76,11 @@ def parse(argv):
     if values.task not in (None, *TASKS):
         raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
     config = cli.without_auto(cli.raw(values))
-    if config.privacy.private and config.privacy.epsilon is None and config.privacy.noise_multiplier is None:
+    if trust.mode(config).private and config.privacy.epsilon is None and config.privacy.noise_multiplier is None:
         config = replace(config, noise_multiplier=1.0)
     config = cli.settle(config)
     if config.execution.stream:
-        raise InputError("a plan takes all records to lie on the devices: leave out --stream.")
+        raise InputError("--stream cannot be used here: a plan assumes that all records lie on the devices.")
     classes = len(config.data.labels) if config.data.labels else values.classes
     names = ("topology", "task", "search", "json")
     return config, {name: values[name].value for name in names} | {
@@ -105,7 +106,7 @@ def topology(name):
         raise InputError(f"--topology={name} is not known: give {', '.join(CHIPS)} and a layout, as in v5e:2x4.")
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "planning for a TPU takes its compiler, though no TPU: pip install 'jax[tpu]', or install this project with .[tpu]."
+            "planning needs the TPU compiler, but no TPU: pip install 'jax[tpu]', or install this project with .[tpu]."
         )
     # Else the compiler asks the cloud which machine this is, and lets one process in at a time, and JAX looks for a TPU.
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -116,10 +117,10 @@ def topology(name):
 
     one = {"chips_per_host_bounds": (1, 1, 1)} if all(side == "1" for side in sides) else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **one)
     except Exception as error:  # of libtpu's own making; its message says what is wrong with the layout
         raise InputError(f"--topology={name} is refused by libtpu: {' '.join(str(error).split())}") from None
-    return CHIPS[kind], found.devices
+    return CHIPS[kind], topology.devices
 
 
 def links(name):
@@ -133,10 +134,10 @@ def plan(config, options, chip, devices):
 
     task = options["task"] or plan_models.default_task(config.base.name)
     measured, program = _measure(config, options, task, chip, devices)
-    told = tell(config, options["topology"], task, chip, program, measured)
+    planned = tell(config, options["topology"], task, chip, program, measured)
     if not measured.fits and options["search"]:
-        told["tried"] = search(config, options, task, chip, devices)
-    return told
+        planned["tried"] = search(config, options, task, chip, devices)
+    return planned
 
 
 def _measure(config, options, task, chip, devices):
@@ -193,7 +194,7 @@ def _changes(config, devices):
 
 def tell(config, name, task, chip, program, measured):
     """Everything that the table and --json say: floats, whole numbers, text. Times are least times, at published peaks."""
-    told = {
+    planned = {
         "model": config.base.name,
         "task": task,
         "topology": name,
@@ -213,7 +214,7 @@ def tell(config, name, task, chip, program, measured):
         "compile_seconds": measured.seconds,
     }
     if measured.work is None:
-        return told
+        return planned
     work = measured.work
     times = {
         "compute": work.passes / chip.flops,
@@ -221,7 +222,7 @@ def tell(config, name, task, chip, program, measured):
         # A slice of one chip has no link, and sends nothing.
         "interconnect": sum(work.sent.values()) / (max(1, links(name)) * chip.link),
     }
-    return told | {
+    return planned | {
         "flops": work.flops,
         "bfloat16_flops": work.passes,
         "memory_traffic": work.memory,
@@ -232,34 +233,34 @@ def tell(config, name, task, chip, program, measured):
     }
 
 
-def show(told):
+def show(planned):
     """Print what was told."""
-    verdict = "fits" if told["fits"] else "does NOT fit"
+    verdict = "fits" if planned["fits"] else "does NOT fit"
     print(
-        f"{told['model']} ({told['task']}), {told['clients']} clients on {told['topology']} as {told['mesh']} "
+        f"{planned['model']} ({planned['task']}), {planned['clients']} clients on {planned['topology']} as {planned['mesh']} "
         f"(clients x model): {verdict}."
     )
     print(
-        f"A chip computes {told['clients_per_device']} client(s) in turn; batches of up to {told['capacity']} rows of "
-        f"{told['max_length']} tokens, rank {told['rank']}."
+        f"A chip computes {planned['clients_per_device']} client(s) in turn; batches of up to {planned['capacity']} rows of "
+        f"{planned['max_length']} tokens, rank {planned['rank']}."
     )
     names = {"base": "frozen model", "arguments": "all arguments", "total": "in all"}
-    sizes = [[names.get(part, part), formats.size(size)] for part, size in told["bytes"].items()]
-    print(Table([f"memory of a chip of {formats.size(told['hbm'])}", ""], sizes).text())
-    if "seconds" in told:
+    sizes = [[names.get(part, part), formats.size(size)] for part, size in planned["bytes"].items()]
+    print(Table([f"memory of a chip of {formats.size(planned['hbm'])}", ""], sizes).text())
+    if "seconds" in planned:
         rows = (
-            ("matrix products", f"{told['flops'] / 1e12:.2f} TFLOP", None),
-            ("in bf16 passes", f"{told['bfloat16_flops'] / 1e12:.2f} TFLOP", "compute"),
-            ("weights read", formats.size(told["memory_traffic"]), "memory"),
-            ("sent to others", formats.size(sum(told["collectives"].values())), "interconnect"),
+            ("matrix products", f"{planned['flops'] / 1e12:.2f} TFLOP", None),
+            ("in bf16 passes", f"{planned['bfloat16_flops'] / 1e12:.2f} TFLOP", "compute"),
+            ("weights read", formats.size(planned["memory_traffic"]), "memory"),
+            ("sent to others", formats.size(sum(planned["collectives"].values())), "interconnect"),
         )
-        body = [[label, amount, f"{told['seconds'][key]:.3f}" if key else ""] for label, amount, key in rows]
-        peaks = f"least seconds at {told['topology'].partition(':')[0]}'s peaks"
+        body = [[label, amount, f"{planned['seconds'][key]:.3f}" if key else ""] for label, amount, key in rows]
+        peaks = f"least seconds at {planned['topology'].partition(':')[0]}'s peaks"
         print(Table(["a round, of one chip", "", peaks], body).text())
-        parts = ", ".join(f"{name} {formats.size(size)}" for name, size in told["collectives"].items())
+        parts = ", ".join(f"{name} {formats.size(size)}" for name, size in planned["collectives"].items())
         print(f"collectives: {parts or 'none'}")
-        print(f"At least {told['round_seconds']:.3g} s a round, bound by {told['bound_by']}.")
-    for row in told.get("tried", ()):
+        print(f"At least {planned['round_seconds']:.3g} s a round, bound by {planned['bound_by']}.")
+    for row in planned.get("tried", ()):
         print(f"with {row['flags']}: {formats.size(row['total'])}, {'fits' if row['fits'] else 'does not fit'}")
-    if told.get("tried") and not told["tried"][-1]["fits"]:
+    if planned.get("tried") and not planned["tried"][-1]["fits"]:
         print("No flag makes it fit: take a larger slice, a lower --rank, or a shorter --max_length.")

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import losses
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, frozen_layers, mesh, participants, program, round, trust_modes
+from dplora_jax.federation import calibration, frozen_layers, mesh, participation, program, round, trust
 from dplora_jax.federation.aggregation import CLIENTS
 from experiments import flops
 from experiments.plan import collectives as plan_collectives
@@ -74,7 +74,7 @@ def abstract(config, devices, sizes, task, classes):
     shards = [
         {name: np.broadcast_to(np.zeros((), kind), (n, *rest)) for name, (rest, kind) in row.items()} for n in sizes
     ]
-    shares = trust_modes.mode(config).shares(config, sizes, mechanisms)
+    shares = trust.mode(config).shares(config, sizes, mechanisms)
     limits = []
 
     def place():
@@ -121,7 +121,7 @@ def _rows(config, model, task, records):
 
 def _keys(config, local, adapter, count):
     """What one round of `count` clients (padding included) draws from."""
-    trust_mode, partial = trust_modes.mode(config), participants.partial(config)
+    trust_mode, partial = trust.mode(config), participation.partial(config)
     parties = trust_mode.parties(config) - config.schedule.clients + count
     keys = local.noise.key_shapes(parties, count, trust_mode.joining(config), local, adapter)
     return keys | ({"joins": jax.ShapeDtypeStruct((1, count), jnp.float32)} if partial else {})
@@ -170,5 +170,5 @@ def _work(program, base, text):
 
 def _used(message):
     """Bytes that the compiler says it would have needed; infinite where it does not say."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
-    return float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " ") if found else math.inf
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)", message)
+    return float(match.group(1)) * 1024 ** " KMGT".index(match.group(2) or " ") if match else math.inf

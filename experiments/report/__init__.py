@@ -12,7 +12,7 @@ import sys
 
 from dplora_jax import guard
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from dplora_jax.privacy.chain import replace_durably
 from experiments import cli, exits, ledger
 from experiments.report import sections, templates
@@ -44,8 +44,8 @@ def write(workdir, sweep=None):
     `sweep` is what `sweep_report.contents` makes of a sweep's finished cells. Raises InputError for a damaged workdir.
     """
     workdir = pathlib.Path(workdir)
-    stored = run_files.read_config(workdir)
-    rows = [line.values for line in run_files.read_metrics(workdir, stored.flags.schedule.rounds)]
+    stored = workdir_files.read_config(workdir)
+    rows = [line.values for line in workdir_files.read_metrics(workdir, stored.flags.schedule.rounds)]
     contents = sections.contents(workdir, stored, rows, ledger.agreement(workdir), sweep)
     path = workdir / "report.html"
     replace_durably(path, templates.html("report.html.j2", contents))

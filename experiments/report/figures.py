@@ -112,7 +112,7 @@ def _plot_epsilon(rows, budget):
     return draw
 
 
-def of_run(flags, rows, private):
+def for_run(flags, rows, private):
     """Utility per round, epsilon per round, and each against the other, as far as the run has them -> Figures."""
     metrics = by_metric(rows)
     # A perplexity and an accuracy share no axis.
@@ -123,7 +123,7 @@ def of_run(flags, rows, private):
         if flags.aggregation.ema
         else ""
     )
-    made = [
+    charts = [
         figure(f"utility{i}", "Utility per round", series, f"Round 0 is the base model.{average}",
                _plot_metrics(series, against_epsilon=False), broken=1)
         for i, series in enumerate(groups)
@@ -132,16 +132,16 @@ def of_run(flags, rows, private):
         budget = math.inf if flags.privacy.epsilon is None else flags.privacy.epsilon
         keys = ["epsilon_max"] + ["budget (epsilon)"] * math.isfinite(budget)
         caption = f"What the uploads so far have cost, at delta {flags.privacy.delta:g}; the band spans all clients."
-        made.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget), broken=1))
+        charts.append(figure("epsilon", "Epsilon per round", keys, caption, _plot_epsilon(rows, budget), broken=1))
         caption = (
             "One point per evaluated round of this run; a run calibrated for a smaller epsilon draws another curve."
         )
-        made += [
+        charts += [
             figure(f"trade{i}", "Utility against epsilon", series, caption,
                    _plot_metrics(series, against_epsilon=True), "epsilon_max", broken=1)
             for i, series in enumerate(groups)
         ]  # fmt: skip
-    return made
+    return charts
 
 
 def against_rank(rows, models, ranks, targets):
@@ -151,8 +151,8 @@ def against_rank(rows, models, ranks, targets):
     def draw(axes):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        for index, of_model in enumerate(series.values()):
-            x, y = [row["rank"] for row in of_model], [row["ratio"] for row in of_model]
+        for index, model_rows in enumerate(series.values()):
+            x, y = [row["rank"] for row in model_rows], [row["ratio"] for row in model_rows]
             axes.plot(x, y, "o-", color=SERIES[index % len(SERIES)], linewidth=2, markersize=4.2)
         axes.set_xticks(ranks, [str(rank) for rank in ranks])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}×")

@@ -4,7 +4,8 @@ import math
 import statistics
 
 from dplora_jax.config import RESULT, deciding
-from dplora_jax.federation.workdir import with_defaults
+from dplora_jax.federation import trust
+from dplora_jax.federation.workdir_files import with_defaults
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
 from experiments import communication, formats
 from experiments.report import figures
@@ -36,48 +37,48 @@ AUDIT = record(
 
 
 def contents(workdir, stored, rows, agreement, sweep):
-    """What the templates show, from a `run_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a sweep's
-    tables (`sweep_report.contents`) or None."""
-    flags, facts, last = stored.flags, stored.facts, rows[-1] if rows else {}
+    """What the templates show, from a `workdir_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a
+    sweep's tables (`sweep_report.contents`) or None."""
+    flags, described, last = stored.flags, stored.description, rows[-1] if rows else {}
     private = stored.private and math.isfinite(last.get("epsilon_max", 0.0))
     metrics = figures.by_metric(rows)
     finite = private and bool(rows) and agreement.holds
     return {
         "title": f"{flags.base.name} on {flags.data.dataset}",
         "names": [flags.base.name, flags.data.dataset],
-        "description": facts["data"]["description"] or "",
+        "description": described["data"]["description"] or "",
         "facts": _facts(stored),
         "tiles": _tiles(stored, rows, metrics, private, agreement.holds),
         "bands": _bands(stored, rows, private, agreement),
         "private": private,
         "started": bool(rows),
         "evaluated": bool(metrics),
-        "figures": figures.of_run(flags, rows, private),
+        "figures": figures.for_run(flags, rows, private),
         "rounds": _rounds(rows, metrics),
-        "accuracy_note": formats.accuracy_note(facts["data"], metrics["accuracy"][1][-1])
+        "accuracy_note": formats.accuracy_note(described["data"], metrics["accuracy"][1][-1])
         if "accuracy" in metrics
         else "",
-        "trust": facts["trust"],
+        "trust": described["trust"],
         "epsilon": formats.epsilon(last["epsilon_max"]) if finite else None,
         "delta": formats.number(flags.privacy.delta),
-        "accounting": facts["accounting"],
+        "accounting": described["accounting"],
         "ledger": agreement.words,
         "audit": audit(workdir, stored) if private else None,
         "sweep": sweep,
-        "clients": clients_table(charged(facts["clients"], last)),
-        "clients_note": _clients_note(facts["clients"]),
+        "clients": clients_table(charged(described["clients"], last)),
+        "clients_note": _clients_note(described["clients"]),
         "communication": communication_table(stored, rows),
         "ranks": _ranks(stored),
-        "method": facts["method"],
-        "command": facts["command"],
-        "repeat": Table([], _repeat(rows, facts)),
+        "method": described["method"],
+        "command": described["command"],
+        "repeat": Table([], _repeat(rows, described)),
         "flags": Table([], [[k, formats.setting(v)] for k, v in stored.document.items() if k != "federation"]),
     }
 
 
 def _facts(stored):
     """The run in a few words each."""
-    flags, data = stored.flags, stored.facts["data"]
+    flags, data = stored.flags, stored.description["data"]
     words = [
         f"clients {formats.number(flags.schedule.clients)}",
         f"rounds {formats.number(flags.schedule.rounds)}",
@@ -92,7 +93,7 @@ def _tiles(stored, rows, metrics, private, confirmed):
     """(label, value, note, whether it is an alarm) of the large figures: the last metrics, epsilon, and what a client sends."""
     flags, tiles = stored.flags, []
     for name, (rounds, values, _) in list(metrics.items())[:3]:
-        beside = formats.accuracy_note(stored.facts["data"], values[-1]) if name == "accuracy" else ""
+        beside = formats.accuracy_note(stored.description["data"], values[-1]) if name == "accuracy" else ""
         base = f"base model {formats.metric(values[0])}" if rounds[0] == 0 and len(rounds) > 1 else ""
         note = f"round {rounds[-1]}" + (f", {beside}" if beside else "") + (f"; {base}" if base else "")
         tiles.append((f"test {formats.metric_name(name)}", formats.metric(values[-1]), note, False))
@@ -101,12 +102,13 @@ def _tiles(stored, rows, metrics, private, confirmed):
     if not private:
         tiles.append(("epsilon", "∞", f"no privacy: trust {flags.privacy.trust}", True))
     elif rows:
-        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, at delta {formats.number(flags.privacy.delta)}, "
+        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, "
+        note += f"at delta {formats.number(flags.privacy.delta)}, "
         note += f"after round {rows[-1]['round']} of {formats.number(flags.schedule.rounds)}"
         note += "" if flags.privacy.epsilon is None else f"; budget {formats.epsilon(flags.privacy.epsilon)}"
         note += "" if confirmed else "; NOT CONFIRMED by the ledger"
         tiles.append(("epsilon", formats.epsilon(rows[-1]["epsilon_max"]), note, not confirmed))
-    sent = stored.facts["communication"]
+    sent = stored.description["communication"]
     if sent["ratio"]:
         up, full = (formats.size(sent[f"{name}_per_client_per_round"]) for name in ("bytes_up", "full_bytes"))
         ratio = float(f"{sent['ratio']:.3g}")
@@ -125,10 +127,9 @@ def _bands(stored, rows, private, agreement):
         bands.append(("bad", "There is no privacy in this run.", why))
     elif stored.release != "for release":
         bands.append(("care", stored.release, ""))
-    if flags.privacy.trust == "distributed":
-        why = "The guarantee is for those who see totals alone; a deployment needs a real protocol."
-        bands.append(("info", "Secure aggregation is simulated.", why))
-    if stored.facts["data"]["synthetic"]:
+    if notice := trust.mode(flags).notice:
+        bands.append(("info", *notice))
+    if stored.description["data"]["synthetic"]:
         bands.append(("info", "Synthetic data.", "The metrics show that the program works, not how well a model does."))
     done = rows[-1]["round"] if rows else 0
     if done < flags.schedule.rounds:
@@ -160,10 +161,10 @@ def charged(clients, last):
 def clients_table(clients):
     """A row a client, or the first ones and the spread of all."""
     names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
-    shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
+    rows_shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
     body = [
         [_cell(client.get(name, index if name == "client" else None), name) for name in names]
-        for index, client in enumerate(shown)
+        for index, client in enumerate(rows_shown)
     ]
     foot = []
     for title, reduced in (("min", min), ("median", statistics.median), ("max", max)):
@@ -172,7 +173,7 @@ def clients_table(clients):
             _cell(reduced(values) if values else None, name) for name, values in zip(names[1:], columns, strict=True)
         ]
         foot.append([title, *cells])
-    return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(shown) < len(clients) else [])
+    return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(rows_shown) < len(clients) else [])
 
 
 def _cell(value, name):
@@ -187,7 +188,7 @@ def _clients_note(clients):
 
 def communication_table(stored, rows):
     """What travels, beside what full fine-tuning would send."""
-    sent, times = stored.facts["communication"], rows[-1]["round"] if rows else 0
+    sent, times = stored.description["communication"], rows[-1]["round"] if rows else 0
     up, down, full = (sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "bytes_down", "full_bytes"))
     uploads = sent_uploads(rows, stored.flags.schedule.clients)
     total = [formats.size(None if count is None else count * uploads) for count in (up, full)]
@@ -203,7 +204,7 @@ def communication_table(stored, rows):
 
 def _ranks(stored):
     """How many times less a client sends, by rank, for the paper's models: exact, from their shapes."""
-    targets, rows = communication.of_run(stored.flags)
+    targets, rows = communication.run_rows(stored.flags)
     figure = figures.against_rank(rows, communication.MODELS, communication.RANKS, targets)
     return {"figure": figure, "targets": targets, "table": communication.by_rank(rows, stored.flags)}
 
@@ -233,17 +234,21 @@ def _other_flags(result, document):
     """A sentence on the flags that were audited and are not this run's; nothing where all are."""
     audited = result.get("flags")
     if not audited:
-        what = "is of a small built-in model, not of this run" if "flags" in result else "does not say of which flags"
+        what = (
+            "attacked a small built-in model, not this run"
+            if "flags" in result
+            else "does not say which flags it ran with"
+        )
         return f" The audit {what}."
     names = [k for k in audited if k in document and k in AUDITED and audited[k] != document[k]]
     words = ", ".join(f"{name} {audited[name]} (here {document[name]})" for name in names)
-    return f" THE AUDIT IS OF OTHER FLAGS THAN THIS RUN: {words}." if words else ""
+    return f" THE AUDIT RAN WITH OTHER FLAGS THAN THIS RUN: {words}." if words else ""
 
 
-def _repeat(rows, facts):
+def _repeat(rows, described):
     """(name, value) of what another party compares to repeat the run: where it ran, the base's files, and how long it took."""
-    words = [[name, formats.number(value)] for name, value in facts["environment"].items()]
-    words += [[f"SHA-256 of the base's {name}", digest] for name, digest in facts["base_files"].items()]
+    words = [[name, formats.number(value)] for name, value in described["environment"].items()]
+    words += [[f"SHA-256 of the base's {name}", digest] for name, digest in described["base_files"].items()]
     seconds = sum(row.get("seconds", 0.0) for row in rows)
     if seconds:
         spent = f"{seconds / 60:.1f} minutes for {rows[-1]['round']} rounds, compilation and evaluation not counted"

@@ -23,6 +23,7 @@ import time
 from dplora_jax import errors, guard, private_files
 from dplora_jax.config import replace
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from dplora_jax.files import parse_json, to_json
 from dplora_jax.privacy.chain import replace_durably
 from experiments import cli, exits
@@ -38,26 +39,26 @@ def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
     guard.begin(phrase=cli.as_flags)
     argv = sys.argv[1:] if argv is None else argv
-    cells, own = parse(argv)
-    missing = _missing(cells, own.out)
-    if own.parallel > 1 and own.worker is None:
-        _spread(argv, min(own.parallel, len(missing)))
+    cells, options = parse(argv)
+    missing = _missing(cells, options.out)
+    if options.parallel > 1 and options.worker is None:
+        _spread(argv, min(options.parallel, len(missing)))
     else:
-        # A worker's share is of all cells, and so the same however many are done when it starts.
-        mine = cells if own.worker is None else cells[own.worker :: own.parallel]
-        with private_files.reasons_in(own.out.parent):
-            _run([cell for cell in mine if cell in missing], own.out)
-    if own.worker is not None:
+        # A worker's share is taken of all cells, and so is the same however many are done when it starts.
+        mine = cells if options.worker is None else cells[options.worker :: options.parallel]
+        with private_files.reasons_in(options.out.parent):
+            _run([cell for cell in mine if cell in missing], options.out)
+    if options.worker is not None:
         return 0
     wanted = {key(cell.name) for cell in cells}
-    lines = [line for line in read(own.out) if key(line) in wanted]
-    if _missing(cells, own.out):
+    lines = [line for line in read(options.out) if key(line) in wanted]
+    if _missing(cells, options.out):
         raise InputError("some cells did not finish: see what was printed above, and run the same command again.")
     for suffix, text in (
         (".md", sweep_report.markdown(lines)),
         (".html", sweep_report.page(lines, cells[0].config, argv)),
     ):
-        replace_durably(own.out.with_suffix(suffix), text, private_files.MODE)
+        replace_durably(options.out.with_suffix(suffix), text, private_files.MODE)
     print(sweep_report.markdown(lines))
     return 0
 
@@ -136,18 +137,18 @@ def outcome(cell, memo, programs):
     start, config = time.perf_counter(), cell.config
     parties = range(config.data.parties) if cell.kind == BEST else (config.data.party,)
     each = [_trained(replace(config, party=party), cell.kind, memo, programs) for party in parties]
-    metrics, facts = max(each, key=lambda one: _better(one[0]))
-    spent = max(client["epsilon"] for client in facts["clients"])
+    metrics, described = max(each, key=lambda one: _better(one[0]))
+    spent = max(client["epsilon"] for client in described["clients"])
     rounds = 0 if cell.kind == BASE else config.schedule.rounds
     return {
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
-        "epsilon_max": spent if config.privacy.private else "inf",
-        "bytes_up_per_client": rounds * facts["communication"]["bytes_up_per_client_per_round"],
+        "epsilon_max": spent if trust.mode(config).private else "inf",
+        "bytes_up_per_client": rounds * described["communication"]["bytes_up_per_client_per_round"],
         "seconds": round(time.perf_counter() - start, 1),
         "of": f"{config.base.name} on {config.data.dataset}",
         "settings": settings(cell),
-        "release": facts["release"] or "NOT FOR RELEASE: no privacy",
-        "commonest_label": facts["data"]["commonest_label"],
+        "release": described["release"] or "NOT FOR RELEASE: no privacy",
+        "commonest_label": described["data"]["commonest_label"],
     }
 
 

@@ -37,7 +37,7 @@ def controls(config):
     pooled = (
         f"{ONE} --partition=iid --expected_batch_size={config.schedule.clients * config.schedule.expected_batch_size:g}"
     )
-    found = {
+    cases = {
         BASE: (NO_PRIVACY, True),
         "no privacy": (NO_PRIVACY + unclipped, True),
         "clipped, no noise": (NO_PRIVACY, True),
@@ -46,8 +46,8 @@ def controls(config):
         BEST: (f"{ONE} {NO_PRIVACY}{unclipped} --parties={config.schedule.clients}", True),
     }
     if _has_head(config):
-        found["head alone"] = ("--head_only", False)
-    return found
+        cases["head alone"] = ("--head_only", False)
+    return cases
 
 
 def _has_head(config):
@@ -58,7 +58,7 @@ def _has_head(config):
     return config.data.objective == "classifier"
 
 
-class Own(NamedTuple):
+class Options(NamedTuple):
     """The sweep's own flags."""
 
     out: pathlib.Path
@@ -67,7 +67,7 @@ class Own(NamedTuple):
 
 
 def parse(argv):
-    """The command line (without the program's name) -> (list of Cell, Own)."""
+    """The command line (without the program's name) -> (list of Cell, Options)."""
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_multi_string("case", ["as given:"], "a name, a colon and flags of a run", flag_values=values)
     absl_flags.DEFINE_multi_string("vary", [], "FLAG=VALUE|VALUE|...", flag_values=values)
@@ -76,16 +76,16 @@ def parse(argv):
     absl_flags.DEFINE_integer("parallel", 1, "cells at a time", lower_bound=1, flag_values=values)
     absl_flags.DEFINE_integer("worker", None, "which of --parallel this process is (set by itself)", flag_values=values)
     absl_flags.DEFINE_string("out", "sweep.jsonl", "file of finished cells, a line each", flag_values=values)
-    own = tuple(values)
+    own_flags = tuple(values)
     values, _ = cli.read(argv, values, "python -m experiments.sweep --flagfile=phrasebank.flags [flags]")
-    kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own]
+    kept = [part for part in _spaced(argv) if part.lstrip("-").removeprefix("no").partition("=")[0] not in own_flags]
     varied = [_values(spec) for spec in values.vary]
-    cells, told = {}, []  # what --auto chose
+    cells, auto_choices = {}, []  # what --auto chose
     for case, *settings, seed in itertools.product(values.case, *varied, values.seeds):
         name, colon, more = case.partition(":")
         if not colon or not seed.isdigit():
             raise InputError(f"--case={case} needs NAME: and flags, and --seeds={seed} whole numbers.")
-        _add(cells, kept, name.strip(), settings, more, seed, say=told.append)
+        _add(cells, kept, name.strip(), settings, more, seed, say=auto_choices.append)
     cases = {cell.name["case"] for cell in cells.values()}
     for *settings, seed in itertools.product(*varied, values.seeds) if values.controls else ():
         words = [f"--{flag}={value}" for flag, value in settings]
@@ -95,12 +95,12 @@ def parse(argv):
             asked = [(flag, ANY if bare and flag in BUDGET else value) for flag, value in settings]
             try:
                 kind = name if name in (BASE, BEST) else RUN
-                _add(cells, kept, name, asked, more, seed, kind, told.append)
+                _add(cells, kept, name, asked, more, seed, kind, auto_choices.append)
             except InputError as error:
-                print(f"warning: the control {name!r} does not go with these flags ({error})", file=sys.stderr)
+                print(f"warning: the control {name!r} cannot be used with these flags ({error})", file=sys.stderr)
     if values.worker is None:
-        print("".join(f"{line}\n" for line in dict.fromkeys(told)), end="", file=sys.stderr)
-    return list(cells.values()), Own(pathlib.Path(values.out), values.parallel, values.worker)
+        print("".join(f"{line}\n" for line in dict.fromkeys(auto_choices)), end="", file=sys.stderr)
+    return list(cells.values()), Options(pathlib.Path(values.out), values.parallel, values.worker)
 
 
 def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
@@ -114,17 +114,17 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
 def settings(cell):
     """What tells the cell's flags from others', whatever its seed: means are over cells that have this in common. What --auto
     makes of sizes, which follow the seed, is left out."""
-    of_sizes = ("expected_batch_size", "client_lr", "head_lr") if cell.config.output.auto else ()
-    free = {name: FIELDS[name].default for name in of_sizes}
+    chosen_by_size = ("expected_batch_size", "client_lr", "head_lr") if cell.config.output.auto else ()
+    free = {name: FIELDS[name].default for name in chosen_by_size}
     return _digest(replace(cell.config, seed=None, split_seed=0, **free), cell.kind)
 
 
 def _digest(config, kind):
     """Of all that decides a cell's outcome. Flags at their defaults are left out, of which a later version may have more."""
     values, defaults = to_flat(config), to_flat(RunConfig())
-    told = {name: values[name] for name in deciding(RESULT, METRICS) if values[name] != defaults[name]}
-    told |= {"kind": kind}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    decided = {name: values[name] for name in deciding(RESULT, METRICS) if values[name] != defaults[name]}
+    decided |= {"kind": kind}
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _spaced(argv):

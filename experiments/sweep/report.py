@@ -30,25 +30,25 @@ def varied(lines):
 
 def groups(lines):
     """`lines` by what was varied in them: a file may hold several sweeps."""
-    found = {}
+    groups = {}
     for line in lines:
-        found.setdefault(tuple(varied([line])), []).append(line)
-    return list(found.values())
+        groups.setdefault(tuple(varied([line])), []).append(line)
+    return list(groups.values())
 
 
 def columns(lines):
     """The choices of varied flags that `lines` have, as tuples in the order of `varied`; numbers rise, whenever they were run."""
     names = varied(lines)
-    found = dict.fromkeys(tuple(line[name] for name in names) for line in lines)
-    settled = [column for column in found if ANY not in column]
+    column_names = dict.fromkeys(tuple(line[name] for name in names) for line in lines)
+    settled = [column for column in column_names if ANY not in column]
     numbers = {value: _number(value) for column in settled for value in column}
     for index in reversed(range(len(names))):
         if all(numbers[column[index]] is not None for column in settled):
             settled.sort(key=lambda column: numbers[column[index]])
-    return settled or list(found)
+    return settled or list(column_names)
 
 
-def of(lines, case, column, metric):
+def metric_values(lines, case, column, metric):
     """The values over seeds of `case` at `column`; a case that does not depend on a flag has its value everywhere."""
     names = varied(lines)
     return [
@@ -62,11 +62,18 @@ def of(lines, case, column, metric):
 
 def table(lines):
     """The Table of `lines`: a row a case, a column for each metric of each choice of varied flags."""
-    names, found = varied(lines), columns(lines)
-    titles = [", ".join(f"{n} {v}" for n, v in zip(names, column, strict=True)) for column in found]
+    names, column_names = varied(lines), columns(lines)
+    titles = [", ".join(f"{n} {v}" for n, v in zip(names, column, strict=True)) for column in column_names]
     header = ["case", *(f"{title} {formats.metric_name(m)}".strip() for title in titles for m in metrics(lines))]
     rows = [
-        [case, *(spread(of(lines, case, column, metric), metric) for column in found for metric in metrics(lines))]
+        [
+            case,
+            *(
+                spread(metric_values(lines, case, column, metric), metric)
+                for column in column_names
+                for metric in metrics(lines)
+            ),
+        ]
         for case in dict.fromkeys(line["case"] for line in lines)
     ]
     return Table(header, rows)
@@ -101,13 +108,13 @@ def markdown(lines):
 
 
 def _told(lines):
-    """What the means are of, and what saying the commonest label each time would come to."""
+    """What the means are taken over, and what saying the commonest label each time would come to."""
     seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in lines}))
     runs, least = dict.fromkeys(line["of"] for line in lines if line.get("of")), []
     for run in runs:
         shares = {x["seed"]: x["commonest_label"] for x in lines if x.get("of") == run and x.get("commonest_label")}
-        own = f" of {run}" if len(runs) > 1 else ""
-        least += [f" Always the commonest label{own}: accuracy {spread(list(shares.values()))}."] if shares else []
+        run_name = f" of {run}" if len(runs) > 1 else ""
+        least += [f" Always the commonest label{run_name}: accuracy {spread(list(shares.values()))}."] if shares else []
     words = f"{'; '.join(runs)}: means" if runs else "Means"
     return f"{words} ± standard deviations over seeds {seeds}.{''.join(least)}"
 
@@ -134,24 +141,26 @@ def _number(value):
 
 def plots(lines):
     """A figure of each usual metric against each varied flag, the others held at their first value; error bars over seeds."""
-    names, found, made = varied(lines), columns(lines), []
+    names, column_names, plots = varied(lines), columns(lines), []
     drawn = [line["case"] for line in lines if line["case"] != BASE]  # which lies far below, where nothing else is
     cases = list(dict.fromkeys(drawn))[:MOST_LINES]
     for index, name in enumerate(names):
-        line_of = [c for c in found if all(c[i] == found[0][i] for i in range(len(names)) if i != index)]
+        line_of = [c for c in column_names if all(c[i] == column_names[0][i] for i in range(len(names)) if i != index)]
         if len(line_of) < 2:
             continue
         for metric in (m for m in SHOWN if any(m in line["metrics"] for line in lines)):
-            held = ", ".join(f"{n} {v}" for i, (n, v) in enumerate(zip(names, found[0], strict=True)) if i != index)
+            held = ", ".join(
+                f"{n} {v}" for i, (n, v) in enumerate(zip(names, column_names[0], strict=True)) if i != index
+            )
             caption = f"Mean and standard deviation over seeds{f', at {held}' if held else ''}."
             draw = _errors(lines, cases, line_of, index, metric)
             title = f"{formats.metric_name(metric)} against {name}"
-            made.append(
+            plots.append(
                 figure(
                     f"sweep-{'-'.join(names)}-{name}-{metric}", title, dict.fromkeys(cases), caption, draw, name, SOLID
                 )
             )
-    return made
+    return plots
 
 
 def _errors(lines, cases, line_of, index, metric):
@@ -162,7 +171,7 @@ def _errors(lines, cases, line_of, index, metric):
         if labels is None and min(places) > 0 and max(places) / min(places) >= 100:
             axes.set_xscale("log")
         for number, case in enumerate(cases):
-            held = [of(lines, case, column, metric) for column in line_of]
+            held = [metric_values(lines, case, column, metric) for column in line_of]
             at = [(x, v) for x, v in zip(places, held, strict=True) if v]
             if not at:
                 continue
@@ -179,7 +188,7 @@ def _errors(lines, cases, line_of, index, metric):
 
 
 def contents(lines):
-    """What a page shows of `lines`: what the means are of, and plots and a table for each group."""
+    """What a page shows of `lines`: what the means are taken over, and plots and a table for each group."""
     return {
         "words": _told(lines),
         "groups": [{"figures": plots(group), "table": table(group)} for group in groups(lines)],
@@ -189,12 +198,12 @@ def contents(lines):
 def page(lines, config, argv):
     """A whole page: what was varied, the plots, the table, and how to repeat it."""
     sent = [line["bytes_up_per_client"] for line in lines if line.get("bytes_up_per_client")]
-    facts = [f"{len(lines)} cells", f"seeds {', '.join(map(str, sorted({line['seed'] for line in lines})))}"]
-    facts += [f"{formats.span(sent, formats.size)} sent by a client"] if sent else []
+    header_words = [f"{len(lines)} cells", f"seeds {', '.join(map(str, sorted({line['seed'] for line in lines})))}"]
+    header_words += [f"{formats.span(sent, formats.size)} sent by a client"] if sent else []
     command = "python -m experiments.sweep " + " ".join(_quoted(word) for word in argv)
     title = f"{config.base.name} on {config.data.dataset}: a sweep"
     return templates.html(
-        "sweep.html.j2", {"title": title, "facts": facts, "sweep": contents(lines), "command": command}
+        "sweep.html.j2", {"title": title, "facts": header_words, "sweep": contents(lines), "command": command}
     )
 
 

@@ -37,11 +37,11 @@ def test_a_clients_folder_alone_is_opened(source, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"dataset": "finance_demo"}, "--dataset=finance_demo"),
-        ({"data_dir": None}, "--data_dir"),
-        ({"text_column": None}, "--text_column"),
-        ({"test_fraction": 0.5}, "--test_fraction"),
-        ({}, "--clients=2"),
+        ({"dataset": "finance_demo"}, "dataset=finance_demo"),
+        ({"data_dir": None}, "`data_dir`"),
+        ({"text_column": None}, "`text_column`"),
+        ({"test_fraction": 0.5}, "`test_fraction`"),
+        ({}, "clients=2"),
     ],
 )
 def test_what_does_not_fit_folders_is_one_sentence(source, flags, said):

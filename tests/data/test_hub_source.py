@@ -60,8 +60,8 @@ def test_unreachable_hub_is_one_sentence_that_names_the_ways_out(tmp_path):
     done = run_python(code, HF_HOME=tmp_path, HF_ENDPOINT=UNREACHABLE)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
-    assert "--data_dir" in done.stdout
-    assert "--dataset=finance_demo" in done.stdout
+    assert "`data_dir`" in done.stdout
+    assert "dataset=finance_demo" in done.stdout
 
 
 # A row of each public task as the hub's table has it, and what its first prompt and right answer must be.

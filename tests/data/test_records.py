@@ -17,12 +17,12 @@ def table(**columns):
 
 def test_the_rule_for_labels_touches_labels_alone():
     of = table(q=WRITTEN, a=WRITTEN, bank=WRITTEN)
-    found = records.rows(of, tasks.own(tasks.ANSWERS), {"prompt": "q", "answer": "a"}, "bank")
+    found = records.rows(of, tasks.own_table(tasks.ANSWERS), {"prompt": "q", "answer": "a"}, "bank")
     assert found.texts == found.answers == found.groups == WRITTEN
     of = table(
         text=WRITTEN, label=["4.0", " 4 ", 4.0, decimal.Decimal("4.00"), "01234.0", "x ", "1e5", "NA", "True", "4"]
     )
-    labels = records.rows(of, tasks.own(tasks.LABELS), {"text": "text", "label": "label"}).labels
+    labels = records.rows(of, tasks.own_table(tasks.LABELS), {"text": "text", "label": "label"}).labels
     assert labels == ["4", "4", "4", "4", "01234", "x", "1e5", "NA", "True", "4"]
 
 
@@ -33,7 +33,9 @@ def test_the_rule_for_labels_touches_labels_alone():
 def test_what_is_no_string_is_no_text(cell, kind, role):
     columns = {"prompt": ["a"], "answer": ["b"], "group": ["c"]} | {role: [cell]}
     with pytest.raises(InputError, match=rf"column '{role}' that are not text \({kind}\)"):
-        records.rows(table(**columns), tasks.own(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"}, "group")
+        records.rows(
+            table(**columns), tasks.own_table(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"}, "group"
+        )
 
 
 def test_a_choice_without_its_text_is_refused_and_not_asked_as_none():
@@ -48,5 +50,5 @@ def test_a_choice_without_its_text_is_refused_and_not_asked_as_none():
 def test_half_a_character_is_found_before_a_tokenizer_fails_on_it(role):
     columns = {"prompt": ["a", "b"], "answer": ["c", "d"]} | {role: ["\U0001f600", "secret \ud83d"]}
     with pytest.raises(InputError, match=f"half a character .* in column '{role}' of record 2") as caught:
-        records.rows(table(**columns), tasks.own(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"})
+        records.rows(table(**columns), tasks.own_table(tasks.ANSWERS), {"prompt": "prompt", "answer": "answer"})
     assert "secret" not in str(caught.value)

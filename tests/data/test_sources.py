@@ -161,7 +161,7 @@ MALFORMED = {
     "short row": (b"words,mood\nx,a\n" + SECRET + b"\n", "train.csv", "1 rows with nothing in column 'mood'"),
     "no text": (b"words,mood\n" + SECRET + b",a\n ,b\n", "train.csv", "1 rows with nothing in column 'words'"),
     "open quote": (b'words,mood\n"' + SECRET + b",a\ny,b\n", "train.csv", "a quote in the row that begins at line 2"),
-    "latin-1": (b"words,mood\n\xe9" + SECRET + b",a\n", "train.csv", "not utf-8 at line 2; give its --encoding"),
+    "latin-1": (b"words,mood\n\xe9" + SECRET + b",a\n", "train.csv", "not utf-8 at line 2; give its `encoding`"),
     "no column": (
         b"words,feeling\n" + SECRET + b",a\n",
         "train.csv",
@@ -197,12 +197,12 @@ def test_malformed_table_is_one_sentence_without_private_text(tmp_path, case, ca
         ({"test_fraction": 0.0}, "between 0 and 1"),
         ({"test_fraction": 1.0}, "between 0 and 1"),
         ({"test_fraction": 0.01}, "one part empty"),
-        ({"data_dir": None}, "--data_dir"),
+        ({"data_dir": None}, "`data_dir`"),
         ({"data_dir": "nowhere"}, "not a folder"),
-        ({"text_column": None}, "--text_column"),
-        ({"label_column": None, "labels": ("up", "down")}, "--label_column"),
+        ({"text_column": None}, "`text_column`"),
+        ({"label_column": None, "labels": ("up", "down")}, "`label_column`"),
         ({"dataset": "parquet"}, "no train.parquet"),
-        ({}, "--test_data .* --test_fraction .* --eval_every=0"),
+        ({}, "`test_data` .* `test_fraction` .* eval_every=0"),
         ({"test_data": "nowhere.csv"}, "not there"),
         ({"test_data": "nowhere.xlsx"}, "no known kind"),
         ({"test_data": "train"}, "private"),
@@ -211,9 +211,9 @@ def test_malformed_table_is_one_sentence_without_private_text(tmp_path, case, ca
         ({"labels": ("up", "up"), "test_data": "test"}, "two or more"),
         ({"group_column": "city", "test_data": "test"}, "no column 'city'"),
         ({"dataset": "financial_phrasebank"}, "no column 'words'"),
-        ({"dataset": "financial_phrasebank", "labels": ("a", "b")}, "--labels"),
-        ({"dataset": "finance_demo", "data_dir": None, "test_data": "x"}, "--test_data"),
-        ({"dataset": "finance_demo", "data_dir": None, "group_column": "x"}, "--partition"),
+        ({"dataset": "financial_phrasebank", "labels": ("a", "b")}, "`labels`"),
+        ({"dataset": "finance_demo", "data_dir": None, "test_data": "x"}, "`test_data`"),
+        ({"dataset": "finance_demo", "data_dir": None, "group_column": "x"}, "partition="),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tmp_path, change, said):
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, change, said):
 
 def test_private_labels_are_never_learned_from_training_rows(tmp_path):
     write(tmp_path, "train.csv", rows(["up", "down"]))
-    with pytest.raises(InputError, match="--labels"):
+    with pytest.raises(InputError, match="`labels`"):
         load(own(tmp_path), need_test=False)
 
 

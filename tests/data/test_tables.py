@@ -133,12 +133,12 @@ def test_the_encoding_that_is_given_is_that_of_files_that_are_not_utf_8(encoding
 
 def test_bytes_of_another_encoding_name_their_line_and_the_flag_and_no_letter(tmp_path):
     path = write(tmp_path / "train.csv", csv_text("plain\nx,good\nsecr\xe9t").encode("cp1252"))
-    assert "is not utf-8 at line 4; give its --encoding (cp1252" in said(path)
+    assert "is not utf-8 at line 4; give its `encoding` (cp1252" in said(path)
     assert "secr" not in said(path)
-    assert "is not ascii at line 4; give another --encoding, or" in said(path, encoding="ascii")
+    assert "is not ascii at line 4; give another `encoding`, or" in said(path, encoding="ascii")
     bare = write(tmp_path / "bare.csv", csv_text("one").encode("utf-16-le"))
-    assert "give --encoding=utf-16-le" in said(bare)
-    assert "has no byte-order mark; give --encoding=utf-16-le or --encoding=utf-16-be" in said(bare, encoding="utf-16")
+    assert "give encoding=utf-16-le" in said(bare)
+    assert "has no byte-order mark; give encoding=utf-16-le or encoding=utf-16-be" in said(bare, encoding="utf-16")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_fault_of_the_program_is_not_called_one_of_the_file(tmp_path, monkeypa
     "flag", [{"encoding": "klingon"}, {"encoding": "base64"}, {"separator": "ab"}, {"separator": '"'}]
 )
 def test_a_flag_that_means_nothing_is_one_sentence(flag):
-    with pytest.raises(InputError, match=f"--{next(iter(flag))}="):
+    with pytest.raises(InputError, match=f"{next(iter(flag))}="):
         tables.text_format(**({"encoding": None, "separator": None} | flag))
     assert tables.text_format(None, "semicolon").separator == tables.text_format(None, ";").separator == ";"
     assert tables.text_format(None, "tab").separator == tables.text_format(None, r"\t").separator == "\t"

@@ -71,10 +71,10 @@ def test_a_part_of_the_records_keeps_texts_answers_and_groups_together(tmp_path)
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"prompt_column": "q"}, "needs --answer_column"),
+        ({"prompt_column": "q"}, "needs `answer_column`"),
         ({"prompt_column": "q", "answer_column": "a", "label_column": "l"}, "give one pair"),
-        ({"label_column": "l"}, "needs --text_column"),
-        ({}, "needs --text_column"),
+        ({"label_column": "l"}, "needs `text_column`"),
+        ({}, "needs `text_column`"),
     ],
 )
 def test_columns_that_make_no_task_are_one_sentence(options, sentence, tmp_path):
@@ -165,7 +165,7 @@ def test_a_benchmark_that_holds_the_private_texts_is_refused_whatever_else_stand
     lines(tmp_path, "validation.jsonl", table)
     held = [f"s{i}" for i in range(20)]
     for whole in ([of(*held)], [of("s0", "s1", "s1"), of("s2")]):
-        with pytest.raises(InputError, match=f"--benchmarks={name} is refused as a public test set"):
+        with pytest.raises(InputError, match=f"benchmarks={name} is refused as a public test set"):
             benchmark(name, str(tmp_path), private=whole)
     with pytest.raises(Refused) as caught:
         benchmark(name, str(tmp_path), private=[of("another"), of(*held[:8], "s1")])

@@ -5,7 +5,7 @@ import os
 import signal
 
 from dplora_jax import checkpoint
-from dplora_jax.federation import dispatch, run_files
+from dplora_jax.federation import dispatch, workdir_files
 from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.ledger import Ledger
 from experiments import report
@@ -18,8 +18,8 @@ CALLS = {
     "after the run": (dispatch, "execute", "after"),
     "checkpoint under way": (checkpoint.Checkpoints, "save", "after"),
     "before commit": (Ledger, "commit", "before"),
-    "before metrics": (run_files, "write_metrics", "before"),
-    "after metrics": (run_files, "write_metrics", "after"),
+    "before metrics": (workdir_files, "write_metrics", "before"),
+    "after metrics": (workdir_files, "write_metrics", "after"),
     "before the report": (report, "write", "before"),
     "before the secrets go": (secrets, "destroy", "before"),
 }

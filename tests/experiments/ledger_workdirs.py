@@ -3,8 +3,8 @@
 import json
 
 from dplora_jax.config import RunConfig, replace
-from dplora_jax.federation import calibration
-from dplora_jax.federation.run_files import write_config
+from dplora_jax.federation import calibration, trust
+from dplora_jax.federation.workdir_files import write_config
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, describe
 from experiments import cli, ledger
@@ -69,14 +69,14 @@ def reflag(workdir, change=lambda mechanism: mechanism, sizes=(100, 50), **flagg
     """Make the workdir that of an unfinished run with other flags, whose clients are charged for `change(their mechanism)`."""
     config = cli.settle(replace(CONFIG, **flagged))
     made = [change(mechanism) for mechanism in calibration.mechanisms(config, list(sizes))]
-    steps = config.schedule.rounds * config.steps_per_round
+    steps = config.schedule.rounds * trust.mode(config).steps_per_round(config)
     rows = [
         describe(m)
         | {"records": n, "sampled_from": m.records, "epsilon": accounting.epsilon(m, steps, config.privacy.delta)}
         for m, n in zip(made, sizes, strict=True)
     ]
     write_config(workdir, config, {"clients": rows, "release": "for release"})
-    more = {"clients": [describe(m) for m in made], "local_steps": config.steps_per_round}
+    more = {"clients": [describe(m) for m in made], "local_steps": trust.mode(config).steps_per_round(config)}
     reforge(workdir, lambda entry: None if entry["entry"] == "end" else newer(**more)(entry))
     (workdir / "metrics.jsonl").unlink()
 

@@ -8,7 +8,7 @@ import pytest
 
 from dplora_jax import lora, models, peft
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, dispatch, exact, participants, program, round_bytes
+from dplora_jax.federation import calibration, dispatch, exact, participation, program, round_bytes
 from dplora_jax.federation.federation import Federation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
@@ -28,7 +28,7 @@ def parse(*more):
     [
         (["--aggregation=mean"], "--aggregation=mean is not known"),
         (["--aggregation=flora", "--ema=0.5"], "use --ema=0."),
-        (["--aggregation=fedsa", "--ema=0.5"], "an average has no client's own B"),
+        (["--aggregation=fedsa", "--ema=0.5"], "an average over rounds has no client's own B"),
         (["--aggregation=fedex", "--freeze_a"], "exact already"),
         (["--aggregation=flora", "--quantize=int8"], "leave it out"),
         (["--aggregation=fedex", "--dtype=bfloat16"], "use --dtype=float32"),
@@ -43,17 +43,17 @@ def parse(*more):
         (["--upload_bits=8", "--noise=hardened"], "leave one of them out"),
         (["--robust=trimmed_mean:0.5"], "malformed"),
         (["--robust=trimmed_mean"], "malformed"),
-        (["--robust=median", "--aggregation=fedex"], "a mean of like uploads"),
-        (["--robust=median", "--aggregation=fedsa"], "a mean of like uploads"),
-        (["--robust=median", "--ranks=1,2,2"], "a mean of like uploads"),
+        (["--robust=median", "--aggregation=fedex"], "replace the mean that it needs"),
+        (["--robust=median", "--aggregation=fedsa"], "replace the mean that it needs"),
+        (["--robust=median", "--ranks=1,2,2"], "compares uploads of one shape"),
         (["--ranks=1,2"], "for each of 3 clients"),
         (["--ranks=1,2,9"], "from 1 to --rank=4"),
         (["--ranks=1,2,2", "--aggregation=fedsa"], "its halves have one rank"),
         (["--ranks=1,2,2", "--freeze_a"], "--ranks cannot be used with --freeze_a"),
         (["--participation=fixed:4"], "between 1 and --clients=3"),
         (["--dropout=1"], "--dropout=1.0 must lie in"),
-        (["--dropout=0.1", "--trust=client", "--delta=1e-3"], "use that"),
-        (["--proximal=0.1"], "raise --local_steps"),
+        (["--dropout=0.1", "--trust=client", "--delta=1e-3"], "--dropout cannot be used with --trust=client"),
+        (["--proximal=0.1"], "needs --local_steps of 2"),
         (["--server_optimizer=lion"], "not known"),
         (["--server_optimizer=adam", "--server_momentum=0.5"], "moments of its own"),
     ],
@@ -67,7 +67,7 @@ def test_a_combination_without_a_meaning_is_refused_in_one_sentence(more, words)
 def test_a_client_is_calibrated_to_the_rounds_that_it_is_in():
     """A public schedule amplifies nothing: epsilon is that of the client's own rounds, at its own sampling rate."""
     config = parse("--participation=poisson:0.4", "--local_steps=2", "--rounds=12")
-    steps = participants.steps(config).sum(0)
+    steps = participation.steps(config).sum(0)
     assert len(set(steps.tolist())) > 1
     assert (steps % 2 == 0).all()
     found = calibration.mechanisms(config, [300, 300, 300])
@@ -132,14 +132,14 @@ def test_many_clients_steps_are_rounded_up_to_a_few_counts():
 
 def test_who_fails_to_send_pays_all_the_same():
     config = parse("--participation=fixed:2", "--dropout=0.9")
-    assert participants.partial(config)
-    np.testing.assert_array_equal(participants.steps(config).sum(1), 2)
+    assert participation.partial(config)
+    np.testing.assert_array_equal(participation.steps(config).sum(1), 2)
     held = [bytes([k] * 32) for k in range(3)]
-    sent = participants.joins(config, held, range(1, 11), 0)
-    assert (sent <= participants.schedule(config)).all()
-    assert sent.sum() < participants.schedule(config).sum() / 2
-    assert participants.joins(parse("--participation=fixed:2"), held, range(3, 5), 0).tolist() == (
-        participants.schedule(config)[2:4].astype(float).tolist()
+    sent = participation.joins(config, held, range(1, 11), 0)
+    assert (sent <= participation.schedule(config)).all()
+    assert sent.sum() < participation.schedule(config).sum() / 2
+    assert participation.joins(parse("--participation=fixed:2"), held, range(3, 5), 0).tolist() == (
+        participation.schedule(config)[2:4].astype(float).tolist()
     )
 
 
@@ -159,14 +159,14 @@ def test_a_scheduled_run_charges_each_client_for_its_rounds_and_its_ledger_holds
     fit(command)
     config = cli.parse(command)
     book = Ledger(folder / "privacy_ledger.jsonl")
-    assert book.charged_steps(3) == participants.steps(config).sum(0).tolist()
+    assert book.charged_steps(3) == participation.steps(config).sum(0).tolist()
     assert sum(book.charged_steps(3)) == 2 * 4
     spent = book.epsilons(1e-3)
     assert all(7.9 < value <= 8 for value in spent)
     assert ledger.verify(folder)
     lines = lines_of(folder / "metrics.jsonl")
     for line in lines[1:]:
-        counts = participants.steps(config)[: line["round"]].sum(0)
+        counts = participation.steps(config)[: line["round"]].sum(0)
         for value, count in zip(line["epsilon"], counts, strict=True):
             assert (value == 0) == (count == 0)
         assert line["finished"] <= 2
@@ -194,7 +194,7 @@ def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command
     fit(command)
     book = Ledger(folder / "privacy_ledger.jsonl")
     assert max(book.epsilons(1e-3)) <= 8
-    planned = participants.steps(cli.parse(command)).sum(0)
+    planned = participation.steps(cli.parse(command)).sum(0)
     assert (np.array(book.charged_steps(3)) <= planned).all()
     assert lines_of(folder / "metrics.jsonl")[-1]["round"] < 4
     assert ledger.verify(folder)
@@ -262,7 +262,7 @@ def shapes(config):
 def test_bytes_are_what_travels(more, up, down):
     config = parse(*more)
     each = lambda value: value if isinstance(value, list) else [value] * 3  # noqa: E731
-    assert round_bytes.of_run(config, shapes(config)) == (each(up), each(down))
+    assert round_bytes.by_client(config, shapes(config)) == (each(up), each(down))
 
 
 def test_a_client_of_garbage_is_told_in_the_metrics(command, tmp_path, monkeypatch):

@@ -121,8 +121,8 @@ def test_the_page_for_people_has_answer_table_bars_and_the_papers_bound(capsys, 
         (["--epsilon=1", "--records=5,many"], "--records"),
         (["--epsilon=1", "--records=5,6", "--clients=3"], "--clients=3"),
         (["--epsilon=inf"], "--trust"),
-        (["--epsilon=8", "--trust=distributed"], "ask for that"),
-        (["--epsilon=8", "--trust=client"], "counts clients as records"),
+        (["--epsilon=8", "--trust=distributed"], "Ask for that"),
+        (["--epsilon=8", "--trust=client"], "its records are clients"),
         (["--epsilon=8", "--clipping=adaptive"], "plain steps"),
         (["--epsilon=1", "--delta=2"], "--delta"),
         (["--noise_multiplier=0"], "--noise_multiplier"),
@@ -150,4 +150,4 @@ def test_no_jax_is_imported_even_where_sizes_come_from_data():
 
 def test_a_budget_is_of_the_rounds_that_a_client_is_in(capsys):
     assert budget.main([*SMALL, "--noise_multiplier=1.5", "--rounds=20", "--clients=2", "--participation=fixed:1"]) == 2
-    assert "without --participation=fixed:1" in capsys.readouterr().err
+    assert "leave out --participation=fixed:1" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 
 from dplora_jax import checkpoint
 from dplora_jax.errors import InputError, NotFiniteError, Refused, StorageError
-from dplora_jax.federation import processes, run_files, storage
+from dplora_jax.federation import processes, storage, workdir_files
 from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
@@ -55,7 +55,7 @@ def test_a_reader_that_goes_away_is_told_in_a_sentence(capfd, monkeypatch):
     with open(write, "w") as pipe:
         monkeypatch.setattr("sys.stdout", pipe)
         assert exits.guarded(lambda: print("it holds."))() == 74
-    assert capfd.readouterr().err == "error: what is printed cannot be written (Broken pipe).\n"
+    assert capfd.readouterr().err == "error: the output cannot be written (Broken pipe).\n"
 
 
 def test_a_fault_of_the_program_stays_a_fault():
@@ -165,10 +165,10 @@ def test_a_torn_line_of_diagnostics_goes_when_the_next_is_written(tmp_path):
 
 
 def test_what_replaces_a_file_leaves_the_old_one_where_it_fails(tmp_path, monkeypatch):
-    run_files.write_metrics(tmp_path, [{"round": 0}])
+    workdir_files.write_metrics(tmp_path, [{"round": 0}])
     monkeypatch.setattr(os, "fsync", fail())
     with pytest.raises(OSError, match="No space"):
-        run_files.write_metrics(tmp_path, [{"round": 0}, {"round": 1}])
+        workdir_files.write_metrics(tmp_path, [{"round": 0}, {"round": 1}])
     monkeypatch.undo()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"round": 0}
     chain.replace_durably(tmp_path / "metrics.jsonl", "")

@@ -156,7 +156,7 @@ def test_the_adapters_head_and_labels_count_whatever_head_the_base_has(tmp_path,
     model, params = models.from_pretrained(base, label_names=("good", "bad"))
     tree = exported.draw(0, model, params, lora.LoraConfig(2, 4))
     peft.save(adapter, model, tree, lora.LoraConfig(2, 4))
-    (adapter / "README.md").write_text(model_card.of_adapter(model, "the end", ("good", "bad")))
+    (adapter / "README.md").write_text(model_card.adapter_note(model, "the end", ("good", "bad")))
     recwarn.clear()
     assert export.main([f"--model={base}", f"--adapter={adapter}", f"--out={out}"]) == 0
     assert not recwarn.list
@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys):
     assert "nosuchflag" in refusal(capsys, "--nosuchflag=1")
     assert "holds no readable PEFT adapter" in refusal(capsys, model, f"--adapter={tmp_path}", to)
     assert "no place in this model" in refusal(capsys, f"--model={GOLDEN / 'llama_tiny'}", adapter, to)
-    assert "no run's workdir" in refusal(capsys, f"--workdir={tmp_path}", to)
+    assert "not a run's workdir" in refusal(capsys, f"--workdir={tmp_path}", to)
     assert not out.exists()
     assert list(tmp_path.iterdir()) == []
 

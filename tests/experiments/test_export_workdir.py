@@ -11,7 +11,7 @@ import pytest
 
 from dplora_jax import lora, models, peft
 from dplora_jax.config import replace
-from dplora_jax.federation import run_files
+from dplora_jax.federation import trust, workdir_files
 from dplora_jax.finetuning import setup
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import Ledger
@@ -46,14 +46,14 @@ def finished(tiny_bert, finance_table, tmp_path_factory):
 
 def charge(folder, config, facts, mechanisms):
     """Write config.json, ledger and metrics of one round."""
-    run_files.write_config(folder, config, facts)
+    workdir_files.write_config(folder, config, facts)
     ledger, spent = Ledger(folder / "privacy_ledger.jsonl"), [row["epsilon"] for row in facts["clients"]]
     if config.privacy.seed is not None:
         ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, config.schedule.clients)))
-    ledger.begin((1, 2), 0, mechanisms, config.steps_per_round, {})
+    ledger.begin((1, 2), 0, mechanisms, trust.mode(config).steps_per_round(config), {})
     ledger.commit((1, 2), 0)
     lines = [(0, [0.0] * len(spent)), (1, spent)]
-    run_files.write_metrics(folder, [{"round": t, "epsilon": e, "epsilon_max": max(e)} for t, e in lines])
+    workdir_files.write_metrics(folder, [{"round": t, "epsilon": e, "epsilon_max": max(e)} for t, e in lines])
 
 
 def altered(finished, folder, **changes):
@@ -69,11 +69,11 @@ def altered(finished, folder, **changes):
 def without_privacy(finished, folder):
     """A copy of the workdir as that of a run without privacy."""
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("privacy_ledger.*"))
-    stored = run_files.read_config(folder)
+    stored = workdir_files.read_config(folder)
     config = replace(stored.flags, trust="none", noise_multiplier=None)
     silent = [dataclasses.replace(mechanism, noise_multiplier=0.0) for mechanism in stored.mechanisms]
-    rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.facts["clients"]]
-    charge(folder, config, stored.facts | {"clients": rows, "release": None}, silent)
+    rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.description["clients"]]
+    charge(folder, config, stored.description | {"clients": rows, "release": None}, silent)
     return folder
 
 

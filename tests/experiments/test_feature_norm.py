@@ -98,7 +98,7 @@ def test_where_nothing_can_be_centred_it_is_refused(command, finance_table, gold
     write_tokenizer(shutil.copytree(golden / "variants" / "gpt2_untied", tmp_path / "gpt2"))
     bare = [*command, f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"]
     assert run.main(bare) == 2
-    assert "--feature_norm is measured on a public test set" in capsys.readouterr().err
+    assert "--feature_norm needs a public test set" in capsys.readouterr().err
     for more, words in (
         (["--feature_norm=-1"], "above 0"),
         (["--trust=none", "--clip_norm=inf"], "--clip_norm=inf"),

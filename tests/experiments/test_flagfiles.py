@@ -58,7 +58,7 @@ def test_a_line_means_what_it_says(parsed, line, name, value):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("rounds=1", "no flag"),
+        ("rounds=1", "is not a flag"),
         ("- rounds=1", "names no flag"),
         ("--", "names no flag"),
         ("--rounds 1", "--rounds=1"),

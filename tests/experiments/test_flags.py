@@ -5,6 +5,7 @@ import pytest
 from dplora_jax.config import field_value
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
+from dplora_jax.federation import trust
 from experiments import cli, flagfile_reader
 
 
@@ -31,7 +32,7 @@ def test_noise_multiplier_takes_the_place_of_a_flagfiles_epsilon():
 def test_infinite_epsilon_is_trust_none():
     config = cli.parse(["--epsilon=inf"])
     assert config.privacy.trust == "none"
-    assert not config.privacy.private
+    assert not trust.mode(config).private
     assert config.privacy.epsilon is None
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from dplora_jax.privacy import accounting
 from experiments import ledger
 from tests.experiments.ledger_workdirs import (
@@ -73,14 +73,14 @@ TAMPERINGS = {
     "budget": (config(epsilon=0.1), "client 0's noise_multiplier cannot follow from its flags"),
     "sigma": (config(noise_multiplier=9.0, epsilon=None), "client 0's noise_multiplier cannot follow from its flags"),
     "planned epsilon": (row(epsilon=0.1), "client 1's epsilon does not follow"),
-    "planned epsilon NaN": (row(epsilon=math.nan), "epsilon is no number from 0 to inf"),
+    "planned epsilon NaN": (row(epsilon=math.nan), "epsilon is not a number from 0 to inf"),
     "no noise_multiplier": (lambda w: edit(w / "config.json", lambda c: c["federation"]["clients"][0].pop("noise_multiplier")),
                             "config.json is damaged"),
     "delta x": (config(delta="x"), "config.json is damaged"),
     "rows that are no objects": (facts(clients=[1, 2]), "config.json is damaged"),
     "a row too few": (lambda w: edit(w / "config.json", lambda c: c["federation"]["clients"].pop()), "is damaged"),
     "epsilon_max": (line(3, epsilon_max=0.1), "another epsilon_max in round 3"),
-    "epsilon NaN": (spent(4, math.nan, math.nan), "epsilon has one that is no number from 0 to inf"),
+    "epsilon NaN": (spent(4, math.nan, math.nan), "epsilon has one that is not a number from 0 to inf"),
     "epsilon inf": (spent(4, "inf", "inf"), "no epsilon for each client in round 4"),
     "a client too few": (spent(3, 40.0), "no epsilon for each client in round 3"),
     "an earlier round": (spent(1, 0.01, 0.01), "less epsilon than was charged up to round 1"),
@@ -140,7 +140,7 @@ def test_an_unfinished_run_cannot_show_another_delta(workdir, capsys):
 def test_within_a_dispatch_the_grid_is_coarser_and_epsilon_never_falls(workdir, capsys):
     """Small epsilons show it: the bound on the coarse grid is above the fine one at the dispatch's end, which caps it."""
     reflag(workdir, sizes=(100, 100), epsilon=None, noise_multiplier=40.0)
-    quiet = run_files.read_config(workdir).mechanisms[0]
+    quiet = workdir_files.read_config(workdir).mechanisms[0]
     (one, five), (two, six) = (
         accounting.epsilon_curve(quiet, c, DELTA, g) for c, g in (((2, 10), 1e-2), ((4, 12), 1e-3))
     )

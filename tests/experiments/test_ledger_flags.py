@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dplora_jax.federation.run_files import read_config
+from dplora_jax.federation.workdir_files import read_config
 from tests.experiments.ledger_workdirs import MECHANISMS, edit, newer, reflag, reforge, run, write_run
 
 

@@ -95,7 +95,7 @@ def test_auto_chooses_here_too(command, capsys):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--epsilon=inf"], "compared with one without"),
+        (["--epsilon=inf"], "compares a private run with one without"),
         (["--label_column=x", "--labels=a,b", "--dataset=csv", "--text_column=t"], "no train.csv"),
         (["--partition=folders"], "another --partition"),
         (["--aggregation=flora"], "only fedavg"),

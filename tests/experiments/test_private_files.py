@@ -13,7 +13,7 @@ from dplora_jax.config import RunConfig, replace
 from dplora_jax.privacy import chain
 from experiments import sweep
 from experiments.attacks import audit, membership, memorisation
-from experiments.sweep.cells import Own
+from experiments.sweep.cells import Options
 
 RATES = {"tpr_at_0.001": 0.25, "tpr_at_0.01": 0.5, "auc": 0.75, "members": 60, "others": 30}
 FOUND = {"exposure": [1.5], "extracted": [False], "epsilon": "-"}
@@ -58,7 +58,7 @@ def test_membership_rates_are_for_the_owner(tmp_path, modes, monkeypatch, capsys
 
 
 def test_exposures_are_for_the_owner(tmp_path, modes, monkeypatch, capsys):
-    own = memorisation.Own(1, 1, 9, 1, str(tmp_path))
+    own = memorisation.Options(1, 1, 9, 1, str(tmp_path))
     monkeypatch.setattr(memorisation, "parse", lambda _: (None, own))
     monkeypatch.setattr(memorisation, "results", lambda *_: [("base model", FOUND)])
     assert memorisation.main([]) == 0
@@ -70,7 +70,7 @@ def test_exposures_are_for_the_owner(tmp_path, modes, monkeypatch, capsys):
 def test_a_sweeps_cells_and_tables_are_for_the_owner(tmp_path, modes, monkeypatch):
     """Some of its models have no privacy, and all noise of the others can be made again."""
     cell = types.SimpleNamespace(name={"case": "a", "seed": 1, "config": "c"}, config=RunConfig())
-    monkeypatch.setattr(sweep, "parse", lambda _: ([cell], Own(tmp_path / "sweep.jsonl", 1, None)))
+    monkeypatch.setattr(sweep, "parse", lambda _: ([cell], Options(tmp_path / "sweep.jsonl", 1, None)))
     monkeypatch.setattr(sweep, "outcome", lambda *_: LINE)
     assert sweep.main([]) == 0
     assert modes["sweep.jsonl"] == 0o600

@@ -115,13 +115,13 @@ def test_what_it_was_not_measured_on_is_said(command, monkeypatch):
 
 def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):
     assert budget.main([*command, "--epsilon=8"]) == 2
-    assert "give the flags that it chose" in capsys.readouterr().err
+    assert "give the flags that the run says" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--epsilon=none --noise_multiplier=1", "goes by --epsilon"),
+        ("--epsilon=none --noise_multiplier=1", "needs --epsilon"),
         ("--partition=folders", "no process knows"),
         ("--trust=distributed", "--trust=distributed"),
     ],

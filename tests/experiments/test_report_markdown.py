@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from experiments import export, formats, model_card, tables
 from experiments.ledger import Agreement
 from experiments.report import sections, templates
@@ -21,14 +21,14 @@ LINE = {"case": HOSTILE, HOSTILE: HOSTILE, "seed": 1, "metrics": {"accuracy": 0.
 
 @pytest.fixture
 def stored(tmp_path):
-    """The `run_files.Stored` of a run whose names are all hostile."""
+    """The `workdir_files.Stored` of a run whose names are all hostile."""
     document = config(1, **dict.fromkeys(("model", "dataset", "text_column", "targets", "labels", HOSTILE), HOSTILE))
     federation = document["federation"]
     federation["data"] |= {"description": HOSTILE, "labels": [HOSTILE]}
     federation |= {"trust": [HOSTILE], "method": [HOSTILE], "accounting": HOSTILE, "command": HOSTILE}
     federation |= {"release": HOSTILE, "environment": {HOSTILE: HOSTILE}, "base_files": {HOSTILE: HOSTILE}}
     (tmp_path / "config.json").write_text(json.dumps(document))
-    return run_files.read_config(tmp_path)
+    return workdir_files.read_config(tmp_path)
 
 
 def without_code(text):

@@ -19,7 +19,7 @@ def test_the_audit_beside_a_run_and_its_absence_are_told(tmp_path):
     told = page(folder, config(), metrics(**SCORES))
     assert "<td>2.99</td><td>6.54</td><td>holds</td>" in told  # rounded down, never up
     assert "lower bounds are 6.54 (claim 8.00: holds)" in (folder / "report.md").read_text()
-    assert "does not say of which flags" in told
+    assert "does not say which flags" in told
     for flags, words in (
         ({"clip_norm": 1.25, "epsilon": 8.0, "workdir": "x", "seed": 3, "auto": True}, ""),
         ({"clip_norm": 0.5, "epsilon": 2.0}, "clip_norm 0.5 (here 1.25), epsilon 2.0 (here 8.0)."),
@@ -29,12 +29,12 @@ def test_the_audit_beside_a_run_and_its_absence_are_told(tmp_path):
         document = {"runs": 8, "confidence": 0.999, "audits": [found], "flags": flags}
         (tmp_path / "run-audit" / "audit.json").write_text(json.dumps(document))
         told = page(folder, config(seed=None), metrics(**SCORES))
-        assert ("THE AUDIT IS OF OTHER FLAGS THAN THIS RUN" in told) == bool(words)
+        assert ("THE AUDIT RAN WITH OTHER FLAGS THAN THIS RUN" in told) == bool(words)
         assert words in told
         assert words in (folder / "report.md").read_text()
     document = {"runs": 8, "confidence": 0.999, "audits": [found], "flags": None}
     (tmp_path / "run-audit" / "audit.json").write_text(json.dumps(document))
-    assert "of a small built-in model, not of this run" in page(folder, config(), metrics(**SCORES))
+    assert "a small built-in model, not this run" in page(folder, config(), metrics(**SCORES))
     (tmp_path / "run-audit" / "audit.json").write_text(json.dumps({"runs": 8}))
     assert "cannot be read" in page(folder, config(), metrics(**SCORES))
     assert "What an attack found" not in page(folder, config(trust="none", epsilon=None), metrics(**SCORES))

@@ -194,13 +194,13 @@ def test_membership_is_inferred_of_answers_too(base, tables, tmp_path):
     [
         ("text", ("--objective=classifier",), "has no labels to classify by"),
         ("answers", ("--head_only",), "has no labels to classify by"),
-        ("text", ("--chat",), "--chat is for prompts"),
+        ("text", ("--chat",), "--chat needs prompts"),
         ("answers", ("--chat",), "no chat template"),
         ("labels", ("--max_length=3",), "leaves no room for a text"),
         ("labels", ("--objective=language_model", "--head_only"), "no --head_only"),
-        ("answers", ("--new_tokens=5000",), "more than the model's"),
+        ("answers", ("--new_tokens=5000",), "together exceed the model's"),
         ("text", ("--benchmarks=nothing",), "benchmark 'nothing' is unknown"),
-        ("labels", ("--objective=classifier", "--benchmarks=piqa"), "asks a language model"),
+        ("labels", ("--objective=classifier", "--benchmarks=piqa"), "needs a language model"),
         ("text", ("--parties=1",), "--parties=1 must be at least"),
         ("text", ("--objective=words",), "--objective=words is not known"),
     ],
@@ -246,7 +246,7 @@ def test_a_benchmark_that_is_the_training_table_is_refused_and_ones_own_task_is_
     assert "--benchmarks=medquad is refused as a public test set" in capsys.readouterr().err
     more = [*own, "--benchmarks=boolq", f"--benchmarks_dir={tmp_path / 'public'}"]
     assert run.main(job(base, tmp_path / "medquad", tmp_path / "none", *more)) == 2
-    assert f"wants a folder {tmp_path / 'public' / 'boolq'}, which is not there" in capsys.readouterr().err
+    assert f"needs the folder {tmp_path / 'public' / 'boolq'}, which does not exist" in capsys.readouterr().err
 
 
 def test_a_test_set_with_all_records_of_a_client_is_refused(base, tmp_path, capsys):

@@ -131,7 +131,7 @@ def test_controls_follow_what_is_varied_and_those_that_do_not_fit_are_left_out(c
     cells, _ = sweep_cells.parse([*alone, "--controls", "--epsilon=8", "--trust=distributed", "--survivors=2"])
     assert any(cell.name["case"] == "head alone" for cell in cells)
     assert not any(cell.name["case"] == "no privacy" for cell in cells)
-    assert "warning: the control 'no privacy' does not go with these flags" in capsys.readouterr().err
+    assert "warning: the control 'no privacy' cannot be used with these flags" in capsys.readouterr().err
 
 
 def test_the_best_client_alone_is_the_best_of_all_of_them(command, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, trust_modes
+from dplora_jax.federation import calibration, trust
 from dplora_jax.privacy import accounting, secrets, size_classes
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
@@ -50,7 +50,7 @@ def test_the_shares_of_the_clients_that_are_counted_on_make_the_whole_noise(more
     config = cli.parse([*DISTRIBUTED, *more])
     sizes = [100] * config.schedule.clients
     found = mechanisms(config, sizes)
-    trust_mode = trust_modes.mode(config)
+    trust_mode = trust.mode(config)
     shares = [m.noise_multiplier for m in trust_mode.shares(config, sizes, found)]
     assert math.sqrt(sum(share**2 for share in shares[:honest])) == pytest.approx(found[0].noise_multiplier)
     rule = trust_mode.rule(config, found, sizes, None)
@@ -62,9 +62,9 @@ def test_clients_are_the_records_of_mode_client_and_a_round_is_one_step():
     config = cli.parse(CLIENT)
     found = mechanisms(config, [50] * 30)
     assert found == [Mechanism(30, 0.3, 30, found[0].noise_multiplier)] * 30
-    assert config.steps_per_round == 1
+    assert trust.mode(config).steps_per_round(config) == 1
     assert 3.98 < accounting.epsilon(found[0], 10, config.privacy.delta) <= 4
-    trust_mode = trust_modes.mode(config)
+    trust_mode = trust.mode(config)
     rule = trust_mode.rule(config, found, [50] * 30, None)
     assert rule.noise_std == pytest.approx(found[0].noise_multiplier * config.privacy.clip_norm)
     assert (rule.clip_norm, rule.divisor) == (config.privacy.clip_norm, pytest.approx(9))
@@ -87,7 +87,9 @@ def test_a_resumed_run_keeps_its_mechanisms(argv):
 def two_classes(monkeypatch):
     """Three sizes are many: 60 and 400 make one class, 900 another."""
     monkeypatch.setattr(size_classes, "MOST", 2)
-    monkeypatch.setattr(size_classes, "of", lambda sizes, _: {60: (60, 400), 400: (60, 400), 900: (900, 900)})
+    monkeypatch.setattr(
+        size_classes, "bounds_by_size", lambda sizes, _: {60: (60, 400), 400: (60, 400), 900: (900, 900)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,9 +102,9 @@ def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_cla
     assert [(m.records, m.sampling_rate) for m in found] == [(400, 1), (400, 1), (900, 64 / 900)]
     assert all(accounting.epsilon(m, 10, config.privacy.delta) <= 4 for m in found)
     expected = [400, 60, 64]
-    trust_mode = trust_modes.mode(config)
+    trust_mode = trust.mode(config)
     assert trust_mode.expected(config, SIZES, found) == pytest.approx(expected)
-    assert trust_modes.examples(config, SIZES, found) == pytest.approx(sum(expected))
+    assert trust.expected_examples(config, SIZES, found) == pytest.approx(sum(expected))
     if config.privacy.trust == "distributed":
         assert trust_mode.rule(config, found, SIZES, None).divisor == pytest.approx(sum(expected))
         assert trust_mode.weights(config, SIZES, found) == pytest.approx([part / 524 for part in expected])
@@ -137,7 +139,7 @@ def test_clients_of_a_class_keep_their_own_size_divisor_and_weight(argv, two_cla
         ([*CLIENT, "--clip_norm=inf"], "--clip_norm"),
         ([*CLIENT, "--survivors=3"], "--survivors belongs to --trust=distributed"),
         (["--epsilon=8", "--colluding=2"], "--colluding belongs to --trust=distributed"),
-        ([*CLIENT, "--dropout=0.1"], "--dropout with --trust=client"),
+        ([*CLIENT, "--dropout=0.1"], "--dropout cannot be used with --trust=client"),
         (["--epsilon=8", "--client_rate=0.5"], "--client_rate belongs"),  # in mode local it amplifies nothing
         (["--trust=client", "--epsilon=inf", "--client_rate=0.5"], "--client_rate belongs"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from dplora_jax.config import RunConfig, replace
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files, workdir
+from dplora_jax.federation import resuming, workdir_files
 from dplora_jax.finetuning import setup
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger, describe
@@ -20,20 +20,20 @@ COMMAND = ["--epsilon=2", "--clients=1"]
 
 
 def test_a_flag_that_a_later_version_added_was_at_its_default(tmp_path):
-    run_files.write_config(tmp_path, CONFIG, FEDERATION)
+    workdir_files.write_config(tmp_path, CONFIG, FEDERATION)
     document = json.loads((tmp_path / "config.json").read_text())
     del document["quantize"]
     (tmp_path / "config.json").write_text(json.dumps(document))
-    assert workdir.stored_config(tmp_path, CONFIG).document == document
+    assert resuming.stored_config(tmp_path, CONFIG).document == document
     with pytest.raises(InputError, match="another `quantize`"):
-        workdir.stored_config(tmp_path, replace(CONFIG, quantize="int8"))
+        resuming.stored_config(tmp_path, replace(CONFIG, quantize="int8"))
 
 
 @pytest.mark.parametrize("flag", ["encoding", "separator"])
 def test_what_decides_how_a_table_is_read_may_not_change(flag, tmp_path):
-    run_files.write_config(tmp_path, CONFIG, FEDERATION)
+    workdir_files.write_config(tmp_path, CONFIG, FEDERATION)
     with pytest.raises(InputError, match=f"another `{flag}`"):
-        workdir.stored_config(tmp_path, replace(CONFIG, **{flag: "cp1252"}))
+        resuming.stored_config(tmp_path, replace(CONFIG, **{flag: "cp1252"}))
 
 
 def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path, monkeypatch, capsys):
@@ -48,7 +48,7 @@ def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path,
     command = [*COMMAND, f"--workdir={tmp_path}"]
     config = cli.parse(command)
     edited = {"clients": [FEDERATION["clients"][0] | {"noise_multiplier": 9.0}], "release": "for release"}
-    run_files.write_config(tmp_path, config, edited)
+    workdir_files.write_config(tmp_path, config, edited)
     write_checkpoint(tmp_path, 0, Ledger(tmp_path / "privacy_ledger.jsonl").anchor)
     assert run.main(command) == 2
     assert seen == [None]
@@ -66,18 +66,18 @@ def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path,
 def test_another_config_json_than_the_one_that_was_charged_by_is_refused_before_it_is_used(tmp_path):
     """Whatever it says: what a restart takes from there, the mechanisms and the features' centre say, no later edit may change or
     break."""
-    run_files.write_config(tmp_path, CONFIG, FEDERATION | {"features": [1]})
+    workdir_files.write_config(tmp_path, CONFIG, FEDERATION | {"features": [1]})
     ledger, path = Ledger(tmp_path / "privacy_ledger.jsonl"), tmp_path / "config.json"
-    ledger.begin((1, 2), 0, [MECHANISM], 1, {}, config=run_files.read_config(tmp_path).digest)
+    ledger.begin((1, 2), 0, [MECHANISM], 1, {}, config=workdir_files.read_config(tmp_path).digest)
     written = json.loads(path.read_text())
     path.write_text(json.dumps(written))  # laid out another way
-    assert workdir.charged_config(tmp_path, workdir.stored_config(tmp_path, CONFIG), ledger) == written
+    assert resuming.charged_config(tmp_path, resuming.stored_config(tmp_path, CONFIG), ledger) == written
     quieter = [FEDERATION["clients"][0] | {"noise_multiplier": 0.1}]
     for edited in {"features": [2]}, {"clients": quieter}, {"release": None}:
         path.write_text(json.dumps(written | {"federation": written["federation"] | edited}))
         with pytest.raises(InputError, match=r"config\.json is not the one that the ledger was charged by"):
-            workdir.charged_config(tmp_path, workdir.stored_config(tmp_path, CONFIG), ledger)
+            resuming.charged_config(tmp_path, resuming.stored_config(tmp_path, CONFIG), ledger)
     for broken in 5, [], [{}], [FEDERATION["clients"][0] | {"noise_multiplier": "0.1"}]:
         path.write_text(json.dumps(written | {"federation": FEDERATION | {"clients": broken}}))
         with pytest.raises(InputError, match=r"config\.json is damaged"):
-            workdir.stored_config(tmp_path, CONFIG)
+            resuming.stored_config(tmp_path, CONFIG)

@@ -108,7 +108,7 @@ def test_parts_join_at_their_own_rate_and_the_expected_batch_stays():
     [
         (3, clipping.Clip(1.0), Banded(3, 2), r"bands \(2\) must divide local_steps"),
         (2, clipping.Clip(1.0), Banded(4, 2), r"local_steps \(2\), the noise's own \(4\)"),
-        (4, Adaptive(1.0), Banded(4, 2), "of one scale"),
+        (4, Adaptive(1.0), Banded(4, 2), "has one scale"),
     ],
 )
 def test_turns_cut_short_and_noise_of_a_moving_scale_are_refused(steps, clipper, noise, words):

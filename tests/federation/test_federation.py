@@ -98,7 +98,7 @@ def test_a_run_stops_between_dispatches_when_it_is_asked_to(federation, tmp_path
     assert made.stopped
     assert made.history[-1]["round"] == 2
     assert not Ledger(tmp_path / "run" / "privacy_ledger.jsonl").ended
-    with pytest.raises(InputError, match="to its end first|there is no adapter"):
+    with pytest.raises(InputError, match=r"to its end first|there is no adapter"):
         made.save(tmp_path / "adapter")
 
 
@@ -117,9 +117,10 @@ def test_a_dispatch_is_charged_before_it_runs(federation, tmp_path, monkeypatch)
     def crash(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as broken:
         broken.setattr(dispatch, "_call", crash)
-        run(made, tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            run(made, tmp_path / "run")
     ledger = Ledger(tmp_path / "run" / "privacy_ledger.jsonl")
     assert ledger.charged_rounds() == 2
     assert ledger.open_entry()
@@ -127,6 +128,24 @@ def test_a_dispatch_is_charged_before_it_runs(federation, tmp_path, monkeypatch)
     assert rounds[-1].number == 2, "two of four rounds were paid for in vain: the budget ends early"
     assert Ledger(tmp_path / "run" / "privacy_ledger.jsonl").charged_rounds() == 4
     assert max(rounds[-1].epsilon) <= 8
+
+
+def test_a_dispatch_is_charged_run_saved_and_committed_and_only_then_shown(federation, monkeypatch):
+    """Whatever is killed in between: no round runs unpaid, and no metric is out whose round could run again."""
+    kept, events = storage.InMemory(), []
+
+    def listen(target, name):
+        real = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *args, **more: (events.append(name), real(*args, **more))[1])
+
+    for target, name in (
+        (kept.ledger, "begin"), (dispatch, "_call"), (kept, "save"), (kept.ledger, "commit"), (kept, "release"),
+    ):  # fmt: skip
+        listen(target, name)
+    for round in federation().fit(small.shards(), kept):
+        events.append(round.number)
+    paid = ["begin", "_call", "save", "commit", "release"]
+    assert events == ["save", "release", 0, *paid, 1, 2, *paid, 3, 4, "release"]
 
 
 def test_in_memory_too_no_client_goes_past_its_epsilon(federation, monkeypatch):
@@ -152,6 +171,14 @@ def test_secrets_in_memory_are_new_in_each_run(federation):
     run(other)
     leaves = zip(jax.tree.leaves(one.adapter["head"]), jax.tree.leaves(other.adapter["head"]), strict=True)
     assert not any(np.array_equal(x, y) for x, y in leaves)
+
+
+def test_federations_of_other_rates_share_no_program(federation):
+    """Of one shape and with one seed: with the other's program, they would come to the same."""
+    whole, other = federation(), federation(client_lr=0.1)
+    run(whole)
+    run(other)
+    assert np.abs(whole.adapter["layers"]["q"].b - other.adapter["layers"]["q"].b).max() > 1e-3
 
 
 def test_the_saved_adapter_is_the_released_one(federation, tmp_path):
@@ -198,7 +225,7 @@ def test_other_records_than_the_workdirs_are_refused(federation, tmp_path):
 
 
 def test_the_number_of_shards_is_the_number_of_clients(federation):
-    with pytest.raises(InputError, match="there are 2 clients' records, and clients=3"):
+    with pytest.raises(InputError, match="records of 2 clients are given, and clients=3"):
         list(federation().fit(small.shards()[:2], storage.InMemory()))
 
 

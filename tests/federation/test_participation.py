@@ -11,6 +11,7 @@ import scipy.stats
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation, compression, participation, robust
+from tests.conftest import mostly_slow
 from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -32,9 +33,10 @@ def weighted(uploads, weights):
     return jax.tree.map(lambda u: np.tensordot(weights / weights.sum(), u, 1), uploads)
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"rows": 4, "columns": 2, "wave": 2}, {"wave": 4}], ids=["1x1", "4x2-2", "wave4"]
-)
+SHAPES = [{}, {"rows": 4, "columns": 2, "wave": 2}, {"wave": 4}]
+
+
+@pytest.mark.parametrize("shape", mostly_slow(SHAPES[1:2], SHAPES), ids=["1x1", "4x2-2", "wave4"])
 def test_the_mean_is_over_those_who_take_part_with_their_weights(shape):
     """Whoever stays away shows nothing; waves are filled with those who are there, wherever they sit."""
     everyone = moved(small.Setup(plain=True), None)[1]
@@ -65,12 +67,16 @@ def test_an_upload_that_is_not_finite_is_dropped_and_told(value):
     jax.tree.map(close, change, weighted(others, np.delete(WEIGHTS, 2)))
 
 
-def test_what_a_client_keeps_moves_only_when_its_upload_counts():
+def test_a_clients_clip_norm_moves_only_when_its_upload_counts():
     setup = small.Setup(partial=True, plain=True, clipping="adaptive")
     _, _, _, state = moved(setup, [1, 0, 1, 1, 1])
     norms = np.array(state.clip_norms)
     assert norms[1] == np.float32(small.CLIP)
     assert (np.delete(norms, 1) != np.float32(small.CLIP)).all()
+
+
+@pytest.mark.slow  # the same line as of clip norms
+def test_a_clients_own_b_moves_only_when_its_upload_counts():
     _, _, _, state = moved(small.Setup(partial=True, plain=True, method="fedsa"), [1, 0, 1, 1, 1])
     for name, own in state.own.items():
         still = [np.array_equal(own[k], small.adapter()["layers"][name].b) for k in range(5)]
@@ -80,10 +86,14 @@ def test_what_a_client_keeps_moves_only_when_its_upload_counts():
 @pytest.mark.parametrize(
     ("how", "of"),
     [
-        ("median", np.median),
-        ("trimmed", lambda x, axis: scipy.stats.trim_mean(x, {5: 0.2, 4: 0.25, 1: 0}[len(x)], axis)),
+        pytest.param("median", np.median, id="median"),
+        pytest.param(
+            "trimmed",
+            lambda x, axis: scipy.stats.trim_mean(x, {5: 0.2, 4: 0.25, 1: 0}[len(x)], axis),
+            id="trimmed",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["median", "trimmed"],
 )
 def test_robust_means_are_the_textbooks_whoever_is_there(how, of):
     setup = SOME._replace(robust=how, rows=2)
@@ -96,7 +106,7 @@ def test_robust_means_are_the_textbooks_whoever_is_there(how, of):
 def test_one_client_of_garbage_moves_a_median_no_further_than_the_others_reach():
     noise = [s * small.CLIP for s in small.NOISES]
     noise[0] = 1e6
-    change, uploads, valid, _ = moved(small.Setup(plain=True, robust="median"), None, noise_std=noise)
+    change, uploads, valid, _ = moved(SOME._replace(robust="median", rows=2), [1] * 5, noise_std=noise)
     assert valid.all()
     assert max(np.abs(u[0]).max() for u in jax.tree.leaves(uploads)) > 1e3
     for c, u in zip(*map(jax.tree.leaves, (change, uploads)), strict=True):
@@ -115,16 +125,16 @@ def test_a_trimmed_mean_cuts_by_the_count_of_those_who_are_there():
 
 
 def test_schedules_are_public_fair_and_of_the_size_asked_for():
-    fixed = participation.schedule("fixed:3", 7, 40, 1)
+    fixed = participation.draw_schedule("fixed:3", 7, 40, 1)
     assert (fixed.sum(1) == 3).all()
     assert np.ptp(fixed.sum(0)) <= 1
     assert len(np.unique(fixed, axis=0)) > 20
-    np.testing.assert_array_equal(fixed, participation.schedule("fixed:3", 7, 40, 1))
-    assert (fixed != participation.schedule("fixed:3", 7, 40, 2)).any()
-    poisson = participation.schedule("poisson:0.3", 50, 400, 1)
+    np.testing.assert_array_equal(fixed, participation.draw_schedule("fixed:3", 7, 40, 1))
+    assert (fixed != participation.draw_schedule("fixed:3", 7, 40, 2)).any()
+    poisson = participation.draw_schedule("poisson:0.3", 50, 400, 1)
     assert abs(poisson.mean() - 0.3) < 6 * np.sqrt(0.21 / poisson.size)  # false alarms: under 1e-8
     assert np.ptp(poisson.sum(1)) > 5
-    assert participation.schedule("all", 3, 2, 0).all()
+    assert participation.draw_schedule("all", 3, 2, 0).all()
 
 
 @pytest.mark.parametrize(

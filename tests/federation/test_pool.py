@@ -11,6 +11,7 @@ import scipy.stats
 from dplora_jax.federation import pool
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.hardened import Hardened
+from tests.conftest import mostly_slow
 from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -20,23 +21,25 @@ WHOLE = pool.rows(small.MECHANISMS)
 POOLED = ALONE._replace(wave=5, pool=WHOLE)
 
 
-@pytest.mark.parametrize(
-    "setup",
-    [
-        ALONE._replace(wave=5, pool=WHOLE),
-        ALONE._replace(wave=5, pool=1, microbatch=3),
-        ALONE._replace(rows=2, columns=2, wave=3, pool=7, microbatch=4),
-    ],
-    ids=["all at once", "a pool that always overflows", "2x2, padding clients"],
-)
-def test_a_pool_releases_what_clients_apart_release(setup):
+SETUPS = {
+    "all at once": POOLED,
+    "a pool that always overflows": ALONE._replace(wave=5, pool=1, microbatch=3),
+    "2x2, padding clients": ALONE._replace(rows=2, columns=2, wave=3, pool=7, microbatch=4),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(["all at once", "a pool that always overflows"], SETUPS))
+def test_a_pool_releases_what_clients_apart_release(name):
     """Uploads, noisy gradients, the next state and each client's private statistics."""
-    one, other = small.run(ALONE), small.run(setup)
+    one, other = small.run(ALONE), small.run(SETUPS[name])
     jax.tree.map(close, other, one)
     assert one[2]["sampled"].max() > 3
 
 
-@pytest.mark.parametrize("fields", [{"trust": "distributed"}, {"clipping": "per_layer"}, {"method": "rolora"}])
+MODES = [{"trust": "distributed"}, {"clipping": "per_layer"}, {"method": "rolora"}]
+
+
+@pytest.mark.parametrize("fields", mostly_slow(MODES[:1], MODES))
 def test_so_it_does_in_other_modes(fields):
     one, other = small.run(ALONE._replace(**fields)), small.run(ALONE._replace(**fields, wave=5, pool=WHOLE))
     jax.tree.map(close, other, one)

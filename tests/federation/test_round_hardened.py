@@ -174,7 +174,7 @@ def test_the_server_averages_what_was_released():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"clipper": Adaptive(small.CLIP)}, "of one scale"),
+        ({"clipper": Adaptive(small.CLIP)}, "has one scale"),
         ({"clipper": clipping.Clip(2 * small.CLIP)}, "units of the clip norm"),
         ({"clipper": Unclipped()}, "hides only what is clipped"),
         ({"upload": compression.Rounded(8)}, "rounded by device keys"),

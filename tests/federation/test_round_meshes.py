@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax.federation import mesh
 from dplora_jax.privacy import secrets
+from tests.conftest import mostly_slow
 from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -17,17 +18,16 @@ close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 name = lambda s: f"{s.rows}x{s.columns}-wave{s.wave}-micro{s.microbatch}"  # noqa: E731
 
 
-@pytest.mark.parametrize(
-    "setup",
-    [
-        small.Setup(rows=8),
-        small.Setup(wave=4, microbatch=4),
-        small.Setup(rows=4, columns=2, wave=2, microbatch=3),
-        small.Setup(rows=2, columns=4),
-        small.Setup(columns=2),
-    ],
-    ids=name,
-)
+MESHES = [
+    small.Setup(rows=8),
+    small.Setup(wave=4, microbatch=4),
+    small.Setup(rows=4, columns=2, wave=2, microbatch=3),
+    small.Setup(rows=2, columns=4),
+    small.Setup(columns=2),
+]
+
+
+@pytest.mark.parametrize("setup", mostly_slow(MESHES[2:3], MESHES), ids=name)
 def test_five_clients_that_fill_no_mesh_release_the_same_on_each(setup):
     """Uploads, noisy gradients, the next state and private statistics; in waves and microbatches too."""
     one, other = small.run(), small.run(setup)
@@ -57,16 +57,15 @@ def alone():
     return eight(small.Setup(transcript=False, diagnostics=False))
 
 
-@pytest.mark.parametrize(
-    "setup",
-    [
-        small.Setup(8, 1, transcript=False, diagnostics=False),
-        small.Setup(4, 2, wave=2, transcript=False, diagnostics=False),
-        small.Setup(2, 4, wave=4, transcript=False, diagnostics=False),
-        small.Setup(2, 1, wave=3, transcript=False, diagnostics=False),
-    ],
-    ids=name,
-)
+FILLED = [
+    small.Setup(8, 1, transcript=False, diagnostics=False),
+    small.Setup(4, 2, wave=2, transcript=False, diagnostics=False),
+    small.Setup(2, 4, wave=4, transcript=False, diagnostics=False),
+    small.Setup(2, 1, wave=3, transcript=False, diagnostics=False),
+]
+
+
+@pytest.mark.parametrize("setup", mostly_slow(FILLED[3:], FILLED), ids=name)
 def test_eight_clients_that_fill_a_mesh_come_to_the_same_adapter(setup, alone):
     """The last of these pads each device's four clients to two waves of three."""
     jax.tree.map(close, eight(setup), alone)

@@ -93,6 +93,7 @@ def test_the_same_keys_repeat_the_noise_bit_by_bit_and_another_attempt_does_not(
     jax.tree.map(lambda x, y: pytest.fail("shared") if (x == y).mean() > 0.01 else None, silent[3], silent[4])
 
 
+@pytest.mark.slow  # that of `test_round_meshes` is in uploads of real gradients
 def test_noise_is_the_same_on_one_device_and_on_eight(silent):
     wide = small.run(small.Setup(rows=8), attempt=2, join_below=0)[1]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), wide, silent[2])

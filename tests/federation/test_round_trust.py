@@ -179,8 +179,10 @@ def test_a_client_with_any_records_moves_the_aggregate_by_at_most_clip_norm_over
 
 @pytest.mark.parametrize(
     ("setup", "shape"),
-    [(TOTAL, {"rows": 8}), (TRUSTED, {"rows": 4, "columns": 2, "wave": 2})],
-    ids=["distributed-8x1", "client-4x2-wave2"],
+    [
+        pytest.param(TOTAL, {"rows": 8}, id="distributed-8x1"),
+        pytest.param(TRUSTED, {"rows": 4, "columns": 2, "wave": 2}, id="client-4x2-wave2", marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_change_nothing(setup, shape):
     """Nor do padding clients: five fill neither eight rows, nor a wave of two on each of four."""

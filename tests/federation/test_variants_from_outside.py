@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
+from dplora_jax.errors import InputError
 from dplora_jax.federation import methods
 from dplora_jax.federation.methods.method import Method, Refusal
 from dplora_jax.privacy import noises
 from dplora_jax.privacy.noise import Noise
 from experiments import cli, run
+from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -50,10 +51,25 @@ class Laplace(Noise):
         return ["Laplace noise"]
 
 
+class PlainNormal(Noise):
+    """Gaussian noise by JAX's own generator."""
+
+    def add(self, sums, stds, keys, step, memory):
+        key = jax.random.fold_in(jax.random.wrap_key_data(keys[0], impl="threefry2x32"), step)
+        leaves, treedef = jax.tree.flatten(sums)
+        each = jax.random.split(key, len(leaves))
+        noisy = [x + stds * jax.random.normal(k, x.shape) for k, x in zip(each, leaves, strict=True)]
+        return treedef.unflatten(noisy), memory
+
+    def words(self):
+        return ["Gaussian noise, plainly"]
+
+
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(methods.BY_NAME, "votes", VOTES)
-    monkeypatch.setitem(noises.KINDS, "laplace", (__name__, "Laplace"))
+    monkeypatch.setitem(noises.KINDS, "laplace", noises.Kind(__name__, "Laplace", gaussian=False))
+    monkeypatch.setitem(noises.KINDS, "plain", noises.Kind(__name__, "PlainNormal", gaussian=True))
 
 
 def test_a_round_takes_an_aggregation_from_outside(registered):
@@ -82,11 +98,18 @@ def test_a_run_takes_both_by_their_flags_and_tells_them(registered, tiny_bert, f
     command = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
         "--max_length=8", "--clients=3", "--rounds=1", "--expected_batch_size=8", "--rank=2", "--epsilon=8", "--delta=1e-3",
-        "--eval_every=0", "--seed=3", f"--workdir={tmp_path}", "--aggregation=votes", "--noise=laplace",
+        "--eval_every=0", "--seed=3", f"--workdir={tmp_path}", "--aggregation=votes", "--noise=plain",
     ]  # fmt: skip
     assert run.main(command) == 0
     method = json.loads((tmp_path / "config.json").read_text())["federation"]["method"]
     assert VOTES.words in method
-    assert "Laplace noise" in method
+    assert "Gaussian noise, plainly" in method
     with pytest.raises(ValueError, match="with --aggregation=votes: votes do not average"):
         cli.parse([*command, "--ema=0.5"])
+
+
+def test_a_noise_that_the_accountant_does_not_know_has_no_epsilon(registered):
+    command = ["--noise=laplace", "--delta=1e-3"]
+    with pytest.raises(InputError, match="--noise=laplace is not the Gaussian noise that is accounted"):
+        cli.parse([*command, "--epsilon=8"])
+    assert cli.parse([*command, "--trust=none"]).privacy.noise == "laplace"

@@ -286,7 +286,7 @@ def test_a_shape_that_no_tensor_has_is_damage(tmp_path, name, shape, kind, other
 
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"PK\3\4" + bytes(100))
-    assert "is no GGUF file" in refusal(gguf_file.config, tmp_path / "m.gguf")
+    assert "is not a GGUF file" in refusal(gguf_file.config, tmp_path / "m.gguf")
     assert "cannot be read" in refusal(gguf_file.config, tmp_path / "none.gguf")
     content = bytearray(write(tmp_path / "big.gguf").read_bytes())
     content[4:8] = (3).to_bytes(4, "big")

@@ -164,7 +164,7 @@ def test_a_head_that_claims_any_number_of_labels_is_one_sentence(tmp_path, shape
     (tmp_path / "model.safetensors").write_bytes(
         header(json.dumps(said).encode()) + whole[8 + length :] + bytes(4 * (not shape))
     )
-    with pytest.raises(InputError, match="no classifier's head"):
+    with pytest.raises(InputError, match="not a classifier's head"):
         models.from_pretrained(tmp_path, label_names=("a", "b"))
 
 

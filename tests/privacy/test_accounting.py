@@ -252,7 +252,7 @@ def test_the_papers_form_is_no_guarantee():
     assert paper_bound.epsilon(1.0, 20.0, 100, DELTA) < analytic_gaussian(2.0, DELTA)
     claimed = paper_bound.sentence([Mechanism(775, 8 / 775, 22, 2.0)], 50, DELTA)
     assert "epsilon 0.124" in claimed
-    assert "no guarantee" in claimed
+    assert "not a guarantee" in claimed
     assert accounting.epsilon(Mechanism(775, 8 / 775, 775, 2.0), 50, DELTA) > 0.124
 
 

@@ -83,7 +83,7 @@ def test_a_delta_that_float64_does_not_hold_is_refused_in_one_sentence():
         lambda delta: accounting.least_noise(100, 1.0, 1000, 8.0, delta),
     ):
         with pytest.raises(
-            InputError, match=r"--delta=1e-12 is too small for 1000 private steps: .*; give 4e-11 or more"
+            InputError, match=r"delta=1e-12 is too small for 1000 private steps: .*; give 4e-11 or more"
         ):
             call(1e-12)
         call(4e-11)

@@ -50,7 +50,7 @@ def run(name, form):
 
 # "ghost" takes all that a family gives: inputs, cotangents, slots; "broadcast" is one and the same for all.
 RUNS = [(name, form) for name in FAMILIES for form in FORMS]
-FAST = [("gpt2_tiny", "broadcast"), *((name, "ghost") for name in FAMILIES if name != "variants/qwen2_classifier")]
+FAST = [(name, "ghost") for name in ("gpt2_tiny", "llama_tiny", "chatglm_tiny")]  # BERT's are in test_clipping
 
 
 @pytest.mark.parametrize(("name", "form"), mostly_slow(FAST, RUNS))

@@ -60,15 +60,15 @@ def test_every_word_is_rounded_as_exact_arithmetic_rounds_it(std):
     words = [rng.integers(2 ** max(e - 1, 0), 2**e, 8, np.uint64, endpoint=True) for e in range(63)]
     words = np.concatenate([*words, np.array([0, 1, 2**64 - 1, 2**64 - 2, 2**63], np.uint64)])
     for more in NONE, ALL:
-        for word, m in zip(words, host_noise.of_words(words, std, more), strict=True):
+        for word, m in zip(words, host_noise.from_words(words, std, more), strict=True):
             p = (mpmath.mpf(int(word) >> 1) + (0 if more is NONE else 1)) / 2**64
             p += (1 if more is NONE else -1) * mpmath.mpf(2) ** -193
             assert m == 0 or (m < 0) == (int(word) & 1)
             size = abs(int(m))
             assert tail_beyond((size + 0.5) / mpmath.mpf(std)) < p
             assert size == 0 or p <= tail_beyond((size - 0.5) / mpmath.mpf(std))
-    assert host_noise.of_words(np.zeros(1, np.uint64), 2.0**20, NONE)[0] / 2**20 == pytest.approx(16.13, abs=0.01)
-    assert abs(host_noise.of_words(np.ones(1, np.uint64), 2.0**20, ALL)[0]) > 8 * 2**20
+    assert host_noise.from_words(np.zeros(1, np.uint64), 2.0**20, NONE)[0] / 2**20 == pytest.approx(16.13, abs=0.01)
+    assert abs(host_noise.from_words(np.ones(1, np.uint64), 2.0**20, ALL)[0]) > 8 * 2**20
 
 
 def test_a_word_on_a_boundary_is_decided_by_its_further_bits():
@@ -77,7 +77,7 @@ def test_a_word_on_a_boundary_is_decided_by_its_further_bits():
     for m in 0, 1, 12345, 2**21, 5 * 2**20, 9 * 2**20:
         word = int(mpmath.floor(tail_beyond((m + 0.5) / mpmath.mpf(std)) * 2**64)) << 1
         words = np.array([word - 2, word, word + 2], np.uint64)
-        low, high = (host_noise.of_words(words, std, more) for more in (NONE, ALL))
+        low, high = (host_noise.from_words(words, std, more) for more in (NONE, ALL))
         assert (low[1], high[1]) == (m + 1, m) or m > 8 * 2**20  # there a word holds more than two integers
         assert low[1] > high[1]
         assert low[0] >= high[0] > m

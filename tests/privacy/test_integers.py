@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting, integers
 from dplora_jax.privacy.clipping import clipped_grad_sum
+from tests.conftest import mostly_slow
 from tests.privacy.test_clipping import loss_of, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -80,14 +81,10 @@ def compiled(form, mode, dtype, bits):
     return jax.jit(jax.vmap(run, (None, None, None, None, 0)))
 
 
-@pytest.mark.parametrize(
-    ("form", "mode", "dtype"),
-    [
-        ("auto", "flat", jnp.bfloat16),
-        ("auto", "per_layer", jnp.float32),
-        ("vmap", "automatic", jnp.float32),
-    ],
-)
+RUNS = [("auto", "flat", jnp.bfloat16), ("auto", "per_layer", jnp.float32), ("vmap", "automatic", jnp.float32)]
+
+
+@pytest.mark.parametrize(("form", "mode", "dtype"), mostly_slow(RUNS[:1], RUNS))
 def test_integer_sums_are_the_float_ones_and_no_row_is_beyond_clip_norm(form, mode, dtype):
     """Each row alone, then all; differences are the margin's and one step of the grid a row."""
     weights = np.concatenate([np.eye(3), np.ones((1, 3))]).astype(np.float32)
@@ -122,5 +119,5 @@ def test_the_grid_is_the_finest_on_which_int32_cannot_overflow(capacity, sigma):
 def test_what_integers_cannot_hold_is_refused():
     with pytest.raises(InputError, match="32-bit"):
         integers.bits_for([accounting.Mechanism(10**7, 0.1, 10**6, 1.0)])
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="lower `rank`"):
         integers.check_size({"a": jax.ShapeDtypeStruct((2**13, 2**13), jnp.float32)})

@@ -78,8 +78,8 @@ def test_a_commit_of_another_attempt_closes_nothing(path):
         (lambda ledger: begin(ledger, (3, 6)), "keys an earlier entry used"),
         (lambda ledger: ledger.commit((1, 5), 0), "commits what was not begun"),
         (lambda ledger: (ledger.append(entry="end"), begin(ledger, (4, 5))), "after the end"),
-        (lambda ledger: ledger.append(entry="begin", rounds=[4, 5]), "line 2 is no entry"),
-        (lambda ledger: ledger.append(entry="gift"), "line 2 is no entry"),
+        (lambda ledger: ledger.append(entry="begin", rounds=[4, 5]), "line 2 is not an entry"),
+        (lambda ledger: ledger.append(entry="gift"), "line 2 is not an entry"),
     ],
 )
 def test_a_chain_of_entries_that_cannot_be_is_refused(path, last, words):

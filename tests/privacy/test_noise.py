@@ -21,7 +21,8 @@ def keys_of(client=0, round_number=1, attempt=0):
 @pytest.fixture(scope="module")
 def steps():
     """Draws of 2,000 steps: {leaf: [2000, ...]}."""
-    return jax.tree.map(lambda *x: np.stack(x), *jax.device_get([draw(keys_of(), STD, step) for step in range(2000)]))
+    every = jax.jit(jax.vmap(lambda step: noise.gaussian(keys_of(), TREE, STD, step)))
+    return jax.device_get(every(np.arange(2000)))
 
 
 @pytest.mark.parametrize("leaf", TREE)

@@ -13,23 +13,23 @@ MANY = tuple(sorted({round(n) for n in np.geomspace(50, 20_000, 300)}))
 
 @pytest.fixture(scope="module")
 def found():
-    """Mechanisms of a budget for many sizes, five classes of them to be quick."""
+    """Mechanisms of a budget for many sizes, three classes of them to be quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(size_classes, "CLASSES", 5)
+        patch.setattr(size_classes, "CLASSES", 3)
         return dict(zip(MANY, accounting.calibrate(MANY, 64, 20, 8.0, DELTA), strict=True))
 
 
 def test_few_sizes_are_each_their_own():
     sizes = MANY[: size_classes.MOST] * 2
-    assert size_classes.of(sizes, 64) == {n: (n, n) for n in sizes}
-    assert len(size_classes.of(MANY[: size_classes.MOST + 1], 64)) == size_classes.MOST + 1
-    assert len(set(size_classes.of(MANY[: size_classes.MOST + 1], 64).values())) <= size_classes.CLASSES
+    assert size_classes.bounds_by_size(sizes, 64) == {n: (n, n) for n in sizes}
+    assert len(size_classes.bounds_by_size(MANY[: size_classes.MOST + 1], 64)) == size_classes.MOST + 1
+    assert len(set(size_classes.bounds_by_size(MANY[: size_classes.MOST + 1], 64).values())) <= size_classes.CLASSES
 
 
 @pytest.mark.parametrize("expected", [1, 64, 800, 30_000])
 @pytest.mark.parametrize("sizes", [MANY, MANY[40:], range(100, 140), [*range(1, 40), 10**6]])
 def test_classes_are_few_cover_every_size_and_do_not_overlap(sizes, expected):
-    classes = size_classes.of(sizes, expected)
+    classes = size_classes.bounds_by_size(sizes, expected)
     assert set(classes) == set(sizes)
     assert all(smallest <= size <= largest for size, (smallest, largest) in classes.items())
     ranges = sorted(set(classes.values()))
@@ -44,7 +44,7 @@ def test_classes_are_few_cover_every_size_and_do_not_overlap(sizes, expected):
 
 def test_order_and_number_of_clients_do_not_matter():
     shuffled = np.random.default_rng(0).permutation(MANY * 2).tolist()
-    assert size_classes.of(shuffled, 64) == size_classes.of(MANY, 64)
+    assert size_classes.bounds_by_size(shuffled, 64) == size_classes.bounds_by_size(MANY, 64)
 
 
 def test_a_client_is_accounted_with_no_fewer_records_and_no_lower_rate_than_its_own(found):
@@ -52,7 +52,7 @@ def test_a_client_is_accounted_with_no_fewer_records_and_no_lower_rate_than_its_
     for n, mechanism in found.items():
         assert mechanism.records >= n
         assert mechanism.sampling_rate * n >= min(64, n)
-    assert len(set(found.values())) == 5
+    assert len(set(found.values())) == 3
     assert any(mechanism.records > n for n, mechanism in found.items())
     assert {mechanism.sampling_rate for n, mechanism in found.items() if n <= 64} == {1.0}
 

@@ -9,7 +9,7 @@ def _own(adapter):
 
 
 def _with(adapter, own):
-    """`adapter` with these B in the place of its."""
+    """`adapter` with these B in place of its own."""
     return {**adapter, "layers": {name: pair.replace(b=own[name]) for name, pair in adapter["layers"].items()}}
 
 
@@ -44,8 +44,8 @@ METHOD = Method(
     refuses=(
         *FACTORS,
         *ONE_RANK,
-        Refusal("ema", 0.0, "an average has no client's own B"),
-        Refusal("robust", "none", "a robust mean takes the place of a mean of like uploads"),
+        Refusal("ema", 0.0, "an average over rounds has no client's own B"),
+        Refusal("robust", "none", "a robust mean would replace the mean that it needs"),
     ),
     personal=True,
     own=_own,

@@ -1,6 +1,6 @@
 """What a way of putting uploads together is: a record of facts and pure functions.
 
-Flags are checked against the facts where there is no JAX, too: so the functions of a method import it themselves.
+A configuration is checked without JAX, so the functions of a method import it themselves.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ class Refusal(NamedTuple):
 
 # Of all but FedAvg, which take A and B apart.
 FACTORS = (
-    Refusal("head_only", False, "it is a way to average LoRA matrices"),
+    Refusal("head_only", False, "it averages LoRA matrices"),
     Refusal("freeze_a", False, "with A frozen the mean of B is exact already"),
 )
 ONE_RANK = (Refusal("ranks", None, "its halves have one rank"),)
@@ -29,7 +29,7 @@ MEAN_PRODUCT = tuple(
         ("server_lr", 1.0, "the mean product is taken as it is"),
         ("lr_decay", 1.0, "the mean product is taken as it is"),
         ("ema", 0.0, "factors of several rounds do not average to their products' mean"),
-        ("robust", "none", "a robust mean takes the place of a mean of like uploads"),
+        ("robust", "none", "a robust mean would replace the mean that it needs"),
     )
 )
 FOLDED = tuple(

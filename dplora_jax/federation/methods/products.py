@@ -1,4 +1,4 @@
-"""What methods share that average products B A in the place of factors."""
+"""What methods share that average products B A in place of factors."""
 
 
 def head_and_product(client, start, done):

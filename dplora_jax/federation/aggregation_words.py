@@ -1,6 +1,6 @@
 """How uploads are put together, in words: for config.json and the report."""
 
-from dplora_jax.federation import methods
+from dplora_jax.federation import methods, participation
 
 
 def lines(config):
@@ -13,7 +13,7 @@ def lines(config):
         ]
     if config.lora.ranks is not None:
         lines.append(f"clients of ranks {config.lora.ranks}")
-    if config.schedule.participation != "all":
+    if participation.scheduled(config):
         lines.append(
             f"participation {config.schedule.participation} by a public schedule: each client pays for its own rounds"
         )
@@ -23,13 +23,13 @@ def lines(config):
         )
     if config.optimizer.proximal:
         lines.append(f"FedProx, strength {config.optimizer.proximal:g}")
-    of_head = " on the head alone" if method.settled else ""
+    head_words = " on the head alone" if method.settled else ""
     if config.aggregation.server_optimizer != "sgd":
         lines.append(
-            f"Fed{config.aggregation.server_optimizer.capitalize()} at the server{of_head} (Reddi et al. 2021)"
+            f"Fed{config.aggregation.server_optimizer.capitalize()} at the server{head_words} (Reddi et al. 2021)"
         )
-    if config.aggregation.server_momentum and of_head:
-        lines.append(f"server momentum {config.aggregation.server_momentum:g}{of_head}")
+    if config.aggregation.server_momentum and head_words:
+        lines.append(f"server momentum {config.aggregation.server_momentum:g}{head_words}")
     if config.aggregation.upload_bits:
         lines.append(f"uploads rounded at random to {config.aggregation.upload_bits} bits a number")
     return lines

@@ -2,9 +2,18 @@
 
 import pytest
 
-from dplora_jax.privacy import trust
+from dplora_jax.config import FederationConfig, replace
+from dplora_jax.federation import trust
 
-MODES = {"local": trust.LOCAL, "distributed": trust.distributed(7, 6, 2), "client": trust.client(40, 0.25)}
+GIVEN = {
+    "local": {},
+    "distributed": {"clients": 7, "survivors": 6, "colluding": 2},
+    "client": {"clients": 40, "client_rate": 0.25},
+}
+MODES = {
+    name: trust.BY_NAME[name].statements(replace(FederationConfig(), trust=name, **given))
+    for name, given in GIVEN.items()
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -20,4 +29,4 @@ def test_secure_aggregation_is_called_simulated_and_the_server_of_mode_client_tr
     assert "h = 6 - 2 = 4" in MODES["distributed"][2]
     assert "TRUSTED" in MODES["client"][0]
     assert "probability 0.25" in MODES["client"][2]
-    assert "NO privacy" in trust.NONE[0]
+    assert "NO privacy" in trust.none.STATEMENTS[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dplora_jax.federation import dispatch, participants, processes, trust_modes
+from dplora_jax.federation import dispatch, participation, processes, trust
 from dplora_jax.privacy import accounting
 
 # What a line has beside metrics on the public test set.
@@ -31,9 +31,13 @@ def dispatch_lines(job, rounds, attempt, seconds, shown):
     config, sent = job.config, job.description["communication"]
     length = rounds[1] - rounds[0]
     epsilons = _epsilons(job, rounds)
-    share = np.mean(participants.schedule(config)[rounds[0] - 1 : rounds[1] - 1]) if participants.partial(config) else 1
-    rate = float(length * share * trust_modes.examples(config, job.prepared.sizes, job.prepared.mechanisms) / seconds)
-    lines, senders = [], trust_modes.senders(config, dispatch.paid_secrets(job), range(*rounds), attempt)
+    share = (
+        np.mean(participation.schedule(config)[rounds[0] - 1 : rounds[1] - 1]) if participation.partial(config) else 1
+    )
+    rate = float(
+        length * share * trust.expected_examples(config, job.prepared.sizes, job.prepared.mechanisms) / seconds
+    )
+    lines, senders = [], trust.senders(config, dispatch.paid_secrets(job), range(*rounds), attempt)
     for index in range(length):
         lines.append(
             {
@@ -55,13 +59,15 @@ def dispatch_lines(job, rounds, attempt, seconds, shown):
 def _epsilons(job, rounds):
     """What each client has spent after each of rounds [a, b), lost attempts included: a list of K floats a round."""
     config = job.config
-    own = participants.steps(config, rounds)
-    before = job.ledger.charged_steps(config.schedule.clients) - own.sum(0)  # this dispatch is charged already
-    counts = before + np.cumsum(own, 0)
+    dispatch_steps = participation.steps(config, rounds)
+    before = job.ledger.charged_steps(config.schedule.clients) - dispatch_steps.sum(
+        0
+    )  # this dispatch is charged already
+    counts = before + np.cumsum(dispatch_steps, 0)
     spent = []
-    for mechanism, of_client in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
-        (end,) = accounting.epsilon_curve(mechanism, (of_client[-1],), config.privacy.delta)
-        coarse = accounting.epsilon_curve(mechanism, tuple(of_client[:-1]), config.privacy.delta, 1e-2)
+    for mechanism, client_counts in zip(job.prepared.mechanisms, counts.T.tolist(), strict=True):
+        (end,) = accounting.epsilon_curve(mechanism, (client_counts[-1],), config.privacy.delta)
+        coarse = accounting.epsilon_curve(mechanism, tuple(client_counts[:-1]), config.privacy.delta, 1e-2)
         spent.append([*(min(value, end) for value in coarse), end])  # no round costs more than a later one
     return [list(column) for column in zip(*spent, strict=True)]
 
@@ -74,6 +80,6 @@ def _finished(job, number, attempt, valid):
     if valid.all():
         return {}
     sent = np.ones(config.schedule.clients, bool)
-    if participants.partial(config):
-        sent = participants.joins(config, dispatch.paid_secrets(job), range(number, number + 1), attempt)[0] > 0
+    if participation.partial(config):
+        sent = participation.joins(config, dispatch.paid_secrets(job), range(number, number + 1), attempt)[0] > 0
     return {"finished": int(valid.sum()), "dropped": np.flatnonzero(sent & ~valid).tolist()}

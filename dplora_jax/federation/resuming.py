@@ -1,40 +1,19 @@
-"""A run's working directory: its lock, and what an earlier start in it allows a later one to change."""
+"""What an earlier start in a working directory allows a later one to change."""
 
-import contextlib
-import fcntl
-import pathlib
 import shutil
 
-from dplora_jax import errors
-from dplora_jax.config import RESULT, RunConfig, deciding, to_flat
+from dplora_jax.config import RESULT, deciding, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import run_files
+from dplora_jax.federation import workdir_files
 from dplora_jax.files import plain
-
-
-@contextlib.contextmanager
-def locked(workdir):
-    """Hold the working directory for this process; InputError when another holds it."""
-    workdir = pathlib.Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "w")  # noqa: SIM115 - held until the process ends
-    except OSError as error:
-        raise errors.storage(error) or InputError(f"workdir={workdir} cannot be written ({error.strerror}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"workdir={workdir} is in use by another run.") from None
-        yield workdir
 
 
 def stored_config(folder, config):
     """The config.json of an earlier start here -> Stored, or None; InputError where flags that enter the training differ."""
     if not (folder / "config.json").exists():
         return None
-    stored = run_files.read_config(folder)
-    now, began = plain(to_flat(config)), with_defaults(stored.document)
+    stored = workdir_files.read_config(folder)
+    now, began = plain(to_flat(config)), workdir_files.with_defaults(stored.document)
     differ = [f"`{name}`" for name in deciding(RESULT) if name in now and now[name] != began[name]]
     if differ:
         raise InputError(
@@ -58,8 +37,3 @@ def charged_config(folder, stored, ledger):
         return stored and stored.document
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return None
-
-
-def with_defaults(document):
-    """`document`, what a config.json says, with the flags that a later version added: they were at their defaults."""
-    return plain(to_flat(RunConfig())) | document

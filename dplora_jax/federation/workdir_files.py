@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dplora_jax import config_checks
 from dplora_jax.config import FIELDS, RunConfig, field_value, from_flat, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration
+from dplora_jax.federation import calibration, trust
 from dplora_jax.files import plain, to_json
 from dplora_jax.json_files import (
     Unfit,
@@ -58,7 +58,7 @@ SENT = {
     "bytes_down_per_client_per_round": real(0), "full_bytes_per_client_per_round": real(0),
 }  # fmt: skip
 # What a run says beyond its flags; what an earlier version did not write reads as None or as nothing.
-FACTS = {
+DESCRIPTION = {
     "data": record({}, DATA, anything), "communication": record({}, SENT, anything), "trust": list_of(TEXT),
     "method": list_of(TEXT), "accounting": TEXT, "command": text(1 << 20), "environment": record({}, {}, scalar),
     "base_files": record({}, {}, TEXT),
@@ -67,7 +67,7 @@ EMPTY = {
     "data": dict.fromkeys(DATA) | {"labels": []}, "communication": dict.fromkeys(SENT), "trust": [], "method": [],
     "accounting": "", "command": "", "environment": {}, "base_files": {},
 }  # fmt: skip
-FEDERATION = record({"clients": list_of(ROW, 10**6, 1), "release": optional(text())}, FACTS, anything)
+FEDERATION = record({"clients": list_of(ROW, 10**6, 1), "release": optional(text())}, DESCRIPTION, anything)
 LINE = record(
     {"round": whole(0, accounting.MOST_STEPS), "epsilon": list_of(real(0), 10**6, 1), "epsilon_max": real(0)},
     {"release": optional(text()), "seconds": real(0), "finished": COUNT, "dropped": list_of(COUNT)},
@@ -77,7 +77,7 @@ LINE = record(
 
 class Stored(NamedTuple):
     """What config.json says: the run's flags, each client's records, mechanism and planned epsilon, the mark of release, and
-    what else the run says of itself (`facts`, every name of EMPTY in it)."""
+    what else the run says of itself (`description`, every name of EMPTY in it)."""
 
     flags: RunConfig
     records: list
@@ -85,13 +85,13 @@ class Stored(NamedTuple):
     epsilons: list
     release: str
     digest: str  # SHA-256 (hex) of the document, however it is laid out: the ledger's begin entries have it
-    facts: dict
+    description: dict
     document: dict  # the whole JSON object
 
     @property
     def private(self):
         """Whether the run has any guarantee."""
-        return self.flags.privacy.private and self.release != NO_PRIVACY
+        return trust.mode(self.flags).private and self.release != NO_PRIVACY
 
 
 class Line(NamedTuple):
@@ -104,7 +104,7 @@ class Line(NamedTuple):
     values: dict
 
 
-def _of_flag(entry):
+def _flag_check(entry):
     """The check of a Field's value in config.json, where numbers are numbers and infinity is "inf"."""
     if entry.flag in ("epsilon", "noise_multiplier"):
         return optional(real(0))
@@ -112,7 +112,7 @@ def _of_flag(entry):
     return optional(check) if entry.optional or entry.items else check
 
 
-FLAGS = {flag: _of_flag(entry) for flag, entry in FIELDS.items()}
+FLAGS = {flag: _flag_check(entry) for flag, entry in FIELDS.items()}
 CONFIG = record({name: FLAGS[name] for name in NEEDED} | {"federation": FEDERATION}, FLAGS, anything)
 
 
@@ -135,7 +135,8 @@ def read_config(folder):
             epsilons=[row["epsilon"] for row in rows],
             release=federation["release"] or NO_PRIVACY,
             digest=hashlib.sha256(to_json(document, sort_keys=True).encode()).hexdigest(),
-            facts={name: _filled(federation.get(name), empty) for name, empty in EMPTY.items()} | {"clients": rows},
+            description={name: _filled(federation.get(name), empty) for name, empty in EMPTY.items()}
+            | {"clients": rows},
             document=plain(document),
         )
     except FileNotFoundError:
@@ -151,19 +152,17 @@ def _filled(value, empty):
 def _refuse(config):
     """Unfit where no run has these flags."""
     budget, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
-    if config.privacy.trust not in ("local", "distributed", "client", "none"):
-        raise Unfit("trust is none that is known")
-    if (budget is None) + (sigma is None) != (1 if config.privacy.private else 2):
-        raise Unfit(f"it has no `epsilon` and `noise_multiplier` of trust={config.privacy.trust}")
-    missing = [
-        name for name in config_checks.TRUST_FIELDS.get(config.privacy.trust, ()) if field_value(config, name) is None
-    ]
+    if config.privacy.trust not in trust.BY_NAME:
+        raise Unfit(f"trust={config.privacy.trust} is not known")
+    if (budget is None) + (sigma is None) != (1 if trust.mode(config).private else 2):
+        raise Unfit(f"its `epsilon` and `noise_multiplier` do not fit trust={config.privacy.trust}")
+    missing = [name for name in trust.mode(config).fields if field_value(config, name) is None]
     if missing:  # which a run resolves: its trust was edited
         raise Unfit(f"trust={config.privacy.trust} has no {missing[0]}")
     try:
         config_checks.refuse(config)
     except InputError as error:
-        raise Unfit(f"no run has its flags ({str(error).rstrip('.')})") from None
+        raise Unfit(f"no run can have its flags ({str(error).rstrip('.')})") from None
 
 
 def read_metrics(folder, rounds=accounting.MOST_STEPS):
@@ -182,6 +181,11 @@ def read_metrics(folder, rounds=accounting.MOST_STEPS):
             f"{path} is damaged: {error}; run the same command again to rebuild it, or restore it."
         ) from None
     return lines
+
+
+def with_defaults(document):
+    """`document`, what a config.json says, with the flags that a later version added: they were at their defaults."""
+    return plain(to_flat(RunConfig())) | document
 
 
 def write_config(folder, config, federation):

@@ -1,0 +1,81 @@
+"""What a trust mode is: one record of facts, functions and words. PRIVACY.md holds the theorems."""
+
+import dataclasses
+from collections.abc import Callable
+
+from dplora_jax.privacy import clippers
+
+RECORD_PROTECTED = (
+    "What is protected: one record of one client. What is seen is about as likely with that record as with a null record in its "
+    "place. Each client has its own epsilon; someone with records at several clients pays for all of them."
+)
+PUBLIC = (
+    "Public by assumption: each client's number of records, its sampling rate and batch capacity, the base model, the "
+    "configuration, and the test set, whose owner declares it public."
+)
+HOSTS = (
+    "This run simulates all parties on its own hosts, and whoever controls these sees the records and the keys; the keys are "
+    "destroyed when the run completes."
+)
+ACCOUNTING = (
+    "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
+    "neighbours differ in one record, replaced by a null record."
+)
+
+
+def _mean(robust):
+    from dplora_jax.federation import aggregation
+    from dplora_jax.federation.robust import RobustMean
+
+    return aggregation.MEAN if robust is None else RobustMean(robust)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """`private` says whether it has a guarantee, `public_uploads` whether everyone sees each client's upload, `bare_clients`
+    whether clients train without clipping and noise of their own, and the record is a whole client. `parties(config)` have a
+    secret, and a round is `steps_per_round(config)` steps of the private mechanism.
+
+    Of the configuration, `fields` belong to this mode alone, `defaults(config)` are {field: value} of what is not given, and
+    `checks(config)` gives (holds, what to say if not) for a config whose defaults are filled in.
+
+    Of a `config`, the clients' public `sizes` and their `mechanisms`:
+    - `plan(config, sizes, by_client)`: the Mechanisms that are accounted, where `by_client(sizes)` makes each client's own;
+    - `shares`: what each client does itself, as Mechanisms: its sampling of its own records, and the noise that it adds;
+    - `expected`: how many of its own records each client expects in a local step's batch;
+    - `weights`: each client's share of the mean, if all take part;
+    - `rule(config, mechanisms, sizes, robust)`: the server's part of a round (`aggregation.Mean` and the like);
+    - `joining(config)`: the probability with which a client takes part in a round; None where all always do;
+    - `senders(config, sent)`: what a round's metrics tell of how many clients sent.
+    In words: `statements(config)`, lines on the `method`, `accounting(config, mechanisms, steps)`, and for the head of a report a
+    `notice` (title, why) or None. A private mode's epsilon is for what it `protects`.
+    """
+
+    name: str
+    statements: Callable
+    method: Callable
+    accounting: Callable
+    plan: Callable = lambda config, sizes, by_client: by_client(sizes)
+    shares: Callable = lambda config, sizes, mechanisms: mechanisms
+    expected: Callable = lambda config, sizes, mechanisms: [
+        m.sampling_rate * n for m, n in zip(mechanisms, sizes, strict=True)
+    ]
+    weights: Callable = lambda config, sizes, mechanisms: [n / sum(sizes) for n in sizes]
+    rule: Callable = lambda config, mechanisms, sizes, robust: _mean(robust)
+    joining: Callable = lambda config: None
+    senders: Callable = lambda config, sent: {}
+    parties: Callable = lambda config: config.schedule.clients
+    steps_per_round: Callable = lambda config: config.schedule.local_steps
+    fields: tuple = ()
+    defaults: Callable = lambda config: {}
+    checks: Callable = lambda config: ()
+    notice: tuple | None = None
+    protects: str = "every client's records"
+    private: bool = True
+    public_uploads: bool = True
+    bare_clients: bool = False
+
+
+def per_example_clipping(config):
+    """The line on the method of a mode that clips examples."""
+    return f"DP-LoRA (arXiv 2312.17493), per-example clipping {clippers.kind(config).words(config.privacy)}"

@@ -1,0 +1,15 @@
+"""Trust mode `none`: no noise and no privacy, a control."""
+
+from dplora_jax.federation.trust.mode import ACCOUNTING, Mode
+
+STATEMENTS = (
+    "There is NO privacy: no noise is added, and the adapter may reveal the training records. This mode exists as a control.",
+)
+
+MODE = Mode(
+    "none",
+    statements=lambda config: STATEMENTS,
+    method=lambda config: ["Federated LoRA, no noise"],
+    accounting=lambda config, mechanisms, steps: ACCOUNTING,
+    private=False,
+)
