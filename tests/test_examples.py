@@ -9,6 +9,7 @@ from dplora_jax.models import pretrained
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = '"all-MiniLM-L6-v2"'
+FEWER = {'("finance_demo")': '("finance_demo", train_records=150, test_records=30)'}
 
 
 def changed(source, changes):
@@ -37,7 +38,7 @@ def test_the_readmes_python_runs_to_its_plan(tiny_bert, monkeypatch, tmp_path, c
     """On the tiny model; what follows the plan is the example's, which another test runs whole."""
     monkeypatch.chdir(tmp_path)
     plan, rest = python_of(ROOT / "README.md").split("\nfor round in ")
-    names = run(changed(plan, {MODEL: repr(str(tiny_bert))}), "README.md")
+    names = run(changed(plan, {MODEL: repr(str(tiny_bert))} | FEWER), "README.md")
     assert capsys.readouterr().out.splitlines()[-1] == "at delta 1e-05"
     clients = names["federation"].plan([len(bank["labels"]) for bank in names["banks"]]).clients
     assert all(7.9 < client.epsilon <= 8 for client in clients)
@@ -57,8 +58,8 @@ def test_the_finance_example_runs(quick_compile, monkeypatch, tmp_path, capsys):
     shorter = {
         "rounds=20": "rounds=2",
         "expected_batch_size=128.0": "expected_batch_size=8.0",
-        '("finance_demo")': '("finance_demo", train_records=150, test_records=30)',
-    }
+        "last_layers=3": "last_layers=1",
+    } | FEWER
     with pytest.warns(UserWarning, match="nothing of this run is durable"):
         names = run(changed(source, shorter), "finance.py")
     assert [round.number for round in names["rounds"]] == [0, 1, 2]

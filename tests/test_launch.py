@@ -99,7 +99,7 @@ def test_dry_runs_print_a_command_that_a_run_accepts(rehearse):
         "../dplora_runs/tpu",
     )
     code, out, log = rehearse("tpu_pod.sh", "--dry_run", WORKDIR="/mnt/runs/a b")
-    assert config_of(shlex.split(shlex.split(out[-1])[-1].removeprefix("--command="))).workdir == "/mnt/runs/a b"
+    assert config_of(shlex.split(shlex.split(out[-1])[-1].removeprefix("--command="))).output.workdir == "/mnt/runs/a b"
 
 
 def test_local_script_runs_what_it_prints_and_hands_on_the_exit_code(rehearse):

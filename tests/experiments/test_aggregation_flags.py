@@ -13,6 +13,7 @@ from dplora_jax.federation.federation import Federation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
 from experiments import cli, ledger, model_card, summary
+from tests.conftest import mostly_slow
 from tests.experiments.small_runs import crash_before, fit, lines_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -105,7 +106,14 @@ def test_adagrad_at_the_server_is_the_papers():
 def test_accuracy_of_a_client_that_is_never_in_a_round_is_no_breach(command, tmp_path):
     """Without privacy too the ledger holds: a client's epsilon is infinite from its first round on."""
     folder = tmp_path / "run"
-    more = ["--epsilon=inf", "--rounds=2", "--dispatch_rounds=1", "--participation=fixed:1", f"--workdir={folder}"]
+    more = [
+        "--epsilon=inf",
+        "--rounds=2",
+        "--dispatch_rounds=1",
+        "--participation=fixed:1",
+        "--head_only",
+        f"--workdir={folder}",
+    ]
     fit([*command, *more])
     assert ledger.verify(folder)
     assert [line["epsilon"].count("inf") for line in lines_of(folder / "metrics.jsonl")] == [0, 1, 2]
@@ -147,7 +155,7 @@ def command(tiny_bert, finance_table):
 def test_a_scheduled_run_charges_each_client_for_its_rounds_and_its_ledger_holds(command, tmp_path, monkeypatch):
     """Nobody is taken past the budget, and who sits a round out pays nothing for it."""
     folder = tmp_path / "run"
-    command = [*command, "--participation=fixed:2", "--dropout=0.3", f"--workdir={folder}"]
+    command = [*command, "--participation=fixed:2", "--dropout=0.3", "--head_only", f"--workdir={folder}"]
     fit(command)
     config = cli.parse(command)
     book = Ledger(folder / "privacy_ledger.jsonl")
@@ -167,7 +175,7 @@ def test_a_scheduled_run_charges_each_client_for_its_rounds_and_its_ledger_holds
 
 def test_a_ledger_that_hides_a_clients_rounds_is_refused(command, tmp_path):
     folder = tmp_path / "run"
-    fit([*command, "--participation=fixed:2", f"--workdir={folder}"])
+    fit([*command, "--participation=fixed:2", "--head_only", f"--workdir={folder}"])
     stored = json.loads((folder / "config.json").read_text())
     stored["participation"] = "fixed:1"
     (folder / "config.json").write_text(json.dumps(stored))
@@ -178,7 +186,7 @@ def test_a_ledger_that_hides_a_clients_rounds_is_refused(command, tmp_path):
 def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     command = [flag for flag in command if not flag.startswith("--seed")]  # whose noise is no secret, and drawn again
-    command = [*command, "--split_seed=3", "--participation=fixed:2", f"--workdir={folder}"]
+    command = [*command, "--split_seed=3", "--participation=fixed:2", "--head_only", f"--workdir={folder}"]
     with monkeypatch.context() as patch:
         crash_before(patch, dispatch, "commit")
         with pytest.raises(KeyboardInterrupt):
@@ -192,7 +200,7 @@ def test_a_lost_attempt_ends_a_scheduled_run_early_and_within_its_budget(command
     assert ledger.verify(folder)
 
 
-@pytest.mark.parametrize("aggregation", ["fedex", "flora"])
+@pytest.mark.parametrize("aggregation", mostly_slow(["fedex"], ["fedex", "flora"]))
 def test_the_adapter_file_holds_what_was_folded_into_the_base(command, tmp_path, aggregation):
     """The released model is base with residual and adapter; PEFT's file on the bare base is the same model."""
     folder = tmp_path / "run"
@@ -272,6 +280,6 @@ def test_a_client_of_garbage_is_told_in_the_metrics(command, tmp_path, monkeypat
         return args[0].prepared
 
     monkeypatch.setattr(Federation, "prepare", broken)
-    fit([*command, f"--workdir={tmp_path / 'run'}"])
+    fit([*command, "--head_only", f"--workdir={tmp_path / 'run'}"])
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert [(line["finished"], line["dropped"]) for line in lines[1:]] == [(2, [1])] * 4

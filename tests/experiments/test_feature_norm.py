@@ -30,8 +30,13 @@ def command(tiny_bert, finance_table, tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--aggregation=fedex", "--local_steps=2"], ["--aggregation=flora"], ["--aggregation=fedsa"], ["--head_only"]],
-    ids=lambda more: more[0] if more else "fedavg",
+    [
+        pytest.param([], id="fedavg"),
+        pytest.param(["--aggregation=fedex", "--local_steps=2"], id="fedex"),
+        pytest.param(["--aggregation=flora"], id="flora", marks=pytest.mark.slow),
+        pytest.param(["--aggregation=fedsa"], id="fedsa", marks=pytest.mark.slow),
+        pytest.param(["--head_only"], id="head_only", marks=pytest.mark.slow),
+    ],
 )
 def test_the_released_adapter_says_the_same_of_plain_features(command, tiny_bert, tmp_path, more, quick_compile):
     federation = fit([*command, *more]).federation

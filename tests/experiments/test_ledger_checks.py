@@ -163,8 +163,10 @@ def test_an_old_checkpoint_that_was_being_removed_when_the_run_was_killed_is_no_
     "more",
     [
         ["--epsilon=8", "--seed=2"],
-        ["--trust=distributed", "--epsilon=8"],
-        ["--trust=client", "--noise_multiplier=2", "--client_rate=0.5", "--seed=2"],
+        pytest.param(["--trust=distributed", "--epsilon=8"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--trust=client", "--noise_multiplier=2", "--client_rate=0.5", "--seed=2"], marks=pytest.mark.slow
+        ),
         ["--trust=none"],
     ],
 )

@@ -116,6 +116,7 @@ def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
         assert getattr(prepared.rounds, name) == getattr(program.federation, name), name
 
 
+@pytest.mark.slow
 def test_state_stays_where_it_lies_and_memory_is_the_arguments_and_more(small, quick_compile):
     program = plan_program.abstract(small, jax.devices(), [20, 30, 10], "classification", 2)
     compiled = []

@@ -82,6 +82,7 @@ def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table,
     assert replace(changed, data_dir=plain.data.data_dir) == plain
 
 
+@pytest.mark.slow
 def test_a_run_of_it_goes_through_and_is_found_finished(command, tmp_path, capsys):
     args = [*command, "--epsilon=8", "--rounds=2"]
     fit(args)

@@ -164,8 +164,8 @@ def test_evaluation_asked_for_after_the_last_round_is_done(command, tmp_path, mo
     with monkeypatch.context() as patch:
         crash_before(patch, Federation, "_finish")
         with pytest.raises(KeyboardInterrupt):
-            fit([*command, "--eval_every=0", "--dispatch_rounds=6"])
-    fit([*command, "--dispatch_rounds=6"])
+            fit([*command, "--eval_every=0", "--dispatch_rounds=2"])
+    fit([*command, "--dispatch_rounds=2"])
     assert 0 <= lines_of(tmp_path / "run" / "metrics.jsonl")[-1]["accuracy"] <= 1
 
 
@@ -178,7 +178,7 @@ def test_records_that_changed_since_the_start_are_refused(command, finance_table
     with monkeypatch.context() as patch:
         crash_before(patch, Federation, "_finish")
         with pytest.raises(KeyboardInterrupt):
-            fit([*own, "--eval_every=0", "--dispatch_rounds=6"])
+            fit([*own, "--eval_every=0", "--dispatch_rounds=2"])
     rows = (data / "train.csv").read_text()
     (data / "train.csv").write_text(rows + "profit rose again,good,north\n")
     assert run.main(own) == 2

@@ -13,6 +13,7 @@ def test_the_fit_finds_base_wave_and_client():
     assert scale.row_bytes(20, 32) == 5200
 
 
+@pytest.mark.slow
 def test_xlas_account_of_a_round_grows_by_little_more_than_a_clients_own_rows(tiny_bert):
     """Neither uploads nor optimizer state, each larger than what is allowed, are held for all clients at once."""
     import jax

@@ -175,7 +175,7 @@ def test_a_run_accounts_and_tells_its_mode(mode, more, told, tiny_bert, finance_
     command = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
         "--max_length=8", "--clients=3", "--rounds=4", "--expected_batch_size=8", "--rank=2", "--epsilon=8", "--delta=1e-3",
-        "--eval_every=4", f"--workdir={tmp_path}", f"--trust={mode}", *more,
+        "--eval_every=4", "--head_only", f"--workdir={tmp_path}", f"--trust={mode}", *more,
     ]  # fmt: skip
     fit(command)
     assert told[1] in summary.line(tmp_path)
