@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
 from dplora_jax.federation import methods
 from dplora_jax.federation.methods.method import Method, Refusal
 from dplora_jax.privacy import noises
 from dplora_jax.privacy.noise import Noise
 from experiments import cli, run
+from tests.federation import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
