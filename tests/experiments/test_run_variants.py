@@ -51,7 +51,7 @@ def test_banded_run_spends_its_budget_and_says_how(command, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--clipping=soft"], "flat, per_layer, automatic, adaptive"),
+        (["--clipping=soft"], "flat, per_layer, automatic or adaptive"),
         (["--clipping=adaptive", "--clip_quantile=1"], "--clip_quantile"),
         (["--clipping=adaptive", "--clip_rate=0"], "--clip_rate"),
         (["--clipping=adaptive", "--clip_rate=1000"], "--clip_rate"),
@@ -59,12 +59,12 @@ def test_banded_run_spends_its_budget_and_says_how(command, tmp_path):
         (["--clipping=adaptive", "--count_noise_multiplier=0"], "--count_noise_multiplier"),
         (["--count_noise_multiplier=3"], "belongs to --clipping=adaptive"),
         (["--clipping=automatic", "--clip_norm=inf", "--epsilon=inf"], "finite --clip_norm"),
-        (["--noise=pink"], "independent, banded, hardened"),
+        (["--noise=pink"], "independent, banded or hardened"),
         (["--noise=banded"], "--local_steps"),
-        (["--noise=banded", "--local_steps=4", "--bands=3"], "dividing local_steps"),
+        (["--noise=banded", "--local_steps=4", "--bands=3"], "dividing --local_steps"),
         (["--noise=banded", "--local_steps=4", "--bands=1"], "--bands of 2 or more"),
         (["--noise=banded", "--local_steps=2", "--clipping=adaptive"], "exclude each other"),
-        (["--noise=banded", "--local_steps=2", "--epsilon=inf"], "--trust=none has none"),
+        (["--noise=banded", "--local_steps=2", "--epsilon=inf"], "cannot be used with --trust=none"),
         (["--bands=2"], "belongs to --noise=banded"),
     ],
 )
