@@ -175,10 +175,10 @@ def test_secrets_in_memory_are_new_in_each_run(federation):
 
 def test_federations_of_other_rates_share_no_program(federation):
     """Of one shape and with one seed: with the other's program, they would come to the same."""
-    whole, other = federation(), federation(client_lr=0.1)
+    whole, other = federation(), federation(head_lr=0.1)
     run(whole)
     run(other)
-    assert np.abs(whole.adapter["layers"]["q"].b - other.adapter["layers"]["q"].b).max() > 1e-3
+    assert np.abs(whole.adapter["head"]["bias"] - other.adapter["head"]["bias"]).max() > 1e-3
 
 
 def test_the_saved_adapter_is_the_released_one(federation, tmp_path):
