@@ -48,13 +48,13 @@ def _separator(stream, skipped, wanted, separators):
         headers[separator] = _header(stream, skipped, separator)
         if wanted <= set(headers[separator]) and separator in separators:
             return separator
-    header = headers[separators[0]]
+    as_read = headers[separators[0]]
     fitting = [s for s, header in headers.items() if wanted <= set(header)]
-    others = fitting or [s for s, header in headers.items() if s not in separators and len(header) > len(header) == 1]
+    others = fitting or [s for s, header in headers.items() if s not in separators and len(header) > len(as_read) == 1]
     if others:
         name = {character: name for name, character in SEPARATORS.items()}[others[0]]
         raise UnreadableError(
-            f"has {_columns_of(header)} in its header as it is read now, and {_columns_of(headers[others[0]])} if a {name} parts "
+            f"has {_columns_of(as_read)} in its header as it is read now, and {_columns_of(headers[others[0]])} if a {name} parts "
             f"them; give separator={name}."
         )
     return separators[0]

@@ -28,12 +28,18 @@ def attack(config, seed=None):
     job = setup.prepare(replace(config, eval_every=0, seed=config.privacy.seed if seed is None else seed))
     collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
     objective, tables = _tables(config)
-    prepared = job.federation.prepared
-    before, after = (
-        [_losses(objective.loss, prepared.whole_model, prepared.params, adapter, table) for table in tables]
-        for adapter in (None, job.federation.adapter)
-    )
-    members, others = (x - y for x, y in zip(before, after, strict=True))
+
+    def losses(prepared):
+        model, params = prepared.whole_model, prepared.params
+
+        def each(adapter):
+            return [_losses(objective.loss, model, params, adapter, table) for table in tables]
+
+        return lambda adapter, residual, ends: {"before": each(None), "after": each(adapter)}
+
+    # The adapter as the rounds have it: with `feature_norm`, its head is on the features of `params`.
+    measured = job.federation.evaluate(losses)
+    members, others = (x - y for x, y in zip(measured["before"], measured["after"], strict=True))
     return rates(members, others)
 
 
