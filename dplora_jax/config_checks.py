@@ -25,7 +25,7 @@ def settle(config):
     An epsilon of infinity is trust mode `none`. Raises InputError with the first sentence that holds against it.
     """
     if config.privacy.epsilon is not None and config.privacy.noise_multiplier is not None:
-        raise InputError("`epsilon` and `noise_multiplier` exclude each other; epsilon=none unsets a flagfile's.")
+        raise InputError("`epsilon` and `noise_multiplier` exclude each other: set one of them to none.")
     if config.privacy.epsilon == math.inf:
         config = replace(config, trust=trust.none.MODE.name)
     _raise_first(_names(config))

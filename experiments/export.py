@@ -107,14 +107,14 @@ def _job(given):
     labels = labels or (run and tuple(map(str, run.stored.description["data"]["labels"]))) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
-    dtype = given.dtype or (run.stored.flags.base.dtype if run else "float32")
+    dtype = given.dtype or (run.stored.config.base.dtype if run else "float32")
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known: {', '.join(DTYPES)}.")
     out = pathlib.Path(given.out)
     _check_out(out, given.overwrite)
     if out.resolve() in {path.resolve() for path in (adapter, folder or adapter)}:
         raise InputError(f"--out={out} is the run's own directory: choose another.")
-    model = given.model or run.stored.flags.base.name
+    model = given.model or run.stored.config.base.name
     return Job(model, adapter, out, dtype, labels, run, _release(run, adapter), given.max_shard_bytes)
 
 
@@ -179,8 +179,8 @@ def export(job):
     if job.out.resolve() == place.resolve():
         raise InputError(f"--out={job.out} is the base model's own directory: choose another.")
     hf = pretrained.config(place)
-    if job.run and job.run.stored.flags.base.quantize:
-        kind = job.run.stored.flags.base.quantize
+    if job.run and job.run.stored.config.base.quantize:
+        kind = job.run.stored.config.base.quantize
         print(f"The run froze its base in {kind}; the adapter is merged into the base as it is, not rounded.")
     model, params = _base(place, job)
     labels = _labels(job, model, hf)
@@ -196,7 +196,7 @@ def export(job):
             hf_checkpoint.copy_side_files(place, draft, tokenizer, "auto_map" in hf)
             hf_checkpoint.save(draft, model, params, document, place, job.shard_bytes)
             if hf_checkpoint.averages(model):
-                length = job.run and job.run.stored.flags.data.max_length
+                length = job.run and job.run.stored.config.data.max_length
                 hf_checkpoint.save_modules(draft, model, params, labels, place, length)
             (draft / "README.md").write_text(model_card.text(job, model, document, config, labels), encoding="utf-8")
             _move(draft, job.out)

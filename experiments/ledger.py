@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
     @property
     def private(self):
-        return trust.mode(self.stored.flags).private
+        return trust.mode(self.stored.config).private
 
     def head(self):
         """The hash of the newest entry of a dispatch: the same before and after the entry that ends the run."""
@@ -77,7 +77,7 @@ def verify(workdir):
     workdir = pathlib.Path(workdir)
     stored, path = workdir_files.read_config(workdir), workdir / FILE
     lines = workdir_files.read_metrics(
-        workdir, stored.flags.schedule.rounds
+        workdir, stored.config.schedule.rounds
     )  # before the ledger, which a running program writes first
     anchors = checkpoint.anchors(workdir / "checkpoints")
     ledger = Ledger(path, mend=False)
@@ -86,7 +86,7 @@ def verify(workdir):
     if not ledger.entries:
         raise InputError(f"{path} has no entries: nothing was charged there yet.")
     ledger_checks.check_config(workdir / "config.json", stored, ledger)
-    seals = _seals(workdir, stored.flags, ledger)
+    seals = _seals(workdir, stored.config, ledger)
     ledger_checks.check_metrics(workdir / "metrics.jsonl", stored, ledger, lines)
     names = [ledger.head_path.name, *(name for name, _ in anchors)]
     return Verdict(ledger, stored, names, seals)
@@ -110,7 +110,7 @@ def _seals(workdir, config, ledger):
 
 def show(verdict):
     """Print the dispatches, the clients and the state of the chain."""
-    ledger, delta = verdict.ledger, verdict.stored.flags.privacy.delta
+    ledger, delta = verdict.ledger, verdict.stored.config.privacy.delta
     print(f"{_dispatches(ledger).text()}\n")
     clients = ledger.begun[-1]["clients"]
     spent = ledger.epsilons(delta) if verdict.private else [math.inf] * len(clients)

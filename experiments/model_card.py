@@ -108,7 +108,7 @@ def _use(averaged, labels):
 
 def _run_facts(run):
     """The federation's data, guarantee and metrics, all of it public; no guarantee that the ledger does not confirm."""
-    flags, described, last = run.stored.flags, run.stored.description, run.last
+    flags, described, last = run.stored.config, run.stored.description, run.last
     data = formats.markdown(described["data"]["description"] or flags.data.dataset)
     yield f"Data: {data} Texts were cut to {flags.data.max_length} tokens."
     if not run.ledger.holds:

@@ -10,7 +10,7 @@ def line(folder):
     stored, lines = workdir_files.read_config(folder), workdir_files.read_metrics(folder)
     if not lines:
         raise InputError(f"{folder}/metrics.jsonl does not exist or is empty: restore it.")
-    last, flags, sent = lines[-1].values, stored.flags, stored.description["communication"]
+    last, flags, sent = lines[-1].values, stored.config, stored.description["communication"]
     scores = [
         f"{label} {formats.metric(float(last[name]), name)}" for name, label in formats.METRICS.items() if name in last
     ]

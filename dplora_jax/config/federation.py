@@ -38,7 +38,7 @@ class Privacy:
     )  # fmt: skip
     epsilon: float | None = field(
         None,
-        "privacy budget of each client; inf means trust=none, none unsets a flagfile's value",
+        "privacy budget of each client; inf means trust=none",
         above=0.0, common=True,
     )  # fmt: skip
     delta: float = field(1e-5, "delta of the guarantee", above=0.0, below=1.0, common=True)

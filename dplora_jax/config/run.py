@@ -115,10 +115,12 @@ class Output:
 
     auto: bool = field(
         False,
-        "choose the flags that matter for utility and are not given, from public sizes and epsilon, and say what was chosen",
+        "choose the fields that matter for utility and are not given, from public sizes and epsilon, and say what was chosen",
         common=True,
     )
-    workdir: str | None = field(None, "where everything goes; default: runs/<flagfile's name>", DISPLAY, common=True)
+    workdir: str | None = field(
+        None, "where everything goes; default: runs/<name of the flagfile>", DISPLAY, common=True
+    )
     tensorboard: bool = field(
         False, "write the public metrics for TensorBoard too, into the workdir (extra: tensorboard)", DISPLAY
     )

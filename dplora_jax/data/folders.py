@@ -10,7 +10,7 @@ from dplora_jax.errors import InputError, unreadable
 def names(source, clients):
     """The clients' folders in `data_dir`, in sorted order: no table is opened.
 
-    Raises InputError where they are not as many as `clients`, where two hold one file (a link), or where the flags ask for what
+    Raises InputError where they are not as many as `clients`, where two hold one file (a link), or where the fields ask for what
     folders do not have.
     """
     if source.dataset not in sources.OWN_TABLES:

@@ -19,7 +19,7 @@ from dplora_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """What to load; the fields are the flags of the same names. `seed` is that of the demos' generators alone."""
+    """What to load; the fields are those of `config.Data`. `seed` is that of the demos' generators alone."""
 
     dataset: str
     data_dir: str | None = None
@@ -40,7 +40,7 @@ class Source:
 
     @property
     def form(self) -> tables.TextFormat:
-        """How its files of text are written; InputError where the flags do not say."""
+        """How its files of text are written; InputError where the fields do not say."""
         return tables.text_format(self.encoding, self.separator)
 
 
@@ -60,7 +60,7 @@ def load(source: Source, need_test: bool = True) -> Corpus:
     from `labels`, else from the public test rows. `train_records` and `test_records` take so many of each part at random.
 
     Raises:
-      InputError: on an unknown dataset, flags that do not fit, a file or column that is missing or malformed, a label
+      InputError: on an unknown dataset, fields that do not fit, a file or column that is missing or malformed, a label
         outside the known ones, or no public test set where `need_test`; never with the text of a record.
     """
     if source.test_fraction is not None and not 0 < source.test_fraction < 1:
@@ -184,7 +184,7 @@ def known(name: str) -> tasks.Task:
 
 
 def own_columns(source: Source) -> tuple[str, dict[str, str]]:
-    """(the kind of an own table's task, {role: column}), from which column flags are given."""
+    """(the kind of an own table's task, {role: column}), from which columns are named."""
     answers = source.prompt_column is not None or source.answer_column is not None
     labels = source.label_column is not None
     if answers and (labels or source.text_column):
@@ -200,7 +200,7 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
     columns = {role: getattr(source, flag) for role, flag in roles.items()}
     if source.dataset == "text":
         if kind != tasks.TEXT:
-            raise InputError("dataset=text has a record a line and no columns; leave out the flags that name some.")
+            raise InputError("dataset=text has a record a line and no columns; leave out the fields that name some.")
         columns["text"] = columns["text"] or "text"
     needed = {"data_dir": source.data_dir} | {flag: columns[role] for role, flag in roles.items()}
     for flag, given in needed.items():

@@ -58,7 +58,7 @@ PLAIN = TextFormat()
 
 
 def text_format(encoding: str | None, separator: str | None) -> TextFormat:
-    """The TextFormat of two flags; InputError where one means nothing."""
+    """The TextFormat of two fields; InputError where one means nothing."""
     if encoding is not None:
         try:
             "".encode(encoding).decode(encoding)

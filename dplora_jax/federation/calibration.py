@@ -1,4 +1,4 @@
-"""What is accounted: each client's mechanism, as flags and public sizes decide it. A run and `ledger verify` ask here; no JAX."""
+"""What is accounted: each client's mechanism, as the configuration and public sizes decide it. No JAX."""
 
 import dataclasses
 

@@ -124,7 +124,7 @@ def charge(job, done):
         "delta": config.privacy.delta,
         "release": job.description["release"] or "NO PRIVACY",
     }
-    more["config"] = (ledger.begun[-1] if ledger.begun else {}).get("config") or job.storage.config_digest()
+    more["config"] = _same_config(job)
     if (
         config.privacy.seed is None
     ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
@@ -133,6 +133,17 @@ def charge(job, done):
         rounds, attempt, job.prepared.mechanisms, trust.mode(config).steps_per_round(config), job.inputs, **more
     )
     return rounds, attempt
+
+
+def _same_config(job):
+    """The digest of what the run is kept as being (config.json); InputError where the ledger was charged by another."""
+    digest = job.storage.config_digest()
+    if job.ledger.begun and job.ledger.begun[-1].get("config", digest) != digest:
+        raise InputError(
+            f"{job.storage.directory} says that its run is another than the ledger was charged by: restore its config, or start "
+            "a new `workdir`."
+        )
+    return digest
 
 
 def _stay_within(job, rounds):
@@ -213,7 +224,11 @@ def _call(job, state, keys, length):
     """One call of the program of `length` rounds, compiled if it is the first -> (state, (private, valid), seconds)."""
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
-    key = (_program_of(job), length, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)))
+    key = (
+        program_of(job.config, p.rounds, p.mesh),
+        length,
+        tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)),
+    )
     with job.clock.busy():
         if key not in job.programs:
             program = round.make(p.rounds, p.mesh, diagnostics=job.config.execution.private_diagnostics)
@@ -223,15 +238,14 @@ def _call(job, state, keys, length):
     return state, (private, valid), time.perf_counter() - start
 
 
-def _program_of(job):
+def program_of(config, rounds, mesh):
     """All that the compiled rounds are made of, but the shapes of their arguments: jobs with the same can share them."""
-    rounds = job.prepared.rounds
     loss = rounds.loss
     if isinstance(loss, functools.partial):  # which equals itself alone
         loss = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))
     fields = {
         name: held
-        for name, held in to_flat(job.config).items()
+        for name, held in to_flat(config).items()
         if FIELDS[name].section in BUILT_OF and name not in ARGUMENTS
     }
     return (
@@ -241,7 +255,7 @@ def _program_of(job):
         rounds.rule,
         rounds.rows,
         rounds.wave,
-        job.prepared.mesh,
+        mesh,
         tuple(fields.items()),
     )
 
@@ -251,8 +265,12 @@ def commit(job, done, state, lines, shown, charged):
     as it stands, the dispatch's own begin entry included."""
     processes.at(f"the checkpoint of round {done}")
     job.storage.save(done, state, {"lines": lines, "ledger": job.ledger.anchor if job.ledger else None})
-    if not processes.primary():
-        return
+    if processes.primary():
+        _commit(job, lines, shown, charged)
+    processes.meet()  # no process may show the rounds before the ledger has them
+
+
+def _commit(job, lines, shown, charged):
     job.ledger.commit(*charged)
     job.storage.release(lines)
     if shown[0] is not None:

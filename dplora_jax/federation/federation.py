@@ -95,6 +95,7 @@ class Federation:
 
         Raises InputError for records that a run cannot have or is not to go on with, NotFiniteError where training diverged.
         """
+        self.history, self.stopped, self._state, self._released = [], False, None, None
         with self._open(workdir) as kept:
             if kept.finished:
                 self.history = kept.lines()
@@ -165,6 +166,8 @@ class Federation:
             warnings.warn(
                 "there is no workdir: nothing of this run is durable, its ledger included.", InputWarning, stacklevel=4
             )
+        elif workdir.directory is not None:
+            workdir.check(self.config)
         yield workdir or storage.InMemory()
 
     def _job(self, prepared, kept, describe):
@@ -204,7 +207,7 @@ class Federation:
             *(rounds, attempt), paid = todo
             job = job._replace(paid=paid)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
-            done = rounds[1] - 1
+            self._state, done = state, rounds[1] - 1
             fresh = metrics_lines.dispatch_lines(job, rounds, attempt, seconds, shown)
             if len(state.clip_norms):
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
@@ -213,7 +216,7 @@ class Federation:
                 with job.clock.busy():
                     fresh[-1] |= evaluate(state, ends=last)
             if last:
-                fresh[-1] |= _charged(job)
+                fresh[-1] |= processes.agree(functools.partial(_charged, job))
             self.history = [*self.history, *fresh]
             dispatch.commit(job, done, state, self.history, shown, (rounds, attempt))
             yield from map(_round, fresh)
@@ -248,8 +251,7 @@ class Federation:
         config, last = self.config, dict(self.history[-1])
         if config.execution.eval_every and not any(name in last for name in finite.METRICS):
             last |= evaluate(state, ends=True)  # `eval_every` was 0 until this start, or the budget ended early
-        if processes.primary():
-            last |= _charged(job)
+        last |= processes.agree(functools.partial(_charged, job))
         changed = last != self.history[-1]
         self.history = [*self.history[:-1], last]
         finite.check(state, self.history, probe)

@@ -1,4 +1,4 @@
-"""config.json and metrics.jsonl (`workdir_files`), held against their own flags and against the ledger; no JAX."""
+"""config.json and metrics.jsonl (`workdir_files`), held against their own fields and against the ledger; no JAX."""
 
 import itertools
 import math
@@ -17,17 +17,17 @@ MOST_EPSILONS = 1000  # that are reckoned anew of the lines of metrics.jsonl
 
 
 def _check_flags(path, stored):
-    """Every client's mechanism is the one that the flags and the clients' sizes decide: sampling, capacity, bands, noise."""
+    """Every client's mechanism is the one that the fields and the clients' sizes decide: sampling, capacity, bands, noise."""
     try:
-        mechanisms = calibration.mechanisms(stored.flags, stored.records)
+        mechanisms = calibration.mechanisms(stored.config, stored.records)
     except InputError as error:
         raise InputError(f"{path} does not hold: {error}") from None
     except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
-        raise InputError(f"{path} does not hold: no mechanism can be made of its flags and sizes.") from None
+        raise InputError(f"{path} does not hold: no mechanism can be made of its fields and sizes.") from None
     for client, (stored_one, decided) in enumerate(zip(stored.mechanisms, mechanisms, strict=True)):
         if other := _differ(stored_one, decided):
             raise InputError(
-                f"{path} does not hold: client {client}'s {', '.join(other)} cannot follow from its flags and the clients' sizes."
+                f"{path} does not hold: client {client}'s {', '.join(other)} do not follow from its fields and sizes."
             )
 
 
@@ -60,7 +60,7 @@ def check_config(path, stored, ledger):
 
 def _check_entries(path, stored, ledger):
     """Every begin entry agrees with config.json."""
-    config, reached = stored.flags, _reached(stored.flags)
+    config, reached = stored.config, _reached(stored.config)
     follows = (
         ("for release" if config.privacy.seed is None else "NOT FOR RELEASE")
         if trust.mode(config).private
@@ -97,7 +97,7 @@ def _check_entries(path, stored, ledger):
 
 def _check_planned(path, stored):
     """The epsilon that config.json plans for each client is what its mechanism and steps come to, and within the budget."""
-    config, steps = stored.flags, participation.total_steps(stored.flags).tolist()
+    config, steps = stored.config, participation.total_steps(stored.config).tolist()
     budget = math.inf if config.privacy.epsilon is None else config.privacy.epsilon
     for client, (planned, mechanism) in enumerate(zip(stored.epsilons, stored.mechanisms, strict=True)):
         least = accounting.epsilon(mechanism, steps[client], config.privacy.delta) * (1 - SLACK)
@@ -124,7 +124,7 @@ def check_metrics(path, stored, ledger, lines):
 
 def _wrong_metrics(stored, ledger, lines):
     """What no honest run writes, in words, or None."""
-    config, reached = stored.flags, _reached(stored.flags)
+    config, reached = stored.config, _reached(stored.config)
     last = _last_committed(ledger)
     if early := next((line.number for line in lines if line.number > last), None):
         return f"shows round {early}, which was never committed"
@@ -181,7 +181,7 @@ def _understated(stored, charged, lines):
     counts = np.array([charged[line.number] for line in some]).T.tolist()
     # Lines within a dispatch may show more: they are reckoned on a coarser grid, every one of which is an upper bound.
     least = [
-        accounting.epsilon_curve(mechanism, tuple(client_steps), stored.flags.privacy.delta)
+        accounting.epsilon_curve(mechanism, tuple(client_steps), stored.config.privacy.delta)
         for mechanism, client_steps in zip(stored.mechanisms, counts, strict=bool(lines))
     ]
     for index, line in enumerate(some):

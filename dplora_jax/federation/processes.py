@@ -19,12 +19,11 @@ import time
 import numpy as np
 
 from dplora_jax import guard
-from dplora_jax.config import to_flat
+from dplora_jax.config import PROCESS, deciding, to_flat
 from dplora_jax.errors import InputError, Refused, storage
 from dplora_jax.federation.supervisor import LOST, POLL, RECORD_BYTES, SECONDARY, SUSPECT, Supervisor
 from dplora_jax.files import to_json
 
-OWN = ("coordinator", "processes", "process", "stall_timeout")  # flags that need not be the same everywhere
 FOLDER = ".processes"  # of the workdir: heartbeats
 ROW = 1 << 10  # bytes of a process's value that pass in one collective
 
@@ -69,7 +68,7 @@ def primary():
 
 
 def join(config):
-    """Join the run's other processes, if the flags name any; nothing of JAX may have run before. Returns None to the process that
+    """Join the run's other processes, if `config` names any; nothing of JAX may have run before. Returns None to the process that
     is to do the work, which then is a child of its own, and at the end the exit code to its supervisor."""
     global _group
     if config.execution.coordinator is None:
@@ -128,7 +127,7 @@ def _connect(config):
 
 
 def _introduce(config):
-    """Make the processes known to each other and to their supervisors. Raises InputError where flags or workdirs differ."""
+    """Make the processes known to each other and to their supervisors. InputError where they differ."""
     folder, name = pathlib.Path(config.output.workdir) / FOLDER, secrets.token_hex(8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,17 +140,17 @@ def _introduce(config):
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             if time.time() - path.stat().st_mtime > 86400:  # of a process that was killed
                 path.unlink()
-    flags = {name: repr(value) for name, value in to_flat(config).items() if name not in OWN}
-    all_said = gather({"host": socket.gethostname(), "file": name, "flags": flags})
+    fields = {name: repr(value) for name, value in to_flat(config).items() if name not in deciding(PROCESS)}
+    all_said = gather({"host": socket.gethostname(), "file": name, "fields": fields})
     paths = [str(folder / one["file"]) for one in all_said]
     names = [f"process {index} ({one['host']})" for index, one in enumerate(all_said)]
     _group.name = names[_group.number]
     _group.tell("joined", _group.number, names, paths)
-    differ = sorted({f"--{n}" for one in all_said for n in flags if one["flags"].get(n) != all_said[0]["flags"].get(n)})
+    differ = sorted(
+        {f"`{n}`" for one in all_said for n in fields if one["fields"].get(n) != all_said[0]["fields"].get(n)}
+    )
     if differ:
-        raise InputError(
-            f"the processes were started with different {', '.join(differ)}: start all with the same flags."
-        )
+        raise InputError(f"the processes were started with different {', '.join(differ)}: start all with the same.")
     for name, path in zip(names, paths, strict=True):
         if not os.path.exists(path):
             raise InputError(f"{folder} has no file of {name}: `workdir` must be one folder that all processes see.")

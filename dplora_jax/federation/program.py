@@ -1,4 +1,4 @@
-"""From flags to the program of a run: its adapter, its optimizers and the static part of the rounds.
+"""From a configuration to the program of a run: its adapter, its optimizers and the static part of the rounds.
 
 A run and a plan of one make the same program here.
 """

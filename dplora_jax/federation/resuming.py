@@ -9,7 +9,7 @@ from dplora_jax.files import plain
 
 
 def stored_config(folder, config):
-    """The config.json of an earlier start here -> Stored, or None; InputError where flags that enter the training differ."""
+    """The config.json of an earlier start here -> Stored, or None; InputError where fields that enter the training differ."""
     if not (folder / "config.json").exists():
         return None
     stored = workdir_files.read_config(folder)
@@ -17,14 +17,14 @@ def stored_config(folder, config):
     differ = [f"`{name}`" for name in deciding(RESULT) if name in now and now[name] != began[name]]
     if differ:
         raise InputError(
-            f"{folder} belongs to a run with another {', '.join(differ)}: use its flags again, or another `workdir`."
+            f"{folder} belongs to a run with another {', '.join(differ)}: set them as they were, or give another `workdir`."
         )
     return stored
 
 
 def charged_config(folder, stored, ledger):
     """The JSON object of `stored` where its run was charged already, by it and no other; else None: all that it says is then made
-    anew, from flags and records. What an earlier start saved by it before the first round goes."""
+    anew, from the configuration and records. What an earlier start saved by it before the first round goes."""
     if ledger.begun and stored is None:
         raise InputError(
             f"{folder}/config.json is gone, and rounds were charged by it: restore it, or start a new `workdir`."

@@ -62,9 +62,9 @@ def _settled(config, sizes):
         raise InputError(
             f"{len(sizes)} sizes are given, and clients={config.schedule.clients}: give one for each client."
         )
-    if trust.mode(config).bare_clients:
+    if not trust.mode(config).public_uploads:
         raise InputError(
-            f"trust={config.privacy.trust} needs a server that sees everything: use trust=local for silos."
+            f"trust={config.privacy.trust} is not for silos: it hides each upload, and a silo sends its own. Use trust=local."
         )
     if method.personal or config.lora.ranks is not None:
         raise InputError(
@@ -77,6 +77,13 @@ def _settled(config, sizes):
             "`dropout`."
         )
     return config
+
+
+def _mechanisms(config, sizes, planned):
+    """Each client's Mechanism: as `planned`, or calibrated for clients of `sizes` records."""
+    if planned is not None and [m.records for m in planned] != list(sizes):
+        raise InputError("the plan's mechanisms are for clients of other sizes.")
+    return planned or calibration.mechanisms(config, list(sizes))
 
 
 def _init(rounds, adapter, clients=0):
@@ -106,10 +113,12 @@ class Silo:
         self, model, params, loss, config, *, client, records, sizes, mechanisms=None, workdir=None, programs=None
     ):
         self.config, self.client = _settled(config, sizes), client
+        if not 0 <= client < len(sizes):
+            raise InputError(f"client={client} must lie between 0 and {len(sizes) - 1}.")
         count, length = records["attention_mask"].shape
         if count != sizes[client]:
             raise InputError(f"client {client} has {count} records, and the plan is for {sizes[client]}.")
-        mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
+        mechanisms = _mechanisms(self.config, sizes, mechanisms)
         shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
@@ -161,10 +170,11 @@ class Silo:
     def fit(self, adapter, number):
         """Charge round `number` and run its local steps from the global `adapter` -> the upload, a pytree like it on the host.
 
-        `number` is the next round, or the last one again: then it is a new attempt with new noise, and paid for again. With
-        trust=distributed the upload is a share, which alone carries too little noise to be shown to anyone. Raises InputError for
-        any other round, and where this party's epsilon is spent.
+        `number` is the next round, or the last one again: then it is a new attempt with new noise, and paid for again. Raises
+        InputError for any other round, and where this party's epsilon is spent.
         """
+        if self._job.storage.finished:
+            raise InputError("this party has ended its part: its secret is gone.")
         if number < 1 or number not in (self.done, self.done + 1):
             raise InputError(f"round {number} does not follow round {self.done}, the last that this party ran.")
         charged = dispatch.charge(self._job, number - 1)
@@ -188,10 +198,15 @@ class Silo:
     def _compiled(self, arguments):
         """The compiled round."""
         part, shapes = self._job.prepared.rounds, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
-        key = part.local, part.rule, shapes
+        key = dispatch.program_of(self.config, part, self._mesh), shapes
         if key not in self._programs:
             self._programs[key] = round.make(part, self._mesh, transcript=True).lower(*arguments).compile()
         return self._programs[key]
+
+    def finish(self):
+        """End this party's part: its ledger says so, and its secret is destroyed. No round follows."""
+        self._job.ledger.append(entry="end", round=self.done)
+        self._job.storage.finish()
 
 
 class Server:
@@ -202,7 +217,7 @@ class Server:
 
     def __init__(self, model, params, loss, config, sizes, mechanisms=None):
         self.config = _settled(config, sizes)
-        mechanisms = mechanisms or calibration.mechanisms(self.config, list(sizes))
+        mechanisms = _mechanisms(self.config, sizes, mechanisms)
         shares = trust.mode(self.config).shares(self.config, sizes, mechanisms)
         adapter, params, _ = program.adapter(self.config, model, params)
         grid = mesh.make("1x1", 1, model)
@@ -229,7 +244,7 @@ class Server:
         """The next global adapter from `uploads` {client: pytree like the adapter}; clients that sent nothing are left out.
 
         The sum is in the order of the clients, whatever the order of arrival. An upload with a number that is not finite counts
-        as missing. A round of too few survivors (trust=distributed), or of none, leaves the adapter as it was.
+        as missing. A round without any upload leaves the adapter as it was.
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), self._state.adapter)
         each = [uploads.get(number, template) for number in range(self.config.schedule.clients)]

@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 from dplora_jax import checkpoint, errors, private_files
-from dplora_jax.config import to_flat
+from dplora_jax.config import FIELDS, RESULT, deciding, field_value, fields, to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.federation import processes, resuming, trust, workdir_files
 from dplora_jax.files import to_json
@@ -59,14 +59,23 @@ class InMemory:
 
     def finish(self):
         """Destroy the secrets: no round follows."""
+        self.finished = True
 
 
 class Workdir:
     """A run in a working directory (DESIGN: config.json, metrics.jsonl, privacy_ledger.jsonl, checkpoints/, private/)."""
 
-    def __init__(self, directory, ledger, stored, finished):
-        self.directory, self.ledger, self.stored, self.finished = directory, ledger, stored, finished
-        self._checkpoints = None
+    def __init__(self, directory, config, ledger, stored, finished):
+        self.directory, self.config, self.ledger = directory, config, ledger
+        self.stored, self.finished, self._checkpoints = stored, finished, None
+
+    def check(self, config):
+        """InputError where `config` decides another result than the one that the workdir was opened with."""
+        differ = [f"`{name}`" for name in deciding(RESULT) if _decided(config, name) != _decided(self.config, name)]
+        if differ:
+            raise InputError(
+                f"{self.directory} was opened for another {', '.join(differ)} than the federation has: open it with its config."
+            )
 
     def secrets(self, parties, seed):
         """The secret of each of so many `parties`: process 0 makes them where there are none, the others read its file."""
@@ -174,13 +183,17 @@ def open_workdir(directory, config):
             return {"finished": ledgers_here[0].ended, "stored": stored}
 
         seen = processes.agree(look)
-        opened = Workdir(folder, ledgers_here[0] if ledgers_here else None, seen["stored"], seen["finished"])
+        opened = Workdir(folder, config, ledgers_here[0] if ledgers_here else None, seen["stored"], seen["finished"])
         try:
             yield opened
         finally:
             # Closing waits for the other processes, who may be gone.
             if processes.count() == 1 or sys.exc_info()[0] is None:
                 opened.close()
+
+
+def _decided(config, name):
+    return field_value(config, name) if name in fields(config) else FIELDS[name].default
 
 
 class SiloWorkdir(Workdir):
@@ -211,7 +224,8 @@ def open_silo(directory, config):
         yield InMemory()
         return
     with locked(directory) as folder:
-        opened = SiloWorkdir(folder, _checked_ledger(config, folder), None, False)
+        ledger = _checked_ledger(config, folder)
+        opened = SiloWorkdir(folder, config, ledger, None, ledger.ended)
         try:
             yield opened
         finally:

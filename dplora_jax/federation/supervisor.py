@@ -61,7 +61,7 @@ class Peer:
 
 
 class Supervisor:
-    """Waits for the process `worker`, whose messages (`processes`) come by `channel`; `stall` is --stall_timeout."""
+    """Waits for the process `worker`, whose messages (`processes`) come by `channel`; `stall` is `stall_timeout`."""
 
     def __init__(self, worker, channel, stall):
         self.worker, self.channel, self.stall = worker, channel, stall
@@ -176,6 +176,6 @@ class Supervisor:
                 named = ", ".join(f"{peer.name} at {peer.place}" for peer in behind)
                 raise Ended(
                     LOST,
-                    f"no progress for --stall_timeout={self.stall:g} s, waiting for {named}: if that was work and no hang, give "
+                    f"no progress for stall_timeout={self.stall:g} s, waiting for {named}: if that was work and no hang, give "
                     f"more time. {RESUME}",
                 )

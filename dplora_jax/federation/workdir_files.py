@@ -57,7 +57,7 @@ SENT = {
     "adapter_parameters": COUNT, "full_parameters": COUNT, "bytes_up_per_client_per_round": real(0), "ratio": real(0),
     "bytes_down_per_client_per_round": real(0), "full_bytes_per_client_per_round": real(0),
 }  # fmt: skip
-# What a run says beyond its flags; what an earlier version did not write reads as None or as nothing.
+# What a run says beyond its fields; what an earlier version did not write reads as None or as nothing.
 DESCRIPTION = {
     "data": record({}, DATA, anything), "communication": record({}, SENT, anything), "trust": list_of(TEXT),
     "method": list_of(TEXT), "accounting": TEXT, "command": text(1 << 20), "environment": record({}, {}, scalar),
@@ -76,10 +76,10 @@ LINE = record(
 
 
 class Stored(NamedTuple):
-    """What config.json says: the run's flags, each client's records, mechanism and planned epsilon, the mark of release, and
+    """What config.json says: the run's fields, each client's records, mechanism and planned epsilon, the mark of release, and
     what else the run says of itself (`description`, every name of EMPTY in it)."""
 
-    flags: RunConfig
+    config: RunConfig
     records: list
     mechanisms: list
     epsilons: list
@@ -91,7 +91,7 @@ class Stored(NamedTuple):
     @property
     def private(self):
         """Whether the run has any guarantee."""
-        return trust.mode(self.flags).private and self.release != NO_PRIVACY
+        return trust.mode(self.config).private and self.release != NO_PRIVACY
 
 
 class Line(NamedTuple):
@@ -117,7 +117,7 @@ CONFIG = record({name: FLAGS[name] for name in NEEDED} | {"federation": FEDERATI
 
 
 def read_config(folder):
-    """config.json -> Stored. The flags are such as a run takes: a later version's are not known, an earlier one's are at their
+    """config.json -> Stored. The fields are such as a run takes: a later version's are not known, an earlier one's are at their
     defaults. Raises InputError where the file is missing or damaged."""
     path = folder / "config.json"
     try:
@@ -129,7 +129,7 @@ def read_config(folder):
         if len(rows) != config.schedule.clients:
             raise Unfit(f"it has rows for {len(rows)} clients, and clients={config.schedule.clients}")
         return Stored(
-            flags=config_checks.settled(config),
+            config=config_checks.settled(config),
             records=[row["records"] for row in rows],
             mechanisms=calibration.written(document),
             epsilons=[row["epsilon"] for row in rows],
@@ -150,7 +150,7 @@ def _filled(value, empty):
 
 
 def _refuse(config):
-    """Unfit where no run has these flags."""
+    """Unfit where no run has these fields."""
     budget, sigma = config.privacy.epsilon, config.privacy.noise_multiplier
     if config.privacy.trust not in trust.BY_NAME:
         raise Unfit(f"trust={config.privacy.trust} is not known")
@@ -162,7 +162,7 @@ def _refuse(config):
     try:
         config_checks.refuse(config)
     except InputError as error:
-        raise Unfit(f"no run can have its flags ({str(error).rstrip('.')})") from None
+        raise Unfit(f"no run can have its fields ({str(error).rstrip('.')})") from None
 
 
 def read_metrics(folder, rounds=accounting.MOST_STEPS):
@@ -184,7 +184,7 @@ def read_metrics(folder, rounds=accounting.MOST_STEPS):
 
 
 def with_defaults(document):
-    """`document`, what a config.json says, with the flags that a later version added: they were at their defaults."""
+    """`document`, what a config.json says, with the fields that a later version added: they were at their defaults."""
     return plain(to_flat(RunConfig())) | document
 
 

@@ -1,4 +1,4 @@
-"""The records that a run's flags name, dealt to its clients; no model and no JAX."""
+"""The records that a configuration names, dealt to its clients; no model and no JAX."""
 
 from collections.abc import Callable
 from typing import NamedTuple

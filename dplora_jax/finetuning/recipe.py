@@ -1,6 +1,6 @@
 """Settings that do well, from what is public: how many records each client has, how many clients, epsilon, and the objective.
 
-`auto` fills with them whatever flags are not given, and says what it chose. Why, in short (docs/results/recipe.md):
+`auto` fills with them whatever fields are not given, and says what it chose. Why, in short (docs/results/recipe.md):
 
 - Expected batches of a fifth of a client's records: less noise on the mean than smaller batches at the same epsilon; larger
   ones cost time and gain little.
@@ -65,7 +65,7 @@ def chosen(sizes, clients, epsilon, objective):
 
 
 def for_run(config, given):
-    """{flag: value} that the recipe sets in `config` (a RunConfig as given), but for the flags that `given` names."""
+    """{field: value} that the recipe sets in `config` (a RunConfig as given), but for the fields that `given` names."""
     from dplora_jax.data import partition, tasks
     from dplora_jax.federation import methods, trust
     from dplora_jax.finetuning import dealing, objectives

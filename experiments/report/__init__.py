@@ -45,7 +45,7 @@ def write(workdir, sweep=None):
     """
     workdir = pathlib.Path(workdir)
     stored = workdir_files.read_config(workdir)
-    rows = [line.values for line in workdir_files.read_metrics(workdir, stored.flags.schedule.rounds)]
+    rows = [line.values for line in workdir_files.read_metrics(workdir, stored.config.schedule.rounds)]
     contents = sections.contents(workdir, stored, rows, ledger.agreement(workdir), sweep)
     path = workdir / "report.html"
     replace_durably(path, templates.html("report.html.j2", contents))

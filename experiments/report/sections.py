@@ -39,7 +39,7 @@ AUDIT = record(
 def contents(workdir, stored, rows, agreement, sweep):
     """What the templates show, from a `workdir_files.Stored`, the metrics lines (dicts), the `ledger.Agreement` on them and a
     sweep's tables (`sweep_report.contents`) or None."""
-    flags, described, last = stored.flags, stored.description, rows[-1] if rows else {}
+    flags, described, last = stored.config, stored.description, rows[-1] if rows else {}
     private = stored.private and math.isfinite(last.get("epsilon_max", 0.0))
     metrics = figures.by_metric(rows)
     finite = private and bool(rows) and agreement.holds
@@ -78,7 +78,7 @@ def contents(workdir, stored, rows, agreement, sweep):
 
 def _facts(stored):
     """The run in a few words each."""
-    flags, data = stored.flags, stored.description["data"]
+    flags, data = stored.config, stored.description["data"]
     words = [
         f"clients {formats.number(flags.schedule.clients)}",
         f"rounds {formats.number(flags.schedule.rounds)}",
@@ -91,7 +91,7 @@ def _facts(stored):
 
 def _tiles(stored, rows, metrics, private, confirmed):
     """(label, value, note, whether it is an alarm) of the large figures: the last metrics, epsilon, and what a client sends."""
-    flags, tiles = stored.flags, []
+    flags, tiles = stored.config, []
     for name, (rounds, values, _) in list(metrics.items())[:3]:
         beside = formats.accuracy_note(stored.description["data"], values[-1]) if name == "accuracy" else ""
         base = f"base model {formats.metric(values[0])}" if rounds[0] == 0 and len(rounds) > 1 else ""
@@ -119,7 +119,7 @@ def _tiles(stored, rows, metrics, private, confirmed):
 
 def _bands(stored, rows, private, agreement):
     """(kind, what, why) of what a reader must know before a figure is believed: no privacy, not for release, unfinished."""
-    flags, bands = stored.flags, []
+    flags, bands = stored.config, []
     if not agreement.holds:
         bands.append(("bad", "Do not rely on these figures.", agreement.words))
     if not private:
@@ -190,7 +190,7 @@ def communication_table(stored, rows):
     """What travels, beside what full fine-tuning would send."""
     sent, times = stored.description["communication"], rows[-1]["round"] if rows else 0
     up, down, full = (sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "bytes_down", "full_bytes"))
-    uploads = sent_uploads(rows, stored.flags.schedule.clients)
+    uploads = sent_uploads(rows, stored.config.schedule.clients)
     total = [formats.size(None if count is None else count * uploads) for count in (up, full)]
     parameters = [formats.number(sent[name]) for name in ("adapter_parameters", "full_parameters")]
     body = [
@@ -204,9 +204,9 @@ def communication_table(stored, rows):
 
 def _ranks(stored):
     """How many times less a client sends, by rank, for the paper's models: exact, from their shapes."""
-    targets, rows = communication.run_rows(stored.flags)
+    targets, rows = communication.run_rows(stored.config)
     figure = figures.against_rank(rows, communication.MODELS, communication.RANKS, targets)
-    return {"figure": figure, "targets": targets, "table": communication.by_rank(rows, stored.flags)}
+    return {"figure": figure, "targets": targets, "table": communication.by_rank(rows, stored.config)}
 
 
 def audit(workdir, stored):

@@ -154,7 +154,7 @@ def test_orbaxs_own_error_is_told_and_an_older_checkpoint_stays(tmp_path, monkey
 
 
 def test_a_torn_line_of_diagnostics_goes_when_the_next_is_written(tmp_path):
-    kept = storage.Workdir(tmp_path, None, None, False)
+    kept = storage.Workdir(tmp_path, None, None, None, False)
     kept.keep_private([{"round": 1, "loss": [0.5]}, {"round": 2, "loss": [float("nan")]}])
     path = tmp_path / "private" / "diagnostics.jsonl"
     path.write_text(path.read_text() + '{"round": 3, "no')

@@ -70,7 +70,7 @@ def without_privacy(finished, folder):
     """A copy of the workdir as that of a run without privacy."""
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("privacy_ledger.*"))
     stored = workdir_files.read_config(folder)
-    config = replace(stored.flags, trust="none", noise_multiplier=None)
+    config = replace(stored.config, trust="none", noise_multiplier=None)
     silent = [dataclasses.replace(mechanism, noise_multiplier=0.0) for mechanism in stored.mechanisms]
     rows = [row | {"noise_multiplier": 0.0, "epsilon": math.inf} for row in stored.description["clients"]]
     charge(folder, config, stored.description | {"clients": rows, "release": None}, silent)

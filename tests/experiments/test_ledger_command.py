@@ -99,7 +99,7 @@ def rewrite(workdir, seal):
             lambda w: edit(w / "config.json", lambda c: c["federation"]["clients"][1].update(noise_multiplier=2.0)),
             "entry 1",
         ),
-        (lambda w: edit(w / "config.json", lambda c: c.update(delta=1e-9)), "cannot follow from its flags"),
+        (lambda w: edit(w / "config.json", lambda c: c.update(delta=1e-9)), "do not follow from its fields"),
         (lambda w: write_lines(w, [{"round": 5, "epsilon": [9, 9], "epsilon_max": 9}]), "never committed"),
         (lambda w: (w / "metrics.jsonl").write_text("{"), "metrics.jsonl is damaged"),
         (lambda w: (w / "checkpoints" / "4" / "notes" / "metadata").write_text("{}"), "4 is damaged"),

@@ -175,10 +175,10 @@ def test_secrets_in_memory_are_new_in_each_run(federation):
 
 def test_federations_of_other_rates_share_no_program(federation):
     """Of one shape and with one seed: with the other's program, they would come to the same."""
-    whole, other = federation(), federation(client_lr=0.1)
+    whole, other = federation(), federation(head_lr=0.1)
     run(whole)
     run(other)
-    assert np.abs(whole.adapter["layers"]["q"].b - other.adapter["layers"]["q"].b).max() > 1e-3
+    assert np.abs(whole.adapter["head"]["bias"] - other.adapter["head"]["bias"]).max() > 1e-3
 
 
 def test_the_saved_adapter_is_the_released_one(federation, tmp_path):
@@ -255,3 +255,38 @@ def test_federations_of_other_budgets_share_a_program(federation, compiling_fail
 def test_federations_of_other_programs_do_not(federation, compiling_fails, fields):
     with pytest.raises(Compiled):
         run(federation(**fields))
+
+
+def test_a_workdir_that_was_opened_for_another_run_is_refused(federation, tmp_path):
+    made = federation()
+    with (
+        storage.open_workdir(tmp_path / "run", made.config) as opened,
+        pytest.raises(InputError, match="another `clip_norm`"),
+    ):
+        next(federation(clip_norm=9.0).fit(small.shards(), opened))
+
+
+def test_config_json_may_not_change_between_dispatches(federation, tmp_path):
+    rounds = federation().fit(small.shards(), tmp_path / "run")
+    for _ in range(3):
+        next(rounds)  # 0, 1 and 2
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"clip_norm": 1.0', '"clip_norm": 9.0'))
+    with pytest.raises(InputError, match="another than the ledger was charged by"):
+        next(rounds)
+    assert Ledger(tmp_path / "run" / "privacy_ledger.jsonl").charged_rounds() == 2
+
+
+def test_the_adapter_can_be_measured_after_each_round(federation):
+    measure = evaluation.on(small.test_rows())
+    made = federation()
+    for _ in made.fit(small.shards(), storage.InMemory()):
+        assert 0 <= made.evaluate(measure)["accuracy"] <= 1
+
+
+def test_an_abandoned_fit_leaves_nothing_to_save(federation, tmp_path):
+    made = federation()
+    run(made)
+    next(made.fit(small.shards(), storage.InMemory()))
+    with pytest.raises(InputError, match="there is no adapter here"):
+        made.save(tmp_path / "adapter")

@@ -74,7 +74,7 @@ def test_a_process_that_is_gone_is_named_and_not_those_that_fail_of_it(tmp_path,
 
 def test_whoever_keeps_the_others_waiting_is_named_with_its_place(tmp_path):
     words = (
-        "error: no progress for --stall_timeout=4 s, waiting for process 1 at step 1: if that was work and no hang, give more "
+        "error: no progress for stall_timeout=4 s, waiting for process 1 at step 1: if that was work and no hang, give more "
         f"time. {LOST}"
     )
     assert ends(started(tmp_path, ["step", "step", "wait"], ["step", "wait"], stall=4)) == {(69, words)}
