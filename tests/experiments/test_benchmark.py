@@ -79,6 +79,7 @@ def test_peers_come_with_ours_over_theirs_and_are_no_forms():
     assert "plain does 2.00" in lines
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_each_cell_once_and_a_plot(tiny_bert, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cells.jsonl"
     command = [f"--model={tiny_bert}", "--batch=2", "--length=8", "--repeats=3", "--forms=auto,vmap", f"--out={out}"]

@@ -40,8 +40,8 @@ def runs(quick_compile, tiny_bert, finance_table, tmp_path_factory):
     ]  # fmt: skip
     real = clipping.clipped_grad_sum
 
-    def overheard(loss_fn, adapter, batch, clip_norm, weights, *options):
-        out = real(loss_fn, adapter, batch, clip_norm, weights, *options)
+    def overheard(loss_fn, adapter, batch, clip_norm, weights, *options, **how):
+        out = real(loss_fn, adapter, batch, clip_norm, weights, *options, **how)
         jax.debug.callback(lambda *x: heard.append([np.array(v) for v in x]), out[1], out[2], weights)
         return out
 
