@@ -102,7 +102,7 @@ def parse(argv):
     )
     values, name = cli.read(argv, values, "python -m experiments.memorisation --flagfile=general.flags [flags]")
     given = cli.chosen(values)
-    config = cli.settle(replace(given, workdir=given.workdir or f"runs/{name or given.dataset}-canaries"))
+    config = cli.settle(replace(given, workdir=given.output.workdir or f"runs/{name or given.data.dataset}-canaries"))
     if not trust.mode(config).private:
         raise InputError(
             "this command compares a private run with one without privacy: give --epsilon or --noise_multiplier."
