@@ -132,6 +132,16 @@ def read(argv, values, usage):
     return values, flagfile
 
 
+def read_alone(argv, values, program, usage):
+    """Read the flags of a command that takes none of a run's into `values`. --help prints `usage` and them, and exits with 0."""
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    rest, _ = flagfile_reader.parse(argv, values, program)
+    if values.help:
+        print(f"{usage}\n{values.get_help()}")
+        raise SystemExit(0)
+    flagfile_reader.refuse_rest(rest)
+
+
 def _define(entry, values):
     text = as_flags(entry.metadata["help"])
     default = ",".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default

@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 
 from dplora_jax.config import Base
 from dplora_jax.errors import InputError
-from experiments import exits, flagfile_reader, formats
+from experiments import cli, exits, formats
 from experiments.tables import Table
 
 MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
@@ -79,8 +79,7 @@ def main(argv=None):
     absl_flags.DEFINE_list("targets", list(TARGETS), "matrices that are adapted", flag_values=values)
     absl_flags.DEFINE_list("models", list(MODELS), "models by name", flag_values=values)
     try:
-        rest, _ = flagfile_reader.parse(sys.argv[1:] if argv is None else argv, values, "communication")
-        flagfile_reader.refuse_rest(rest)
+        cli.read_alone(sys.argv[1:] if argv is None else argv, values, "communication", __doc__)
         table = list(rows(values.rounds, values.targets, values.models))
     except (absl_flags.Error, ValueError) as error:
         raise error if isinstance(error, InputError) else InputError(" ".join(str(error).split())) from None

@@ -22,7 +22,7 @@ from absl import flags
 from dplora_jax import errors, files, guard
 from dplora_jax.errors import InputError
 from dplora_jax.federation import workdir_files
-from experiments import cli, exits, flagfile_reader, ledger
+from experiments import cli, exits, ledger
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -81,12 +81,7 @@ def parse(argv):
         flags.DEFINE_string(name, None, help_text, flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replace the files of an earlier export in --out", flag_values=values)
     flags.DEFINE_integer("max_shard_bytes", 5 * 10**9, "bytes of one weights file, at most", 1, flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    rest, _ = flagfile_reader.parse(argv, values, "export")
-    if values.help:
-        print(f"{__doc__}\n{values.get_help()}")
-        raise SystemExit(0)
-    flagfile_reader.refuse_rest(rest)
+    cli.read_alone(argv, values, "export", __doc__)
     return _job(values)
 
 

@@ -28,7 +28,7 @@ from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
-from experiments import exits, flagfile_reader, formats
+from experiments import cli, exits, formats
 from experiments.benchmark import memory, roofline, scale
 from experiments.benchmark import rounds as benchmark_rounds
 from experiments.benchmark import steps as benchmark_steps
@@ -75,8 +75,7 @@ def main(argv=None):
     """Print what is asked for -> exit code."""
     config = define()
     try:
-        rest, _ = flagfile_reader.parse(sys.argv[1:] if argv is None else argv, config, "benchmark")
-        flagfile_reader.refuse_rest(rest)
+        cli.read_alone(sys.argv[1:] if argv is None else argv, config, "benchmark", __doc__)
         unknown = set(config.forms) - set(FORMS)
         if unknown:
             raise InputError(f"--forms={','.join(sorted(unknown))} is not known: {', '.join(FORMS)}.")
