@@ -54,7 +54,7 @@ def _separator(stream, skipped, wanted, separators):
     if others:
         name = {character: name for name, character in SEPARATORS.items()}[others[0]]
         raise UnreadableError(
-            f"has {_columns_of(as_read)} in its header as it is read now, and {_columns_of(headers[others[0]])} if a {name} parts "
+            f"has {_columns_of(as_read)} in its header as read now, and {_columns_of(headers[others[0]])} if a {name} parts "
             f"them; give separator={name}."
         )
     return separators[0]

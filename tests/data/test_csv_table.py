@@ -86,7 +86,7 @@ def test_another_separator_is_named_and_never_guessed(character, name):
     for wanted in (WANTED, ("text",), ("another",)):
         table = f"text{character}label\nsecret one, two{character}x\n"
         assert (
-            f"1 column in its header as it is read now, and 2 columns if a {name} parts them; give separator={name}"
+            f"1 column in its header as read now, and 2 columns if a {name} parts them; give separator={name}"
             in said(table, wanted)
         )
 
