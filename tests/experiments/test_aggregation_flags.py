@@ -227,7 +227,7 @@ def test_every_client_of_fedsa_is_evaluated_and_has_a_file_of_its_own(command, t
     model, params = models.from_pretrained(cli.parse(command).base.name, num_labels=2)
     own = [peft.load(folder / "adapter" / "clients" / str(k), model, params)[0]["layers"] for k in range(3)]
     config = cli.parse([*command, "--aggregation=fedsa"])
-    cards = dict(model_card.of_adapters(config, job.federation.model, summary.line(folder), ["bad", "good"]))
+    cards = dict(model_card.adapter_notes(config, job.federation.model, summary.line(folder), ["bad", "good"]))
     assert set(cards) == {".", "clients/0", "clients/1", "clients/2"}
     for text in cards.values():
         assert "NOT FOR RELEASE" in text

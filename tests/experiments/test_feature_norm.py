@@ -100,7 +100,7 @@ def test_where_nothing_can_be_centred_it_is_refused(command, finance_table, gold
     assert run.main(bare) == 2
     assert "--feature_norm needs a public test set" in capsys.readouterr().err
     for more, words in (
-        (["--feature_norm=-1"], "above 0"),
+        (["--feature_norm=-1"], "0 or more"),
         (["--trust=none", "--clip_norm=inf"], "--clip_norm=inf"),
         ([f"--model={tmp_path / 'gpt2'}", "--objective=classifier"], "head has a bias"),
     ):

@@ -35,7 +35,7 @@ def test_of_two_spellings_the_one_that_transformers_obeys_counts(config, expecte
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_options_by_kind_of_layer_are_refused(name):
-    with pytest.raises(InputError, match="for all layers alike"):
+    with pytest.raises(InputError, match="one set of options for all layers"):
         llama.frequencies({name: {"full_attention": LINEAR}}, 8)
 
 
