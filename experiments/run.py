@@ -41,14 +41,12 @@ def main(argv=None):
 def run(config, workdir, command):
     """Start, resume or find finished the run of `workdir` (a `storage.Workdir`) -> exit code."""
     from dplora_jax.federation import processes
-    from experiments import progress, report, summary, tensorboard
+    from experiments import progress, summary, tensorboard
 
     if config.output.tensorboard:
         tensorboard.check()
     if workdir.finished:
         if processes.primary():
-            if not (workdir.directory / "report.html").exists():  # killed between the last round and its report
-                report.write(workdir.directory)
             print(f"This run is finished, nothing was done. {summary.line(workdir.directory)}")
         return 0
     from dplora_jax.finetuning import setup
@@ -56,7 +54,8 @@ def run(config, workdir, command):
     job = setup.prepare(config, workdir.stored, command=command)
     asked = _on_sigterm()
     with progress.bar(config.schedule.rounds, None if processes.primary() else True) as show:
-        for round in job.fit(workdir, stop=lambda: bool(asked)):
+        documents = lambda: _write_documents(config, workdir.directory, job)  # noqa: E731
+        for round in job.fit(workdir, stop=lambda: bool(asked), closing=documents):
             show(round)
             if config.output.tensorboard and processes.primary():
                 tensorboard.write(workdir.directory)
@@ -64,8 +63,6 @@ def run(config, workdir, command):
         return STOPPED
     if processes.primary():
         print(job.federation.clock.in_words())
-        _write_cards(config, workdir.directory, job)
-        report.write(workdir.directory)
         done, rounds = job.federation.history[-1]["round"], config.schedule.rounds
         if done < rounds:
             missing = f"rounds {done + 1} to {rounds} were not run"
@@ -81,14 +78,15 @@ def _on_sigterm():
     return asked
 
 
-def _write_cards(config, folder, job):
-    """A model card beside each adapter."""
+def _write_documents(config, folder, job):
+    """A model card beside each adapter, and the report."""
     from dplora_jax.privacy import chain
-    from experiments import model_card, summary
+    from experiments import model_card, report, summary
 
     labels = list(job.corpus.label_names)
     for adapter, note in model_card.adapter_notes(config, job.federation.model, summary.line(folder), labels):
         chain.replace_durably(folder / "adapter" / adapter / "README.md", note)
+    report.write(folder)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,12 @@ class Federation:
     def local_clients(self, length):
         """The numbers of the clients whose records this process must give to `fit`, of rows of `length` tokens: all, where
         there is one process."""
+        if processes.count() == 1:
+            return list(range(self.config.schedule.clients))
         wave = preparation.adapter_and_wave(self.config, self.mesh, self.model, self.params, length)[-1]
         return mesh.own_clients(self.mesh, self.config.schedule.clients, wave)
 
-    def fit(self, shards, workdir=None, *, evaluate=None, probe=None, describe=None, stop=lambda: False):
+    def fit(self, shards, workdir=None, *, evaluate=None, probe=None, describe=None, stop=lambda: False, closing=None):
         """Run all rounds, or those that an earlier start in `workdir` left -> an iterator of `Round`, those of earlier starts
         first.
 
@@ -91,7 +93,8 @@ class Federation:
         (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every `execution.eval_every` rounds;
         `probe` likewise one that only tells whether a run that is not evaluated still has finite logits. `describe(prepared)`
         gives what config.json says beyond the configuration. Where `stop()` holds after a dispatch, the run ends there with
-        `stopped` set, and everything saved.
+        `stopped` set, and everything saved. Process 0 calls `closing()` when the adapter is saved and before the ledger says
+        that the run has ended: after a kill, it is called again.
 
         Raises InputError for records that a run cannot have or is not to go on with, NotFiniteError where training diverged.
         """
@@ -106,7 +109,7 @@ class Federation:
             evaluated = (
                 self._measuring(prepared, evaluate) if self.config.execution.eval_every and evaluate else _nothing
             )
-            yield from self._run(job, evaluated, self._measuring(prepared, probe) if probe else None, stop)
+            yield from self._run(job, evaluated, self._measuring(prepared, probe) if probe else None, stop, closing)
 
     def save(self, directory):
         """Write the released adapter to `directory` in PEFT's format (with aggregation=fedsa each client's own beside it).
@@ -192,14 +195,14 @@ class Federation:
             self.config, prepared.sizes, functools.partial(measure, ends=ends), state
         )
 
-    def _run(self, job, evaluate, probe, stop):
+    def _run(self, job, evaluate, probe, stop, closing):
         """Dispatch after dispatch until the rounds, or the budget, are at their end; yields each finished Round."""
         config = self.config
         processes.agree(lambda: dispatch.check_past(job))
         done, state, self.history = self._restored(job, evaluate)
         yield from map(_round, self.history)
+        self._state = state
         while True:
-            self._state = state
             finite.check(state, self.history, probe)
             self.stopped = processes.any_of(stop())
             if self.stopped or (todo := dispatch.agreed_charge(job, done)) is None:
@@ -222,7 +225,7 @@ class Federation:
             yield from map(_round, fresh)
         self.stopped &= done < config.schedule.rounds
         if not self.stopped:
-            yield from self._finish(job, state, evaluate, probe)
+            yield from self._finish(job, state, evaluate, probe, closing)
 
     def _restored(self, job, evaluate):
         """(rounds done, state, metrics lines) of the newest checkpoint, or of the base model, which is evaluated and saved."""
@@ -245,7 +248,7 @@ class Federation:
             job.storage.release(notes["lines"])
         return done, state, notes["lines"]
 
-    def _finish(self, job, state, evaluate, probe):
+    def _finish(self, job, state, evaluate, probe, closing):
         """Settle the last line, write the adapter, close the ledger and destroy the secrets; yields the last Round once more
         where only now it was evaluated."""
         config, last = self.config, dict(self.history[-1])
@@ -260,6 +263,8 @@ class Federation:
             job.storage.release(self.history)
             if job.storage.directory is not None:
                 self.save(job.storage.directory / "adapter")
+            if closing:
+                closing()
             job.ledger.append(entry="end", round=last["round"])
             job.storage.finish()
         if changed:

@@ -45,11 +45,10 @@ from dplora_jax.privacy import secrets
 
 
 class Part(NamedTuple):
-    """What a party's dispatches are made of, as `dispatch.Job` has it of all parties: its mechanism, its share of the noise, and
-    the static part of its rounds."""
+    """What a party's dispatches are made of, as `dispatch.Job` has it of all: its mechanism, the static part of its rounds,
+    and the state before round 1."""
 
     mechanisms: list
-    shares: list
     rounds: round.Rounds
     state: round.State
 
@@ -128,19 +127,20 @@ class Silo:
         self._placement = mesh.place(self._mesh, [through(records)], [shares[client]], self.config.privacy.clip_norm, 1)
         everyone = self._placement._replace(sizes=list(sizes))
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, everyone, length)
-        part = Part([mechanisms[client]], [shares[client]], rounds, _init(rounds, adapter, 1))
+        part = Part([mechanisms[client]], rounds, _init(rounds, adapter, 1))
         self._programs = {} if programs is None else programs
-        self._context = storage.open_silo(workdir, self.config)
+        seed = self.config.privacy.seed
+        secret = None if seed is None else secrets.from_seed(seed, client + 1)[client]
+        self._context = storage.open_silo(workdir, self.config, secret)
         try:
-            self._job = self._begin(part, digests, self._context.__enter__())
+            self._job = self._begin(part, digests, self._context.__enter__(), secret)
         except BaseException:
             self._context.__exit__(None, None, None)
             raise
 
-    def _begin(self, part, digests, kept):
+    def _begin(self, part, digests, kept, secret):
         """The Job of this party's rounds: its secret at hand, its ledger sealed, and what was kept restored."""
-        seed = self.config.privacy.seed
-        secret = kept.secrets(1, None)[0] if seed is None else secrets.from_seed(seed, self.client + 1)[self.client]
+        secret = secret or kept.secrets(1, None)[0]
         kept.ledger.seal_with(secret)
         kept.ledger.promise()
         sent = lora.count(part.state.adapter)
@@ -152,6 +152,7 @@ class Silo:
         dispatch.check_past(job)
         restored = kept.restore(part.state)
         self.done, self._state = restored[:2] if restored else (0, part.state)
+        self._before = self._state  # the round that was run last
         return job
 
     def __enter__(self):
@@ -184,13 +185,14 @@ class Silo:
         keys = dispatch.round_keys(self._job, rounds, attempt)
         keys["joins"] = np.ones((1, 1), np.float32)  # whoever is asked takes part
         keys = {name: keys[name] for name in self._job.prepared.rounds.keys}
-        begun = self._state._replace(adapter=adapter, average=self._state.average._replace(rounds=np.int32(number - 1)))
+        before = self._state if number > self.done else self._before
+        begun = before._replace(adapter=adapter, average=before.average._replace(rounds=np.int32(number - 1)))
         placed = mesh.place_keys(self._mesh, keys, 1)
         begun = jax.tree.map(jnp.array, begun)  # it is donated
         arguments = begun, self._params, self._placement.clients, self._placement.data, placed
         after, shown = self._compiled(arguments)(*arguments)
         upload = jax.tree.map(lambda x: np.asarray(x)[0, 0], shown[0]["uploads"])
-        self.done, self._state = number, self._state._replace(clip_norms=after.clip_norms)
+        self.done, self._before, self._state = number, before, before._replace(clip_norms=after.clip_norms)
         self._job.storage.save(number, self._state, {"ledger": self._job.ledger.anchor})
         self._job.ledger.commit(rounds, attempt)
         return upload

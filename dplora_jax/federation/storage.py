@@ -174,11 +174,12 @@ def open_workdir(directory, config):
     """
     lock = locked(directory) if processes.primary() else contextlib.nullcontext(pathlib.Path(directory))
     with lock as folder:
-        ledgers_here = []  # process 0's
+        ledgers_here, seed = [], config.privacy.seed  # process 0's
+        seeded = None if seed is None else secrets.from_seed(seed, trust.mode(config).parties(config))
 
         def look():
             stored = resuming.stored_config(folder, config)
-            ledgers_here.append(_checked_ledger(config, folder))
+            ledgers_here.append(_checked_ledger(folder, seeded))
             stored = resuming.charged_config(folder, stored, ledgers_here[0])
             return {"finished": ledgers_here[0].ended, "stored": stored}
 
@@ -214,36 +215,34 @@ class SiloWorkdir(Workdir):
 
 
 @contextlib.contextmanager
-def open_silo(directory, config):
+def open_silo(directory, config, secret):
     """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is
-    None.
+    None. `secret` is the party's where a seed gives it, else None.
 
-    Raises InputError as `open_workdir` does.
+    Raises InputError as `open_workdir` does, and where the party has ended its part.
     """
     if directory is None:
         yield InMemory()
         return
     with locked(directory) as folder:
-        ledger = _checked_ledger(config, folder)
-        opened = SiloWorkdir(folder, config, ledger, None, ledger.ended)
+        ledger = _checked_ledger(folder, secret and [secret])
+        if ledger.ended:
+            raise InputError(f"{folder}: this party has ended its part, and its secret is gone.")
+        opened = SiloWorkdir(folder, config, ledger, None, False)
         try:
             yield opened
         finally:
             opened.close()
 
 
-def _checked_ledger(config, folder):
-    """The ledger of `folder`, held against the checkpoints; a finished one's secrets are destroyed."""
+def _checked_ledger(folder, seeded):
+    """The ledger of `folder`, held against the checkpoints; a finished one's secrets are destroyed. `seeded` are the parties'
+    secrets where a seed gives them, else None."""
     ledger, private = ledgers.Ledger(folder / ledgers.FILE), folder / "private"
     for name, anchor in checkpoint.anchors(folder / "checkpoints"):
         ledger.check(anchor, name)
-    seeded = config.privacy.seed is not None
     if ledger.ended:
-        party_secrets = (
-            secrets.from_seed(config.privacy.seed, trust.mode(config).parties(config))
-            if seeded
-            else secrets.load(private)
-        )
+        party_secrets = seeded or secrets.load(private)
         if party_secrets:  # an end that someone else wrote must not cost the secrets
             ledger.seal_with(b"".join(party_secrets))
         secrets.destroy(private)

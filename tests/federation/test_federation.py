@@ -290,3 +290,19 @@ def test_an_abandoned_fit_leaves_nothing_to_save(federation, tmp_path):
     next(made.fit(small.shards(), storage.InMemory()))
     with pytest.raises(InputError, match="there is no adapter here"):
         made.save(tmp_path / "adapter")
+
+
+def test_documents_are_written_before_the_run_has_ended(federation, tmp_path):
+    """A kill between the adapter and the end of the ledger costs no document: the next start writes them."""
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(federation(), tmp_path / "run", closing=killed)
+    ledger = tmp_path / "run" / "privacy_ledger.jsonl"
+    assert not Ledger(ledger).ended
+    ended_at = []
+    run(federation(), tmp_path / "run", closing=lambda: ended_at.append(Ledger(ledger, mend=False).ended))
+    assert ended_at == [False]
+    assert Ledger(ledger).ended

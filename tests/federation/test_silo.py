@@ -172,6 +172,29 @@ def test_a_part_that_was_ended_has_no_secret_and_no_further_round(tmp_path):
             party.fit(server(seed=None).adapter, 2)
     assert not (tmp_path / "silo" / "private" / "secrets.json").exists()
     assert Ledger(tmp_path / "silo" / "privacy_ledger.jsonl").ended
+    with pytest.raises(InputError, match="has ended its part"):
+        silo(0, tmp_path / "silo", seed=None)
+    assert not (tmp_path / "silo" / "private" / "secrets.json").exists()
+
+
+def test_an_attempt_begins_where_the_round_began(tmp_path):
+    """Not at the clip norm that the attempt before moved; and a silo that was closed between them is no other."""
+    fields = VARIANTS["adaptive"]
+    start = server(**fields).adapter
+    with silo(0, **fields) as party:
+        party.fit(start, 1)
+        moved = np.asarray(party._state.clip_norms)
+        assert moved != small.config(**fields).privacy.clip_norm
+        assert np.asarray(party._before.clip_norms) == small.config(**fields).privacy.clip_norm
+        party.fit(start, 1)
+        assert np.asarray(party._before.clip_norms) == small.config(**fields).privacy.clip_norm
+    with silo(0, tmp_path / "silo") as party:
+        party.fit(start, 1)
+        party.fit(start, 1)
+    with silo(0, tmp_path / "silo") as party:
+        assert party.done == 1
+        party.fit(start, 2)
+    assert Ledger(tmp_path / "silo" / "privacy_ledger.jsonl").charged_rounds() == 3
 
 
 def test_what_a_silo_was_begun_with_may_not_be_edited(tmp_path):
