@@ -125,9 +125,8 @@ def charge(job, done):
         "release": job.description["release"] or "NO PRIVACY",
     }
     more["config"] = _same_config(job)
-    if (
-        config.privacy.seed is None
-    ):  # no other history, not even of a disk put back to an earlier state, has the keys of this one
+    if config.privacy.seed is None:
+        # No other history, not even of a disk put back to an earlier state, has the keys of this one.
         more["nonce"] = os.urandom(16).hex()
     ledger.begin(
         rounds, attempt, job.prepared.mechanisms, trust.mode(config).steps_per_round(config), job.inputs, **more
@@ -224,18 +223,21 @@ def _call(job, state, keys, length):
     """One call of the program of `length` rounds, compiled if it is the first -> (state, (private, valid), seconds)."""
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
-    key = (
-        program_of(job.config, p.rounds, p.mesh),
-        length,
-        tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments)),
-    )
     with job.clock.busy():
-        if key not in job.programs:
-            program = round.make(p.rounds, p.mesh, diagnostics=job.config.execution.private_diagnostics)
-            job.programs[key] = program.lower(*arguments).compile()
+        diagnostics = job.config.execution.private_diagnostics
+        program = compiled(job.programs, job.config, p.rounds, p.mesh, arguments, diagnostics=diagnostics)
         start = time.perf_counter()
-        state, (_, private, valid) = jax.block_until_ready(job.programs[key](*arguments))
+        state, (_, private, valid) = jax.block_until_ready(program(*arguments))
     return state, (private, valid), time.perf_counter() - start
+
+
+def compiled(programs, config, rounds, mesh, arguments, **shown):
+    """The program of `round.make(rounds, mesh, **shown)` for `arguments`, from `programs` (a dict), or compiled and kept there."""
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+    key = (program_of(config, rounds, mesh), tuple(shown.items()), shapes)
+    if key not in programs:
+        programs[key] = round.make(rounds, mesh, **shown).lower(*arguments).compile()
+    return programs[key]
 
 
 def program_of(config, rounds, mesh):

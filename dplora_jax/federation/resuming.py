@@ -13,13 +13,17 @@ def stored_config(folder, config):
     if not (folder / "config.json").exists():
         return None
     stored = workdir_files.read_config(folder)
-    now, began = plain(to_flat(config)), workdir_files.with_defaults(stored.document)
-    differ = [f"`{name}`" for name in deciding(RESULT) if name in now and now[name] != began[name]]
-    if differ:
+    if names := differing(config, stored.document):
         raise InputError(
-            f"{folder} belongs to a run with another {', '.join(differ)}: set them as they were, or give another `workdir`."
+            f"{folder} belongs to a run with another {names}: set them as they were, or give another `workdir`."
         )
     return stored
+
+
+def differing(config, document):
+    """The fields, in words, that decide the result and are others in `config` than in `document`, what a config.json says."""
+    now, began = plain(to_flat(config)), workdir_files.with_defaults(document)
+    return ", ".join(f"`{name}`" for name in deciding(RESULT) if name in now and now[name] != began[name])
 
 
 def charged_config(folder, stored, ledger):

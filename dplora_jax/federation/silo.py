@@ -190,20 +190,16 @@ class Silo:
         placed = mesh.place_keys(self._mesh, keys, 1)
         begun = jax.tree.map(jnp.array, begun)  # it is donated
         arguments = begun, self._params, self._placement.clients, self._placement.data, placed
-        after, shown = self._compiled(arguments)(*arguments)
+        after, shown = self._program(arguments)(*arguments)
         upload = jax.tree.map(lambda x: np.asarray(x)[0, 0], shown[0]["uploads"])
         self.done, self._before, self._state = number, before, before._replace(clip_norms=after.clip_norms)
         self._job.storage.save(number, self._state, {"ledger": self._job.ledger.anchor})
         self._job.ledger.commit(rounds, attempt)
         return upload
 
-    def _compiled(self, arguments):
-        """The compiled round."""
-        part, shapes = self._job.prepared.rounds, tuple((x.shape, x.dtype) for x in jax.tree.leaves(arguments))
-        key = dispatch.program_of(self.config, part, self._mesh), shapes
-        if key not in self._programs:
-            self._programs[key] = round.make(part, self._mesh, transcript=True).lower(*arguments).compile()
-        return self._programs[key]
+    def _program(self, arguments):
+        rounds = self._job.prepared.rounds
+        return dispatch.compiled(self._programs, self.config, rounds, self._mesh, arguments, transcript=True)
 
     def finish(self):
         """End this party's part: its ledger says so, and its secret is destroyed. No round follows."""

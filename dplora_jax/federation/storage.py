@@ -14,10 +14,10 @@ import pathlib
 import sys
 
 from dplora_jax import checkpoint, errors, private_files
-from dplora_jax.config import FIELDS, RESULT, deciding, field_value, fields, to_flat
+from dplora_jax.config import to_flat
 from dplora_jax.errors import InputError
 from dplora_jax.federation import processes, resuming, trust, workdir_files
-from dplora_jax.files import to_json
+from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.chain import replace_durably
@@ -71,10 +71,9 @@ class Workdir:
 
     def check(self, config):
         """InputError where `config` decides another result than the one that the workdir was opened with."""
-        differ = [f"`{name}`" for name in deciding(RESULT) if _decided(config, name) != _decided(self.config, name)]
-        if differ:
+        if names := resuming.differing(config, plain(to_flat(self.config))):
             raise InputError(
-                f"{self.directory} was opened for another {', '.join(differ)} than the federation has: open it with its config."
+                f"{self.directory} was opened for another {names} than the federation has: open it with its config."
             )
 
     def secrets(self, parties, seed):
@@ -191,10 +190,6 @@ def open_workdir(directory, config):
             # Closing waits for the other processes, who may be gone.
             if processes.count() == 1 or sys.exc_info()[0] is None:
                 opened.close()
-
-
-def _decided(config, name):
-    return field_value(config, name) if name in fields(config) else FIELDS[name].default
 
 
 class SiloWorkdir(Workdir):

@@ -3,6 +3,7 @@
 Letters: B rows.
 """
 
+import abc
 import dataclasses
 import functools
 
@@ -81,7 +82,7 @@ def clipped_grad_sum(
     return in_turns(clip_rows, at_once, batch, weights)
 
 
-class Clipper:
+class Clipper(abc.ABC):
     """What a local step does to rows' gradients before its noise, and what most clippers have in common.
 
     `clip_norm` is the norm before round 1, `moves` says whether it then moves, and `pools` whether rows of several clients may be
@@ -99,9 +100,9 @@ class Clipper:
         """The norm that a client's next step clips to."""
         return self.clip_norm
 
+    @abc.abstractmethod
     def sum(self, loss_fn, adapter, batch, weights, clip_norm, **how):
         """`clipped_grad_sum` of a batch; `how` are its `bits` or `owners`."""
-        raise NotImplementedError
 
     def count(self, norms, clip_norm, weights):
         """What is noised and shown beside the gradients' sum: {name: number}."""

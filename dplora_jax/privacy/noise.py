@@ -1,5 +1,6 @@
 """Gaussian noise for a pytree, from keys that no two draws share, and the noise of a local step that is made of it."""
 
+import abc
 import dataclasses
 import math
 
@@ -43,7 +44,7 @@ def add(tree, noise):
 
 
 @dataclasses.dataclass(frozen=True)
-class Noise:
+class Noise(abc.ABC):
     """What a kind of noise is to the rounds, and what most kinds have in common; `noises` lists the kinds.
 
     `sampler` draws which records join a step, `bits` is the grid of integer sums (None: sums are float32), `one_scale` whether
@@ -71,10 +72,10 @@ class Noise:
         """What the noise of a round's first step remembers of the steps before."""
         return ()
 
+    @abc.abstractmethod
     def add(self, sums, stds, keys, step, memory):
         """(`sums` plus the noise of local step `step`, the next memory). `stds` are a number, or a tree that begins like `sums`;
         `keys` are the client's of this round: its part of `round_keys`."""
-        raise NotImplementedError
 
     def words(self):
         """Lines on this noise, for config.json and the report; none on the usual one."""

@@ -88,7 +88,7 @@ def test_a_silo_charges_its_own_ledger_before_it_runs(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as broken:
-            broken.setattr(Silo, "_compiled", crash)
+            broken.setattr(Silo, "_program", crash)
             with pytest.raises(KeyboardInterrupt):
                 party.fit(start, 1)
     ledger = Ledger(tmp_path / "silo" / "privacy_ledger.jsonl")
