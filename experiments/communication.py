@@ -11,8 +11,10 @@ from absl import flags as absl_flags
 
 from dplora_jax.config import Base
 from dplora_jax.errors import InputError
-from experiments import cli, exits, formats
-from experiments.tables import Table
+from experiments import cli
+from experiments.cli import exits
+from experiments.text import formats
+from experiments.text.tables import Table
 
 MODELS = ("gpt2", "bert-base", "chatglm-6b", "llama2-7b")  # the paper's
 RANKS = (1, 4, 8, 16, 64, 256, 512)

@@ -22,7 +22,8 @@ from absl import flags
 from dplora_jax import errors, files, guard
 from dplora_jax.errors import InputError
 from dplora_jax.federation import workdir_files
-from experiments import cli, exits, ledger
+from experiments import cli, ledger
+from experiments.cli import exits
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Of an earlier export, what would be read along with the new one.
@@ -115,7 +116,7 @@ def _job(given):
 
 def _check_out(out, overwrite):
     """Refuse an --out that would mix with what is there, or destroy what no export wrote."""
-    from experiments import model_card
+    from experiments.run import model_card
 
     try:
         full = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -153,7 +154,7 @@ def _release(run, adapter):
 
 def _noted_labels(adapter):
     """The labels that a run noted beside its adapter, in the order of the head's outputs; None where it noted none."""
-    from experiments import model_card
+    from experiments.run import model_card
 
     note = files.find(adapter, "README.md")
     lines = files.read_bytes(note).decode("utf-8", "replace").splitlines() if note else ()
@@ -168,7 +169,7 @@ def export(job):
     """Merge, write beside --out, and put in its place; print what was written. Raises InputError."""
     from dplora_jax import lora, peft
     from dplora_jax.models import hf_checkpoint, pretrained
-    from experiments import model_card
+    from experiments.run import model_card
 
     place = pretrained.locate(job.model)
     if job.out.resolve() == place.resolve():

@@ -14,8 +14,10 @@ from dplora_jax.errors import InputError, StorageError
 from dplora_jax.federation import ledger_checks, trust, workdir_files
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
-from experiments import cli, exits, formats
-from experiments.tables import Table
+from experiments import cli
+from experiments.cli import exits
+from experiments.text import formats
+from experiments.text.tables import Table
 
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table

@@ -2,8 +2,8 @@
 
 import sys
 
-from experiments import allocator
 from experiments.attacks.memorisation import main
+from experiments.cli import allocator
 
 if __name__ == "__main__":
     allocator.keep_freed_memory()

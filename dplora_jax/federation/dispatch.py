@@ -232,7 +232,7 @@ def _call(job, state, keys, length):
 
 
 def compiled(programs, config, rounds, mesh, arguments, **shown):
-    """The program of `round.make(rounds, mesh, **shown)` for `arguments`, from `programs` (a dict), or compiled and kept there."""
+    """The program of `round.make(rounds, mesh, **shown)` for `arguments`, kept in `programs` (a dict)."""
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
     key = (program_of(config, rounds, mesh), tuple(shown.items()), shapes)
     if key not in programs:

@@ -16,8 +16,9 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import storage, trust
 from dplora_jax.files import plain, to_json
 from dplora_jax.privacy import auditing, chain
-from experiments import cli, exits
+from experiments import cli
 from experiments.attacks.canaries import audit, from_config, small
+from experiments.cli import exits
 
 EPSILONS = (1.0, 2.0, 4.0, 8.0)  # the claims on the small model
 HELP = """python -m experiments.audit [--flagfile=finance.flags and flags of experiments.run] [flags]

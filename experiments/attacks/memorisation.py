@@ -20,7 +20,8 @@ from dplora_jax.config import field_value, replace
 from dplora_jax.data import partition
 from dplora_jax.errors import InputError
 from dplora_jax.federation import trust
-from experiments import cli, exits
+from experiments import cli
+from experiments.cli import exits
 
 THINGS = ("access code", "account number", "patient number", "door code", "badge number", "file number")
 NAMES = (

@@ -1,7 +1,7 @@
 import sys
 
-from experiments import allocator
 from experiments.benchmark.command import main
+from experiments.cli import allocator
 
 allocator.keep_freed_memory()
 sys.exit(main())

@@ -28,12 +28,14 @@ from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
-from experiments import cli, exits, formats
+from experiments import cli
 from experiments.benchmark import memory, roofline, scale
 from experiments.benchmark import rounds as benchmark_rounds
 from experiments.benchmark import steps as benchmark_steps
 from experiments.benchmark import table as benchmark_table
+from experiments.cli import exits
 from experiments.plan import models as plan_models
+from experiments.text import formats
 
 MEASURES = ("step", "round", "roofline", "memory", "clients")
 

@@ -19,8 +19,8 @@ import safetensors.numpy
 
 from dplora_jax import lora, losses, models
 from dplora_jax.models import gpt2, llama, quantized
-from experiments import formats
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 SENTENCES = (
     "The central bank raised interest rates by a quarter of a percentage point on Wednesday, citing persistent inflation.",

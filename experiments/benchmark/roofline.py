@@ -15,9 +15,10 @@ from typing import NamedTuple
 import jax
 
 from dplora_jax.privacy import clipping
-from experiments import flops, formats
 from experiments.benchmark import steps as benchmark_steps
-from experiments.tables import Table
+from experiments.plan import flops
+from experiments.text import formats
+from experiments.text.tables import Table
 
 CHIPS = 8
 BASE = "bfloat16"

@@ -14,7 +14,7 @@ from dplora_jax.federation import aggregation, mesh, pool, round, waves
 from dplora_jax.federation.client import APART, LocalConfig
 from dplora_jax.privacy import accounting, clipping, secrets
 from experiments.benchmark import steps as benchmark_steps
-from experiments.tables import Table
+from experiments.text.tables import Table
 
 RECORDS = 10  # of a client, as a multiple of its expected batch
 

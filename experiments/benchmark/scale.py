@@ -19,8 +19,8 @@ import time
 
 import numpy as np
 
-from experiments import formats
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 CLIENTS, WAVES = (8, 64, 512, 1000), (1, 4)
 EXPECTED, RANK = 4, 4

@@ -14,7 +14,7 @@ import optax
 from dplora_jax import lora, losses, models
 from dplora_jax.config import Base
 from dplora_jax.privacy import clipping, noise
-from experiments import flops
+from experiments.plan import flops
 from experiments.plan import models as plan_models
 
 RATE = 1e-4  # of the SGD that each step ends in: small, so that hundreds of steps of random rows stay finite

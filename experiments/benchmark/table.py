@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 
 from dplora_jax.privacy.clipping import FORMS
-from experiments import formats
 from experiments.benchmark.steps import LIMIT
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 HEAD = [
     "step",

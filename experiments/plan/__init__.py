@@ -19,8 +19,10 @@ from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import trust
 from dplora_jax.files import to_json
-from experiments import cli, exits, formats
-from experiments.tables import Table
+from experiments import cli
+from experiments.cli import exits
+from experiments.text import formats
+from experiments.text.tables import Table
 
 GIB = 1 << 30
 TASKS = ("language_model", "classification")

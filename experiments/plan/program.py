@@ -18,8 +18,8 @@ from dplora_jax import losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, frozen_layers, mesh, participation, program, round, trust
 from dplora_jax.federation.aggregation import CLIENTS
-from experiments import flops
 from experiments.plan import collectives as plan_collectives
+from experiments.plan import flops
 from experiments.plan import models as plan_models
 
 

@@ -14,7 +14,8 @@ from dplora_jax import guard
 from dplora_jax.errors import InputError
 from dplora_jax.federation import workdir_files
 from dplora_jax.privacy.chain import replace_durably
-from experiments import cli, exits, ledger
+from experiments import cli, ledger
+from experiments.cli import exits
 from experiments.report import sections, templates
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 from dplora_jax.files import number
-from experiments import formats
+from experiments.text import formats
 
 # Figures are drawn in these colours, then each is replaced by a CSS variable, so that one SVG serves light and dark.
 INK, GRID, SERIES = "#010101", "#020202", tuple(f"#{i:02x}{i:02x}{i:02x}" for i in range(3, 11))

@@ -7,10 +7,11 @@ from dplora_jax.config import RESULT, deciding
 from dplora_jax.federation import trust
 from dplora_jax.federation.workdir_files import with_defaults
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
-from experiments import communication, formats
+from experiments import communication
 from experiments.report import figures
-from experiments.summary import sent_uploads
-from experiments.tables import Table
+from experiments.run.summary import sent_uploads
+from experiments.text import formats
+from experiments.text.tables import Table
 
 CLIENT_COLUMNS = {
     "client": "client",

@@ -3,8 +3,8 @@
 import jinja2
 from markupsafe import Markup
 
-from experiments import formats
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 
 def html(name, contents):

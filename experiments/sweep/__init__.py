@@ -26,7 +26,8 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import trust
 from dplora_jax.files import parse_json, to_json
 from dplora_jax.privacy.chain import replace_durably
-from experiments import cli, exits
+from experiments import cli
+from experiments.cli import exits
 from experiments.sweep import report as sweep_report
 from experiments.sweep.cells import BEST, key, parse, settings
 from experiments.sweep.report import BASE, OUTCOME

@@ -1,6 +1,6 @@
 import sys
 
-from experiments import allocator
+from experiments.cli import allocator
 from experiments.sweep import main
 
 allocator.keep_freed_memory()

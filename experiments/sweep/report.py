@@ -3,10 +3,10 @@
 import math
 import statistics
 
-from experiments import formats
 from experiments.report import templates
 from experiments.report.figures import SERIES, figure
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 # Of a line: what was found; the rest names its cell.
 OUTCOME = ("metrics", "epsilon_max", "bytes_up_per_client", "seconds", "of", "settings", "release", "commonest_label")

@@ -12,7 +12,8 @@ from dplora_jax.federation import calibration, dispatch, exact, participation, p
 from dplora_jax.federation.federation import Federation
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, ledger, model_card, summary
+from experiments import cli, ledger
+from experiments.run import model_card, summary
 from tests.conftest import mostly_slow
 from tests.experiments.small_runs import crash_before, fit, lines_of
 

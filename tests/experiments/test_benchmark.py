@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import flops
 from experiments.benchmark import command as benchmark
 from experiments.benchmark import roofline
 from experiments.benchmark import steps as benchmark_steps
 from experiments.benchmark import table as benchmark_table
+from experiments.plan import flops
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
 CASE = benchmark_steps.Case("gpt2", 2, 4, 16, 8, ("q", "v"), False, "language_model", "bfloat16", False)
@@ -149,7 +149,7 @@ def test_freed_memory_is_kept():
     program = """
 import resource, sys
 import numpy as np
-from experiments import allocator
+from experiments.cli import allocator
 if sys.argv[1] == "keep":
     allocator.keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -13,7 +13,8 @@ from dplora_jax.federation import processes, storage, workdir_files
 from dplora_jax.privacy import chain, secrets
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import budget, exits, ledger, report, run, sweep
+from experiments import budget, ledger, report, run, sweep
+from experiments.cli import exits
 from tests.experiments.report_pages import config, metrics
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")

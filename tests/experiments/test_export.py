@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 
 from dplora_jax import lora, models, peft
-from experiments import export, model_card
+from experiments import export
+from experiments.run import model_card
 from tests import exported
 from tests.conftest import GOLDEN
 

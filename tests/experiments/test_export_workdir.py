@@ -15,7 +15,9 @@ from dplora_jax.federation import trust, workdir_files
 from dplora_jax.finetuning import setup
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, export, formats, summary
+from experiments import cli, export
+from experiments.run import summary
+from experiments.text import formats
 from tests import exported
 from tests.experiments.test_export import logits_of, read_back, refusal
 

@@ -7,7 +7,8 @@ from absl import flags as absl_flags
 
 from dplora_jax.config import field_value
 from dplora_jax.errors import InputError
-from experiments import cli, export, flagfile_reader
+from experiments import cli, export
+from experiments.cli import flagfile_reader
 
 BUDGET = "--epsilon=8\n"
 

@@ -6,7 +6,8 @@ from dplora_jax.config import field_value
 from dplora_jax.data import tasks
 from dplora_jax.errors import InputError
 from dplora_jax.federation import trust
-from experiments import cli, flagfile_reader
+from experiments import cli
+from experiments.cli import flagfile_reader
 
 
 def test_flagfile_is_read_and_later_flags_win():

@@ -10,7 +10,7 @@ import pytest
 
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger
-from experiments import formats
+from experiments.text import formats
 from tests.experiments.ledger_workdirs import (
     DELTA,
     MECHANISMS,

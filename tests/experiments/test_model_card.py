@@ -3,7 +3,7 @@
 import dataclasses
 
 from dplora_jax.models import bert, gpt2
-from experiments import model_card
+from experiments.run import model_card
 
 POOLED = bert.Bert(bert.BertConfig(9, 4, 1, 2, 8, 6, 2, num_labels=3))
 AVERAGED = dataclasses.replace(POOLED, config=dataclasses.replace(POOLED.config, pooling="mean"))

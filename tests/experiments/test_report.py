@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import formats, report
+from experiments import report
+from experiments.text import formats
 from tests.experiments.ledger_workdirs import edit_lines, facts, write_run
 from tests.experiments.report_pages import SCORES, config, metrics, page
 

@@ -8,10 +8,12 @@ import re
 import pytest
 
 from dplora_jax.federation import workdir_files
-from experiments import export, formats, model_card, tables
+from experiments import export
 from experiments.ledger import Agreement
 from experiments.report import sections, templates
+from experiments.run import model_card
 from experiments.sweep import report as sweep_report
+from experiments.text import formats, tables
 from tests.experiments.report_pages import config
 
 HOSTILE = "<img src=x onerror=alert(1)> | `x` [click](http://evil)\n\n# Heading\n- item ``` \\"

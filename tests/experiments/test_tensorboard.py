@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dplora_jax.errors import InputError
-from experiments import run, tensorboard
+from experiments import run
+from experiments.run import tensorboard
 from tests.experiments.small_runs import arguments, lines_of
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

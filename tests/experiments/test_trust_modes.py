@@ -12,7 +12,8 @@ from dplora_jax.federation import calibration, trust
 from dplora_jax.privacy import accounting, secrets, size_classes
 from dplora_jax.privacy.accounting import Mechanism
 from dplora_jax.privacy.ledger import Ledger
-from experiments import cli, report, summary
+from experiments import cli, report
+from experiments.run import summary
 from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

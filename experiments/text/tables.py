@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from experiments import formats
+from experiments.text import formats
 
 
 class Table(NamedTuple):

@@ -6,8 +6,8 @@ from dplora_jax.federation import methods
 from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
-from experiments import formats
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list

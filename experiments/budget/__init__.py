@@ -23,7 +23,8 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import participation, trust
 from dplora_jax.files import to_json
 from dplora_jax.privacy import accounting, clippers, noises, paper_bound
-from experiments import cli, exits
+from experiments import cli
+from experiments.cli import exits
 
 UNKNOWNS = ("noise_multiplier", "epsilon", "rounds", "expected_batch_size")
 MOST_ROUNDS = 1 << 17  # where the search for rounds ends
@@ -59,7 +60,7 @@ class Answer(NamedTuple):
 @exits.guarded
 def main(argv=None):
     """Answer the command line `argv` (default: this process's) -> exit code."""
-    from experiments import budget_text
+    from experiments.budget import text as budget_text
 
     guard.begin(
         phrase=cli.as_flags
@@ -274,7 +275,3 @@ def tell(question, answer):
             for i in curves
         ],
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

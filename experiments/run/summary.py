@@ -2,7 +2,8 @@
 
 from dplora_jax.errors import InputError
 from dplora_jax.federation import trust, workdir_files
-from experiments import formats, ledger
+from experiments import ledger
+from experiments.text import formats
 
 
 def line(folder):

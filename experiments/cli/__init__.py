@@ -13,7 +13,7 @@ from absl import flags
 from dplora_jax import config_checks, private_files
 from dplora_jax.config import FIELDS, RunConfig, from_text, replace
 from dplora_jax.errors import InputError
-from experiments import flagfile_reader
+from experiments.cli import flagfile_reader
 
 GROUPS = {  # the sections of a RunConfig, as --help heads them
     "base": "Model",

@@ -8,7 +8,7 @@ Run again in the same workdir, it goes on where it was. Exit codes are 0 done; 2
 import signal
 import sys
 
-from experiments import allocator, exits
+from experiments.cli import exits
 
 STOPPED = 75
 
@@ -41,7 +41,7 @@ def main(argv=None):
 def run(config, workdir, command):
     """Start, resume or find finished the run of `workdir` (a `storage.Workdir`) -> exit code."""
     from dplora_jax.federation import processes
-    from experiments import progress, summary, tensorboard
+    from experiments.run import progress, summary, tensorboard
 
     if config.output.tensorboard:
         tensorboard.check()
@@ -81,14 +81,10 @@ def _on_sigterm():
 def _write_documents(config, folder, job):
     """A model card beside each adapter, and the report."""
     from dplora_jax.privacy import chain
-    from experiments import model_card, report, summary
+    from experiments import report
+    from experiments.run import model_card, summary
 
     labels = list(job.corpus.label_names)
     for adapter, note in model_card.adapter_notes(config, job.federation.model, summary.line(folder), labels):
         chain.replace_durably(folder / "adapter" / adapter / "README.md", note)
     report.write(folder)
-
-
-if __name__ == "__main__":
-    allocator.keep_freed_memory()
-    sys.exit(main())

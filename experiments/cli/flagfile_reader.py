@@ -14,7 +14,7 @@ from absl import flags
 
 from dplora_jax.errors import InputError
 
-SHIPPED = pathlib.Path(__file__).parent / "flagfiles"  # the project's own
+SHIPPED = pathlib.Path(__file__).parents[1] / "flagfiles"  # the project's own
 COMMENTS = ("#", "//")
 # As word processors and web pages write them: hyphens, dashes and the minus sign; quotes, primes and accents.
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"

@@ -5,8 +5,8 @@ import itertools
 from dplora_jax import errors
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import accounting
-from experiments import formats
-from experiments.tables import Table
+from experiments.text import formats
+from experiments.text.tables import Table
 
 BARS, WIDTH = 8, 40
 

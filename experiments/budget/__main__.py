@@ -1,0 +1,7 @@
+"""Runs the command."""
+
+import sys
+
+from experiments.budget import main
+
+sys.exit(main())
