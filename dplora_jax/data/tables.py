@@ -176,6 +176,8 @@ def _read_text(file, suffix, wanted, every, form):
         return json_table.read(stream, wanted, every)
     except UnicodeDecodeError:
         pass
+    finally:
+        stream.detach()  # `file` is the caller's to close
     file.seek(0)
     wanted = "another `encoding`" if form.encoding else "its `encoding` (cp1252 is common of Excel on Windows)"
     raise UnreadableError(

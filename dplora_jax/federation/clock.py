@@ -5,10 +5,10 @@ import time
 
 
 class Clock:
-    """How long the devices waited: all time since the start but that in `busy` blocks."""
+    """How long the devices waited: all time from the start to `stop` but that in `busy` blocks."""
 
     def __init__(self):
-        self.start, self.seconds = time.perf_counter(), 0.0
+        self.start, self.end, self.seconds = time.perf_counter(), None, 0.0
 
     @contextlib.contextmanager
     def busy(self):
@@ -17,9 +17,13 @@ class Clock:
         yield
         self.seconds += time.perf_counter() - start
 
+    def stop(self):
+        """The rounds are over: what is written after them keeps no device waiting."""
+        self.end = time.perf_counter()
+
     def in_words(self):
         """What to say at the end."""
-        elapsed = time.perf_counter() - self.start
+        elapsed = (self.end or time.perf_counter()) - self.start
         waited = elapsed - self.seconds
         share = f"{waited:.1f} s of {elapsed:.1f} s ({waited / elapsed:.1%})"
         return f"The devices waited {share} for input, keys, ledger and checkpoints."

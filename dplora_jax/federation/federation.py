@@ -64,7 +64,7 @@ class Federation:
         self.mesh = mesh.make(self.config.execution.mesh, self.config.schedule.clients, model)
         self._programs, self._memo = {} if programs is None else programs, memo
         self.base_name, self.stopped, self._released = base_name, False, None
-        self.history, self.prepared, self.clock = [], None, Clock()
+        self.history, self.prepared, self.clock = [], None, None
         self._state = None
 
     def plan(self, sizes):
@@ -105,11 +105,12 @@ class Federation:
                 yield from map(_round, self.history)
                 return
             prepared = self.prepare(shards, kept.stored)
-            job = self._job(prepared, kept, describe)
             evaluated = (
                 self._measuring(prepared, evaluate) if self.config.execution.eval_every and evaluate else _nothing
             )
-            yield from self._run(job, evaluated, self._measuring(prepared, probe) if probe else None, stop, closing)
+            probed = self._measuring(prepared, probe) if probe else None
+            job = self._job(prepared, kept, describe)
+            yield from self._run(job, evaluated, probed, stop, closing)
 
     def save(self, directory):
         """Write the released adapter to `directory` in PEFT's format (with aggregation=fedsa each client's own beside it).
@@ -186,6 +187,7 @@ class Federation:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()
         inputs = dispatch.keyed_inputs(keys, prepared.base_digest, preparation.records_digest(prepared, keys))
+        self.clock = Clock()  # preparing is no waiting of the devices
         return dispatch.Job(config, prepared, kept, keys, inputs, described, self.clock, self._programs)
 
     def _measuring(self, prepared, evaluate):
@@ -224,6 +226,7 @@ class Federation:
             dispatch.commit(job, done, state, self.history, shown, (rounds, attempt))
             yield from map(_round, fresh)
         self.stopped &= done < config.schedule.rounds
+        job.clock.stop()
         if not self.stopped:
             yield from self._finish(job, state, evaluate, probe, closing)
 
