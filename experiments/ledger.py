@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dplora_jax import checkpoint, guard
 from dplora_jax.errors import InputError, StorageError
 from dplora_jax.federation import ledger_checks, trust, workdir_files
-from dplora_jax.privacy import secrets
+from dplora_jax.privacy import accounting, secrets
 from dplora_jax.privacy.ledger import FILE, Ledger
 from experiments import cli
 from experiments.cli import exits
@@ -22,6 +22,7 @@ from experiments.text.tables import Table
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
 DIGITS = 4  # of an epsilon behind the point
+AT_THE_SITES = "Each site keeps its own ledger and verifies it there; the epsilons here are upper bounds of what sites were asked for."
 
 
 class Verdict(NamedTuple):
@@ -65,13 +66,38 @@ def agreement(workdir):
     """
     workdir = pathlib.Path(workdir)
     try:
-        if not (workdir / FILE).exists() and not any(line.number for line in workdir_files.read_metrics(workdir)):
-            return Agreement(True, "")
+        if not (workdir / FILE).exists():
+            if _of_a_coordinator(workdir):
+                return Agreement(True, AT_THE_SITES)
+            if not any(line.number for line in workdir_files.read_metrics(workdir)):
+                return Agreement(True, "")
         return Agreement(True, f"Ledger: {verify(workdir).words()}.")
     except StorageError:
         raise
     except InputError as error:
         return Agreement(False, f"The ledger does not confirm this run: {error}")
+
+
+def _of_a_coordinator(workdir):
+    """Whether the ledgers of the run are its sites', none of which is this workdir's."""
+    stored = workdir_files.read_config(workdir)
+    return stored.description["apart"] and stored.member is None
+
+
+def site_lines(workdir, stored):
+    """The lines (dicts) that a report shows of one site's own ledger: what it had spent after each of its rounds."""
+    rounds = {}
+    ledger = Ledger(pathlib.Path(workdir) / FILE, mend=False)
+    for index, entry in enumerate(ledger.begun):
+        rounds[entry["rounds"][1] - 1] = index + 1  # so many attempts were paid for by then
+    steps = trust.mode(stored.config).steps_per_round(stored.config)
+    mechanism, numbers = stored.mechanisms[stored.member], sorted(rounds)
+    counts = tuple(steps * rounds[number] for number in numbers)
+    spent = accounting.epsilon_curve(mechanism, counts, stored.config.privacy.delta) if stored.private else counts
+    return [
+        {"round": number, "epsilon": [value], "epsilon_max": value, "finished": 1, "dropped": []}
+        for number, value in zip([0, *numbers], [0.0, *spent], strict=True)
+    ]
 
 
 def verify(workdir):
@@ -88,17 +114,19 @@ def verify(workdir):
     if not ledger.entries:
         raise InputError(f"{path} has no entries: nothing was charged there yet.")
     ledger_checks.check_config(workdir / "config.json", stored, ledger)
-    seals = _seals(workdir, stored.config, ledger)
-    ledger_checks.check_metrics(workdir / "metrics.jsonl", stored, ledger, lines)
+    seals = _seals(workdir, stored, ledger)
+    if stored.member is None:
+        ledger_checks.check_metrics(workdir / "metrics.jsonl", stored, ledger, lines)
     names = [ledger.head_path.name, *(name for name, _ in anchors)]
     return Verdict(ledger, stored, names, seals)
 
 
-def _seals(workdir, config, ledger):
+def _seals(workdir, stored, ledger):
     """Check the seals where the secrets are there to do it -> words."""
+    config = stored.config
     parties = trust.mode(config).parties(config)
     if config.privacy.seed is not None:
-        ledger.seal_with(b"".join(secrets.from_seed(config.privacy.seed, parties)))
+        ledger.seal_with(b"".join(stored.own(secrets.from_seed(config.privacy.seed, parties))))
         return "fit, but anyone who knows --seed can make them"
     try:
         party_secrets = secrets.load(workdir / "private")
@@ -119,7 +147,9 @@ def show(verdict):
     names = ["records", "sampling_rate", "capacity", "noise_multiplier"]
     rows = [
         [str(number), *(formats.number(client[name]) for name in names), formats.epsilon(value, DIGITS)]
-        for number, (client, value) in enumerate(zip(clients[:MOST_CLIENTS], spent, strict=False))
+        for number, (client, value) in enumerate(
+            zip(clients[:MOST_CLIENTS], spent, strict=False), verdict.stored.member or 0
+        )
     ]
     print(Table(["client", *names, f"epsilon at delta {delta:g}"], rows).text())
     if len(clients) > MOST_CLIENTS:

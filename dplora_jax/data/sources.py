@@ -183,8 +183,9 @@ def known(name: str) -> tasks.Task:
     return tasks.TASKS[name]
 
 
-def own_columns(source: Source) -> tuple[str, dict[str, str]]:
-    """(the kind of an own table's task, {role: column}), from which columns are named."""
+def own_columns(source: Source, read: bool = True) -> tuple[str, dict[str, str]]:
+    """(the kind of an own table's task, {role: column}), from which columns are named; all that are needed where one is
+    `read`."""
     answers = source.prompt_column is not None or source.answer_column is not None
     labels = source.label_column is not None
     if answers and (labels or source.text_column):
@@ -204,7 +205,7 @@ def own_columns(source: Source) -> tuple[str, dict[str, str]]:
         columns["text"] = columns["text"] or "text"
     needed = {"data_dir": source.data_dir} | {flag: columns[role] for role, flag in roles.items()}
     for flag, given in needed.items():
-        if not given:
+        if read and not given:
             raise InputError(f"dataset={source.dataset} reads your own table and needs `{flag}`; give it.")
     return kind, columns
 
@@ -232,7 +233,7 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
 def _public_test(source: Source, need_test: bool) -> Path | None:
     """The file of an own table's public test set, if there is one; InputError where one is needed, or named beside a split."""
     suffixes = OWN_TABLES[source.dataset]
-    test_path = tables.find(source.data_dir, "test", suffixes)
+    test_path = tables.find(source.data_dir, "test", suffixes) if source.data_dir else None
     has_test = source.test_data is not None or test_path is not None
     if has_test and source.test_fraction is not None:
         raise InputError(
@@ -248,8 +249,8 @@ def _public_test(source: Source, need_test: bool) -> Path | None:
 
 def load_public(source: Source, need_test: bool) -> Corpus:
     """What is public where each client's own table lies in a folder of its own (`folders`): a Corpus whose `train` is None."""
-    kind, columns = own_columns(source)
     path = _public_test(source, need_test)
+    kind, columns = own_columns(source, read=path is not None and source.test_data is None)
     test = path and records.rows(_read_test(source, columns, path), tasks.own_table(kind), columns)
     names = _label_names(source, test) if kind == tasks.LABELS else ()
     about = f"{source.dataset}: each client's own table"

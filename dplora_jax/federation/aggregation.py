@@ -141,4 +141,5 @@ def joined_total(group, done):
     """What a wave comes to where uploads are not public: those who joined count in full, whatever their size."""
     weights = group.keys["joins"]
     shown = Shown(done.upload, done.trace, done.clip_norm, done.own, None)
-    return weighted_sum(weights, done.terms), weights.sum(), shown
+    terms = jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, 1, precision=lora.EXACT), done.terms)
+    return terms, weights.sum(), shown

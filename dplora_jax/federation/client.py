@@ -132,18 +132,26 @@ def update(local, optimizer, sums, adapter, client, keys, kept=()):
 
 def noisy_mean_gradient(local, sums, adapter, client, keys, index, kept, memory):
     """(clipped sum + noise) / the public expected batch size, what the clipper and the noise keep, and the step's Trace."""
+    total, kept, memory, trace = noisy_sum(local, sums, adapter, client, keys, index, kept, memory)
+    released = jax.tree.map(lambda g: g / client.divisor, local.noise.value(total))
+    return released, kept, memory, trace._replace(released=released)
+
+
+def noisy_sum(local, sums, adapter, client, keys, index, kept, memory):
+    """A step's clipped sum and noise, as the noise counts it (`Noise.value`), what the clipper and the noise keep, and the step's
+    Trace."""
     clip_norm = local.clipper.norm(kept)
     weights, grad_sum, norms, losses = sums(adapter, index, clip_norm)
     count = local.clipper.count(norms, clip_norm, weights)
     stds = local.clipper.stds(client, clip_norm)
     (grad_sum, count), memory = local.noise.add((grad_sum, count), stds, keys["noise"], index, memory)
     kept = local.clipper.move(kept, count, client.divisor)
-    released = local.cut(jax.tree.map(lambda g: g / client.divisor, grad_sum), client)  # what is cut has noise alone
+    grad_sum = local.cut(grad_sum, client)  # what is cut has noise alone
     sampled = weights.sum()
     shown = jnp.maximum(sampled, 1)
     clipped = ((norms > clip_norm) & (weights > 0)).sum() / shown
-    trace = Trace(released, jnp.where(weights > 0, losses, 0).sum() / shown, clipped, sampled, count)
-    return released, kept, memory, trace
+    trace = Trace(grad_sum, jnp.where(weights > 0, losses, 0).sum() / shown, clipped, sampled, count)
+    return grad_sum, kept, memory, trace
 
 
 def clipped_sum(loss_fn, local, data, adapter, client, keys, index, clip_norm):

@@ -9,9 +9,9 @@ from dplora_jax.federation import aggregation_words, participation, round_bytes,
 from dplora_jax.privacy import accounting
 
 
-def describe(config, sizes, mechanisms, model, adapter, grid, noise):
+def describe(config, sizes, mechanisms, model, adapter, grid, noise, apart=False):
     """What config.json and the report say of a run beyond its fields; all of it public. `noise` is the rounds' own
-    (`noise.Noise`)."""
+    (`noise.Noise`). `apart` says that each party runs its own part on its own machine."""
     trust_mode = trust.mode(config)
     steps = participation.steps(config).sum(0).tolist()
     sent, full = lora.count(adapter), lora.count(jax.eval_shape(model.init, jax.random.key(0)))
@@ -28,7 +28,7 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
     mean_up, mean_down = (sum(values) / len(values) for values in (up, down))
     return {
         "clients": clients,
-        "trust": list(trust_mode.statements(config)),
+        "trust": list(trust_mode.statements(config, apart)),
         "release": release(config),
         "communication": {
             "adapter_parameters": sent,
@@ -38,20 +38,21 @@ def describe(config, sizes, mechanisms, model, adapter, grid, noise):
             "full_bytes_per_client_per_round": 4 * full,
             "ratio": 4 * full / mean_up,
         },
-        "method": _method(config, noise),
+        "method": _method(config, noise, apart),
         "environment": {
             "jax": jax.__version__,
             "devices": f"{grid.devices.size} x {grid.devices.flat[0].device_kind}",
             "mesh": "x".join(map(str, grid.devices.shape)),
         },
+        "apart": apart,
         "accounting": trust_mode.accounting(config, mechanisms, max(steps)),
     }
 
 
-def _method(config, noise):
+def _method(config, noise, apart):
     """How the run trains, in words."""
     method = [
-        *trust.mode(config).method(config),
+        *trust.mode(config).method(config, apart),
         *(aggregation_words.lines(config) if trust.mode(config).public_uploads else ()),
         "head alone, no LoRA"
         if config.lora.head_only

@@ -89,8 +89,9 @@ def agreed_charge(job, done):
     return todo and (tuple(todo[0]), *todo[1:])
 
 
-def charge(job, done):
-    """The next rounds [a, b) and their attempt, charged to the ledger; None when rounds or budget are at their end.
+def charge(job, done, **more):
+    """The next rounds [a, b) and their attempt, charged to the ledger, whose entry has `more`; None when rounds or budget are at
+    their end.
 
     A dispatch that a crash cut off is never run again under its keys. Someone may have seen its uploads, and two transcripts
     under one set of keys, from machines that round differently, show in their difference gradients without noise. So it stays
@@ -118,7 +119,7 @@ def charge(job, done):
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
-    more = {"steps": job.steps(rounds).sum(0).tolist()} if participation.scheduled(config) else {}
+    more |= {"steps": job.steps(rounds).sum(0).tolist()} if participation.scheduled(config) else {}
     more |= {
         "trust": config.privacy.trust,
         "delta": config.privacy.delta,
@@ -191,7 +192,7 @@ def round_keys(job, rounds, attempt):
     config, prepared, numbers, parties = job.config, job.prepared, range(*rounds), paid_secrets(job)
     local, rate = prepared.rounds.local, trust.mode(config).joining(config)
     keys = local.noise.round_keys(
-        parties, numbers, attempt, config.schedule.clients, rate, local, prepared.mechanisms, prepared.state.adapter
+        parties, numbers, attempt, config.schedule.clients, rate, local, prepared.shares, prepared.state.adapter
     )
     if participation.partial(config):
         keys["joins"] = participation.joins(config, parties, numbers, attempt)

@@ -25,13 +25,13 @@ def _check_flags(path, stored):
     except (ArithmeticError, ValueError, MemoryError):  # dp_accounting's, of numbers that no run has
         raise InputError(f"{path} does not hold: no mechanism can be made of its fields and sizes.") from None
     for client, (stored_one, decided) in enumerate(zip(stored.mechanisms, mechanisms, strict=True)):
-        if other := _differ(stored_one, decided):
+        if other := differ(stored_one, decided):
             raise InputError(
                 f"{path} does not hold: client {client}'s {', '.join(other)} do not follow from its fields and sizes."
             )
 
 
-def _differ(said, decided):
+def differ(said, decided):
     """Names of the fields in which two mechanisms differ by more than another machine's arithmetic explains."""
     names = [name for name in ("records", "sampling_rate", "bands") if getattr(said, name) != getattr(decided, name)]
     mean = decided.part * decided.join_rate
@@ -86,9 +86,11 @@ def _check_entries(path, stored, ledger):
         other += ["seed"] if "nonce" in entry and config.privacy.seed is not None else []
         if end - 1 > config.schedule.rounds:
             other += ["rounds"]
-        elif steps_of(entry) != (reached[end - 1] - reached[first - 1]).tolist():
+        elif steps_of(entry) != stored.own((reached[end - 1] - reached[first - 1]).tolist()):
             other += ["clients in its rounds"]
-        if entry["clients"] is not checked and [rebuild(client) for client in entry["clients"]] != stored.mechanisms:
+        if entry["clients"] is not checked and [rebuild(client) for client in entry["clients"]] != stored.own(
+            stored.mechanisms
+        ):
             other += ["sampling or noise"]
         if other:
             raise InputError(f"{path} does not agree with the ledger: entry {number} has other {', '.join(other)}.")

@@ -34,7 +34,8 @@ class Prepared(NamedTuple):
     mesh: Any
     placement: mesh.Placement
     stream: Any  # streaming.Stream, or None where the records lie on the devices
-    mechanisms: list
+    mechanisms: list  # that are accounted
+    shares: list  # what each client does of them itself
     sizes: list
     state: round.State
     adapter: Any
@@ -76,7 +77,7 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     stream = streaming.Stream(rounds.local, mesh.fetch(placement.clients), placed, grid) if streamed else None
     state = mesh.put(rounds.init(adapter, count), NamedSharding(grid, PartitionSpec()))
     return Prepared(
-        model, on_mesh, lora_config, rounds, grid, placement, stream, mechanisms, sizes, state, adapter, through,
+        model, on_mesh, lora_config, rounds, grid, placement, stream, mechanisms, parts, sizes, state, adapter, through,
         base_digest, digests,
     )  # fmt: skip
 

@@ -50,13 +50,13 @@ def adapter(config, model, params):
 def federation(config, model, loss, mechanisms, adapter, placement, length, wave=1, streamed=False):
     """The static part of the rounds (`round.Rounds`) for clients that lie as `placement` says, `wave` at a time."""
     trust_mode = trust.mode(config)
-    noise = noises.kind(config.privacy.noise).from_config(config, mechanisms, adapter) if _noisy(config) else NoNoise()
+    own_noise = noise(config, mechanisms, placement.sizes, adapter)
     local = LocalConfig(
         config.schedule.local_steps,
         placement.records,
         placement.capacity,
         _clipper(config),
-        noise,
+        own_noise,
         batches=streaming.Streamed() if streamed else ON_DEVICE,
         upload=compression.Rounded(config.aggregation.upload_bits)
         if config.aggregation.upload_bits
@@ -78,10 +78,13 @@ def federation(config, model, loss, mechanisms, adapter, placement, length, wave
     )
 
 
-def _noisy(config):
-    """Whether clients add noise of their own."""
+def noise(config, mechanisms, sizes, adapter):
+    """What clients add of their own."""
     trust_mode = trust.mode(config)
-    return trust_mode.private and not trust_mode.bare_clients
+    if not trust_mode.private or trust_mode.bare_clients:
+        return NoNoise()
+    sums = trust_mode.sums(trust_mode.shares(config, sizes, mechanisms))
+    return noises.kind(config.privacy.noise).from_config(config, mechanisms, sums, adapter)
 
 
 def _clipper(config):

@@ -24,10 +24,10 @@ class SecureSum(aggregation.Mean):
 
     def train(self, rounds, sums, began, member):
         """A client's share of the total: one step's clipped sum and its part of the noise, undivided."""
+        local, memory = rounds.local, rounds.local.noise.init(began)
         undivided = member.client._replace(divisor=1.0)
-        memory = rounds.local.noise.init(began)
-        noisy, kept, _, trace = client.noisy_mean_gradient(
-            rounds.local, sums, began, undivided, member.keys, 0, member.clip_norm, memory
+        noisy, kept, _, trace = client.noisy_sum(
+            local, sums, began, undivided, member.keys, 0, member.clip_norm, memory
         )
         return noisy, jax.tree.map(lambda x: x[None], trace), kept
 
@@ -38,7 +38,7 @@ class SecureSum(aggregation.Mean):
     def settle(self, rounds, terms, weight, state, shown, server_keys):
         """The step on the mean gradient; a round of too few survivors is void, and releases nothing."""
         sent = weight >= self.survivors
-        gradient = jax.tree.map(lambda x: jnp.where(sent, x / self.divisor, 0), terms)
+        gradient = jax.tree.map(lambda x: jnp.where(sent, x / self.divisor, 0), rounds.local.noise.value(terms))
         optimizer = rounds.client_optimizer
         mean = optimizer.update(gradient, optimizer.init(state.adapter), state.adapter)[0]
         return aggregation.Settled(mean, state.residual, {"aggregate": gradient}, sent)

@@ -49,6 +49,7 @@ class Part(NamedTuple):
     and the state before round 1."""
 
     mechanisms: list
+    shares: list
     rounds: round.Rounds
     state: round.State
 
@@ -61,10 +62,12 @@ def _settled(config, sizes):
         raise InputError(
             f"{len(sizes)} sizes are given, and clients={config.schedule.clients}: give one for each client."
         )
-    if not trust.mode(config).public_uploads:
+    if not trust.mode(config).apart:
         raise InputError(
-            f"trust={config.privacy.trust} is not for silos: it hides each upload, and a silo sends its own. Use trust=local."
+            f"trust={config.privacy.trust} is not for silos: its server would see whole updates. Use trust=local."
         )
+    if trust.mode(config).masked and config.privacy.noise != "hardened":
+        raise InputError(f"trust={config.privacy.trust} between silos sums integers under masks: use noise=hardened.")
     if method.personal or config.lora.ranks is not None:
         raise InputError(
             "silos share one adapter of one rank: leave out `ranks`, and any aggregation that keeps a part of the "
@@ -96,20 +99,38 @@ def _init(rounds, adapter, clients=0):
     return state
 
 
+class Spent(InputError):
+    """A party's epsilon, or its planned rounds, are at their end."""
+
+
 class Silo:
     """One party's part alone: its records, its secret, its ledger. Nothing leaves it but what `fit` returns.
 
     `client` is its number among clients of the public `sizes`; `records` is a dict of [n_k, ...] arrays as `Federation.fit`
-    takes them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one `accounting.Mechanism` a
-    client) may give them instead. With a `workdir` its secret, its ledger and its state are kept there; without, nothing is
-    durable. A context manager: its end sets the workdir free. Silos of one configuration and of like shapes may share the
-    compiled round: `programs`, a dict, keeps it.
+    takes them. Its noise is calibrated with all clients' sizes; a plan that carries `mechanisms` (one
+    `accounting.Mechanism` a client) may give them instead. With a `workdir` (a path) its secret, its ledger and its state
+    are kept there; without, nothing is durable. A context manager: its end sets the workdir free. Silos of one
+    configuration and of like shapes may share the compiled round: `programs`, a dict, keeps it. With the `description` of
+    the whole federation (a dict, as config.json has it) the workdir is one that `experiments.ledger` and
+    `experiments.report` read.
 
     Raises InputError for a configuration that silos cannot run, and for records of another number than `sizes` says.
     """
 
     def __init__(
-        self, model, params, loss, config, *, client, records, sizes, mechanisms=None, workdir=None, programs=None
+        self,
+        model,
+        params,
+        loss,
+        config,
+        *,
+        client,
+        records,
+        sizes,
+        mechanisms=None,
+        workdir=None,
+        programs=None,
+        description=None,
     ):
         self.config, self.client = _settled(config, sizes), client
         if not 0 <= client < len(sizes):
@@ -127,11 +148,11 @@ class Silo:
         self._placement = mesh.place(self._mesh, [through(records)], [shares[client]], self.config.privacy.clip_norm, 1)
         everyone = self._placement._replace(sizes=list(sizes))
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, everyone, length)
-        part = Part([mechanisms[client]], rounds, _init(rounds, adapter, 1))
+        part = Part([mechanisms[client]], [shares[client]], rounds, _init(rounds, adapter, 1))
         self._programs = {} if programs is None else programs
         seed = self.config.privacy.seed
         secret = None if seed is None else secrets.from_seed(seed, client + 1)[client]
-        self._context = storage.open_silo(workdir, self.config, secret)
+        self._context = storage.open_silo(workdir, self.config, secret, description)
         try:
             self._job = self._begin(part, digests, self._context.__enter__(), secret)
         except BaseException:
@@ -155,6 +176,21 @@ class Silo:
         self._before = self._state  # the round that was run last
         return job
 
+    @property
+    def template(self):
+        """A pytree like the adapter."""
+        return self._state.adapter
+
+    def settle(self, request):
+        """After a restart: commit the round that was under way, where what it made was kept for this `request` (hex)."""
+        entry = self._job.ledger.open_entry()
+        if entry and entry.get("request") == request and entry["rounds"][1] - 1 == self.done:
+            self._job.ledger.commit(entry["rounds"], entry["attempt"])
+
+    def missed(self, number):
+        """Rounds up to `number` went on without this party."""
+        self.done, self._before = max(self.done, number), self._state
+
     def __enter__(self):
         return self
 
@@ -168,19 +204,24 @@ class Silo:
             return float("inf")
         return max(self._job.ledger.epsilons(self.config.privacy.delta), default=0.0)
 
-    def fit(self, adapter, number):
+    def fit(self, adapter, number, *, request=None, send=None):
         """Charge round `number` and run its local steps from the global `adapter` -> the upload, a pytree like it on the host.
 
-        `number` is the next round, or the last one again: then it is a new attempt with new noise, and paid for again. Raises
-        InputError for any other round, and where this party's epsilon is spent.
+        `number` is the next round, or the last one again: then it is a new attempt with new noise, and paid for again. `request`
+        (hex) joins the ledger's entry. `send(upload)` is called before the round is committed, to keep what is to be sent, and
+        what it returns is returned: with trust=distributed the upload, int32, carries too little noise to leave this party
+        but under masks, and so `send` is needed. Raises InputError for any other round, and Spent where this party's epsilon is
+        spent.
         """
+        if send is None and trust.mode(self.config).masked:
+            raise InputError("an upload with trust=distributed has to be masked before it is sent: give `send`.")
         if self._job.storage.finished:
             raise InputError("this party has ended its part: its secret is gone.")
         if number < 1 or number not in (self.done, self.done + 1):
             raise InputError(f"round {number} does not follow round {self.done}, the last that this party ran.")
-        charged = dispatch.charge(self._job, number - 1)
+        charged = dispatch.charge(self._job, number - 1, **({} if request is None else {"request": request}))
         if charged is None:
-            raise InputError(f"round {number} was not planned, or this party's epsilon is spent.")
+            raise Spent(f"round {number} was not planned, or this party's epsilon is spent.")
         rounds, attempt = charged
         keys = dispatch.round_keys(self._job, rounds, attempt)
         keys["joins"] = np.ones((1, 1), np.float32)  # whoever is asked takes part
@@ -194,8 +235,9 @@ class Silo:
         upload = jax.tree.map(lambda x: np.asarray(x)[0, 0], shown[0]["uploads"])
         self.done, self._before, self._state = number, before, before._replace(clip_norms=after.clip_norms)
         self._job.storage.save(number, self._state, {"ledger": self._job.ledger.anchor})
+        sent = upload if send is None else send(upload)
         self._job.ledger.commit(rounds, attempt)
-        return upload
+        return sent
 
     def _program(self, arguments):
         rounds = self._job.prepared.rounds

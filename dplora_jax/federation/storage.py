@@ -209,10 +209,28 @@ class SiloWorkdir(Workdir):
         return hashlib.sha256((self.directory / self.FILE).read_bytes()).hexdigest()
 
 
+class SiteWorkdir(SiloWorkdir):
+    """A site's working directory: config.json, as a run's, says what the whole federation is and which client is this one."""
+
+    FILE = "config.json"
+
+    def __init__(self, directory, config, ledger, stored, finished, federation):
+        super().__init__(directory, config, ledger, stored, finished)
+        self._federation = federation
+
+    def describe(self, config, description):
+        """Write config.json, or hold it against what is there: InputError where a site of another plan began here."""
+        super().describe(config, {"federation": self._federation | {"member": description["client"]}})
+
+    def config_digest(self):
+        """As a run's."""
+        return Workdir.config_digest(self)
+
+
 @contextlib.contextmanager
-def open_silo(directory, config, secret):
+def open_silo(directory, config, secret, description=None):
     """Where a silo of `config` (settled) is kept, held until the context ends: SiloWorkdir, or InMemory where `directory` is
-    None. `secret` is the party's where a seed gives it, else None.
+    None. `secret` is the party's where a seed gives it, else None; with the `description` of its federation it is a SiteWorkdir.
 
     Raises InputError as `open_workdir` does, and where the party has ended its part.
     """
@@ -224,6 +242,8 @@ def open_silo(directory, config, secret):
         if ledger.ended:
             raise InputError(f"{folder}: this party has ended its part, and its secret is gone.")
         opened = SiloWorkdir(folder, config, ledger, None, False)
+        if description is not None:
+            opened = SiteWorkdir(folder, config, ledger, None, False, description)
         try:
             yield opened
         finally:

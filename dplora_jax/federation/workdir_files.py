@@ -61,11 +61,12 @@ SENT = {
 DESCRIPTION = {
     "data": record({}, DATA, anything), "communication": record({}, SENT, anything), "trust": list_of(TEXT),
     "method": list_of(TEXT), "accounting": TEXT, "command": text(1 << 20), "environment": record({}, {}, scalar),
-    "base_files": record({}, {}, TEXT),
+    "base_files": record({}, {}, TEXT), "apart": flag, "member": optional(COUNT),
 }  # fmt: skip
 EMPTY = {
     "data": dict.fromkeys(DATA) | {"labels": []}, "communication": dict.fromkeys(SENT), "trust": [], "method": [],
-    "accounting": "", "command": "", "environment": {}, "base_files": {},
+    "accounting": "", "command": "", "environment": {}, "base_files": {}, "apart": False,
+    "member": None,
 }  # fmt: skip
 FEDERATION = record({"clients": list_of(ROW, 10**6, 1), "release": optional(text())}, DESCRIPTION, anything)
 LINE = record(
@@ -87,6 +88,15 @@ class Stored(NamedTuple):
     digest: str  # SHA-256 (hex) of the document, however it is laid out: the ledger's begin entries have it
     description: dict
     document: dict  # the whole JSON object
+
+    @property
+    def member(self):
+        """Which client this workdir's ledger is of, where parties share no machine; else None."""
+        return self.description["member"]
+
+    def own(self, values):
+        """Of a list of one value a client, those whose ledger this workdir has."""
+        return list(values) if self.member is None else [values[self.member]]
 
     @property
     def private(self):
@@ -128,6 +138,8 @@ def read_config(folder):
         rows = federation["clients"]
         if len(rows) != config.schedule.clients:
             raise Unfit(f"it has rows for {len(rows)} clients, and clients={config.schedule.clients}")
+        if not -1 < (federation.get("member") or 0) < len(rows):
+            raise Unfit("it is of a client that it has no row for")
         return Stored(
             config=config_checks.settled(config),
             records=[row["records"] for row in rows],

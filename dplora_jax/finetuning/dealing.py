@@ -20,14 +20,7 @@ class Dealt(NamedTuple):
 def deal(config):
     """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
     those that it asks for."""
-    data = config.data
-    source = sources.Source(
-        dataset=data.dataset, data_dir=data.data_dir, test_data=data.test_data, text_column=data.text_column,
-        label_column=data.label_column, prompt_column=data.prompt_column, answer_column=data.answer_column,
-        group_column=partition.group_column(data.partition), labels=data.labels or None, test_fraction=data.test_fraction,
-        split_seed=config.schedule.split_seed, train_records=data.train_records, test_records=data.test_records,
-        encoding=data.encoding, separator=data.separator,
-    )  # fmt: skip
+    source = source_of(config)
     need_test = config.execution.eval_every > 0
     if config.data.partition == partition.FOLDERS:
         folder_names = folders.names(source, config.schedule.clients)
@@ -49,6 +42,18 @@ def deal(config):
         return _together(taken)
 
     return Dealt(corpus, read)
+
+
+def source_of(config):
+    """The Source that a configuration's fields name."""
+    data = config.data
+    return sources.Source(
+        dataset=data.dataset, data_dir=data.data_dir, test_data=data.test_data, text_column=data.text_column,
+        label_column=data.label_column, prompt_column=data.prompt_column, answer_column=data.answer_column,
+        group_column=partition.group_column(data.partition), labels=data.labels or None, test_fraction=data.test_fraction,
+        split_seed=config.schedule.split_seed, train_records=data.train_records, test_records=data.test_records,
+        encoding=data.encoding, separator=data.separator,
+    )  # fmt: skip
 
 
 def by_client(table, shares):

@@ -17,9 +17,9 @@ def with_features(config, model, params, test, memo, stored):
         return params
     if "bias" not in params.get("head", {}):
         raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
-    if test is None:
-        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
     measured = stored["federation"].get("features") if stored else None
+    if test is None and not measured:
+        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
     measured = measured or processes.agree(lambda: _measured(config, model, params, test, memo))
     measured = {name: np.asarray(value, np.float32) for name, value in measured.items()}
     return params | {features.KEY: measured, "head": features.inward(params["head"], measured)}

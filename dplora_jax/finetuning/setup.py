@@ -33,29 +33,36 @@ class FineTuning(NamedTuple):
         return self.federation.fit(self.shards, workdir, **given, **options)
 
 
+class Base(NamedTuple):
+    """The base model of a run and what is public of its task: `test` holds the rows of the public test set, where they are
+    needed, and `labels` the names of a classifier's labels, else None."""
+
+    model: Any
+    params: Any
+    tokenizer: Any
+    objective: objectives.Objective
+    corpus: Any
+    test: Any
+    labels: Any
+
+
 def prepare(config, stored=None, memo=None, dealt=None, programs=None, command=""):
     """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and
     `programs`, dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in
     for the records that the fields name. Raises InputError."""
     processes.at("reading the base model and the records")
     dealt = dealt or dealing.deal(config)
-    corpus = dealt.corpus
-    classifies = objectives.kind(config, corpus.task) == objectives.CLASSIFIER
-    labels = corpus.label_names if classifies else None
-    base = config.base
-    model, params = models.from_pretrained(base.name, base.dtype, None, base.quantize, labels)
-    if base.remat:
-        model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
-    tokenizer = models.load_tokenizer(base.name)
-    encoding.check_length(config.data.max_length, model, tokenizer)
-    encoding.check_ids(model, tokenizer)
-    finite.check_weights(base.name, params)
-    objective = objectives.make(config, corpus.task, tokenizer)
+    base = read_base(config, dealt.corpus, stored, memo)
+    model, params, tokenizer, objective, corpus, test, labels = base
     evaluated = config.execution.eval_every
-    test = objective.test(corpus.test) if (evaluated or base.feature_norm) and corpus.test else None
-    params = feature_norm.with_features(config, model, params, test, memo, stored)
     federation = Federation(
-        model, params, objective.loss, config, base_name=pretrained.hub_id(base.name), programs=programs, memo=memo
+        model,
+        params,
+        objective.loss,
+        config,
+        base_name=pretrained.hub_id(config.base.name),
+        programs=programs,
+        memo=memo,
     )
     # No other client's text is looked at.
     table, shares = dealt.read(federation.local_clients(config.data.max_length))
@@ -68,18 +75,43 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     evaluate = functools.partial(
         public_tests.evaluator, config, objective, corpus, private, tokenizer, test if evaluated else None
     )
-    probe = None if evaluated else functools.partial(public_tests.probe, config, classifies, tokenizer)
-    describe = functools.partial(_describe, config, corpus, labels, params, command)
+    probe = None if evaluated else functools.partial(public_tests.probe, config, labels is not None, tokenizer)
+    describe = functools.partial(_described, config, base, command)
     return FineTuning(federation, shards, evaluate, probe, describe, corpus, tokenizer)
 
 
-def _describe(config, corpus, labels, params, command, prepared):
-    """What config.json says beyond the federation itself."""
+def read_base(config, corpus, stored=None, memo=None):
+    """Read and check the base model for the task of `corpus` -> Base; no private record is looked at. `stored` and `memo` as for
+    `prepare`. Raises InputError."""
+    classifies = objectives.kind(config, corpus.task) == objectives.CLASSIFIER
+    labels = corpus.label_names if classifies else None
+    name, dtype, quantize = config.base.name, config.base.dtype, config.base.quantize
+    model, params = models.from_pretrained(name, dtype, None, quantize, labels)
+    if config.base.remat:
+        model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
+    tokenizer = models.load_tokenizer(name)
+    encoding.check_length(config.data.max_length, model, tokenizer)
+    encoding.check_ids(model, tokenizer)
+    finite.check_weights(name, params)
+    objective = objectives.make(config, corpus.task, tokenizer)
+    wanted = config.execution.eval_every or config.base.feature_norm
+    test = objective.test(corpus.test) if wanted and corpus.test else None
+    params = feature_norm.with_features(config, model, params, test, memo, stored)
+    return Base(model, params, tokenizer, objective, corpus, test, labels)
+
+
+def _described(config, base, command, prepared):
+    return describe(config, base, sum(prepared.sizes), command)
+
+
+def describe(config, base, train_records, command):
+    """What config.json says beyond the federation itself, of a Base and of how many records all clients have."""
+    corpus, labels, params = base.corpus, base.labels, base.params
     described = {
         "data": {
             "description": corpus.description,
             "synthetic": corpus.synthetic,
-            "train_records": sum(prepared.sizes),
+            "train_records": train_records,
             "test_records": len(corpus.test.texts) if corpus.test else 0,
             "labels": list(corpus.label_names),
             "commonest_label": _commonest(corpus),

@@ -42,7 +42,7 @@ class Banded(noise.Noise):
     one_scale = True
 
     @classmethod
-    def from_config(cls, config, mechanisms, adapter):
+    def from_config(cls, config, mechanisms, sums, adapter):
         """As `config` has local steps and bands."""
         return cls(config.schedule.local_steps, config.privacy.bands)
 

@@ -13,23 +13,31 @@ from dplora_jax.errors import InputError
 
 MOST_BITS, LEAST_BITS = 20, 12
 REACH = 17  # standard deviations: what `host_noise` never exceeds
+ROUGHEST = 32  # units of the grid: the least deviation of a rounded share of which several are added up (PRIVACY.md)
 MARGIN = 1 - 2**-12  # aimed below the bound by more than float32 norms are off, so that rows are cut and not dropped
 CHUNK = 1024  # squares of 10-bit digits that a uint32 holds the sum of
 MOST_COORDINATES = CHUNK << 16
 
 
-def bits_for(mechanisms):
-    """The finest grid on which no client's sum and noise can leave int32: (capacity + REACH sigma) 2^bits < 2^31.
+def bits_for(sums):
+    """The finest grid on which none of `sums`, lists of the mechanisms whose sums and noise are added up, can leave int32: the
+    total of (capacity + REACH sigma) 2^bits < 2^31.
 
     Beyond int32 sums would wrap around, which is post-processing and costs utility alone. Raises InputError where the grid
-    would be coarser than clip_norm 2^-LEAST_BITS.
+    would be coarser than clip_norm 2^-LEAST_BITS, or where several shares' noise would be too coarse (`ROUGHEST`).
     """
-    reach = max(m.capacity + REACH * m.noise_multiplier for m in mechanisms)
+    reach = max(sum(m.capacity + REACH * m.noise_multiplier for m in together) for together in sums)
     bits = min(MOST_BITS, 31 - math.floor(math.log2(reach)) - 1)
     if bits < LEAST_BITS:
         raise InputError(
             f"noise=hardened sums in 32-bit integers, too small for a batch capacity and noise of {reach:.3g} clip norms: "
             "lower `expected_batch_size` or the noise."
+        )
+    if any(m.noise_multiplier * 2**bits < ROUGHEST for together in sums if len(together) > 1 for m in together):
+        raise InputError(
+            f"noise=hardened adds up rounded shares, and a share of less than {ROUGHEST} units of its grid would "
+            f"not be as good as "
+            "a normal's: take more noise."
         )
     return bits
 
@@ -53,10 +61,10 @@ def clipped_sum(factors, grads, bits):
     return jax.tree.map(lambda z: jnp.where(keep.reshape(-1, *[1] * (z.ndim - 1)), z, 0).sum(0, dtype=jnp.int32), rows)
 
 
-def released(total, noise, clip_norm, bits):
-    """(integer sum + integer noise) clip_norm 2^-bits, leaf by leaf, float32."""
+def value(total, clip_norm, bits):
+    """The integers `total` times clip_norm 2^-bits, leaf by leaf, float32."""
     unit = clip_norm * 2.0**-bits
-    return jax.tree.map(lambda t, n: unit * (t + n).astype(jnp.float32), total, noise)
+    return jax.tree.map(lambda t: unit * t.astype(jnp.float32), total)
 
 
 def _truncated(factors, g, bits):

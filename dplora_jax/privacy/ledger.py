@@ -40,7 +40,7 @@ SCHEMAS = {
         DISPATCH | {"local_steps": whole(1, accounting.MOST_STEPS), "clients": list_of(record(MECHANISM, LATER), 10**6, 1),
                     "inputs": mapping_of(hexadecimal())},
         {"steps": list_of(_steps), "trust": text(), "delta": real(0, 1, above=True), "release": text(), "nonce": hexadecimal(),
-         "config": hexadecimal()},
+         "config": hexadecimal(), "request": hexadecimal()},
     ),
     "commit": record(DISPATCH),
     "end": record(SEALED, {"round": _steps}),

@@ -57,8 +57,9 @@ class Noise(abc.ABC):
     pools = True
 
     @classmethod
-    def from_config(cls, config, mechanisms, adapter):
-        """The noise of a run's `config`; `mechanisms` are the clients' and `adapter` is what they train. Raises InputError."""
+    def from_config(cls, config, mechanisms, sums, adapter):
+        """The noise of a run's `config`; `mechanisms` are what is accounted of each client, `sums` the lists of shares that are
+        added up before anyone sees them (`trust.mode.Mode.sums`), and `adapter` is what clients train. Raises InputError."""
         return cls()
 
     def check(self, local):
@@ -77,12 +78,17 @@ class Noise(abc.ABC):
         """(`sums` plus the noise of local step `step`, the next memory). `stds` are a number, or a tree that begins like `sums`;
         `keys` are the client's of this round: its part of `round_keys`."""
 
+    def value(self, sums):
+        """What sums that `add` made are worth, in float32."""
+        return sums
+
     def words(self):
         """Lines on this noise, for config.json and the report; none on the usual one."""
         return []
 
-    def round_keys(self, party_secrets, numbers, attempt, clients, rate, local, mechanisms, adapter):
-        """What rounds `numbers` draw from, by the secrets `party_secrets` (`secrets.round_keys`)."""
+    def round_keys(self, party_secrets, numbers, attempt, clients, rate, local, shares, adapter):
+        """What rounds `numbers` draw from, by the secrets `party_secrets` (`secrets.round_keys`); `shares` are the mechanisms of
+        the noise that each of them adds."""
         return secrets.round_keys(party_secrets, numbers, attempt, clients, rate)
 
     def key_shapes(self, parties, clients, rate, local, adapter):

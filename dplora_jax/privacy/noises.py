@@ -41,8 +41,8 @@ def _banded(config, mode):
 
 def _hardened(config, mode):
     yield (
-        mode.private and mode.public_uploads,
-        f"noise=hardened cannot be used with trust={mode.name}: rounded shares do not make a rounded total. Use trust=local.",
+        mode.private and not mode.bare_clients,
+        f"noise=hardened cannot be used with trust={mode.name}: no client adds noise there. Use trust=local or distributed.",
     )
     yield (
         not clippers.kind(config).moves,

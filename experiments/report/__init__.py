@@ -46,7 +46,10 @@ def write(workdir, sweep=None):
     """
     workdir = pathlib.Path(workdir)
     stored = workdir_files.read_config(workdir)
-    rows = [line.values for line in workdir_files.read_metrics(workdir, stored.config.schedule.rounds)]
+    if stored.member is None:
+        rows = [line.values for line in workdir_files.read_metrics(workdir, stored.config.schedule.rounds)]
+    else:
+        rows = ledger.site_lines(workdir, stored)
     contents = sections.contents(workdir, stored, rows, ledger.agreement(workdir), sweep)
     path = workdir / "report.html"
     replace_durably(path, templates.html("report.html.j2", contents))

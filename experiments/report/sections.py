@@ -103,7 +103,8 @@ def _tiles(stored, rows, metrics, private, confirmed):
     if not private:
         tiles.append(("epsilon", "∞", f"no privacy: trust {flags.privacy.trust}", True))
     elif rows:
-        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, "
+        whose = f"epsilon_max over {formats.number(flags.schedule.clients)} clients"
+        note = f"{whose if stored.member is None else f'of client {stored.member}, whose ledger this is'}, "
         note += f"at delta {formats.number(flags.privacy.delta)}, "
         note += f"after round {rows[-1]['round']} of {formats.number(flags.schedule.rounds)}"
         note += "" if flags.privacy.epsilon is None else f"; budget {formats.epsilon(flags.privacy.epsilon)}"
@@ -128,7 +129,7 @@ def _bands(stored, rows, private, agreement):
         bands.append(("bad", "There is no privacy in this run.", why))
     elif stored.release != "for release":
         bands.append(("care", stored.release, ""))
-    if notice := trust.mode(flags).notice:
+    if (notice := trust.mode(flags).notice) and not stored.description["apart"]:
         bands.append(("info", *notice))
     if stored.description["data"]["synthetic"]:
         bands.append(("info", "Synthetic data.", "The metrics show that the program works, not how well a model does."))

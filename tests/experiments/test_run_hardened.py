@@ -73,11 +73,15 @@ def test_an_unknown_noise_is_refused_by_the_known_ones(command):
         cli.parse([*command, "--noise=loud"])
 
 
+def two(mechanism):
+    return [mechanism], [[mechanism]]
+
+
 def test_an_epsilon_that_the_generator_cannot_vouch_for_is_refused(command):
     config, adapter = cli.parse([*command, "--noise=hardened", "--rounds=1", "--local_steps=1"]), {"a": np.zeros(9)}
-    assert Hardened.from_config(config, [accounting.Mechanism(10, 1.0, 10, 1.0)], adapter).bits == 20
+    assert Hardened.from_config(config, *two(accounting.Mechanism(10, 1.0, 10, 1.0)), adapter).bits == 20
     with pytest.raises(InputError, match="more than the accountant sets aside"):
-        Hardened.from_config(config, [accounting.Mechanism(10, 1.0, 10, 0.08)], adapter)
+        Hardened.from_config(config, *two(accounting.Mechanism(10, 1.0, 10, 0.08)), adapter)
 
 
 def test_the_generators_distance_is_far_below_delta():

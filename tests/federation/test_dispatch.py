@@ -20,7 +20,7 @@ def job_of(ledger, folder, mechanisms=MECHANISMS, data=b"d" * 32, base=b"b" * 32
     fields = {"rounds": 4, "dispatch_rounds": 2, "eval_every": 0, "clients": 1, "epsilon": 8.0, "delta": 1e-3}
     rounds = types.SimpleNamespace(local=types.SimpleNamespace(noise=noise.INDEPENDENT))
     prepared = types.SimpleNamespace(
-        mechanisms=mechanisms, rounds=rounds, state=types.SimpleNamespace(adapter={}), sizes=[100]
+        mechanisms=mechanisms, shares=mechanisms, rounds=rounds, state=types.SimpleNamespace(adapter={}), sizes=[100]
     )
     kept = types.SimpleNamespace(ledger=ledger, directory=folder, config_digest=lambda: "c0")
     described = {"release": "for release", "communication": {"adapter_parameters": 9}}

@@ -17,7 +17,7 @@ from tests.federation import small
 from tests.federation.test_round import row_gradient
 from tests.federation.test_round_noise import check_std, chi_square_bounds
 
-BITS = integers.bits_for(small.MECHANISMS)
+BITS = integers.bits_for([[m] for m in small.MECHANISMS])
 STDS = [sigma * 2.0**BITS for sigma in small.NOISES]
 UNIT = small.CLIP * 2.0**-BITS
 PLAIN, WIDE = small.Setup(), small.Setup(rows=4, wave=2, microbatch=3)

@@ -11,7 +11,7 @@ GIVEN = {
     "client": {"clients": 40, "client_rate": 0.25},
 }
 MODES = {
-    name: trust.BY_NAME[name].statements(replace(FederationConfig(), trust=name, **given))
+    name: trust.BY_NAME[name].statements(replace(FederationConfig(), trust=name, **given), False)
     for name, given in GIVEN.items()
 }
 

@@ -111,13 +111,29 @@ def test_the_ghost_form_is_refused():
 
 @pytest.mark.parametrize(("capacity", "sigma"), [(110, 0.743), (1900, 8.5), (2046, 0.1), (2048, 0.1), (100_000, 2.0)])
 def test_the_grid_is_the_finest_on_which_int32_cannot_overflow(capacity, sigma):
-    bits = integers.bits_for([accounting.Mechanism(10**6, 0.1, c, sigma) for c in (1, capacity)])
+    bits = integers.bits_for([[accounting.Mechanism(10**6, 0.1, c, sigma)] for c in (1, capacity)])
     assert (capacity + 17 * sigma) * 2**bits < 2**31
     assert bits == 20 or (capacity + 17 * sigma) * 2 ** (bits + 1) >= 2**31
 
 
+@pytest.mark.parametrize(("capacity", "sigma"), [(110, 0.4), (700, 0.1), (682, 0.02)])
+def test_shares_that_are_added_up_share_the_room(capacity, sigma):
+    shares = [accounting.Mechanism(10**6, 0.1, capacity, sigma)] * 3
+    bits = integers.bits_for([shares])
+    assert 3 * (capacity + 17 * sigma) * 2**bits < 2**31
+    assert bits == 20 or 3 * (capacity + 17 * sigma) * 2 ** (bits + 1) >= 2**31
+
+
+def test_shares_of_coarse_noise_are_refused():
+    alone = accounting.Mechanism(10**6, 0.1, 40, 31 * 2.0**-20)
+    assert integers.bits_for([[alone]]) == 20
+    with pytest.raises(InputError, match="32 units"):
+        integers.bits_for([[alone, alone]])
+    integers.bits_for([[accounting.Mechanism(10**6, 0.1, 40, 32 * 2.0**-20)] * 2])
+
+
 def test_what_integers_cannot_hold_is_refused():
     with pytest.raises(InputError, match="32-bit"):
-        integers.bits_for([accounting.Mechanism(10**7, 0.1, 10**6, 1.0)])
+        integers.bits_for([[accounting.Mechanism(10**7, 0.1, 10**6, 1.0)]])
     with pytest.raises(InputError, match="lower `rank`"):
         integers.check_size({"a": jax.ShapeDtypeStruct((2**13, 2**13), jnp.float32)})

@@ -5,7 +5,7 @@ from dplora_jax.privacy import accounting
 from dplora_jax.privacy.accounting import Mechanism
 
 
-def _statements(config):
+def _statements(config, apart):
     """The mode in words: each of `clients` takes part in a round with probability `client_rate`."""
     clients, rate = config.schedule.clients, config.privacy.client_rate
     return (
@@ -52,7 +52,7 @@ def _trusted_server(config, mechanisms, sizes, robust):
 MODE = Mode(
     "client",
     statements=_statements,
-    method=lambda config: [
+    method=lambda config, apart: [
         f"DP-FedAvg (McMahan et al. 2018) of LoRA: each client's whole update clipped at L2 norm {config.privacy.clip_norm:g}",
         "uniform weights, noise at the server, over the expected number of clients",
     ],
@@ -77,4 +77,5 @@ MODE = Mode(
     checks=_checks,
     public_uploads=False,
     bare_clients=True,
+    apart=False,
 )

@@ -4,24 +4,42 @@ guarantee (secure aggregation, simulated)."""
 import dataclasses
 import math
 
-from dplora_jax.federation.trust.mode import ACCOUNTING, HOSTS, PUBLIC, RECORD_PROTECTED, Mode, per_example_clipping
+from dplora_jax.federation.trust.mode import (
+    ACCOUNTING,
+    HOSTS,
+    OWN_MACHINES,
+    PUBLIC,
+    RECORD_PROTECTED,
+    Mode,
+    per_example_clipping,
+)
+
+SIMULATED = (
+    "Secure aggregation is SIMULATED here by a sum inside the program: a deployment needs a real protocol, for one "
+    "client's upload "
+    "alone carries too little noise."
+)
+MASKED = (
+    "Each upload is a vector of integers under masks that every two parties agree on, and that cancel in the sum of "
+    "all: neither the "
+    "server nor anyone else can take them off one upload."
+)
 
 
-def _statements(config):
+def _statements(config, apart):
     """The mode in words: `colluding` of at least `survivors` of `clients` tell what they know."""
     clients, survivors, colluding = config.schedule.clients, config.privacy.survivors, config.privacy.colluding
     h = _honest(config)
     return (
         "Who sees what: the server, the clients and the public see each round's TOTAL of the clients' noisy sums, and no "
-        "client's own upload. Secure aggregation is SIMULATED here by a sum inside the program: a deployment needs a real "
-        "protocol, for one client's upload alone carries too little noise.",
+        f"client's own upload. {MASKED if apart else SIMULATED}",
         RECORD_PROTECTED,
         f"What is assumed: of {clients} clients at least {survivors} send their sum, or the round is void. At most {colluding} "
         "collude with the server and tell their own noise (one who is merely curious knows its own). The others, at least "
         f"h = {survivors} - {colluding} = {h}, each add Gaussian noise of variance sigma^2 C^2 / {h}, as they should. Whether a "
         "client sends depends on no record.",
         PUBLIC,
-        f"Secret by assumption: the honest clients' 256-bit keys. {HOSTS}",
+        f"Secret by assumption: the honest clients' 256-bit keys. {OWN_MACHINES if apart else HOSTS}",
     )
 
 
@@ -80,13 +98,14 @@ def _secure_sum(config, mechanisms, sizes, robust):
 MODE = Mode(
     "distributed",
     statements=_statements,
-    method=lambda config: [
+    method=lambda config, apart: [
         per_example_clipping(config),
-        "sum of noisy sums (secure aggregation, simulated) over the sum of expected batches",
+        f"sum of noisy sums ({'masked' if apart else 'secure aggregation, simulated'}) over the sum of expected batches",
     ],
     accounting=lambda config, mechanisms, steps: ACCOUNTING,
     plan=_largest_noise,
     shares=_noise_shares,
+    sums=lambda shares: [shares],
     weights=_batch_weights,
     rule=_secure_sum,
     joining=lambda config: 1 - config.schedule.dropout,
@@ -100,4 +119,5 @@ MODE = Mode(
     ),
     senders=lambda config, sent: {"survivors": sent, "void": sent < config.privacy.survivors},  # both are public
     public_uploads=False,
+    masked=True,
 )

@@ -1,15 +1,25 @@
 """Trust mode `local`, the paper's: everyone may see every upload, and each client's own noise carries its whole guarantee."""
 
-from dplora_jax.federation.trust.mode import ACCOUNTING, HOSTS, PUBLIC, RECORD_PROTECTED, Mode, per_example_clipping
+from dplora_jax.federation.trust.mode import (
+    ACCOUNTING,
+    HOSTS,
+    OWN_MACHINES,
+    PUBLIC,
+    RECORD_PROTECTED,
+    Mode,
+    per_example_clipping,
+)
 from dplora_jax.privacy import paper_bound
 
-STATEMENTS = (
-    "Who sees what: everyone may see every upload of every client. The server is honest but curious, and so are the other "
-    "clients and the public. Each client's own noise carries its whole guarantee.",
-    RECORD_PROTECTED,
-    PUBLIC,
-    f"Secret by assumption: each client's 256-bit key. {HOSTS}",
-)
+
+def _statements(config, apart):
+    return (
+        "Who sees what: everyone may see every upload of every client. The server is honest but curious, and so are the other "
+        "clients and the public. Each client's own noise carries its whole guarantee.",
+        RECORD_PROTECTED,
+        PUBLIC,
+        f"Secret by assumption: each client's 256-bit key. {OWN_MACHINES if apart else HOSTS}",
+    )
 
 
 def _accounting(config, mechanisms, steps):
@@ -18,7 +28,7 @@ def _accounting(config, mechanisms, steps):
 
 MODE = Mode(
     "local",
-    statements=lambda config: STATEMENTS,
-    method=lambda config: [per_example_clipping(config)],
+    statements=_statements,
+    method=lambda config, apart: [per_example_clipping(config)],
     accounting=_accounting,
 )

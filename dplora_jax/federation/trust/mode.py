@@ -17,6 +17,10 @@ HOSTS = (
     "This run simulates all parties on its own hosts, and whoever controls these sees the records and the keys; the keys are "
     "destroyed when the run completes."
 )
+OWN_MACHINES = (
+    "Each party runs its own part on its own machine, and its records and keys never leave it; the keys are destroyed when "
+    "the run completes."
+)
 ACCOUNTING = (
     "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
     "neighbours differ in one record, replaced by a null record."
@@ -33,7 +37,8 @@ def _mean(robust):
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """`private` says whether it has a guarantee, `public_uploads` whether everyone sees each client's upload, `bare_clients`
-    whether clients train without clipping and noise of their own, and the record is a whole client. `parties(config)` have a
+    whether clients train without clipping and noise of their own, and the record is a whole client. `apart` says whether parties
+    that share no machine can run it, and `masked` whether nothing but a sum of uploads may then be seen. `parties(config)` have a
     secret, and a round is `steps_per_round(config)` steps of the private mechanism.
 
     Of the configuration, `fields` belong to this mode alone, `defaults(config)` are {field: value} of what is not given, and
@@ -42,13 +47,15 @@ class Mode:
     Of a `config`, the clients' public `sizes` and their `mechanisms`:
     - `plan(config, sizes, by_client)`: the Mechanisms that are accounted, where `by_client(sizes)` makes each client's own;
     - `shares`: what each client does itself, as Mechanisms: its sampling of its own records, and the noise that it adds;
+      `sums(shares)` are the lists of those that are added up before anyone sees them;
     - `expected`: how many of its own records each client expects in a local step's batch;
     - `weights`: each client's share of the mean, if all take part;
     - `rule(config, mechanisms, sizes, robust)`: the server's part of a round (`aggregation.Mean` and the like);
     - `joining(config)`: the probability with which a client takes part in a round; None where all always do;
     - `senders(config, sent)`: what a round's metrics tell of how many clients sent.
-    In words: `statements(config)`, lines on the `method`, `accounting(config, mechanisms, steps)`, and for the head of a report a
-    `notice` (title, why) or None. A private mode's epsilon is for what it `protects`.
+    In words: `statements(config, apart)` and lines on the `method(config, apart)`, where `apart` says that each party runs its
+    own part on its own machine; `accounting(config, mechanisms, steps)`, and for the head of a report a `notice` (title, why)
+    or None. A private mode's epsilon is for what it `protects`.
     """
 
     name: str
@@ -57,6 +64,7 @@ class Mode:
     accounting: Callable
     plan: Callable = lambda config, sizes, by_client: by_client(sizes)
     shares: Callable = lambda config, sizes, mechanisms: mechanisms
+    sums: Callable = lambda shares: [[share] for share in shares]
     expected: Callable = lambda config, sizes, mechanisms: [
         m.sampling_rate * n for m, n in zip(mechanisms, sizes, strict=True)
     ]
@@ -74,6 +82,8 @@ class Mode:
     private: bool = True
     public_uploads: bool = True
     bare_clients: bool = False
+    apart: bool = True
+    masked: bool = False
 
 
 def per_example_clipping(config):

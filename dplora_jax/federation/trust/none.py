@@ -8,8 +8,8 @@ STATEMENTS = (
 
 MODE = Mode(
     "none",
-    statements=lambda config: STATEMENTS,
-    method=lambda config: ["Federated LoRA, no noise"],
+    statements=lambda config, apart: STATEMENTS,
+    method=lambda config, apart: ["Federated LoRA, no noise"],
     accounting=lambda config, mechanisms, steps: ACCOUNTING,
     private=False,
 )

@@ -1,0 +1,49 @@
+"""What each party of a federation between machines reads: a site its own table and the base model, the coordinator the base model
+and the public test set."""
+
+import types
+
+from dplora_jax.data import records, sources
+from dplora_jax.errors import InputError
+from dplora_jax.federation import mesh
+from dplora_jax.finetuning import dealing, public_tests, setup
+
+
+def public(config, stored=None):
+    """The `setup.Base` of a party's `config`, by the public test set and the labels alone. `stored` is as for `setup.prepare`.
+    Raises InputError."""
+    _check(config)
+    source = dealing.source_of(config)
+    corpus = sources.load_public(source, need_test=False)
+    return setup.read_base(config, corpus, stored)
+
+
+def own_records(config):
+    """This party's records as they were read, from `data_dir`/train.*; no model. Raises InputError."""
+    _check(config)
+    source = dealing.source_of(config)
+    own = sources.load(source, need_test=False).train
+    if config.data.test_data:
+        public_corpus = sources.load_public(source, need_test=True)
+        records.refuse_copy([own], records.columns_of(public_corpus.test))
+    return own
+
+
+def evaluator(config, base):
+    """A function (adapter, ends) -> public metrics of a `setup.Base`, by its public test set; `adapter` is a pytree. Raises
+    InputError where there is no test set."""
+    grid = mesh.make("1x1", 1, base.model)
+    params = mesh.put(base.params, mesh.base_sharding(grid, base.params))
+    whole = types.SimpleNamespace(
+        model=base.model, whole_model=base.model, params=params, mesh=grid, through_frozen_layers=lambda table: table
+    )
+    measure = public_tests.evaluator(config, base.objective, base.corpus, [], base.tokenizer, base.test, whole)
+    return lambda adapter, ends: measure(adapter, (), ends=ends)
+
+
+def _check(config):
+    if config.data.dataset not in sources.OWN_TABLES:
+        raise InputError(
+            f"dataset={config.data.dataset} is one table for all: parties that share no machine have their own, so give "
+            f"{', '.join(sources.OWN_TABLES)}."
+        )

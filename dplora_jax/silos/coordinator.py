@@ -1,0 +1,293 @@
+"""The coordinator: it sends each round's adapter, sums what comes back, and steps. It holds no text and no secret but its keys.
+
+Its state is durable before anything of it is sent, so that a coordinator that was killed asks again for the very same; a site
+answers that with the same bytes. An attempt that did not come to its end is followed by another with another number.
+"""
+
+import hashlib
+import io
+import pathlib
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from dplora_jax import json_files
+from dplora_jax.errors import InputError
+from dplora_jax.files import to_json
+from dplora_jax.privacy.chain import replace_durably
+from dplora_jax.silos import messages
+from dplora_jax.silos.messages import Code, Kind, Request
+from dplora_jax.silos.server import State
+
+STATE, REQUEST, ASKED = "state.npz", "request.bin", "asked.json"
+CHECK_SECONDS = 0.5  # between looks at who is missing
+TELL_SECONDS = 30.0  # of waiting until it is said, and said again
+END_SECONDS = 60.0  # that sites have to confirm the end
+FATAL = {
+    Code.MALFORMED: "cannot read what it was sent",
+    Code.FORGED: "says that the request is not signed by the plan's coordinator",
+    Code.FOREIGN: "takes part in another plan",
+    Code.STALE: "is in another round: its folder or this one was put back to an earlier state",
+    Code.SPLIT: "says that sites were shown different adapters in the round before, or that signatures are missing",
+    Code.PEERS: "refuses to take part with so few others",
+    Code.ENDED: "has ended its part",
+    Code.FAILED: "had a fault, which its own output tells of",
+}
+
+
+class Stopped(InputError):
+    """The federation cannot go on as it is; what is saved stays."""
+
+    code = 69  # EX_UNAVAILABLE of sysexits.h: another party is missing
+
+
+class Past(NamedTuple):
+    """What the last finished round left for the next: its number, what all signed of it, who took part, and their signatures."""
+
+    round: int
+    statement: bytes
+    members: frozenset
+    witnesses: tuple
+
+
+class Coordinator:
+    """The coordinator of `plan`, with the Ed25519 `key` that the plan names. Engines meet it at `office`; its state is in
+    `folder`, and `start` is the adapter before round 1, float32 [D]. `show(round, State, seconds)` is called after each
+    round and before the next is sent, with round 0 first; `say` with a line on who is waited for."""
+
+    def __init__(self, plan, key, office, folder, start, show=lambda *_: None, say=print):
+        self.plan, self.office, self.server = plan, office, plan.server()
+        self._key, self._folder, self._show, self._say = key, pathlib.Path(folder), show, say
+        self._everyone = frozenset(range(len(plan.sites)))
+        self._epochs = [bytes(messages.EPOCH)] * len(plan.sites)
+        if hashlib.sha256(start.astype("<f4")).hexdigest() != plan.start:
+            raise InputError("the start adapter is not the plan's: restore the file that was written with the plan.")
+        nothing = (bytes(messages.SIGNATURE),) * len(plan.sites)
+        self.state, self.past = self.server.init(start), Past(0, plan.digest, frozenset(), nothing)
+        self.asked = [0] * len(
+            plan.sites
+        )  # how many attempts each site was sent: the most that it can have been charged for
+        self.early = None  # why the run ended before its last planned round, in words
+        self._restore()
+
+    def run(self, patience=None, without=None):
+        """Run all rounds that are left, and end -> how many there are now. `patience` is how many seconds a round may take
+        before the run stops with what is saved; after `without` seconds it goes on without the sites that are missing.
+        Raises Stopped."""
+        if self.past.round < self.plan.config.schedule.rounds:
+            self._greet(patience, without)
+        if not self.past.round:
+            self._show(0, self.state, 0.0)
+        while self.past.round < self.plan.config.schedule.rounds and self.early is None:
+            begun = time.monotonic()
+            answers = self._round(patience, without)
+            if answers is not None:
+                self._step(*answers)
+                self._show(self.past.round, self.state, time.monotonic() - begun)
+        self._end()
+        return self.past.round
+
+    def _greet(self, patience, without):
+        """Wait for every site before anyone is charged, and learn which start of its process is meant."""
+        request = self._request(Kind.HELLO, 0, 0, self._everyone)
+        replies = self._ask(request, self._everyone, frozenset(), patience, without)
+        self._learn(replies)
+
+    def _round(self, patience, without):
+        """(the round's statement, {site: upload}, {site: signature}) of the next round; None where the budget is at its end."""
+        number, kept = self.past.round + 1, self._kept_request()
+        request = kept or self._request(Kind.ROUND, number, 0, self._everyone)
+        uploads, witnesses, begun = {}, {}, time.monotonic()
+        while True:
+            parsed = messages.unpack_request(request, len(self.plan.sites), self.plan.numbers)
+            if request != kept:
+                self.asked = [count + (site in parsed.peers) for site, count in enumerate(self.asked)]
+                replace_durably(self._folder / ASKED, to_json(self.asked) + "\n")
+            replace_durably(self._folder / REQUEST, request)
+            needed = parsed.peers if self.plan.mode.masked else frozenset()
+            left = None if without is None else max(0.0, without - (time.monotonic() - begun))
+            replies = self._ask(request, parsed.peers, needed, patience, left)
+            self._learn(replies)
+            fine = {site: reply for site, reply in replies.items() if reply.code is Code.OK and reply.payload}
+            if any(reply.code is Code.SPENT for reply in replies.values()):
+                names = self._names(site for site, reply in replies.items() if reply.code is Code.SPENT)
+                self.early = f"the budget of {names} ended after round {number - 1}"
+                return None
+            if not self.plan.mode.masked:
+                uploads |= {site: self._upload(reply) for site, reply in fine.items()}
+                witnesses |= {site: reply.witness for site, reply in fine.items()}
+            elif len(fine) == len(parsed.peers):
+                uploads = {site: self._upload(reply) for site, reply in fine.items()}
+                witnesses = {site: reply.witness for site, reply in fine.items()}
+            again = {site: reply for site, reply in replies.items() if reply.code in (Code.LOST, Code.STALE)}
+            missing = parsed.peers - set(replies)
+            if not again and (uploads if not self.plan.mode.masked else len(fine) == len(parsed.peers)):
+                return self._statement(parsed), uploads, witnesses
+            if not self.plan.mode.masked and not again:
+                raise Stopped(f"round {number} has no upload: {self._names(missing)} did not answer.")
+            attempt = 1 + max([parsed.attempt, *(reply.attempt for reply in again.values() if reply.round == number)])
+            peers = self._next_peers(parsed.peers, frozenset() if again else missing, again)
+            request = self._request(Kind.ROUND, number, attempt, peers)
+
+    def _next_peers(self, peers, missing, again):
+        """Who is asked in the next attempt: where uploads are masked all that are there, else those alone whose upload was
+        lost."""
+        if not self.plan.mode.masked:
+            return frozenset(again)
+        there = peers - missing
+        if len(there) < self.plan.config.privacy.survivors:
+            raise Stopped(
+                f"{self._names(missing)} did not answer, and without them fewer sites are left than survivors="
+                f"{self.plan.config.privacy.survivors}."
+            )
+        if missing:
+            self._say(f"going on without {self._names(missing)}: a new attempt, which the others pay for again")
+        return frozenset(there)
+
+    def _ask(self, request, asked, needed, patience, without):
+        """Post `request` to the sites `asked` -> {site: Reply} of all, or, after `without` seconds, of those that answered.
+        Once one of the `needed` cannot answer this attempt, the others are not waited for."""
+        digest, replies, begun, told = messages.digest(request), {}, time.monotonic(), 0.0
+        for site in asked:
+            self.office.post(site, request)
+        try:
+            while set(replies) != asked:
+                waited = time.monotonic() - begun
+                if without is not None and waited > without:
+                    break
+                missing = self._names(asked - set(replies))
+                if patience is not None and waited > patience:
+                    raise Stopped(f"{missing} did not answer within {patience:g} s; start again to go on.")
+                if waited - told > TELL_SECONDS:
+                    told = waited
+                    self._say(f"waiting for {missing} ({waited:.0f} s)")
+                came = self.office.receive(CHECK_SECONDS)
+                reply = came and self._checked(*came, digest)
+                if came and reply is None and came[0] in asked - set(replies):
+                    self.office.post(came[0], request)  # whatever that was, the question stands
+                if reply is None:
+                    continue
+                self._refuse_fatal(reply)
+                replies[reply.site] = reply
+                if needed and reply.code in (Code.LOST, Code.SPENT, Code.STALE):
+                    break
+        finally:
+            for site in asked:
+                self.office.post(site, None)
+        return replies
+
+    def _checked(self, site, data, digest):
+        """The Reply in `data`, if `site` signed it about the request of `digest`; else None."""
+        try:
+            reply = messages.unpack_reply(data, self.plan.numbers)
+        except messages.MessageError:
+            return None
+        if reply.site != site or reply.digest != digest or reply.plan != self.plan.digest:
+            return None
+        return reply if messages.signed(data, self.plan.site_keys[site]) else None
+
+    def _refuse_fatal(self, reply):
+        again = reply.code is Code.STALE and reply.round == self.past.round + 1
+        if reply.code in FATAL and not again:
+            raise Stopped(f"site {self.plan.names[reply.site]} {FATAL[reply.code]}.")
+
+    def _learn(self, replies):
+        for site, reply in replies.items():
+            self._epochs[site] = reply.epoch
+
+    def _upload(self, reply):
+        return np.frombuffer(reply.payload, "<u4" if self.plan.mode.masked else "<f4")
+
+    def _statement(self, request):
+        return messages.statement(self.plan.digest, request.round, request.adapter, request.statement)
+
+    def _request(self, kind, number, attempt, peers, adapter=None):
+        past = self.past
+        return messages.pack_request(
+            Request(
+                kind, self.plan.digest, number, attempt, frozenset(peers), past.members, past.round, past.statement,
+                tuple(self._epochs), past.witnesses, self.state.adapter if adapter is None else adapter,
+            ),
+            self._key,
+        )  # fmt: skip
+
+    def _step(self, statement, uploads, witnesses):
+        """The new state, durable before it is sent."""
+        nothing = bytes(messages.SIGNATURE)
+        signed = [
+            site for site in witnesses if messages.verified(self.plan.site_keys[site], witnesses[site], statement)
+        ]
+        if set(signed) != set(witnesses):
+            names = self._names(set(witnesses) - set(signed))
+            raise Stopped(f"{names} signed another adapter than the one that was sent.")
+        self.state = self.server.step(self.state, uploads)
+        every = tuple(witnesses.get(site, nothing) for site in range(len(self.plan.sites)))
+        self.past = Past(self.past.round + 1, statement, frozenset(signed), every)
+        self._save()
+
+    def _end(self):
+        """Send the released adapter, which ends every site's part; who does not confirm it in time is named."""
+        released = self.server.released(self.state)
+        request = self._request(Kind.END, self.past.round + 1, 0, self._everyone, released)
+        try:
+            replies = self._ask(request, self._everyone, frozenset(), None, END_SECONDS)
+        except Stopped as error:
+            self._say(f"at the end, {error}")
+            return
+        lost = [site for site, reply in replies.items() if reply.code is Code.LOST]
+        if lost:
+            self._learn(replies)
+            request = self._request(Kind.END, self.past.round + 1, 1, self._everyone, released)
+            replies |= self._ask(request, frozenset(lost), frozenset(), None, END_SECONDS)
+        missing = self._everyone - {site for site, reply in replies.items() if reply.code is Code.OK}
+        if missing:
+            self._say(f"{self._names(missing)} did not confirm the end: their part ends when they are asked again.")
+
+    def _names(self, sites):
+        return ", ".join(self.plan.names[site] for site in sorted(sites)) or "nobody"
+
+    def _save(self):
+        content, past = io.BytesIO(), self.past
+        np.savez(
+            content, plan=np.frombuffer(self.plan.digest, np.uint8), **self.state._asdict(), round=past.round,
+            statement=np.frombuffer(past.statement, np.uint8), members=np.array(sorted(past.members), np.int64),
+            witnesses=np.frombuffer(b"".join(past.witnesses), np.uint8),
+        )  # fmt: skip
+        replace_durably(self._folder / STATE, content.getvalue())
+
+    def _restore(self):
+        path, asked = self._folder / STATE, self._folder / ASKED
+        try:
+            self.asked = json_files.load(asked, json_files.list_of(json_files.whole(0, 10**9), len(self.plan.sites)))
+        except FileNotFoundError:
+            pass
+        except json_files.Unfit as error:
+            raise InputError(f"{asked} is damaged: {error}; restore it.") from None
+        if not path.exists():
+            return
+        try:
+            with np.load(path, allow_pickle=False) as held:
+                if held["plan"].tobytes() != self.plan.digest:
+                    raise InputError(f"{self._folder} is of another plan: give another workdir.")
+                fields = {name: held[name] for name in State._fields}
+                self.state = State(**fields)._replace(rounds=int(fields["rounds"]))
+                size, witnesses = messages.SIGNATURE, held["witnesses"].tobytes()
+                every = tuple(witnesses[start : start + size] for start in range(0, len(witnesses), size))
+                members = frozenset(held["members"].tolist())
+                self.past = Past(int(held["round"]), held["statement"].tobytes(), members, every)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is damaged ({type(error).__name__}): restore it.") from None
+
+    def _kept_request(self):
+        """The request of the next round that an earlier start sent already, or None."""
+        try:
+            data = (self._folder / REQUEST).read_bytes()
+            request = messages.unpack_request(data, len(self.plan.sites), self.plan.numbers)
+        except (FileNotFoundError, messages.MessageError):
+            return None
+        if not messages.signed(data, self.plan.coordinator_key) or request.plan != self.plan.digest:
+            return None
+        return data if request.round == self.past.round + 1 and request.kind is Kind.ROUND else None

@@ -1,0 +1,41 @@
+"""From a configuration, a base model and the parties' cards to the body of a plan."""
+
+import hashlib
+
+from dplora_jax import config_checks
+from dplora_jax.config import replace
+from dplora_jax.data.partition import FOLDERS
+from dplora_jax.federation import calibration, description, mesh, program, trust
+from dplora_jax.files import plain
+from dplora_jax.silos import plan, vectors
+
+
+def draft(config, model, params, cards, coordinator, base_files, described=None, features=None):
+    """(the body of the plan of `config`, a RunConfig, for parties with these `cards`; the adapter before round 1, float32 [D]).
+
+    `model` and `params` are the base, `base_files` the digests of its files, `coordinator` its card; `described` is what
+    config.json is to say besides, `features` how a head's features are centred. Raises InputError.
+    """
+    config = config_checks.settle(replace(config, clients=len(cards), partition=FOLDERS, mesh="1x1"))
+    sizes = [card["records"] for card in cards]
+    mechanisms = calibration.mechanisms(config, sizes)
+    adapter, _, _ = program.adapter(config, model, params)
+    noise = program.noise(config, mechanisms, sizes, adapter)
+    start = vectors.flat(adapter)
+    about = description.describe(
+        config, sizes, mechanisms, model, adapter, mesh.make("1x1", 1, model), noise, apart=True
+    )
+    about = about | (described or {}) | {"environment": {}, "base_files": base_files}
+    body = {
+        "format": plan.FORMAT,
+        "config": plan.public_config(config),
+        "model": base_files,
+        "layout": vectors.layout(adapter),
+        "start": hashlib.sha256(start.astype("<f4")).hexdigest(),
+        "bits": noise.bits if trust.mode(config).masked else None,
+        "sites": cards,
+        "coordinator": coordinator,
+        "federation": plain(about),
+        "features": features,
+    }
+    return body, start

@@ -1,0 +1,29 @@
+"""How an engine reaches the coordinator's office: the embedded mailbox, or a Unix socket for a process of another engine."""
+
+import struct
+
+from dplora_jax.silos import frames, keys
+from dplora_jax.silos import mailbox as mailboxes
+
+SITE = struct.Struct("<H")  # the site's number, before its reply, on the office's socket
+POLL = 10.0  # seconds that a request is waited for before an empty answer
+
+
+def mailbox(plan, office, address, folder):
+    """The mailbox of `plan` at `address`, as a context -> its port; `folder` has the coordinator's TLS key and certificate."""
+    sites = [site["certificate"] for site in plan.sites]
+    return mailboxes.serving(
+        office, address, folder / keys.TLS_KEY, folder / keys.CERTIFICATE, sites, plan.reply_size()
+    )
+
+
+def socket(plan, office, path):
+    """The office of `plan` on the Unix socket `path`, for an engine's process on this machine, as a context. It asks with a
+    site's number and the reply of that site, or none; the answer is the request that waits, or none yet."""
+
+    def answer(data):
+        if len(data) < SITE.size or (site := SITE.unpack_from(data)[0]) >= len(plan.sites):
+            return b""
+        return office.exchange(site, data[SITE.size :], POLL)
+
+    return frames.listening(path, answer, SITE.size + plan.reply_size())
