@@ -22,7 +22,10 @@ from experiments.text.tables import Table
 USAGE = "python -m experiments.ledger show|verify WORKDIR"
 MOST_CLIENTS = 50  # rows of a table
 DIGITS = 4  # of an epsilon behind the point
-AT_THE_SITES = "Each site keeps its own ledger and verifies it there; the epsilons here are upper bounds of what sites were asked for."
+AT_THE_SITES = (
+    "Each site keeps its own ledger and verifies it there; "
+    "the epsilons here are upper bounds of what sites were asked for."
+)
 
 
 class Verdict(NamedTuple):

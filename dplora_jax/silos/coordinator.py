@@ -8,6 +8,7 @@ import hashlib
 import io
 import pathlib
 import time
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ class Coordinator:
         """(the round's statement, {site: upload}, {site: signature}) of the next round; None where the budget is at its end."""
         number, kept = self.past.round + 1, self._kept_request()
         request = kept or self._request(Kind.ROUND, number, 0, self._everyone)
-        uploads, witnesses, begun = {}, {}, time.monotonic()
+        uploads, witnesses = {}, {}
         while True:
             parsed = messages.unpack_request(request, len(self.plan.sites), self.plan.numbers)
             if request != kept:
@@ -106,8 +107,7 @@ class Coordinator:
                 replace_durably(self._folder / ASKED, to_json(self.asked) + "\n")
             replace_durably(self._folder / REQUEST, request)
             needed = parsed.peers if self.plan.mode.masked else frozenset()
-            left = None if without is None else max(0.0, without - (time.monotonic() - begun))
-            replies = self._ask(request, parsed.peers, needed, patience, left)
+            replies = self._ask(request, parsed.peers, needed, patience, without)
             self._learn(replies)
             fine = {site: reply for site, reply in replies.items() if reply.code is Code.OK and reply.payload}
             if any(reply.code is Code.SPENT for reply in replies.values()):
@@ -276,7 +276,7 @@ class Coordinator:
                 every = tuple(witnesses[start : start + size] for start in range(0, len(witnesses), size))
                 members = frozenset(held["members"].tolist())
                 self.past = Past(int(held["round"]), held["statement"].tobytes(), members, every)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is damaged ({type(error).__name__}): restore it.") from None

@@ -25,6 +25,8 @@ def draft(config, model, params, cards, coordinator, base_files, described=None,
     about = description.describe(
         config, sizes, mechanisms, model, adapter, mesh.make("1x1", 1, model), noise, apart=True
     )
+    for row, card in zip(about["clients"], cards, strict=True):
+        row["name"] = card["name"]
     about = about | (described or {}) | {"environment": {}, "base_files": base_files}
     body = {
         "format": plan.FORMAT,

@@ -95,7 +95,7 @@ class Site:
         """Whether this is the round that comes next here: the one after the last that this site ran, that one again, or a
         later one where the others went on without this site, as they sign."""
         number = request.round
-        if number > 1 and request.before_round != number - 1:
+        if number < 1 or (number > 1 and request.before_round != number - 1):
             return False
         return number in (self.silo.done, self.silo.done + 1) or (
             number > self.silo.done + 1 and self.number not in request.before

@@ -103,8 +103,9 @@ def _tiles(stored, rows, metrics, private, confirmed):
     if not private:
         tiles.append(("epsilon", "∞", f"no privacy: trust {flags.privacy.trust}", True))
     elif rows:
-        whose = f"epsilon_max over {formats.number(flags.schedule.clients)} clients"
-        note = f"{whose if stored.member is None else f'of client {stored.member}, whose ledger this is'}, "
+        note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, "
+        if stored.member is not None:
+            note = f"of {_who(stored.description['clients'][stored.member], stored.member)}, whose ledger this is, "
         note += f"at delta {formats.number(flags.privacy.delta)}, "
         note += f"after round {rows[-1]['round']} of {formats.number(flags.schedule.rounds)}"
         note += "" if flags.privacy.epsilon is None else f"; budget {formats.epsilon(flags.privacy.epsilon)}"
@@ -165,7 +166,7 @@ def clients_table(clients):
     names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
     rows_shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
     body = [
-        [_cell(client.get(name, index if name == "client" else None), name) for name in names]
+        [_cell(client.get(name), name) if name != "client" else _who(client, index) for name in names]
         for index, client in enumerate(rows_shown)
     ]
     foot = []
@@ -176,6 +177,12 @@ def clients_table(clients):
         ]
         foot.append([title, *cells])
     return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(rows_shown) < len(clients) else [])
+
+
+def _who(client, index):
+    """A client's name, where parties have some, else its number."""
+    name = client.get("name")
+    return name if isinstance(name, str) else _cell(client.get("client", index), "client")
 
 
 def _cell(value, name):

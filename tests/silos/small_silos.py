@@ -4,7 +4,7 @@ import contextlib
 import threading
 
 from dplora_jax import losses
-from dplora_jax.config import RunConfig, replace, to_flat
+from dplora_jax.config import RunConfig, replace
 from dplora_jax.federation.silo import Silo
 from dplora_jax.silos import draft, keys, plan
 from dplora_jax.silos.coordinator import Coordinator
@@ -21,12 +21,6 @@ ONE = threading.Lock()  # one process: its checkpoints are not for several threa
 
 def shards():
     return [small.rows(size, seed) for seed, size in enumerate(SIZES)]
-
-
-def config(**fields):
-    return replace(
-        RunConfig(), **{name: value for name, value in to_flat(small.config()).items() if name != "targets"}, **fields
-    )
 
 
 class Federation:
@@ -52,6 +46,12 @@ class Federation:
             mechanisms=self.plan.mechanisms, workdir=folder, programs=shared, description=self.plan.body["federation"],
         ) as silo:  # fmt: skip
             yield Site(self.plan, number, keys.load(folder), silo, folder, **options)
+
+    @contextlib.contextmanager
+    def sites(self):
+        """All three, {number: Site}."""
+        with contextlib.ExitStack() as stack:
+            yield {number: stack.enter_context(self.site(number)) for number in range(len(NAMES))}
 
     def coordinator(self, office=None, **options):
         """A Coordinator on what its folder keeps."""
@@ -85,9 +85,7 @@ class Federation:
     def run(self, carry=None, patience=120, without=None, **options):
         """The Coordinator after all rounds, with every site in this process."""
         office = Office(len(NAMES))
-        with contextlib.ExitStack() as stack:
-            sites = {number: stack.enter_context(self.site(number)) for number in range(len(NAMES))}
-            stack.enter_context(self.engine(office, sites, *([carry] if carry else [])))
+        with self.sites() as sites, self.engine(office, sites, *([carry] if carry else [])):
             made = self.coordinator(office, **options)
             made.run(patience, without)
         return made

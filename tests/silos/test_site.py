@@ -1,0 +1,303 @@
+"""A site charges this plan's next round once, and nothing else; what it cannot prove to be that ends in a fixed code."""
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dplora_jax.privacy.ledger import Ledger
+from dplora_jax.silos import messages
+from dplora_jax.silos.messages import Code, Kind, Request
+from tests.silos import small_silos
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+EVERYONE, NOBODY = frozenset(range(3)), frozenset()
+
+
+class Asker:
+    """The coordinator's side of one site: requests as the tests want them."""
+
+    def __init__(self, made, site):
+        self.made, self.site, self.statement, self.signatures = made, site, made.plan.digest, {}
+
+    def request(self, number=1, attempt=0, key=None, **fields):
+        """A request's bytes: the right one for a first round, but for what is given."""
+        nothing, every = bytes(messages.SIGNATURE), range(3)
+        request = Request(
+            Kind.ROUND, self.made.plan.digest, number, attempt, EVERYONE, NOBODY if number == 1 else EVERYONE, max(number - 1, 0),
+            self.statement, tuple(self.site.epoch if k == self.site.number else bytes(16) for k in every),
+            tuple(self.signatures.get(k, nothing) for k in every), self.made.start,
+        )  # fmt: skip
+        return messages.pack_request(request._replace(**fields), key or self.made.key)
+
+    def ask(self, *args, **fields):
+        """The Reply to such a request."""
+        return self.reply(self.request(*args, **fields))
+
+    def reply(self, data):
+        answer = self.site.handle(data)
+        assert messages.signed(answer, self.made.plan.site_keys[self.site.number])
+        return messages.unpack_reply(answer, self.made.plan.numbers)
+
+    def go_on(self, adapter, number=1):
+        """After a round: what all sites signed of it."""
+        self.statement = messages.statement(self.made.plan.digest, number, adapter, self.statement)
+        self.signatures = {k: keys_of(self.made, k).sign(self.statement) for k in range(3)}
+
+
+def keys_of(made, number):
+    from dplora_jax.silos import keys
+
+    return keys.load(made.folder / small_silos.NAMES[number]).sign
+
+
+def charged(made, number=0):
+    return Ledger(made.folder / small_silos.NAMES[number] / "privacy_ledger.jsonl", mend=False).charged_rounds()
+
+
+@pytest.fixture(params=["local", "masked"])
+def made(request, tmp_path):
+    return small_silos.Federation(tmp_path, **({} if request.param == "local" else small_silos.MASKED) | {"seed": None})
+
+
+@pytest.fixture
+def local(tmp_path):
+    return small_silos.Federation(tmp_path, seed=None)
+
+
+@pytest.fixture
+def masked(tmp_path):
+    return small_silos.Federation(tmp_path, seed=None, **small_silos.MASKED)
+
+
+def test_a_round_is_charged_once_and_answered_twice_with_the_same_bytes(made):
+    with made.site(0) as site:
+        asker = Asker(made, site)
+        data = asker.request()
+        first = asker.reply(data)
+        assert first.code is Code.OK
+        assert len(first.payload) == 4 * made.plan.numbers
+        assert site.handle(data) == site.handle(data) == site._kept
+        assert charged(made) == 1
+
+
+WRONG = {
+    "another key": (lambda a: a.request(key=Ed25519PrivateKey.generate()), Code.FORGED),
+    "another plan": (lambda a: a.request(plan=b"x" * 32), Code.FOREIGN),
+    "a skipped round": (lambda a: a.request(3), Code.STALE),
+    "round 0": (lambda a: a.request(0, 1), Code.STALE),
+    "another start of the process": (lambda a: a.request(epochs=(b"z" * 16,) * 3), Code.LOST),
+    "not asked": (lambda a: a.request(peers=frozenset({1, 2})), Code.PEERS),
+    "another first adapter": (lambda a: a.request(adapter=a.made.start + 1), Code.SPLIT),
+    "no number": (lambda a: a.request(adapter=a.made.start * np.nan), Code.MALFORMED),
+    "cut off": (lambda a: a.request()[:-1], Code.MALFORMED),
+    "nothing": (lambda a: b"", Code.MALFORMED),
+    "a changed byte": (lambda a: a.request()[:200] + b"\1" + a.request()[201:], Code.FORGED),
+    "unsigned round before": (lambda a: a.request(2, statement=b"s" * 32), Code.STALE),
+}
+
+
+def test_whatever_is_not_this_plans_next_round_charges_nothing(made):
+    with made.site(0) as site:
+        asker = Asker(made, site)
+        for what, (request, code) in WRONG.items():
+            assert asker.reply(request(asker)).code is code, what
+        assert not (made.folder / "north" / "privacy_ledger.jsonl").exists() or charged(made) == 0
+
+
+def test_a_total_of_fewer_than_the_survivors_is_refused(masked):
+    with masked.site(0) as site:
+        assert Asker(masked, site).ask(peers=frozenset({0})).code is Code.PEERS
+        assert charged(masked) == 0
+
+
+def test_hello_is_answered_and_charges_nothing(local):
+    with local.site(0) as site:
+        reply = Asker(local, site).ask(0, kind=Kind.HELLO)
+        assert (reply.code, reply.payload, reply.epoch) == (Code.OK, b"", site.epoch)
+        assert charged(local) == 0
+
+
+def test_a_past_round_and_a_used_attempt_are_stale(local):
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        asker.ask(1, 3)
+        used = asker.ask(
+            1, 3, adapter=local.start, witnesses=(b"w" * 64,) * 3
+        )  # another request under the same attempt
+        assert (used.code, used.round, used.attempt) == (Code.STALE, 1, 3)
+        assert asker.ask(1, 2).code is Code.STALE
+        asker.go_on(local.start)
+        assert asker.ask(2, adapter=local.start + 1).code is Code.OK
+        asker.statement = local.plan.digest
+        assert asker.ask(1, 9).code is Code.STALE
+        assert charged(local) == 2
+
+
+def test_two_attempts_share_neither_noise_nor_masks(made):
+    """A coordinator that asks for a round again gets other numbers, paid for again; their difference is as noisy as each."""
+    with made.site(0) as site:
+        asker = Asker(made, site)
+        uploads = [np.frombuffer(asker.ask(1, attempt).payload, "<u4") for attempt in range(2)]
+        assert charged(made) == 2
+    equal = (uploads[0] == uploads[1]).mean()
+    assert equal < 0.01
+
+
+def test_sites_that_were_shown_different_adapters_find_out_in_the_next_round(local):
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        asker.ask(1)
+        asker.go_on(local.start + 1)  # what the others signed is not what this site was sent
+        assert asker.ask(2).code is Code.SPLIT
+        assert charged(local) == 1
+
+
+@pytest.mark.parametrize("forger", [1, 2])
+def test_a_signature_that_is_missing_or_another_sites_is_no_witness(local, forger):
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        asker.ask(1)
+        asker.go_on(local.start)
+        good = asker.signatures.pop(forger)
+        assert asker.ask(2).code is Code.SPLIT
+        asker.signatures[forger] = asker.signatures[0]
+        assert asker.ask(2).code is Code.SPLIT
+        asker.signatures[forger] = good
+        assert asker.ask(2).code is Code.OK
+        assert charged(local) == 2
+
+
+def test_a_site_that_was_left_out_takes_part_again_once_the_others_sign_for_it(local):
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        asker.go_on(local.start)
+        asker.go_on(local.start + 1, 2)
+        assert asker.ask(3).code is Code.STALE  # it is said to have been there, and was not
+        assert asker.ask(3, before=frozenset({1, 2})).code is Code.OK
+        assert site.silo.done == 3
+        assert charged(local) == 1
+
+
+def test_the_budget_is_the_sites_own_to_keep(local):
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        for attempt in range(3):
+            assert asker.ask(1, attempt).code is Code.OK
+        assert asker.ask(1, 3).code is Code.SPENT
+        assert charged(local) == 3
+        assert site.silo.epsilon <= 8
+
+
+def test_a_fault_travels_as_a_code_and_its_words_stay(local, monkeypatch):
+    told = []
+    with local.site(0, report=told.append) as site:
+        monkeypatch.setattr(site.silo, "fit", lambda *_, **__: 1 / 0)
+        reply = Asker(local, site).ask(1)
+        assert (reply.code, reply.payload) == (Code.FAILED, b"")
+        assert isinstance(told[0], ZeroDivisionError)
+
+
+STEPS = {
+    "before the charge": ("dplora_jax.federation.dispatch", "charge", 0, 1),
+    "in the program": ("dplora_jax.federation.silo.Silo", "_program", 1, 2),
+    "before the upload is kept": ("dplora_jax.silos.site", "replace_durably", 1, 2),
+    "before the commit": ("dplora_jax.privacy.ledger.Ledger", "commit", 1, 1),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_site_that_dies_at_any_step_replays_the_same_bits_or_pays_for_a_new_attempt(made, step, monkeypatch):
+    target, name, before, after = STEPS[step]
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    with made.site(0) as site:
+        data = Asker(made, site).request()
+        with monkeypatch.context() as broken:
+            broken.setattr(f"{target}.{name}", die)
+            with pytest.raises(Killed):
+                site.handle(data)
+        assert charged(made) == before
+        kept = site._kept
+    with made.site(0) as site:
+        asker = Asker(made, site)
+        again = asker.reply(data)
+        if step == "before the commit":
+            assert (again.code, site.handle(data)) == (Code.OK, kept)
+        else:  # it may have been another request's answer that is lost: its masks must not be used again
+            assert again.code is Code.LOST
+            assert asker.ask(1, 1).code is Code.OK
+        assert charged(made) == after
+        assert not Ledger(made.folder / "north" / "privacy_ledger.jsonl", mend=False).open_entry()
+
+
+def test_what_was_kept_is_this_sites_own_and_whole(local):
+    with local.site(0) as site:
+        Asker(local, site).ask(1)
+    path = local.folder / "north" / "private" / "sent.bin"
+    assert path.stat().st_mode & 0o777 == 0o600
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    from dplora_jax.errors import InputError
+
+    with pytest.raises(InputError, match="damaged"), local.site(0):
+        pass
+
+
+def test_the_end_gives_the_adapter_and_destroys_the_secret(local):
+    kept = []
+    with local.site(0, finish=kept.append) as site:
+        asker = Asker(local, site)
+        asker.ask(1)
+        asker.go_on(local.start)
+        data = asker.request(2, kind=Kind.END, adapter=local.start + 2)
+        assert asker.reply(data).code is Code.OK
+        np.testing.assert_array_equal(kept[0], local.start + 2)
+        assert asker.reply(data).code is Code.OK  # the answer may have been lost on its way
+        assert asker.ask(3).code is Code.ENDED
+        assert len(kept) == 1
+    assert not (local.folder / "north" / "private" / "secrets.json").exists()
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    """A site whose silo must not be reached."""
+    made = small_silos.Federation(tmp_path_factory.mktemp("idle"), seed=None)
+    with made.site(0) as site:
+        site.silo.fit = lambda *_, **__: pytest.fail("trained")
+        yield Asker(made, site)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzzed_requests_end_in_codes(idle, data):
+    """Fields of any value, properly signed; and bytes changed anywhere."""
+    size = {"plan": 32, "statement": 32}
+    fields = data.draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "kind": st.sampled_from([Kind.HELLO, Kind.ROUND]), "round": st.integers(0, 2**32 - 1),
+                "attempt": st.integers(0, 2**32 - 1), "before_round": st.integers(0, 2**32 - 1),
+                "peers": st.frozensets(st.integers(0, 2)), "before": st.frozensets(st.integers(0, 2)),
+                **{name: st.binary(min_size=length, max_size=length) for name, length in size.items()},
+            },
+        )
+    )  # fmt: skip
+    kind = fields.get("kind", Kind.ROUND)
+    bad = np.full_like(idle.made.start, data.draw(st.sampled_from([np.nan, np.inf, 3e38])))
+    sent = bytearray(idle.request(**{"adapter": bad} | fields))
+    for _ in range(data.draw(st.integers(0, 3))):
+        sent[data.draw(st.integers(0, len(sent) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.sampled_from([None, -1, 1, 100]))
+    reply = idle.reply(bytes(sent[:cut]))
+    assert reply.code is not Code.FAILED
+    assert kind is Kind.HELLO or reply.code is not Code.OK
+    assert not reply.payload
