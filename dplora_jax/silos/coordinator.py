@@ -18,10 +18,11 @@ from dplora_jax.errors import InputError
 from dplora_jax.files import to_json
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.silos import messages
+from dplora_jax.silos.gathering import Alone, Stopped, Together
 from dplora_jax.silos.messages import Code, Kind, Request
 from dplora_jax.silos.server import State
 
-STATE, REQUEST, ASKED = "state.npz", "request.bin", "asked.json"
+STATE, REQUESTS, ASKED = "state.npz", "requests.bin", "asked.json"
 CHECK_SECONDS = 0.5  # between looks at who is missing
 TELL_SECONDS = 30.0  # of waiting until it is said, and said again
 END_SECONDS = 60.0  # that sites have to confirm the end
@@ -35,12 +36,6 @@ FATAL = {
     Code.ENDED: "has ended its part",
     Code.FAILED: "had a fault, which its own output tells of",
 }
-
-
-class Stopped(InputError):
-    """The federation cannot go on as it is; what is saved stays."""
-
-    code = 69  # EX_UNAVAILABLE of sysexits.h: another party is missing
 
 
 class Past(NamedTuple):
@@ -97,53 +92,38 @@ class Coordinator:
 
     def _round(self, patience, without):
         """(the round's statement, {site: upload}, {site: signature}) of the next round; None where the budget is at its end."""
-        number, kept = self.past.round + 1, self._kept_request()
-        request = kept or self._request(Kind.ROUND, number, 0, self._everyone)
-        uploads, witnesses = {}, {}
-        while True:
-            parsed = messages.unpack_request(request, len(self.plan.sites), self.plan.numbers)
-            if request != kept:
-                self.asked = [count + (site in parsed.peers) for site, count in enumerate(self.asked)]
-                replace_durably(self._folder / ASKED, to_json(self.asked) + "\n")
-            replace_durably(self._folder / REQUEST, request)
-            needed = parsed.peers if self.plan.mode.masked else frozenset()
-            replies = self._ask(request, parsed.peers, needed, patience, without)
+        number = self.past.round + 1
+        gathered = (Together if self.plan.mode.masked else Alone)(self.plan.config.privacy.survivors)
+        attempts = self._kept_attempts() or [self._attempt(number, 0, self._everyone, [])]
+        todo = gathered.todo(attempts)
+        while todo:
+            data, peers = todo.pop(0)
+            replies = self._ask(data, peers, gathered.needed(peers), patience, without)
             self._learn(replies)
-            fine = {site: reply for site, reply in replies.items() if reply.code is Code.OK and reply.payload}
-            if any(reply.code is Code.SPENT for reply in replies.values()):
-                names = self._names(site for site, reply in replies.items() if reply.code is Code.SPENT)
-                self.early = f"the budget of {names} ended after round {number - 1}"
+            if spent := [site for site, reply in replies.items() if reply.code is Code.SPENT]:
+                self.early = f"the budget of {self._names(spent)} ended after round {number - 1}"
                 return None
-            if not self.plan.mode.masked:
-                uploads |= {site: self._upload(reply) for site, reply in fine.items()}
-                witnesses |= {site: reply.witness for site, reply in fine.items()}
-            elif len(fine) == len(parsed.peers):
-                uploads = {site: self._upload(reply) for site, reply in fine.items()}
-                witnesses = {site: reply.witness for site, reply in fine.items()}
+            fine = {site: reply for site, reply in replies.items() if reply.code is Code.OK and reply.payload}
             again = {site: reply for site, reply in replies.items() if reply.code in (Code.LOST, Code.STALE)}
-            missing = parsed.peers - set(replies)
-            if not again and (uploads if not self.plan.mode.masked else len(fine) == len(parsed.peers)):
-                return self._statement(parsed), uploads, witnesses
-            if not self.plan.mode.masked and not again:
-                raise Stopped(f"round {number} has no upload: {self._names(missing)} did not answer.")
-            attempt = 1 + max([parsed.attempt, *(reply.attempt for reply in again.values() if reply.round == number)])
-            peers = self._next_peers(parsed.peers, frozenset() if again else missing, again)
-            request = self._request(Kind.ROUND, number, attempt, peers)
+            missing = peers - set(replies)
+            if more := gathered.take(peers, fine, again, missing, self._names):
+                known = [reply.attempt for reply in again.values() if reply.round == number]
+                newest = messages.unpack_request(attempts[-1][0], len(self.plan.sites), self.plan.numbers).attempt
+                attempts = [*attempts, self._attempt(number, 1 + max([newest, *known]), more, attempts)]
+                todo.append(attempts[-1])
+                if missing and not again:
+                    self._say(f"going on without {self._names(missing)}: a new attempt, which the others pay for again")
+        request = messages.unpack_request(attempts[0][0], len(self.plan.sites), self.plan.numbers)
+        statement = messages.statement(self.plan.digest, number, request.adapter, request.statement)
+        return statement, gathered.uploads(), {site: reply.witness for site, reply in gathered.replies.items()}
 
-    def _next_peers(self, peers, missing, again):
-        """Who is asked in the next attempt: where uploads are masked all that are there, else those alone whose upload was
-        lost."""
-        if not self.plan.mode.masked:
-            return frozenset(again)
-        there = peers - missing
-        if len(there) < self.plan.config.privacy.survivors:
-            raise Stopped(
-                f"{self._names(missing)} did not answer, and without them fewer sites are left than survivors="
-                f"{self.plan.config.privacy.survivors}."
-            )
-        if missing:
-            self._say(f"going on without {self._names(missing)}: a new attempt, which the others pay for again")
-        return frozenset(there)
+    def _attempt(self, number, attempt, peers, before):
+        """(the bytes of a new request of round `number` to `peers`, who they are), durable behind the attempts `before`."""
+        data = self._request(Kind.ROUND, number, attempt, peers)
+        self.asked = [count + (site in peers) for site, count in enumerate(self.asked)]
+        replace_durably(self._folder / ASKED, to_json(self.asked) + "\n")
+        replace_durably(self._folder / REQUESTS, b"".join([*(old for old, _ in before), data]))
+        return data, frozenset(peers)
 
     def _ask(self, request, asked, needed, patience, without):
         """Post `request` to the sites `asked` -> {site: Reply} of all, or, after `without` seconds, of those that answered.
@@ -195,12 +175,6 @@ class Coordinator:
     def _learn(self, replies):
         for site, reply in replies.items():
             self._epochs[site] = reply.epoch
-
-    def _upload(self, reply):
-        return np.frombuffer(reply.payload, "<u4" if self.plan.mode.masked else "<f4")
-
-    def _statement(self, request):
-        return messages.statement(self.plan.digest, request.round, request.adapter, request.statement)
 
     def _request(self, kind, number, attempt, peers, adapter=None):
         past = self.past
@@ -281,13 +255,17 @@ class Coordinator:
                 raise
             raise InputError(f"{path} is damaged ({type(error).__name__}): restore it.") from None
 
-    def _kept_request(self):
-        """The request of the next round that an earlier start sent already, or None."""
-        try:
-            data = (self._folder / REQUEST).read_bytes()
-            request = messages.unpack_request(data, len(self.plan.sites), self.plan.numbers)
-        except (FileNotFoundError, messages.MessageError):
-            return None
-        if not messages.signed(data, self.plan.coordinator_key) or request.plan != self.plan.digest:
-            return None
-        return data if request.round == self.past.round + 1 and request.kind is Kind.ROUND else None
+    def _kept_attempts(self):
+        """[(request, peers)] of the next round that an earlier start made durable, or may have sent."""
+        size, path = self.plan.request_size(), self._folder / REQUESTS
+        data = path.read_bytes() if path.exists() else b""
+        kept = []
+        for start in range(0, len(data), size):
+            one = data[start : start + size]
+            try:
+                request = messages.unpack_request(one, len(self.plan.sites), self.plan.numbers)
+            except messages.MessageError:
+                raise InputError(f"{path} is damaged: restore it.") from None
+            if request.plan == self.plan.digest and request.round == self.past.round + 1:
+                kept.append((one, request.peers))
+        return kept

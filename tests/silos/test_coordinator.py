@@ -197,6 +197,46 @@ def test_a_site_that_lost_its_upload_is_asked_anew(tmp_path):
         assert coordinator.asked == charges(made)
 
 
+def test_a_coordinator_that_dies_after_one_site_was_asked_again_still_has_the_others(tmp_path, monkeypatch):
+    """Local: their uploads are of the attempt before, and are asked for by that very request."""
+    made, broken = small_silos.Federation(tmp_path, seed=None), []
+
+    class Killed(BaseException):
+        pass
+
+    def carry(site, request, answer):
+        reply = messages.unpack_reply(answer(request), made.plan.numbers)
+        if site == 2 and reply.round == 1 and not broken:
+            broken.append(True)
+            from dplora_jax.silos import keys
+
+            lost = reply._replace(code=Code.LOST, payload=b"", epoch=sites[2].epoch)
+            return messages.pack_reply(lost, keys.load(made.folder / "east").sign)
+        return answer(request)
+
+    with made.sites() as sites:
+        office = Office(3)
+        with made.engine(office, sites, carry), monkeypatch.context() as dying:
+            coordinator, real = made.coordinator(office), Coordinator._ask
+
+            def ask(self, data, asked, *rest):
+                if asked == {2}:
+                    raise Killed
+                return real(self, data, asked, *rest)
+
+            dying.setattr(Coordinator, "_ask", ask)
+            coordinator._greet(60, None)
+            with pytest.raises(Killed):
+                coordinator._round(60, None)
+        office = Office(3)
+        with made.engine(office, sites):
+            coordinator = made.coordinator(office)
+            coordinator._greet(60, None)
+            _, uploads, _ = coordinator._round(60, None)
+    assert set(uploads) == {0, 1, 2}
+    assert charges(made) == [1, 1, 2]
+
+
 @pytest.mark.parametrize("code", [Code.SPLIT, Code.FOREIGN, Code.FAILED, Code.ENDED])
 def test_what_no_new_attempt_can_mend_stops_the_run_and_names_the_site(tmp_path, code):
     made = small_silos.Federation(tmp_path)
