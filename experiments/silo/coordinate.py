@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import metrics_lines, storage, workdir_files
+from dplora_jax.federation import storage, workdir_files
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.silos import engines, keys, plan
@@ -114,7 +114,8 @@ class Progress:
 
     def __call__(self, number, state, seconds):
         config, sent = self.made.config, self.made.body["federation"]["communication"]
-        line = metrics_lines.base_line(len(self.made.sites))
+        nothing = {"bytes_up_per_client": 0, "bytes_down_per_client": 0}
+        line = {"round": 0, "epsilon": [0.0] * len(self.made.sites), "epsilon_max": 0.0, "seconds": 0.0} | nothing
         if number:
             spent = self._spent()
             missing = sorted(set(range(len(self.made.sites))) - self.coordinator.past.members)

@@ -1,0 +1,214 @@
+"""A plan is whole, signed and the same for all; a party holds it against its own house before it approves."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dplora_jax.errors import InputError
+from dplora_jax.privacy import integers
+from dplora_jax.silos import keys, plan
+from experiments import silo
+from tests.silos import small_silos
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def house(tiny_bert, finance_table, tmp_path_factory):
+    """A folder with the keys of three sites, the coordinator's plan, and each site's own table."""
+    folder = tmp_path_factory.mktemp("house")
+    rows = (finance_table / "train.csv").read_text().splitlines()
+    for number, name in enumerate(small_silos.NAMES):
+        (folder / "data" / name).mkdir(parents=True)
+        own = [rows[0], *rows[1 + number :: 3]]
+        (folder / "data" / name / "train.csv").write_text("\n".join(own) + "\n")
+        run("keys", f"--name={name}", f"--workdir={folder / name}", *table(folder, name), "--labels=bad,good")
+    cards = ",".join(str(folder / name / keys.CARD) for name in small_silos.NAMES)
+    settings = [
+        "--dataset=csv", "--labels=bad,good", f"--model={tiny_bert}", "--rank=2", "--rounds=3", "--epsilon=8", "--delta=1e-3",
+        "--max_length=8", "--expected_batch_size=8", "--trust=distributed", "--noise=hardened", "--survivors=3", "--colluding=1",
+    ]  # fmt: skip
+    run("plan", f"--sites={cards}", f"--workdir={folder / 'coordinator'}", *settings)
+    return folder
+
+
+def table(folder, name):
+    return ["--dataset=csv", f"--data_dir={folder / 'data' / name}", "--text_column=text", "--label_column=label"]
+
+
+def run(*arguments):
+    assert silo.main(list(arguments)) == 0
+
+
+def check(house, capsys, *flags, path=None, name="north", code=2):
+    """What `check` says, on stdout or on stderr."""
+    own = [word for word in table(house, name) if not word.startswith("--dataset")]
+    path = path or house / "coordinator" / plan.FILE
+    arguments = ["check", str(path), f"--workdir={house / name}", *own, *(flags or ["--most_epsilon=8"])]
+    assert silo.main(arguments) == code
+    said = capsys.readouterr()
+    return said.err if code else said.out
+
+
+def edited(house, tmp_path, change, sign=True):
+    """The plan after `change(body)`, signed by the coordinator again unless not."""
+    document = json.loads((house / "coordinator" / plan.FILE).read_text())
+    change(document["plan"])
+    path = tmp_path / plan.FILE
+    if sign:
+        body, digest = document["plan"], plan.hashlib.sha256(plan.canonical(document["plan"])).digest()
+        document["signature"] = keys.load(house / "coordinator").sign.sign(b"dplora_jax plan" + digest).hex()
+        assert body is document["plan"]
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_plan_that_fits_is_approved_and_its_epsilon_recomputed(house, capsys):
+    said = check(house, capsys, code=0)
+    assert "costs north epsilon 7.99" in said
+    assert "recomputed here" in said
+    made = plan.read(house / "coordinator" / plan.FILE)
+    assert plan.approved(house / "north" / plan.APPROVAL, made) == 0
+    with pytest.raises(InputError, match="no site"):
+        made.number("west")
+    shares = made.mode.shares(made.config, made.sizes, made.mechanisms)
+    assert made.bits == integers.bits_for([shares])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--most_epsilon=7"], "past --most_epsilon=7"),
+        (["--most_epsilon=8", "--least_survivors=4"], "below --least_survivors=4"),
+        (["--most_epsilon=8", "--least_honest=3"], "noise of 2 sites, below --least_honest=3"),
+        (["--most_epsilon=8", "--rounds=2"], "--rounds is the plan's to decide"),
+        (["--text_column=text"], "--most_epsilon is missing"),
+    ],
+)
+def test_a_party_keeps_its_own_limits(house, capsys, flags, words):
+    assert words in check(house, capsys, *flags)
+
+
+def swapped(name):
+    def change(body):
+        other = body["sites"][1][name]
+        body["sites"][1][name], body["sites"][0][name] = body["sites"][0][name], other
+
+    return change
+
+
+def of(path, value):
+    """A change of one value of the plan."""
+
+    def change(body):
+        *parents, last = path
+        for key in parents:
+            body = body[key]
+        body[last] = value(body[last]) if callable(value) else value
+
+    return change
+
+
+CHANGES = {
+    "a swapped signing key": (swapped("ed25519"), "another ed25519 key of north"),
+    "a swapped key for masks": (swapped("x25519"), "another x25519 key of north"),
+    "another model": (of(("model", "model.safetensors"), "0" * 64), "other files than the plan's"),
+    "less noise": (
+        of(("federation", "clients", 0, "noise_multiplier"), lambda x: x / 2),
+        "noise_multiplier of north do not",
+    ),
+    "less noise elsewhere": (
+        of(("federation", "clients", 2, "noise_multiplier"), 0.1),
+        "noise_multiplier of east do not",
+    ),
+    "another sampling rate": (of(("federation", "clients", 0, "sampling_rate"), 0.9), "do not follow"),
+    "another number of records": (of(("sites", 0, "records"), 21), "not the clients that its noise is for"),
+    "other labels": (of(("config", "labels"), "bad,good,other"), "another shape"),
+    "a robust mean": (of(("config", "robust"), "median"), "leave it out, or use --trust=local"),
+    "noise that is not whole": (of(("config", "noise"), "independent"), "use --noise=hardened"),
+    "no secret at all": (of(("config", "trust"), "client"), "trust=client"),
+    "no grid": (of(("bits",), None), "grid of integers does not fit"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_plan_that_does_not_fit_is_refused_though_the_coordinator_signed_it(house, capsys, tmp_path, what):
+    change, words = CHANGES[what]
+    assert words in check(house, capsys, path=edited(house, tmp_path, change))
+    assert not (tmp_path / plan.APPROVAL).exists()
+
+
+@pytest.mark.parametrize("change", [of(("config", "rounds"), 2), of(("start",), "0" * 64), swapped("certificate")])
+def test_a_plan_that_was_changed_on_its_way_is_refused(house, capsys, tmp_path, change):
+    assert "is not signed by the coordinator" in check(house, capsys, path=edited(house, tmp_path, change, sign=False))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b'{"plan": {}}', b'{"plan": 1, "signature": "00"}', b"\xff" * 100, b"[" * 10**5,
+        b'{"plan": {"format": 2}, "signature": "' + b"0" * 128 + b'"}',
+    ],
+)  # fmt: skip
+def test_what_is_no_plan_is_one_sentence(house, capsys, tmp_path, content):
+    path = tmp_path / plan.FILE
+    path.write_bytes(content)
+    assert check(house, capsys, path=path).count("\n") == 1
+
+
+def test_records_of_another_number_are_refused(house, capsys, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    rows = (house / "data" / "north" / "train.csv").read_text().splitlines()
+    (own / "train.csv").write_text("\n".join(rows[:-1]) + "\n")
+    assert "has 19 records, and the plan is for 20" in check(house, capsys, "--most_epsilon=8", f"--data_dir={own}")
+
+
+def test_an_approval_is_of_one_plan_and_of_its_own_site(house, capsys, tmp_path):
+    check(house, capsys, code=0)
+    made = plan.read(house / "coordinator" / plan.FILE)
+    other = plan.read(edited(house, tmp_path, of(("start",), "0" * 64)))
+    with pytest.raises(InputError, match="does not approve this plan"):
+        plan.approved(house / "north" / plan.APPROVAL, other)
+    document = json.loads((house / "north" / plan.APPROVAL).read_text()) | {"site": "south"}
+    (tmp_path / plan.APPROVAL).write_text(json.dumps(document))
+    with pytest.raises(InputError, match="does not approve"):
+        plan.approved(tmp_path / plan.APPROVAL, made)
+
+
+def test_nobody_serves_or_coordinates_without_approvals(house, capsys, tmp_path):
+    path = str(house / "coordinator" / plan.FILE)
+    own = [word for word in table(house, "east") if not word.startswith("--dataset")]
+    assert silo.main(["serve", path, f"--workdir={house / 'east'}", *own]) == 2
+    assert "check the plan first" in capsys.readouterr().err
+    assert silo.main(["coordinate", path, f"--workdir={house / 'coordinator'}"]) == 2
+    assert "--approvals has none of north, south, east" in capsys.readouterr().err
+
+
+def test_keys_are_their_owners_alone_and_are_never_replaced(house, capsys):
+    for name in (*small_silos.NAMES, "coordinator"):
+        private = house / name / "private"
+        assert private.stat().st_mode & 0o777 == 0o700
+        assert (private / keys.FILE).stat().st_mode & 0o777 == 0o600
+        assert (house / name / "relay" / keys.TLS_KEY).stat().st_mode & 0o777 == 0o600
+        card = (house / name / keys.CARD).read_text()
+        held = json.loads((private / keys.FILE).read_text())
+        assert held["ed25519"] not in card
+        assert held["x25519"] not in card
+    assert silo.main(["keys", "--name=north", "--records=20", f"--workdir={house / 'north'}"]) == 2
+    assert "are not replaced" in capsys.readouterr().err
+
+
+def test_the_start_is_the_plans(house):
+    made = plan.read(house / "coordinator" / plan.FILE)
+    start = np.load(house / "coordinator" / plan.START)
+    assert plan.hashlib.sha256(start.astype("<f4")).hexdigest() == made.start
+    assert len(start) == made.numbers
+
+
+def test_private_rows_and_labels_are_not_in_the_plan(house):
+    text = (house / "coordinator" / plan.FILE).read_text()
+    for row in (house / "data" / "north" / "train.csv").read_text().splitlines()[1:]:
+        assert row.split(",")[0] not in text
+    assert "data_dir" not in text
