@@ -48,7 +48,9 @@ def create(folder, name, records):
         )
     if not name.isidentifier():
         raise InputError(f"name={name} must be letters, digits and underscores: it names files and certificates.")
-    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    private.mkdir(mode=0o700, exist_ok=True)
     relay.mkdir(mode=0o700, exist_ok=True)
     sign, agree = Ed25519PrivateKey.generate(), X25519PrivateKey.generate()
     tls = ec.generate_private_key(ec.SECP256R1())

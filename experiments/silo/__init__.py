@@ -10,6 +10,7 @@
 docs/silos.md takes three parties through them. Exit codes are those of a run; 69 says that a site is missing.
 """
 
+import os
 import sys
 
 from dplora_jax import guard
@@ -18,6 +19,7 @@ from experiments import cli
 from experiments.cli import exits
 
 COMMANDS = "keys", "plan", "check", "serve", "relay", "coordinate"
+OF_A_SITE = "keys", "check", "serve"
 
 
 @exits.guarded
@@ -30,6 +32,8 @@ def main(arguments=None):
             return 0
         raise InputError(f"give one of {', '.join(COMMANDS)}: python -m experiments.silo COMMAND [PLAN] [flags].")
     guard.begin(phrase=cli.as_flags)
+    if arguments[0] in OF_A_SITE:
+        os.umask(0o077)  # whatever a site writes is its own user's alone
     try:
         import cryptography  # noqa: F401
     except ImportError:

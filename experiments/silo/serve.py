@@ -1,5 +1,6 @@
 """A site: answer the coordinator's requests on a Unix socket, until the run ends."""
 
+import pathlib
 import signal
 import threading
 
@@ -34,6 +35,10 @@ def main(arguments):
     if (workdir / FILE).exists() and Ledger(workdir / FILE, mend=False).ended:
         print(f"This site's part is finished, nothing was done. Report: {workdir / 'report.html'}")
         return 0
+    if values.relay_group and (
+        values.socket is None or workdir.resolve() in pathlib.Path(values.socket).resolve().parents
+    ):
+        raise InputError(f"--relay_group needs a --socket outside {workdir}, into which no other user can look.")
     approved = plan.approved(workdir / plan.APPROVAL, made)
     own = party.opened(made, values, workdir)
     if approved != own.number:
