@@ -212,7 +212,7 @@ def test_what_a_silo_was_begun_with_may_not_be_edited(tmp_path):
     ("fields", "words"),
     [
         ({"trust": "client", "epsilon": None, "noise_multiplier": 1.0}, "not for silos"),
-        ({"trust": "distributed", "survivors": 3, "colluding": 1}, "not for silos"),
+        ({"trust": "distributed", "survivors": 3, "colluding": 1}, "use noise=hardened"),
         ({"aggregation": "fedsa", "ema": 0.0}, "one adapter of one rank"),
         ({"aggregation": "fedex", "ema": 0.0}, "changes the base"),
         ({"participation": "fixed:2"}, "leave out `participation`"),
