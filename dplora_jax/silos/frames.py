@@ -19,8 +19,7 @@ class FrameError(ConnectionError):
 
 def send(connection, data):
     """Send one frame."""
-    connection.sendall(LENGTH.pack(len(data)))
-    connection.sendall(data)
+    connection.sendall(LENGTH.pack(len(data)) + data)  # in one piece: two would wait for an acknowledgement
 
 
 def receive(connection, most):

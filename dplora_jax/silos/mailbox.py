@@ -40,6 +40,7 @@ def serving(office, address, key, certificate, sites, most):
 
         def _serve(self):
             self.request.settimeout(HANDSHAKE)
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with context.wrap_socket(self.request, server_side=True) as connection:
                 site = numbers.get(hashlib.sha256(connection.getpeercert(binary_form=True)).digest())
                 if site is None:
@@ -74,6 +75,7 @@ def relay(address, key, certificate, coordinator, answer, most, stop=lambda: Fal
                 context.wrap_socket(plain, server_hostname=None) as connection,
             ):
                 connection.settimeout(SILENCE)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 while not stop():
                     frames.send(connection, reply)
                     request, reply = frames.receive(connection, most), b""

@@ -12,7 +12,8 @@ GPU and TPU.
 
 --peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps. Other
 measures: --measure=round, a whole federated round beside its local steps (rounds.py); roofline, what the step should
-take on chips that are not at hand (roofline.py); memory (memory.py); clients, many of them (scale.py).
+take on chips that are not at hand (roofline.py); memory (memory.py); clients, many of them (scale.py); mailbox, what it adds to
+a round between machines (mailbox.py).
 """
 
 import itertools
@@ -37,7 +38,7 @@ from experiments.cli import exits
 from experiments.plan import models as plan_models
 from experiments.text import formats
 
-MEASURES = ("step", "round", "roofline", "memory", "clients")
+MEASURES = ("step", "round", "roofline", "memory", "clients", "mailbox")
 
 
 def define():
@@ -96,6 +97,10 @@ def chosen(config):
     if config.measure == "memory":
         parts = memory.loading(config.gigabytes), memory.next_token_loss(8, 512, 64), memory.frozen_base(config.frozen)
         return itertools.chain(*parts)
+    if config.measure == "mailbox":
+        from experiments.benchmark import mailbox  # here, since it needs the extra `silo`
+
+        return mailbox.table([int(count) for count in config.clients or mailbox.SITES], config.repeats)
     counts = [int(count) for count in config.clients or (scale.CLIENTS if config.measure == "clients" else (1, 5))]
     if config.measure == "clients":
         return scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats)
