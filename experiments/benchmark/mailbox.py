@@ -32,8 +32,13 @@ def table(sites, repeats):
             called, sent, size = _measured(count, pathlib.Path(folder), repeats)
         added = np.quantile(sent - called, [0.25, 0.5, 0.75])
         body.append(
-            [str(count), f"{np.median(called):.4f}", f"{np.median(sent):.4f}"]
-            + [f"{added[1]:.4f} ({added[0]:.4f} to {added[2]:.4f})", *map(formats.size, size)]
+            [
+                str(count),
+                f"{np.median(called):.4f}",
+                f"{np.median(sent):.4f}",
+                f"{added[1]:.4f} ({added[0]:.4f} to {added[2]:.4f})",
+                *map(formats.size, size),
+            ]
         )
     head = [
         "sites",
