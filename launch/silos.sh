@@ -45,7 +45,7 @@ join() { local IFS=,; echo "$*"; }
 plan=$coordinator/plan.json
 for name in "${names[@]}"; do
   [[ -e $workdir/$name/approval.json ]] ||
-    silo check "$plan" --workdir="$workdir/$name" --data_dir="$data_dir/$name" "${columns[@]}" --most_epsilon="$most_epsilon"
+    silo check "$plan" --workdir="$workdir/$name" --data_dir="$data_dir/$name" "${columns[@]}" --most_epsilon="$most_epsilon" --most_delta=1 --rehearsal >"$workdir/$name/check.txt"
 done
 
 pids=()

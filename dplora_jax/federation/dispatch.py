@@ -112,7 +112,9 @@ def charge(job, done, **more):
     last = min(done + _most_rounds(job), config.schedule.rounds)
     if config.execution.eval_every:
         last = min(last, (done // config.execution.eval_every + 1) * config.execution.eval_every)
-    if config.privacy.epsilon is not None:  # sigma is calibrated to `rounds` rounds: beyond them the budget is spent
+    if (
+        config.privacy.epsilon is not None or job.members is not None
+    ):  # what was planned, and agreed to, is `rounds` rounds
         last = min(last, _affordable(job, done))
     if last <= done:
         return None

@@ -32,10 +32,9 @@ from dplora_jax.federation import (
     fingerprints,
     frozen_layers,
     mesh,
-    methods,
-    participation,
     program,
     round,
+    silo_checks,
     storage,
     trust,
     waves,
@@ -57,27 +56,11 @@ class Part(NamedTuple):
 def _settled(config, sizes):
     """`config`, checked, with what silos cannot do refused."""
     config = config_checks.settle(config)
-    method = methods.BY_NAME[config.aggregation.method]
     if len(sizes) != config.schedule.clients:
         raise InputError(
             f"{len(sizes)} sizes are given, and clients={config.schedule.clients}: give one for each client."
         )
-    if not trust.mode(config).apart:
-        raise InputError(
-            f"trust={config.privacy.trust} is not for silos: its server would see whole updates. Use trust=local."
-        )
-    if trust.mode(config).masked and config.privacy.noise != "hardened":
-        raise InputError(f"trust={config.privacy.trust} between silos sums integers under masks: use noise=hardened.")
-    if method.personal or config.lora.ranks is not None:
-        raise InputError(
-            "silos share one adapter of one rank: leave out `ranks`, and any aggregation that keeps a part of the "
-            f"adapter at each client (here {method.name})."
-        )
-    if participation.scheduled(config) or config.schedule.dropout:
-        raise InputError(
-            "silos follow no schedule, since the server asks them for uploads as it goes: leave out `participation` and "
-            "`dropout`."
-        )
+    silo_checks.check(config)
     return config
 
 

@@ -6,6 +6,7 @@ answers that with the same bytes. An attempt that did not come to its end is fol
 
 import hashlib
 import io
+import os
 import pathlib
 import time
 import zipfile
@@ -26,6 +27,8 @@ STATE, REQUESTS, ASKED = "state.npz", "requests.bin", "asked.json"
 CHECK_SECONDS = 0.5  # between looks at who is missing
 TELL_SECONDS = 30.0  # of waiting until it is said, and said again
 END_SECONDS = 60.0  # that sites have to confirm the end
+WELCOME_SECONDS = 1.0  # that a site which was absent has to say that it is back, before each round
+MOST_ATTEMPTS = 8  # of a round
 FATAL = {
     Code.MALFORMED: "cannot read what it was sent",
     Code.FORGED: "says that the request is not signed by the plan's coordinator",
@@ -61,20 +64,18 @@ class Coordinator:
             raise InputError("the start adapter is not the plan's: restore the file that was written with the plan.")
         nothing = (bytes(messages.SIGNATURE),) * len(plan.sites)
         self.state, self.past = self.server.init(start), Past(0, plan.digest, frozenset(), nothing)
-        self.asked = [0] * len(
-            plan.sites
-        )  # how many attempts each site was sent: the most that it can have been charged for
+        # How many attempts each site was sent: the most that it can have been charged for.
+        self.asked, self._absent = [0] * len(plan.sites), frozenset()
         self.early = None  # why the run ended before its last planned round, in words
         self._restore()
 
     def run(self, patience=None, without=None):
-        """Run all rounds that are left, and end -> how many there are now. `patience` is how many seconds a round may take
+        """Run all rounds that are left, and end -> how many there are now. `patience` is how many seconds an attempt may take
         before the run stops with what is saved; after `without` seconds it goes on without the sites that are missing.
         Raises Stopped."""
         if self.past.round < self.plan.config.schedule.rounds:
-            self._greet(patience, without)
-        if not self.past.round:
-            self._show(0, self.state, 0.0)
+            self._greet(self._everyone, patience, without)
+        self._show(self.past.round, self.state, 0.0)  # a start before may have died on the way to it
         while self.past.round < self.plan.config.schedule.rounds and self.early is None:
             begun = time.monotonic()
             answers = self._round(patience, without)
@@ -84,38 +85,52 @@ class Coordinator:
         self._end()
         return self.past.round
 
-    def _greet(self, patience, without):
-        """Wait for every site before anyone is charged, and learn which start of its process is meant."""
-        request = self._request(Kind.HELLO, 0, 0, self._everyone)
-        replies = self._ask(request, self._everyone, frozenset(), patience, without)
-        self._learn(replies)
+    def _greet(self, sites, patience, without):
+        """Wait for `sites` before anyone is charged, and learn which start of their processes is meant; those that do not answer
+        are absent, and not asked for uploads until they do."""
+        fresh = int.from_bytes(os.urandom(4))  # so that an answer is of now
+        replies = self._ask(self._request(Kind.HELLO, 0, fresh, sites), sites, frozenset(), patience, without)
+        self._absent = (self._absent | sites) - set(replies)
 
     def _round(self, patience, without):
         """(the round's statement, {site: upload}, {site: signature}) of the next round; None where the budget is at its end."""
         number = self.past.round + 1
-        gathered = (Together if self.plan.mode.masked else Alone)(self.plan.config.privacy.survivors)
-        attempts = self._kept_attempts() or [self._attempt(number, 0, self._everyone, [])]
+        gathered = (Together if self.plan.mode.masked else Alone)(self.plan.least)
+        if self._absent:
+            self._greet(self._absent, None, WELCOME_SECONDS)
+        attempts = self._kept_attempts() or [self._attempt(number, 0, self._everyone - self._absent, [])]
         todo = gathered.todo(attempts)
         while todo:
             data, peers = todo.pop(0)
             replies = self._ask(data, peers, gathered.needed(peers), patience, without)
-            self._learn(replies)
             if spent := [site for site, reply in replies.items() if reply.code is Code.SPENT]:
                 self.early = f"the budget of {self._names(spent)} ended after round {number - 1}"
                 return None
-            fine = {site: reply for site, reply in replies.items() if reply.code is Code.OK and reply.payload}
             again = {site: reply for site, reply in replies.items() if reply.code in (Code.LOST, Code.STALE)}
-            missing = peers - set(replies)
-            if more := gathered.take(peers, fine, again, missing, self._names):
-                known = [reply.attempt for reply in again.values() if reply.round == number]
-                newest = messages.unpack_request(attempts[-1][0], len(self.plan.sites), self.plan.numbers).attempt
-                attempts = [*attempts, self._attempt(number, 1 + max([newest, *known]), more, attempts)]
-                todo.append(attempts[-1])
-                if missing and not again:
+            fine = {site: reply for site, reply in replies.items() if site not in again}
+            missing = frozenset() if again else peers - set(replies)
+            self._absent |= missing
+            if more := gathered.take(peers, fine, set(again), missing):
+                newest = max([self._parsed(attempts[-1][0]).attempt, *(reply.attempt for reply in again.values())])
+                if len(attempts) == MOST_ATTEMPTS:
+                    raise Stopped(
+                        f"round {number} was tried {MOST_ATTEMPTS} times: look at {self._names(again or missing)}."
+                    )
+                if missing:
                     self._say(f"going on without {self._names(missing)}: a new attempt, which the others pay for again")
-        request = messages.unpack_request(attempts[0][0], len(self.plan.sites), self.plan.numbers)
+                attempts = [*attempts, self._attempt(number, 1 + newest, more, attempts)]
+                todo.append(attempts[-1])
+        if len(gathered.replies) < gathered.least:
+            raise Stopped(
+                f"round {number} needs {gathered.least} sites or more, and {self._names(self._absent)} did not "
+                f"answer; start again to go on."
+            )
+        request = self._parsed(attempts[0][0])
         statement = messages.statement(self.plan.digest, number, request.adapter, request.statement)
         return statement, gathered.uploads(), {site: reply.witness for site, reply in gathered.replies.items()}
+
+    def _parsed(self, data):
+        return messages.unpack_request(data, len(self.plan.sites), self.plan.numbers)
 
     def _attempt(self, number, attempt, peers, before):
         """(the bytes of a new request of round `number` to `peers`, who they are), durable behind the attempts `before`."""
@@ -125,9 +140,10 @@ class Coordinator:
         replace_durably(self._folder / REQUESTS, b"".join([*(old for old, _ in before), data]))
         return data, frozenset(peers)
 
-    def _ask(self, request, asked, needed, patience, without):
+    def _ask(self, request, asked, needed, patience, without, lenient=False):
         """Post `request` to the sites `asked` -> {site: Reply} of all, or, after `without` seconds, of those that answered.
-        Once one of the `needed` cannot answer this attempt, the others are not waited for."""
+        Once one of the `needed` cannot answer this attempt, the others are not waited for. What no attempt can mend raises
+        Stopped, unless `lenient`."""
         digest, replies, begun, told = messages.digest(request), {}, time.monotonic(), 0.0
         for site in asked:
             self.office.post(site, request)
@@ -148,8 +164,9 @@ class Coordinator:
                     self.office.post(came[0], request)  # whatever that was, the question stands
                 if reply is None:
                     continue
-                self._refuse_fatal(reply)
-                replies[reply.site] = reply
+                if not lenient:
+                    self._refuse_fatal(reply, request)
+                replies[reply.site], self._epochs[reply.site] = reply, reply.epoch
                 if needed and reply.code in (Code.LOST, Code.SPENT, Code.STALE):
                     break
         finally:
@@ -167,14 +184,15 @@ class Coordinator:
             return None
         return reply if messages.signed(data, self.plan.site_keys[site]) else None
 
-    def _refuse_fatal(self, reply):
+    def _refuse_fatal(self, reply, request):
+        """Stopped where no other attempt can mend what a site answered."""
         again = reply.code is Code.STALE and reply.round == self.past.round + 1
         if reply.code in FATAL and not again:
             raise Stopped(f"site {self.plan.names[reply.site]} {FATAL[reply.code]}.")
-
-    def _learn(self, replies):
-        for site, reply in replies.items():
-            self._epochs[site] = reply.epoch
+        if reply.code is Code.OK and bool(reply.payload) != (self._parsed(request).kind is Kind.ROUND):
+            raise Stopped(
+                f"site {self.plan.names[reply.site]} answered without an upload, or with one that nobody asked for."
+            )
 
     def _request(self, kind, number, attempt, peers, adapter=None):
         past = self.past
@@ -202,21 +220,15 @@ class Coordinator:
 
     def _end(self):
         """Send the released adapter, which ends every site's part; who does not confirm it in time is named."""
-        released = self.server.released(self.state)
-        request = self._request(Kind.END, self.past.round + 1, 0, self._everyone, released)
-        try:
-            replies = self._ask(request, self._everyone, frozenset(), None, END_SECONDS)
-        except Stopped as error:
-            self._say(f"at the end, {error}")
-            return
-        lost = [site for site, reply in replies.items() if reply.code is Code.LOST]
-        if lost:
-            self._learn(replies)
-            request = self._request(Kind.END, self.past.round + 1, 1, self._everyone, released)
-            replies |= self._ask(request, frozenset(lost), frozenset(), None, END_SECONDS)
-        missing = self._everyone - {site for site, reply in replies.items() if reply.code is Code.OK}
+        missing, released = self._everyone, self.server.released(self.state)
+        for attempt in range(2):  # a site that was started again has to be asked by its new start
+            request = self._request(Kind.END, self.past.round + 1, attempt, self._everyone, released)
+            replies = self._ask(request, missing, frozenset(), None, END_SECONDS, lenient=True)
+            missing -= {site for site, reply in replies.items() if reply.code in (Code.OK, Code.ENDED)}
+            if not any(reply.code is Code.LOST for reply in replies.values()):
+                break
         if missing:
-            self._say(f"{self._names(missing)} did not confirm the end: their part ends when they are asked again.")
+            self._say(f"{self._names(missing)} did not confirm the end: start again to send it again.")
 
     def _names(self, sites):
         return ", ".join(self.plan.names[site] for site in sorted(sites)) or "nobody"

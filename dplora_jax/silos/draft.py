@@ -5,7 +5,7 @@ import hashlib
 from dplora_jax import config_checks
 from dplora_jax.config import replace
 from dplora_jax.data.partition import FOLDERS
-from dplora_jax.federation import calibration, description, mesh, program, trust
+from dplora_jax.federation import calibration, description, mesh, program, silo_checks, trust
 from dplora_jax.files import plain
 from dplora_jax.silos import plan, vectors
 
@@ -17,16 +17,10 @@ def draft(config, model, params, cards, coordinator, base_files, described=None,
     config.json is to say besides, `features` how a head's features are centred. Raises InputError.
     """
     config = config_checks.settle(replace(config, clients=len(cards), partition=FOLDERS, mesh="1x1"))
-    sizes = [card["records"] for card in cards]
-    mechanisms = calibration.mechanisms(config, sizes)
-    adapter, _, _ = program.adapter(config, model, params)
-    noise = program.noise(config, mechanisms, sizes, adapter)
+    silo_checks.check(config)
+    mechanisms = calibration.mechanisms(config, [card["records"] for card in cards])
+    about, bits, adapter = describe(config, model, params, cards, mechanisms)
     start = vectors.flat(adapter)
-    about = description.describe(
-        config, sizes, mechanisms, model, adapter, mesh.make("1x1", 1, model), noise, apart=True
-    )
-    for row, card in zip(about["clients"], cards, strict=True):
-        row["name"] = card["name"]
     about = about | (described or {}) | {"environment": {}, "base_files": base_files}
     body = {
         "format": plan.FORMAT,
@@ -34,10 +28,24 @@ def draft(config, model, params, cards, coordinator, base_files, described=None,
         "model": base_files,
         "layout": vectors.layout(adapter),
         "start": hashlib.sha256(start.astype("<f4")).hexdigest(),
-        "bits": noise.bits if trust.mode(config).masked else None,
+        "bits": bits,
         "sites": cards,
         "coordinator": coordinator,
         "federation": plain(about),
         "features": features,
     }
     return body, start
+
+
+def describe(config, model, params, cards, mechanisms):
+    """(what config.json says of the federation, the grid of masked integers or None, the adapter before round 1) of a settled
+    `config` for parties with these `cards` and `mechanisms`: the coordinator drafts by it, and a site holds a plan against it."""
+    sizes = [card["records"] for card in cards]
+    adapter, _, _ = program.adapter(config, model, params)
+    noise = program.noise(config, mechanisms, sizes, adapter)
+    about = description.describe(
+        config, sizes, mechanisms, model, adapter, mesh.make("1x1", 1, model), noise, apart=True
+    )
+    for row, card in zip(about["clients"], cards, strict=True):
+        row["name"] = card["name"]
+    return about, noise.bits if trust.mode(config).masked else None, adapter

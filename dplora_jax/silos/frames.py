@@ -7,6 +7,7 @@ import socket
 import socketserver
 import struct
 import threading
+import time
 
 LENGTH = struct.Struct("<I")
 SECONDS = 60.0  # that either side may take for a frame once it has begun
@@ -25,22 +26,26 @@ def send(connection, data):
 def receive(connection, most):
     """One frame of at most `most` bytes; None where the other side has ended. Raises FrameError, before any of a frame that
     is too large is held."""
-    head = _exactly(connection, LENGTH.size)
+    head = _exactly(connection, LENGTH.size, None)
     if head is None:
         return None
-    (length,) = LENGTH.unpack(head)
+    (length,), end = LENGTH.unpack(head), time.monotonic() + SECONDS
     if length > most:
         raise FrameError("a frame is too large")
-    data = _exactly(connection, length)
+    data = _exactly(connection, length, end)
     if data is None:
         raise FrameError("a frame was cut off")
     return data
 
 
-def _exactly(connection, count):
-    """So many bytes; None where there are none at all."""
+def _exactly(connection, count, end):
+    """So many bytes by the time `end` (None: within SECONDS of the first); None where there are none at all."""
     data = bytearray()
     while len(data) < count:
+        if data and end is None:
+            end = time.monotonic() + SECONDS
+        if end is not None and time.monotonic() > end:
+            raise FrameError("a frame took too long")
         part = connection.recv(min(count - len(data), 1 << 20))
         if not part:
             if data:

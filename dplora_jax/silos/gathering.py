@@ -1,4 +1,4 @@
-"""How a round's uploads come together over its attempts, at the coordinator."""
+"""How a round's uploads come together over its attempts, at the coordinator. `Alone` and `Together` have one interface."""
 
 import numpy as np
 
@@ -12,12 +12,13 @@ class Stopped(InputError):
 
 
 class Alone:
-    """Uploads that stand for themselves: what came counts, and what was lost is asked for again of that site alone."""
+    """Uploads that stand for themselves: what came counts, and what was lost is asked for again of that site alone. At `least` so
+    many must come. `replies` are those that count, {site: Reply}."""
 
     dtype = "<f4"
 
-    def __init__(self, survivors):
-        self.replies = {}
+    def __init__(self, least):
+        self.least, self.replies = least, {}
 
     def todo(self, attempts):
         """[(a request's bytes, whom to ask)] of this round's `attempts` so far, [(request's bytes, peers)]: each site by the
@@ -26,15 +27,13 @@ class Alone:
         return [(data, peers - newer) for (data, peers), newer in zip(attempts, later, strict=True) if peers - newer]
 
     def needed(self, peers):
-        """Those of `peers` without whom an attempt is not waited for."""
+        """Those of `peers` without whom an attempt is not waited for: nobody."""
         return frozenset()
 
-    def take(self, peers, fine, again, missing, names):
-        """Take the good replies `fine` {site: Reply} of an attempt of `peers` -> who is asked in another one, or nobody. `again`
-        have to be asked again, `missing` did not answer in time. Raises Stopped, by `names(sites)`, where nothing came."""
+    def take(self, peers, fine, again, missing):
+        """Take the good replies `fine` {site: Reply} of an attempt of `peers`, of whom `again` (a set) have to be asked again and
+        `missing` did not answer in time -> who is asked in another attempt; nobody where this was the last."""
         self.replies |= fine
-        if not again and not self.replies:
-            raise Stopped(f"no upload came: {names(missing)} did not answer.")
         return frozenset(again)
 
     def uploads(self):
@@ -42,15 +41,14 @@ class Alone:
         return {site: np.frombuffer(reply.payload, self.dtype) for site, reply in self.replies.items()}
 
 
-class Together(Alone):
+class Together:
     """Masked uploads, which mean nothing but all together: an attempt that lacks one is followed by one of those that are there,
-    at least `survivors`."""
+    at `least` so many."""
 
     dtype = "<u4"
 
-    def __init__(self, survivors):
-        super().__init__(survivors)
-        self.survivors = survivors
+    def __init__(self, least):
+        self.least, self.replies = least, {}
 
     def todo(self, attempts):
         """The newest attempt alone."""
@@ -60,14 +58,12 @@ class Together(Alone):
         """All of them."""
         return peers
 
-    def take(self, peers, fine, again, missing, names):
+    def take(self, peers, fine, again, missing):
         """As `Alone.take`."""
         if set(fine) == peers:
             self.replies = fine
             return frozenset()
         there = peers if again else peers - missing
-        if len(there) < self.survivors:
-            raise Stopped(
-                f"{names(missing)} did not answer, and without them fewer sites are left than survivors={self.survivors}."
-            )
-        return there
+        return there if len(there) >= self.least else frozenset()
+
+    uploads = Alone.uploads

@@ -6,6 +6,7 @@
 import datetime
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 from cryptography import x509
@@ -21,6 +22,7 @@ from dplora_jax.privacy.chain import replace_durably
 
 FILE, CARD, TLS_KEY, CERTIFICATE = "keys.json", "card.json", "tls_key.pem", "certificate.pem"
 YEARS = 10
+NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 KEY = json_files.hexadecimal(64, 64)
 CARD_FIELDS = {
     "name": json_files.text(64), "records": json_files.whole(0, 10**9), "ed25519": KEY, "x25519": KEY,
@@ -46,7 +48,7 @@ def create(folder, name, records):
         raise InputError(
             f"{private / FILE} exists: the plan that a party signed names these keys, so they are not replaced."
         )
-    if not name.isidentifier():
+    if not NAME.fullmatch(name):
         raise InputError(f"name={name} must be letters, digits and underscores: it names files and certificates.")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -97,10 +99,12 @@ def read_card(path):
 
 def check_card(card):
     """Raise Unfit where a card's name is no name or its keys are no keys."""
-    if not card["name"].isidentifier():
+    if not NAME.fullmatch(card["name"]):
         raise json_files.Unfit("its name is not letters, digits and underscores")
     try:
-        verifier(card["ed25519"]), agreement(card["x25519"]), fingerprint(card["certificate"])
+        verifier(card["ed25519"]), fingerprint(card["certificate"])
+        # A point of low order would give everyone the same masks.
+        X25519PrivateKey.generate().exchange(agreement(card["x25519"]))
     except ValueError:
         raise json_files.Unfit("its keys or its certificate are none") from None
 

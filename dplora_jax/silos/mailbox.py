@@ -16,7 +16,7 @@ import time
 from dplora_jax.silos import frames
 
 HANDSHAKE, POLL, SILENCE = 10.0, 15.0, 60.0  # seconds: for a handshake; that a poll may last; that a peer may be silent
-CONNECTIONS = 4  # of each site at a time, on average
+HANDSHAKES, CONNECTIONS = 32, 4  # at a time: of anyone, and of one site
 PAUSES = 0.1, 0.5, 2.0, 5.0  # seconds between a relay's attempts to connect
 
 
@@ -26,27 +26,27 @@ def serving(office, address, key, certificate, sites, most):
     the sites' certificates (PEM), in the order of their numbers, and `most` the most bytes of a reply."""
     numbers = {hashlib.sha256(ssl.PEM_cert_to_DER_cert(text)).digest(): site for site, text in enumerate(sites)}
     context = _context(ssl.PROTOCOL_TLS_SERVER, key, certificate, sites)
-    places = threading.BoundedSemaphore(CONNECTIONS * len(sites))
+    handshakes = threading.BoundedSemaphore(HANDSHAKES)
+    places = [threading.BoundedSemaphore(CONNECTIONS) for _ in sites]
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
-            if not places.acquire(blocking=False):
-                return
-            try:
-                with contextlib.suppress(OSError):  # the other side's: it comes again
-                    self._serve()
-            finally:
-                places.release()
+            with contextlib.suppress(OSError):  # the other side's: it comes again
+                self.request.settimeout(HANDSHAKE)
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with _place(handshakes) as free:
+                    connection = context.wrap_socket(self.request, server_side=True) if free else None
+                if connection is not None:
+                    with connection:
+                        self._serve(connection)
 
-        def _serve(self):
-            self.request.settimeout(HANDSHAKE)
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with context.wrap_socket(self.request, server_side=True) as connection:
-                site = numbers.get(hashlib.sha256(connection.getpeercert(binary_form=True)).digest())
-                if site is None:
-                    return
+        def _serve(self, connection):
+            site = numbers.get(hashlib.sha256(connection.getpeercert(binary_form=True)).digest())
+            if site is None:
+                return
+            with _place(places[site]) as free:
                 connection.settimeout(SILENCE)
-                while (reply := frames.receive(connection, most)) is not None:
+                while free and (reply := frames.receive(connection, most)) is not None:
                     frames.send(connection, office.exchange(site, reply, POLL))
 
     class Server(socketserver.ThreadingTCPServer):
@@ -61,6 +61,17 @@ def serving(office, address, key, certificate, sites, most):
             yield server.server_address[1]
         finally:
             server.shutdown()
+
+
+@contextlib.contextmanager
+def _place(places):
+    """Whether one of the `places`, a semaphore, was free; it is taken until the context ends."""
+    free = places.acquire(blocking=False)
+    try:
+        yield free
+    finally:
+        if free:
+            places.release()
 
 
 def relay(address, key, certificate, coordinator, answer, most, stop=lambda: False, say=lambda text: None):

@@ -11,7 +11,7 @@ import pathlib
 from dplora_jax import config_checks
 from dplora_jax.config import METRICS, RESULT, RunConfig, deciding, from_flat, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, ledger_checks, trust, workdir_files
+from dplora_jax.federation import calibration, ledger_checks, silo_checks, trust, workdir_files
 from dplora_jax.files import plain, to_json
 from dplora_jax.json_files import Unfit, anything, hexadecimal, list_of, load, optional, record, text, whole
 from dplora_jax.privacy import accounting
@@ -69,6 +69,12 @@ class Plan:
         self.bits, self.start = body["bits"], body["start"]
         self.coordinator_key = keys.verifier(self.coordinator["ed25519"])
         self.site_keys = [keys.verifier(site["ed25519"]) for site in self.sites]
+
+    @property
+    def least(self):
+        """How many sites a round needs: more than half of all, so that no two groups go on apart, and where uploads are masked
+        as many as `survivors`."""
+        return max(len(self.sites) // 2 + 1, self.config.privacy.survivors if self.mode.masked else 0)
 
     @property
     def names(self):
@@ -147,8 +153,7 @@ def _check(plan):
     if plan.config.schedule.clients != count or [row["records"] for row in rows] != plan.sizes:
         raise Unfit("its sites are not the clients that its noise is for")
     config_checks.refuse(plan.config)
-    if not plan.mode.apart:
-        raise Unfit(f"trust={plan.config.privacy.trust} is not for parties that share no machine")
+    silo_checks.check(plan.config)
     server.check(plan.config)
     if plan.mode.masked != (plan.bits is not None):
         raise Unfit("its grid of integers does not fit its trust")
@@ -163,7 +168,7 @@ def own_epsilon(plan, number):
             raise InputError(
                 f"the plan's {', '.join(other)} of {plan.names[site]} do not follow from its configuration and sizes."
             )
-    if not plan.mode.private:
+    if not plan.mode.private or plan.config.privacy.seed is not None:  # noise that anyone can draw again
         return math.inf
     steps = plan.config.schedule.rounds * plan.mode.steps_per_round(plan.config)
     return accounting.epsilon(plan.mechanisms[number], steps, plan.config.privacy.delta)

@@ -112,5 +112,3 @@ def check(config):
         raise InputError("silos average uploads as they are: use aggregation=fedavg and robust=none.")
     if aggregation.upload_bits is not None:
         raise InputError("silos send whole numbers of 32 bits: leave out `upload_bits`.")
-    if trust.mode(config).masked and config.privacy.noise != "hardened":
-        raise InputError(f"trust={config.privacy.trust} between silos sums integers under masks: use noise=hardened.")

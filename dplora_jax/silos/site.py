@@ -25,13 +25,13 @@ SENT = "sent.bin"  # in private/: the newest upload, behind the digest of the re
 class Site:
     """Site `number` of `plan`, with its `keys` and its `silo` (`federation.silo.Silo`), which keeps its own ledger. What
     was sent is kept in `folder`/private. `finish(adapter)` is called with the released adapter, float32 [D], at the end;
-    `show(round)` after each round, and `report(error)` with a fault of this program, which the coordinator is told nothing
-    of but that there was one."""
+    `report(error)` with a fault of this program, which the coordinator is told nothing of but that there was one. `views`
+    has (round, who was asked, what was signed of the adapter) of each upload, for its owner to see and compare."""
 
-    def __init__(self, plan, number, keys, silo, folder, finish=None, show=None, report=None):
+    def __init__(self, plan, number, keys, silo, folder, finish=None, report=None):
         self.plan, self.number, self.keys, self.silo = plan, number, keys, silo
         self.epoch, self.ended = os.urandom(messages.EPOCH), threading.Event()
-        self._finish, self._show, self._report = finish, show, report
+        self._finish, self._report, self.views = finish, report, []
         self._path, self._lock = pathlib.Path(folder) / "private" / SENT, threading.Lock()
         self._last = (silo.done, 0)  # round and attempt that were run last
         self._signed = {}  # what was signed of each round
@@ -64,38 +64,37 @@ class Site:
             return self._reply(Code.OK, data)
         if messages.digest(data) == self._kept_for:
             return self._kept
-        code = self._refusal(request)
+        statement = messages.statement(self.plan.digest, request.round, request.adapter, request.statement)
+        code = self._refusal(request, statement)
         if code is not Code.OK:
             return self._reply(code, data)
-        statement = messages.statement(self.plan.digest, request.round, request.adapter, request.statement)
         witness = self.keys.sign.sign(statement)
         if request.kind is Kind.END:
             return self._end(request, data, witness)
         return self._train(request, data, statement, witness)
 
-    def _refusal(self, request):
+    def _refusal(self, request, statement):
         """OK, or why `request` is refused; nothing is charged yet."""
-        last_round, last_attempt = self._last
         if self.ended.is_set():
             return Code.ENDED
         if not np.isfinite(request.adapter).all():
             return Code.MALFORMED
-        if self.number not in request.peers or len(request.peers) < self._least():
+        if self.number not in request.peers or (self.plan.mode.masked and len(request.peers) < self.plan.least):
             return Code.PEERS
         if request.epochs[self.number] != self.epoch:
             return Code.LOST
-        if not self._follows(request) or (request.round, request.attempt) <= (last_round, last_attempt):
+        used = request.kind is Kind.ROUND and (request.round, request.attempt) <= self._last
+        if used or not self._follows(request):
             return Code.STALE
-        return Code.OK if self._witnessed(request) else Code.SPLIT
-
-    def _least(self):
-        return self.plan.config.privacy.survivors if self.plan.mode.masked else 1
+        another = request.kind is Kind.ROUND and self._signed.get(request.round, statement) != statement
+        return Code.SPLIT if another or not self._witnessed(request) else Code.OK
 
     def _follows(self, request):
         """Whether this is the round that comes next here: the one after the last that this site ran, that one again, or a
         later one where the others went on without this site, as they sign."""
         number = request.round
-        if number < 1 or (number > 1 and request.before_round != number - 1):
+        most = self.plan.config.schedule.rounds + (request.kind is Kind.END)
+        if not 1 <= number <= most or (number > 1 and request.before_round != number - 1):
             return False
         return number in (self.silo.done, self.silo.done + 1) or (
             number > self.silo.done + 1 and self.number not in request.before
@@ -109,7 +108,7 @@ class Site:
         own = self._signed.get(request.before_round)
         if own is not None and own != request.statement:
             return False
-        return len(request.before) >= self._least() and all(
+        return len(request.before) >= self.plan.least and all(
             messages.verified(self.plan.site_keys[site], request.witnesses[site], request.statement)
             for site in request.before
         )
@@ -118,19 +117,20 @@ class Site:
         """The upload of a round: charged, computed, kept, committed."""
         digest = messages.digest(data)
         adapter = vectors.tree(request.adapter, self.silo.template)
-        self._last, self._signed = (request.round, request.attempt), {request.round: statement}
+        self._last = request.round, request.attempt
 
         def keep(upload):
             payload = self._payload(upload, request, digest)
             reply = self._reply(Code.OK, data, witness, payload)
             replace_durably(self._path, digest + statement + reply, 0o600)
             self._kept_for, self._kept = digest, reply
+            self._signed = {number: held for number, held in self._signed.items() if number == request.before_round}
+            self._signed[request.round] = statement
 
         if request.round > self.silo.done + 1:
             self.silo.missed(request.round - 1)
         self.silo.fit(adapter, request.round, request=digest.hex(), send=keep)
-        if self._show:
-            self._show(request.round)
+        self.views.append((request.round, sorted(request.peers), statement.hex()))
         return self._kept
 
     def _payload(self, upload, request, digest):
@@ -148,9 +148,14 @@ class Site:
             self._finish(request.adapter)
         reply = self._reply(Code.OK, data, witness)
         self.silo.finish()
+        forget(self._path.parent)
         self._kept_for, self._kept = messages.digest(data), reply
         self.ended.set()
         return reply
+
+    def close(self):
+        """Wait for the answer under way, and answer nothing more: what is charged is kept."""
+        self._lock.acquire()
 
     def _reply(self, code, data, witness=bytes(messages.SIGNATURE), payload=b""):
         return messages.pack_reply(
@@ -176,3 +181,13 @@ class Site:
             raise InputError(f"{self._path} is damaged, or of another plan: restore it.")
         self._last, self._signed = (reply.round, reply.attempt), {reply.round: data[size : 2 * size]}
         return data[:size], data[2 * size :]
+
+
+def forget(private):
+    """Destroy what a part that has ended leaves in the folder `private`: the upload that was sent last and the party's keys, with
+    which masks could be made again."""
+    for name in (SENT, party_keys.FILE):
+        path = pathlib.Path(private) / name
+        if path.exists():
+            path.write_bytes(bytes(path.stat().st_size))
+            path.unlink()

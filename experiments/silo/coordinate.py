@@ -113,6 +113,8 @@ class Progress:
         self.lines = [line.values for line in workdir_files.read_metrics(self.workdir, made.config.schedule.rounds)]
 
     def __call__(self, number, state, seconds):
+        if any(line["round"] == number for line in self.lines):  # an earlier start wrote it
+            return
         config, sent = self.made.config, self.made.body["federation"]["communication"]
         nothing = {"bytes_up_per_client": 0, "bytes_down_per_client": 0}
         line = {"round": 0, "epsilon": [0.0] * len(self.made.sites), "epsilon_max": 0.0, "seconds": 0.0} | nothing

@@ -2,11 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dplora_jax import config_checks, models
 from dplora_jax.errors import InputError
-from dplora_jax.federation import program
-from dplora_jax.finetuning import parties
-from dplora_jax.silos import keys, plan, vectors
+from dplora_jax.finetuning import parties, setup
+from dplora_jax.silos import draft, keys, plan, vectors
 from experiments import cli
 from experiments.silo import options
 
@@ -20,6 +21,7 @@ class Party(NamedTuple):
     config: Any
     base: Any
     rows: dict
+    about: dict  # what config.json says of the federation, made here
 
 
 def opened(made, values, workdir):
@@ -39,14 +41,30 @@ def opened(made, values, workdir):
         files = models.file_digests(config.base.name)
         if files != made.body["model"]:
             raise InputError(f"the base model {config.base.name} here has other files than the plan's: use the same.")
+        _check_features(made.body["features"])
         base = parties.public(config, {"federation": {"features": made.body["features"]}})
         rows = base.objective.train(parties.own_records(config))
     count = len(rows["attention_mask"])
     if count != made.sizes[number]:
         raise InputError(f"{card['name']} has {count} records, and the plan is for {made.sizes[number]}.")
-    adapter, _, _ = program.adapter(config, base.model, base.params)
+    about, bits, adapter = draft.describe(config, base.model, base.params, made.sites, made.mechanisms)
     if vectors.layout(adapter) != made.layout:
         raise InputError(
             "the plan's adapter has another shape than this party's: its labels or its kind of task differ."
         )
-    return Party(number, own_keys, config, base, rows)
+    if bits != made.bits:
+        raise InputError(f"the plan's grid of integers is 2^-{made.bits}, and 2^-{bits} follows from its noise.")
+    described = setup.describe(config, base, sum(made.sizes), "")
+    return Party(number, own_keys, config, base, rows, about | described | {"environment": {}})
+
+
+def _check_features(measured):
+    """InputError where a plan's centre and scale of features are no finite numbers."""
+    if measured is None:
+        return
+    try:
+        numbers = np.concatenate([np.ravel(np.asarray(measured[name], np.float64)) for name in ("center", "scale")])
+    except (KeyError, TypeError, ValueError):
+        numbers = np.array([np.nan])
+    if not np.isfinite(numbers).all():
+        raise InputError("the plan's features are no numbers.")

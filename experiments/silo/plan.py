@@ -59,6 +59,7 @@ def summary(made):
             f"{mechanism.noise_multiplier:.4f}, epsilon {epsilon:.4f} at delta {config.privacy.delta:g}"
         )
     rounds = f"{config.schedule.rounds} rounds, trust={config.privacy.trust}"
+    rounds += "" if config.privacy.seed is None else f", seed={config.privacy.seed}: NOT FOR RELEASE"
     if made.mode.masked:
         rounds += f", survivors={config.privacy.survivors}, colluding={config.privacy.colluding}"
-    return "\n".join([*lines, f"{rounds}; plan {made.digest.hex()[:16]}"])
+    return "\n".join([*lines, f"{rounds}; plan {made.digest.hex()[:32]}"])

@@ -1,5 +1,6 @@
 """A site: answer the coordinator's requests on a Unix socket, until the run ends."""
 
+import hashlib
 import pathlib
 import signal
 import threading
@@ -12,10 +13,11 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import program
 from dplora_jax.federation.silo import Silo
 from dplora_jax.models import features, pretrained
+from dplora_jax.privacy import secrets
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE, Ledger
 from dplora_jax.silos import frames, plan, vectors
-from dplora_jax.silos.site import Site
+from dplora_jax.silos.site import Site, forget
 from experiments import report
 from experiments.run import STOPPED, model_card
 from experiments.silo import options, party
@@ -33,7 +35,9 @@ def main(arguments):
     path, values, workdir = options.read("serve", arguments, values, "silo")
     made = options.planned(path)
     if (workdir / FILE).exists() and Ledger(workdir / FILE, mend=False).ended:
-        print(f"This site's part is finished, nothing was done. Report: {workdir / 'report.html'}")
+        secrets.destroy(workdir / "private")  # what a kill at the very end left
+        forget(workdir / "private")
+        print(f"This site's part is finished. Report: {report.write(workdir)}")
         return 0
     if values.relay_group and (
         values.socket is None or workdir.resolve() in pathlib.Path(values.socket).resolve().parents
@@ -54,21 +58,22 @@ def serve(made, own, workdir, socket, group):
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     with Silo(
         base.model, base.params, base.objective.loss, config, client=own.number, records=own.rows, sizes=made.sizes,
-        mechanisms=made.mechanisms, workdir=workdir, description=made.body["federation"],
+        mechanisms=made.mechanisms, workdir=workdir, description=own.about,
     ) as silo:  # fmt: skip
         site = Site(
             made, own.number, own.keys, silo, workdir, report=guard.show,
             finish=lambda adapter: save(workdir, own, vectors.tree(adapter, silo.template)),
-            show=lambda number: print(f"{name}: round {number}, epsilon {silo.epsilon:.4f}", flush=True),
         )  # fmt: skip
         with frames.listening(socket, site.handle, made.request_size(), group):
             print(
                 f"{name} answers on {socket}, from round {silo.done + 1} of plan {made.digest.hex()[:16]}", flush=True
             )
             while not stopped.wait(0.2) and not site.ended.is_set():
-                pass
+                _tell(made, name, site, silo)
             if site.ended.is_set():
                 stopped.wait(LINGER)
+            site.close()  # what was charged is kept before this process ends
+        _tell(made, name, site, silo)
     if not site.ended.is_set():
         return STOPPED
     report.write(workdir)
@@ -76,8 +81,20 @@ def serve(made, own, workdir, socket, group):
     return 0
 
 
+def _tell(made, name, site, silo):
+    """Say what each upload since the last time was for: who was asked, and which adapters this site was sent."""
+    while site.views:
+        number, peers, statement = site.views.pop(0)
+        asked = ", ".join(made.names[peer] for peer in peers)
+        print(
+            f"{name}: round {number}, asked {asked}; epsilon {silo.epsilon:.4f}; adapters so far {statement[:32]}",
+            flush=True,
+        )
+
+
 def save(workdir, own, adapter):
     """Write the released adapter in PEFT's format, its head for features as the base model makes them."""
+    print(f"The released adapter is {hashlib.sha256(vectors.flat(adapter)).hexdigest()[:32]}: all sites have the same.")
     base, config = own.base, own.config
     _, params, lora_config = program.adapter(config, base.model, base.params)
     whole = lora.with_frozen(params, adapter)

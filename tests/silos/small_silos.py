@@ -61,15 +61,15 @@ class Federation:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def engine(self, office, sites, carry=lambda site, request, answer: answer(request)):
-        """Threads that carry requests to `sites` {number: Site} and replies back, through `carry`."""
+    def engine(self, office, sites, carry=lambda site, request, answer: answer(request), alone=True):
+        """Threads that carry requests to `sites` {number: Site} and replies back, through `carry`; one at a time if `alone`."""
         stop = threading.Event()
 
         def relay(number):
             reply = b""
             while not stop.is_set():
                 request = office.exchange(number, reply, 0.05)
-                with ONE:
+                with ONE if alone else contextlib.nullcontext():
                     reply = carry(number, request, sites[number].handle) if request else b""
 
         threads = [threading.Thread(target=relay, args=(number,), daemon=True) for number in sites]
@@ -82,10 +82,10 @@ class Federation:
             for thread in threads:
                 thread.join()
 
-    def run(self, carry=None, patience=120, without=None, **options):
+    def run(self, carry=None, patience=120, without=None, alone=True, **options):
         """The Coordinator after all rounds, with every site in this process."""
         office = Office(len(NAMES))
-        with self.sites() as sites, self.engine(office, sites, *([carry] if carry else [])):
+        with self.sites() as sites, self.engine(office, sites, *([carry] if carry else []), alone=alone):
             made = self.coordinator(office, **options)
             made.run(patience, without)
         return made

@@ -33,27 +33,29 @@ def charges(made):
     ]
 
 
-def test_the_order_of_replies_changes_no_bit(expected, tmp_path):
-    """South's answer comes first, then east's, then north's, whatever order they were asked in."""
+@pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0], [0, 2, 1]])
+def test_the_order_of_replies_changes_no_bit(expected, tmp_path, order):
+    """Each round's replies are held until all are there, and let go one after the other in this order."""
     fields, adapter = expected
-    order, turn = [1, 2, 0], threading.Condition()
-    waiting = []
+    turn, came, arrived = threading.Condition(), {}, []
 
     def carry(site, request, answer):
-        reply = answer(request)
+        with small_silos.ONE:
+            reply = answer(request)
+        number = messages.HEAD.unpack_from(request)[3]
         with turn:
-            waiting.append(site)
+            came.setdefault(number, []).append(site)
+            turn.notify_all()
+            before = order[: order.index(site)]
+            assert turn.wait_for(lambda: len(came[number]) == 3 and arrived.count(number) == len(before), 60)
+            arrived.append(number)
+            turn.notify_all()
         return reply
 
     made = small_silos.Federation(tmp_path, **fields)
-    done = made.run(carry, patience=120)
-    permuted = small_silos.Federation(tmp_path / "again", **fields).plan.server()
-    uploads = {site: np.full(made.plan.numbers, site + 1, np.uint32 if fields else np.float32) for site in order}
-    one = permuted.step(permuted.init(made.start), uploads)
-    other = permuted.step(permuted.init(made.start), dict(sorted(uploads.items())))
-    np.testing.assert_array_equal(one.adapter, other.adapter)
+    done = made.run(carry, alone=False)
     np.testing.assert_array_equal(done.state.adapter, adapter)
-    assert sorted(set(waiting)) == [0, 1, 2]
+    assert all(sorted(sites) == [0, 1, 2] for sites in came.values())
 
 
 def test_replies_that_are_doubled_lost_forged_and_late_change_nothing(expected, tmp_path):
@@ -167,9 +169,110 @@ def test_masked_the_others_go_on_in_a_new_attempt_that_they_pay_for(tmp_path):
     assert done.asked[0] >= north.charged_rounds()
 
 
+def test_a_site_that_never_came_costs_the_others_nothing(tmp_path):
+    """It is not in any attempt's masks until it says hello."""
+    made = small_silos.Federation(tmp_path, seed=None, **small_silos.MASKED)
+    done = made.run(lambda site, request, answer: b"" if site == 1 else answer(request), without=3)
+    assert done.past.round == 3
+    assert done.early is None
+    assert charges_or_none(made) == [3, 0, 3]
+    assert done.asked == [3, 0, 3]
+
+
+def test_a_site_that_comes_back_is_asked_again(tmp_path):
+    made = small_silos.Federation(tmp_path)
+
+    def carry(site, request, answer):
+        return b"" if site == 1 and messages.HEAD.unpack_from(request)[3] == 2 else answer(request)
+
+    done = made.run(carry, without=8)
+    assert done.past.members == {0, 1, 2}
+    assert charges(made) == [3, 2, 3]
+
+
+def test_half_of_the_sites_are_no_federation(tmp_path):
+    """Else two groups could go on apart, each shown its own adapters."""
+    made = small_silos.Federation(tmp_path)
+    with pytest.raises(Stopped, match="needs 2 sites or more, and north, south did not answer"):
+        made.run(lambda site, request, answer: b"" if site < 2 else answer(request), without=2)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_run_that_ends_early_ends_at_every_site(tmp_path, name):
+    made, office = small_silos.Federation(tmp_path, seed=None, **MODES[name]), Office(3)
+
+    def carry(site, request, answer, lost=[]):  # noqa: B006 - once
+        reply = answer(request)
+        if site == 2 and messages.HEAD.unpack_from(request)[3] == 1 and not lost:
+            lost.append(site)
+            sites[2]._kept_for, sites[2]._kept, sites[2].epoch = b"", b"", b"n" * 16
+            return answer(request)
+        return reply
+
+    with made.sites() as sites, made.engine(office, sites, carry):
+        coordinator = made.coordinator(office)
+        coordinator.run(60)
+        assert "budget of" in coordinator.early
+        assert coordinator.past.round == 2
+        assert all(site.ended.is_set() for site in sites.values())
+    for site in small_silos.NAMES:
+        assert Ledger(made.folder / site / "privacy_ledger.jsonl").ended
+        assert list((made.folder / site / "private").iterdir()) == []
+
+
+def test_a_coordinator_that_died_before_it_showed_a_round_shows_it(tmp_path):
+    made, shown = small_silos.Federation(tmp_path), []
+
+    class Killed(BaseException):
+        pass
+
+    def show(number, state, seconds):
+        if number == 3 and shown[-1:] != ["killed"]:
+            shown.append("killed")
+            raise Killed
+        shown.append(number)
+
+    with pytest.raises(Killed):
+        made.run(show=show)
+    made.run(show=show)
+    assert shown == [0, 1, 2, "killed", 3]
+
+
+def test_a_hello_is_never_the_same(tmp_path):
+    """An old answer, of a site's process that is gone, answers no other."""
+    made, seen = small_silos.Federation(tmp_path), []
+    for _ in range(2):
+        coordinator = made.coordinator()
+        coordinator._ask = lambda request, *rest: seen.append(request) or {}
+        coordinator._greet(coordinator._everyone, None, None)
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("code", [Code.LOST, Code.OK])
+def test_a_site_that_never_gives_an_upload_stops_the_run(tmp_path, code):
+    """Before it makes the others pay for every round that they have."""
+    from dplora_jax.silos import keys
+
+    made = small_silos.Federation(
+        tmp_path, seed=None, rounds=30, epsilon=None, noise_multiplier=1.0, **small_silos.MASKED
+    )
+
+    def carry(site, request, answer):
+        if site != 1 or messages.HEAD.unpack_from(request)[3] != 1:
+            return answer(request)
+        reply = messages.Reply(code, made.plan.digest, messages.digest(request), 1, 0, 0, bytes(16), bytes(64))
+        return messages.pack_reply(reply, keys.load(made.folder / "south").sign)
+
+    with pytest.raises(
+        Stopped, match="was tried 8 times: look at south" if code is Code.LOST else "south answered without"
+    ):
+        made.run(carry)
+    assert max(charges_or_none(made)) <= 8
+
+
 def test_masked_fewer_than_the_survivors_stop(tmp_path):
     made = small_silos.Federation(tmp_path, **small_silos.MASKED | {"survivors": 3})
-    with pytest.raises(Stopped, match="fewer sites are left than survivors=3"):
+    with pytest.raises(Stopped, match="needs 3 sites or more, and south did not answer"):
         made.run(goes_missing, without=8)
 
 
@@ -191,7 +294,7 @@ def test_a_site_that_lost_its_upload_is_asked_anew(tmp_path):
 
         coordinator = made.coordinator(office)
         with made.sites() as sites, made.engine(office, sites, carry):
-            coordinator._greet(60, None)
+            coordinator._greet(coordinator._everyone, 60, None)
             coordinator._step(*coordinator._round(60, None))
         assert charges(made) == ([1, 1, 2] if name == "local" else [2, 2, 2])
         assert coordinator.asked == charges(made)
@@ -225,13 +328,13 @@ def test_a_coordinator_that_dies_after_one_site_was_asked_again_still_has_the_ot
                 return real(self, data, asked, *rest)
 
             dying.setattr(Coordinator, "_ask", ask)
-            coordinator._greet(60, None)
+            coordinator._greet(coordinator._everyone, 60, None)
             with pytest.raises(Killed):
                 coordinator._round(60, None)
         office = Office(3)
         with made.engine(office, sites):
             coordinator = made.coordinator(office)
-            coordinator._greet(60, None)
+            coordinator._greet(coordinator._everyone, 60, None)
             _, uploads, _ = coordinator._round(60, None)
     assert set(uploads) == {0, 1, 2}
     assert charges(made) == [1, 1, 2]
@@ -281,7 +384,7 @@ def test_the_integer_total_is_exactly_the_simulations(tmp_path):
     office = Office(3)
     coordinator = made.coordinator(office)
     with made.sites() as sites, made.engine(office, sites):
-        coordinator._greet(60, None)
+        coordinator._greet(coordinator._everyone, 60, None)
         _, uploads, _ = coordinator._round(60, None)
     totals.append(coordinator.server.total(uploads))
     whole = Federation(*small.model(), losses.classification, small.config(rounds=3, **small_silos.MASKED))

@@ -41,11 +41,18 @@ def run(*arguments):
     assert silo.main(list(arguments)) == 0
 
 
-def check(house, capsys, *flags, path=None, name="north", code=2):
+def check(house, capsys, *flags, path=None, name="north", code=2, rehearsal=True):
     """What `check` says, on stdout or on stderr."""
     own = [word for word in table(house, name) if not word.startswith("--dataset")]
     path = path or house / "coordinator" / plan.FILE
-    arguments = ["check", str(path), f"--workdir={house / name}", *own, *(flags or ["--most_epsilon=8"])]
+    arguments = [
+        "check",
+        str(path),
+        f"--workdir={house / name}",
+        *own,
+        *(flags or ["--most_epsilon=8"]),
+        *(["--rehearsal"] if rehearsal else []),
+    ]
     assert silo.main(arguments) == code
     said = capsys.readouterr()
     return said.err if code else said.out
@@ -81,7 +88,8 @@ def test_a_plan_that_fits_is_approved_and_its_epsilon_recomputed(house, capsys):
     [
         (["--most_epsilon=7"], "past --most_epsilon=7"),
         (["--most_epsilon=8", "--least_survivors=4"], "below --least_survivors=4"),
-        (["--most_epsilon=8", "--least_honest=3"], "noise of 2 sites, below --least_honest=3"),
+        (["--most_epsilon=8", "--least_colluding=2"], "colluding=1, below --least_colluding=2"),
+        (["--most_epsilon=8", "--most_delta=1e-5"], "delta is 0.001, and this party agrees to --most_delta=1e-05"),
         (["--most_epsilon=8", "--rounds=2"], "--rounds is the plan's to decide"),
         (["--text_column=text"], "--most_epsilon is missing"),
     ],
@@ -128,6 +136,14 @@ CHANGES = {
     "a robust mean": (of(("config", "robust"), "median"), "leave it out, or use --trust=local"),
     "noise that is not whole": (of(("config", "noise"), "independent"), "use --noise=hardened"),
     "no secret at all": (of(("config", "trust"), "client"), "trust=client"),
+    "a coarser grid": (of(("bits",), 1), "grid of integers is 2^-1"),
+    "a seed of its own": (of(("config", "seed"), 7), "has no privacy"),
+    "a schedule": (of(("config", "dropout"), 0.2), "leave out"),
+    "a key for masks that everyone knows": (
+        of(("sites", 2, "x25519"), "0" * 64),
+        "its keys or its certificate are none",
+    ),
+    "features that are no numbers": (of(("features",), {"center": ["nan"], "scale": 1.0}), "features are no numbers"),
     "no grid": (of(("bits",), None), "grid of integers does not fit"),
 }
 
@@ -135,8 +151,26 @@ CHANGES = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_plan_that_does_not_fit_is_refused_though_the_coordinator_signed_it(house, capsys, tmp_path, what):
     change, words = CHANGES[what]
-    assert words in check(house, capsys, path=edited(house, tmp_path, change))
+    assert words in check(house, capsys, path=edited(house, tmp_path, change), rehearsal=False)
     assert not (tmp_path / plan.APPROVAL).exists()
+
+
+def test_nobody_approves_before_the_sites_have_compared_the_plans_digest(house, capsys):
+    """Each knows its own keys in the plan: if all have one plan, all its keys are right."""
+    digest = plan.read(house / "coordinator" / plan.FILE).digest.hex()
+    for flags in ([], [f"--digest={'0' * 32}"]):
+        said = check(house, capsys, "--most_epsilon=8", *flags, rehearsal=False)
+        assert f"give --digest={digest[:32]}" in said
+    assert "Approved" in check(house, capsys, "--most_epsilon=8", f"--digest={digest[:32]}", rehearsal=False, code=0)
+
+
+def test_what_a_site_keeps_and_prints_of_a_plan_is_reckoned_at_the_site(house, capsys, tmp_path):
+    """Not what the coordinator says that it comes to."""
+    lie = of(("federation", "trust"), ["NOTHING IS SEEN"])
+    path = edited(house, tmp_path, lambda body: (lie(body), of(("federation", "clients", 0, "epsilon"), 0.001)(body)))
+    said = check(house, capsys, path=path, code=0)
+    assert "NOTHING IS SEEN" not in said
+    assert "costs north epsilon 7.99" in said
 
 
 @pytest.mark.parametrize("change", [of(("config", "rounds"), 2), of(("start",), "0" * 64), swapped("certificate")])
