@@ -32,7 +32,7 @@ def command(tiny_bert, finance_table, tmp_path):
     "more",
     [
         pytest.param([], id="fedavg"),
-        pytest.param(["--aggregation=fedex", "--local_steps=2"], id="fedex"),
+        pytest.param(["--aggregation=fedex", "--local_steps=2"], id="fedex", marks=pytest.mark.slow),
         pytest.param(["--aggregation=flora"], id="flora", marks=pytest.mark.slow),
         pytest.param(["--aggregation=fedsa"], id="fedsa", marks=pytest.mark.slow),
         pytest.param(["--head_only"], id="head_only", marks=pytest.mark.slow),

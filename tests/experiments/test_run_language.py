@@ -164,6 +164,7 @@ def test_layers_that_run_once_for_each_record_change_nothing(base, tables, done,
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_labels_words_learn_what_their_texts_say(base, tables, tmp_path):
     """Without noise, the answer to the noun is the verb that always follows it."""
     rows = [{"words": noun, "way": verb} for noun, verb in zip(NOUNS, VERBS, strict=True)]
@@ -183,6 +184,7 @@ def test_the_claim_of_a_language_model_is_audited_on_its_own_loss(base, tables, 
     assert found["coins"] == 4 * 2 * 4 * 3 // 4
 
 
+@pytest.mark.slow
 def test_membership_is_inferred_of_answers_too(base, tables, tmp_path):
     config = run_flags.parse(job(base, tables / "answers", tmp_path, *KINDS["answers"]))
     found = membership.attack(config, seed=3)

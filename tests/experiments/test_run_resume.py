@@ -54,6 +54,7 @@ def wait_for_rounds(folder, rounds, process):
     raise AssertionError(f"no round {rounds}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_then_terminated_comes_to_the_same_bits(command, tmp_path):
     """SIGTERM saves the dispatch under way and exits with 75; the third start is the object's own."""
     longer = [*command, "--seed=5", "--rounds=30", "--dispatch_rounds=1", "--mesh=1x1"]
