@@ -61,6 +61,7 @@ def start(job):
     pid = os.fork()
     if pid:
         return pid
+    os.setpgid(0, 0)  # its worker too is ended by it
     code = 99
     try:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
