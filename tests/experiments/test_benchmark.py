@@ -17,7 +17,6 @@ from experiments.benchmark import roofline
 from experiments.benchmark import steps as benchmark_steps
 from experiments.benchmark import table as benchmark_table
 from experiments.plan import flops
-from tests.conftest import mostly_slow
 
 A, B = jnp.ones((3, 5)), jnp.ones((5, 7))
 CASE = benchmark_steps.Case("gpt2", 2, 4, 16, 8, ("q", "v"), False, "language_model", "bfloat16", False)
@@ -36,7 +35,8 @@ def test_products_in_loops_count_as_often_as_they_run_and_dead_ones_do_not():
     assert flops.count(lambda x, a, b: jax.lax.cond(x, lambda: (a @ b).sum(), lambda: 0.0), True, A, B) == 210
 
 
-@pytest.mark.parametrize("name", mostly_slow(["ghost"], ["plain", "broadcast", "ghost"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "broadcast", "ghost"])
 def test_what_is_counted_in_a_step_is_what_is_compiled(name):
     """Of one layer, whose loop XLA takes apart: its own analysis, which counts a loop's body once, then has all products."""
     case = benchmark_steps.Case("bert-base", 1, 4, 32, 64, ("q", "v"), False, "classification", "float32", False)
@@ -81,7 +81,7 @@ def test_peers_come_with_ours_over_theirs_and_are_no_forms():
 
 
 @pytest.mark.slow
-def test_a_sweep_writes_each_cell_once_and_a_plot(tiny_bert, tmp_path, capsys, monkeypatch):
+def test_a_sweep_writes_each_cell_once_and_a_plot(quick_compile, tiny_bert, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cells.jsonl"
     command = [f"--model={tiny_bert}", "--batch=2", "--length=8", "--repeats=3", "--forms=auto,vmap", f"--out={out}"]
     assert benchmark.main([*command, "--vary=rank=2|3"]) == 0
@@ -98,7 +98,7 @@ def test_a_sweep_writes_each_cell_once_and_a_plot(tiny_bert, tmp_path, capsys, m
 
 
 @pytest.mark.slow
-def test_rounds_are_measured_pooled_and_apart(tiny_bert, capsys):
+def test_rounds_are_measured_pooled_and_apart(quick_compile, tiny_bert, capsys):
     command = [f"--model={tiny_bert}", "--batch=4", "--length=8", "--rank=2", "--repeats=3"]
     assert benchmark.main([*command, "--measure=round", "--clients=1,3"]) == 0
     _, one, three = capsys.readouterr().out.splitlines()
@@ -108,7 +108,7 @@ def test_rounds_are_measured_pooled_and_apart(tiny_bert, capsys):
 
 
 @pytest.mark.slow
-def test_a_profile_is_a_trace_and_names_what_takes_the_time(tiny_bert, tmp_path, capsys):
+def test_a_profile_is_a_trace_and_names_what_takes_the_time(quick_compile, tiny_bert, tmp_path, capsys):
     command = [f"--model={tiny_bert}", "--batch=2", "--length=8", "--rank=2", "--repeats=3", "--forms=auto"]
     assert benchmark.main([*command, f"--profile={tmp_path}"]) == 0
     out = capsys.readouterr().out

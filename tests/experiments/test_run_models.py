@@ -33,7 +33,12 @@ def job(base, table, tmp_path, *extra):
     [
         pytest.param("variants/gpt2_untied", ("--remat",), id="remat", marks=pytest.mark.slow),
         pytest.param("variants/gpt2_untied", ("--last_layers=1", "--freeze_a"), id="frozen layers below"),
-        pytest.param("variants/qwen2", ("--dtype=bfloat16", "--quantize=nf4"), id="nf4 in bfloat16"),
+        pytest.param(
+            "variants/qwen2",
+            ("--dtype=bfloat16", "--quantize=nf4"),
+            id="nf4 in bfloat16",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "variants/llama_mqa",
             ("--quantize=int8", "--targets=all-linear"),

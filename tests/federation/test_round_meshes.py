@@ -64,9 +64,7 @@ def alone():
 
 
 FILLED = [
-    small.Setup(8, 1, transcript=False, diagnostics=False),
     small.Setup(4, 2, wave=2, transcript=False, diagnostics=False),
-    small.Setup(2, 4, wave=4, transcript=False, diagnostics=False),
     small.Setup(2, 1, wave=3, transcript=False, diagnostics=False),
 ]
 
