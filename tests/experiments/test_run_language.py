@@ -164,7 +164,6 @@ def test_choices_are_scored_plain_and_by_their_lengths(base, tables, done):
     assert found["accuracy"] != found["accuracy_norm"]
 
 
-@pytest.mark.slow
 def test_layers_that_run_once_for_each_record_change_nothing(base, tables, done, tmp_path):
     flags = ["--seed=1", "--last_layers=1", "--nocache_frozen"]
     fit(job(base, tables / "answers", tmp_path / "whole", *KINDS["answers"], *flags))
