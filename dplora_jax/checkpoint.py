@@ -48,29 +48,30 @@ def _leave_out_orbaxs_own(record):
 
 
 class Checkpoints:
-    """The checkpoints of one directory, a step a round; saved asynchronously, the last two kept. All processes of a run save and
-    restore together, in one directory that all see; the notes are those of process 0."""
+    """The checkpoints of one directory, a step a round; the last two kept. All processes of a run save and restore together, in
+    one directory that all see; the notes are those of process 0.
+
+    Nothing is saved in the background: of a process whose disk is full there, the others would wait for what never comes."""
 
     def __init__(self, directory):
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").addFilter(_leave_out_orbaxs_own)
         self._directory, self._args = pathlib.Path(directory).absolute(), ocp.args
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, number, state, notes):
-        """Begin to save `state` (a pytree of arrays) and `notes` (JSON) as of round `number`; `wait` makes sure of it.
+        """Save `state` (a pytree of arrays) and `notes` (JSON) as of round `number`; `wait` makes it durable.
         `notes["ledger"]` is the anchor that `anchors` reads."""
         parts = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(plain(notes)))
         self._manager.save(number, args=parts)
 
     def wait(self, meet=lambda: None):
-        """Return when everything saved so far is durable, which orbax leaves to the system; raises what went wrong.
+        """Return when everything saved so far is durable, which orbax leaves to the system.
 
         Where several processes save together, `meet` returns when all have called it: before, none knows of all the files,
         and after, each has made durable what it wrote."""
-        self._manager.wait_until_finished()
         meet()
         number = self._manager.latest_step()
         if number is not None:
@@ -97,5 +98,5 @@ class Checkpoints:
         return number, restored["state"], restored["notes"]
 
     def close(self):
-        """Finish pending saves and stop the threads."""
+        """Let go of the directory."""
         self._manager.close()

@@ -1,6 +1,7 @@
 """Checkpoints as a killed program leaves them."""
 
 import logging
+import resource
 import shutil
 
 import jax.numpy as jnp
@@ -34,6 +35,21 @@ def test_one_that_was_being_removed_does_not_stand_in_the_way(saved):
         manager.wait()
     manager.close()
     assert [name for name, _ in anchors(saved)] == ["checkpoint 3", "checkpoint 4"]
+
+
+def test_nothing_is_saved_in_the_background(tmp_path):
+    """Of several processes, the others would wait for one whose save fails there, and say nothing of why."""
+    manager = Checkpoints(tmp_path)
+    manager.save(1, {"state": jnp.zeros(3)}, {"ledger": ANCHOR})
+    assert anchors(tmp_path) == [("checkpoint 1", ANCHOR)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            manager.save(2, {"state": jnp.zeros(1000)}, {"ledger": ANCHOR})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    manager.close()
 
 
 def test_orbaxs_tracebacks_do_not_stand_before_the_sentence(saved):

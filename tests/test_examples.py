@@ -46,6 +46,7 @@ def test_the_readmes_python_runs_to_its_plan(tiny_bert, monkeypatch, tmp_path, c
         assert call in rest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec(pretrained.PACKAGES["all-MiniLM-L6-v2"][0]) is None,
     reason="all-MiniLM-L6-v2 is not installed",

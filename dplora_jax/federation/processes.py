@@ -77,7 +77,7 @@ def join(config):
     sys.stdout.flush()
     if worker := os.fork():
         sender.close()
-        return Supervisor(worker, receiver, config.execution.stall_timeout).run()
+        return Supervisor(worker, receiver, config.execution.stall_timeout, f"{_alone(config)}.").run()
     receiver.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor makes a SIGTERM of it
     _group = Group(sender, config.execution.process, config.execution.processes)
@@ -117,13 +117,18 @@ def _connect(config):
         )
         _group.number, _group.count = jax.process_index(), jax.process_count()
     except Exception as error:
-        execution, reason = config.execution, " ".join(str(error).split())[:200]
-        _fail(
-            LOST,
-            f"process {execution.process} could not join the others by coordinator={execution.coordinator} within {stall} s: "
-            f"start all {execution.processes or ''} processes, and let them reach process 0 at that address: it listens there "
-            f"alone, or where JAX_COORDINATOR_BIND_ADDRESS says ({reason}).",
-        )
+        reason = " ".join(str(error).split())[:200]
+        _fail(LOST, f"{_alone(config)} ({reason}).")
+
+
+def _alone(config):
+    """What to say, but for the full stop, where the others do not come."""
+    execution = config.execution
+    return (
+        f"process {execution.process} could not join the others by coordinator={execution.coordinator} within "
+        f"{execution.stall_timeout:.0f} s: start all {execution.processes or ''} processes, and let them reach process 0 at that "
+        "address: it listens there alone, or where JAX_COORDINATOR_BIND_ADDRESS says"
+    )
 
 
 def _introduce(config):

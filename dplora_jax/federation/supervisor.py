@@ -61,10 +61,11 @@ class Peer:
 
 
 class Supervisor:
-    """Waits for the process `worker`, whose messages (`processes`) come by `channel`; `stall` is `stall_timeout`."""
+    """Waits for the process `worker`, whose messages (`processes`) come by `channel`; `stall` is `stall_timeout`, and `alone` the
+    sentence for a worker that JAX aborts since the others do not come."""
 
-    def __init__(self, worker, channel, stall):
-        self.worker, self.channel, self.stall = worker, channel, stall
+    def __init__(self, worker, channel, stall, alone):
+        self.worker, self.channel, self.stall, self.alone = worker, channel, stall, alone
         self.patience = max(SUSPECT, min(stall / 10, 100.0))  # few beside a dispatch's, many beside a network's hiccup
         self.started = self.judged = time.monotonic()
         self.name, self.path, self.peers = "this process", None, []
@@ -141,6 +142,8 @@ class Supervisor:
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         sentence = f"{self.name} {how} at {self.place}. {RESUME}"
+        if code == -signal.SIGABRT and not self.peers:
+            sentence = self.alone
         if code == -signal.SIGTERM:
             self._on_failed(STOPPED, f"{self.name} was stopped by SIGTERM before a round began. {RESUME}", 0)
         else:  # JAX aborts whoever has lost process 0

@@ -28,6 +28,7 @@ from dplora_jax.federation import processes
 from dplora_jax.models.tokenizer import load_tokenizer  # noqa: F401
 from experiments import run
 
+QUICKLY = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # compiled as in `conftest`
 ERRORS = {
     "mistake": errors.InputError("--rank=7 is wrong."),
     "endless": errors.NotFiniteError("no number is finite any more."),
@@ -61,13 +62,14 @@ def start(job):
     pid = os.fork()
     if pid:
         return pid
+    os.setpgid(0, 0)  # its worker too is ended by it
     code = 99
     try:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(job["folder"])
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={job['devices']}"
+        os.environ["XLA_FLAGS"] = f"{QUICKLY} --xla_force_host_platform_device_count={job['devices']}"
         if job.get("blow"):
             strike(*job["blow"])
         code = run.main(job["start"])

@@ -70,7 +70,7 @@ class Starts:
         self.server.stdin.close()
         for pid in self.logs:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)  # with a worker that was left standing
         self.server.wait(30)
 
 

@@ -193,6 +193,7 @@ def command(tiny_bert, finance_table, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_configuration_is_audited_with_several_canaries_a_client(command, tmp_path):
     assert audit.main([*command, "--canaries=6", "--runs=3", "--audit_seed=1"]) == 0
     document = json.loads((tmp_path / "audit" / "audit.json").read_text())
@@ -202,6 +203,7 @@ def test_a_configuration_is_audited_with_several_canaries_a_client(command, tmp_
     assert line["coins"] == 3 * 3 * 6 * 3 // 4
 
 
+@pytest.mark.slow
 def test_membership_is_attacked_with_and_without_privacy(command, tmp_path, capsys):
     assert audit.main([*command, "--membership", "--audit_seed=1"]) == 0
     lines = json.loads((tmp_path / "audit" / "membership.json").read_text())["runs"]

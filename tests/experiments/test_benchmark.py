@@ -35,6 +35,7 @@ def test_products_in_loops_count_as_often_as_they_run_and_dead_ones_do_not():
     assert flops.count(lambda x, a, b: jax.lax.cond(x, lambda: (a @ b).sum(), lambda: 0.0), True, A, B) == 210
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "broadcast", "ghost"])
 def test_what_is_counted_in_a_step_is_what_is_compiled(name):
     """Of one layer, whose loop XLA takes apart: its own analysis, which counts a loop's body once, then has all products."""
@@ -80,7 +81,7 @@ def test_peers_come_with_ours_over_theirs_and_are_no_forms():
 
 
 @pytest.mark.slow
-def test_a_sweep_writes_each_cell_once_and_a_plot(tiny_bert, tmp_path, capsys, monkeypatch):
+def test_a_sweep_writes_each_cell_once_and_a_plot(quick_compile, tiny_bert, tmp_path, capsys, monkeypatch):
     out = tmp_path / "cells.jsonl"
     command = [f"--model={tiny_bert}", "--batch=2", "--length=8", "--repeats=3", "--forms=auto,vmap", f"--out={out}"]
     assert benchmark.main([*command, "--vary=rank=2|3"]) == 0
@@ -96,7 +97,8 @@ def test_a_sweep_writes_each_cell_once_and_a_plot(tiny_bert, tmp_path, capsys, m
     assert capsys.readouterr().out == first
 
 
-def test_rounds_are_measured_pooled_and_apart(tiny_bert, capsys):
+@pytest.mark.slow
+def test_rounds_are_measured_pooled_and_apart(quick_compile, tiny_bert, capsys):
     command = [f"--model={tiny_bert}", "--batch=4", "--length=8", "--rank=2", "--repeats=3"]
     assert benchmark.main([*command, "--measure=round", "--clients=1,3"]) == 0
     _, one, three = capsys.readouterr().out.splitlines()
@@ -105,7 +107,8 @@ def test_rounds_are_measured_pooled_and_apart(tiny_bert, capsys):
     assert rows[0] < rows[1]  # fewer rows where they are pooled
 
 
-def test_a_profile_is_a_trace_and_names_what_takes_the_time(tiny_bert, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_profile_is_a_trace_and_names_what_takes_the_time(quick_compile, tiny_bert, tmp_path, capsys):
     command = [f"--model={tiny_bert}", "--batch=2", "--length=8", "--rank=2", "--repeats=3", "--forms=auto"]
     assert benchmark.main([*command, f"--profile={tmp_path}"]) == 0
     out = capsys.readouterr().out

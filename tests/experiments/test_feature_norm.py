@@ -32,7 +32,7 @@ def command(tiny_bert, finance_table, tmp_path):
     "more",
     [
         pytest.param([], id="fedavg"),
-        pytest.param(["--aggregation=fedex", "--local_steps=2"], id="fedex"),
+        pytest.param(["--aggregation=fedex", "--local_steps=2"], id="fedex", marks=pytest.mark.slow),
         pytest.param(["--aggregation=flora"], id="flora", marks=pytest.mark.slow),
         pytest.param(["--aggregation=fedsa"], id="fedsa", marks=pytest.mark.slow),
         pytest.param(["--head_only"], id="head_only", marks=pytest.mark.slow),
@@ -50,7 +50,8 @@ def test_the_released_adapter_says_the_same_of_plain_features(command, tiny_bert
         adapter, _ = peft.load(tmp_path / "run" / folder, model, base)
         trained, shifted = state.adapter, params
         if "fedsa" in "".join(more):
-            trained = methods.with_own(trained, {name: b[client] for name, b in state.own.items()})
+            own = {name: b[client] for name, b in state.own.items()}
+            trained = methods.BY_NAME["fedsa"].begin(trained, own)
         if state.residual:
             shifted = lora.shifted(model, params, state.residual)
         expected = prepared.model.apply(shifted, {**rows, "hidden": within}, trained)

@@ -41,9 +41,17 @@ def goes_on(starts, name, *then):
     assert ledger.main(["verify", str(workdir)]) == 0
 
 
-@pytest.mark.parametrize("blow", ["KILL", "STOP"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "place", "blow"),
+    [
+        (0, "reading the base", "KILL"),
+        (1, "reading the base", "STOP"),
+        (0, "rounds 2 to 2", "STOP"),
+        (1, "rounds 2 to 2", "KILL"),
+        (0, "the checkpoint of round 2", "KILL"),
+        (1, "the checkpoint of round 2", "STOP"),
+    ],
+)
 def test_one_that_dies_or_hangs_ends_all_by_its_name(starts, victim, place, blow):
     name, target = f"{blow}{victim}{place.replace(' ', '_')}", PLACES[place]
     ids = starts.begin(name, 2, 2, blows={victim: (place, f"{blow} {target}")})
@@ -64,15 +72,17 @@ def test_one_that_dies_or_hangs_ends_all_by_its_name(starts, victim, place, blow
 
 
 @pytest.mark.parametrize(
-    ("what", "place", "code", "words"),
+    ("victim", "what", "place", "code", "words"),
     [
-        *(("mistake", place, 2, "--rank=7 is wrong.") for place in PLACES),
-        ("endless", "rounds 2 to 2", 65, "no number is finite any more."),
-        ("broken", "the checkpoint of round 2", 74, "records.csv cannot be read or written"),
-        ("fault", "rounds 2 to 2", 1, "failed with KeyError: see what it printed."),
+        (0, "mistake", "reading the base", 2, "--rank=7 is wrong."),
+        (1, "mistake", "rounds 2 to 2", 2, "--rank=7 is wrong."),
+        (0, "mistake", "the checkpoint of round 2", 2, "--rank=7 is wrong."),
+        (1, "endless", "rounds 2 to 2", 65, "no number is finite any more."),
+        (1, "broken", "the checkpoint of round 2", 74, "records.csv cannot be read or written"),
+        (0, "fault", "rounds 2 to 2", 1, "failed with KeyError: see what it printed."),
+        (1, "fault", "rounds 2 to 2", 1, "failed with KeyError: see what it printed."),
     ],
 )
-@pytest.mark.parametrize("victim", [0, 1])
 def test_a_failure_of_one_ends_all_with_its_sentence_and_code(starts, victim, what, place, code, words):
     name = f"{what}{victim}{place.replace(' ', '_')}"
     ids = starts.begin(name, 2, 2, blows={victim: (place, what)})

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import types
 
 import pytest
 
-from dplora_jax.config import RunConfig
+from dplora_jax.config import RunConfig, replace
 from dplora_jax.errors import InputError, Refused
-from dplora_jax.federation import dispatch, processes
+from dplora_jax.federation import dispatch, processes, supervisor
 
 MARKER = "Mrs Marker's cyst"
 
@@ -71,6 +72,17 @@ def test_a_process_draws_from_one_ledger_entry_once(group, monkeypatch):
     assert draw() is None
     with pytest.raises(InputError, match="names a ledger entry for a second dispatch"):
         draw()
+
+
+def test_whom_jax_aborts_before_all_have_come_is_told_to_start_all():
+    """JAX may abort a process that waited for the others in vain, before it can say so itself."""
+    config = replace(RunConfig(), coordinator="127.0.0.1:61440", processes=2, process=1, stall_timeout=10.0)
+    waiting = supervisor.Supervisor(0, None, 10.0, f"{processes._alone(config)}.")
+    waiting._on_exit(-signal.SIGABRT)
+    _, code, sentence = waiting.failure
+    assert code == supervisor.LOST
+    assert "process 1 could not join the others" in sentence
+    assert "start all 2 processes" in sentence
 
 
 LISTEN = """

@@ -101,6 +101,7 @@ def test_seed_repeats_the_run_and_marks_it(command, done, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_frozen_layers_may_run_once_a_record_or_at_each_step(command, tmp_path):
     for name in ("cache_frozen", "nocache_frozen"):
         fit([*command, "--seed=3", "--last_layers=1", f"--{name}", f"--workdir={tmp_path / name}"])

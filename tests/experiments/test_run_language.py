@@ -1,5 +1,6 @@
 """Language models through the main job: answers, text and label words, and the public tasks beside them."""
 
+import functools
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dplora_jax import models, peft
+from dplora_jax.finetuning import setup
 from experiments import cli as run_flags
 from experiments import ledger, run
 from experiments.attacks import audit, membership
@@ -107,18 +109,23 @@ def test_the_adapter_is_a_causal_language_models_in_pefts_format_and_learned(kin
     assert all(np.asarray(pair.b).any() for pair in adapter["layers"].values())
 
 
-def log_likelihood(base, workdir, prompt, answer):
-    """Of an answer's tokens, by logits of the whole model, and how many they are: the plain way."""
+@functools.cache
+def loaded(base, workdir):
+    """(tokenizer, function of token ids that gives the logits of the whole model) of a finished run."""
     model, params = models.from_pretrained(base)
     adapter, _ = peft.load(workdir / "adapter", model, params)
-    tokenizer = models.load_tokenizer(base)
+    return models.load_tokenizer(base), jax.jit(lambda ids: model.apply(params, {"input_ids": ids}, adapter))
+
+
+def log_likelihood(base, workdir, prompt, answer):
+    """Of an answer's tokens, by logits of the whole model, and how many they are: the plain way."""
+    tokenizer, logits_of = loaded(base, workdir)
     before = tokenizer(
         prompt
     ).input_ids  # the tiny tokenizer closes a prompt, even none, so the answer is tokenised apart
     ids = [*before, *tokenizer(answer, add_special_tokens=False).input_ids]
     start = len(before)
-    logits = model.apply(params, {"input_ids": jnp.array([ids])}, adapter)[0]
-    nats = jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), jnp.array(ids[1:])]
+    nats = np.asarray(jax.nn.log_softmax(logits_of(jnp.array([ids]))[0]))[np.arange(len(ids) - 1), ids[1:]]
     return float(nats[start - 1 :].sum()), len(ids) - start
 
 
@@ -164,6 +171,7 @@ def test_layers_that_run_once_for_each_record_change_nothing(base, tables, done,
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_labels_words_learn_what_their_texts_say(base, tables, tmp_path):
     """Without noise, the answer to the noun is the verb that always follows it."""
     rows = [{"words": noun, "way": verb} for noun, verb in zip(NOUNS, VERBS, strict=True)]
@@ -175,6 +183,7 @@ def test_labels_words_learn_what_their_texts_say(base, tables, tmp_path):
     assert metrics(tmp_path / "run")[-1]["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_language_model_is_audited_on_its_own_loss(base, tables, tmp_path):
     more = ["--runs=4", "--canaries=4", "--audit_seed=1"]
     assert audit.main(job(base, tables / "text", tmp_path / "audit", *KINDS["text"], *more)) == 0
@@ -183,6 +192,7 @@ def test_the_claim_of_a_language_model_is_audited_on_its_own_loss(base, tables, 
     assert found["coins"] == 4 * 2 * 4 * 3 // 4
 
 
+@pytest.mark.slow
 def test_membership_is_inferred_of_answers_too(base, tables, tmp_path):
     config = run_flags.parse(job(base, tables / "answers", tmp_path, *KINDS["answers"]))
     found = membership.attack(config, seed=3)
@@ -272,6 +282,5 @@ def test_bert_predicts_no_next_token(tiny_bert, tables, tmp_path, capsys):
 
 def test_one_party_of_several_has_its_own_share_alone(base, tables, tmp_path):
     more = ["--clients=1", "--parties=3", "--rounds=1"]
-    fit(job(base, tables / "text", tmp_path / "one", *KINDS["text"], *more))
-    facts = json.loads((tmp_path / "one" / "config.json").read_text())["federation"]
-    assert [client["records"] for client in facts["clients"]] == [20]
+    made = setup.prepare(run_flags.parse(job(base, tables / "text", tmp_path / "one", *KINDS["text"], *more)))
+    assert [len(shard["input_ids"]) for shard in made.shards] == [20]

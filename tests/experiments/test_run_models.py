@@ -31,12 +31,21 @@ def job(base, table, tmp_path, *extra):
 @pytest.mark.parametrize(
     ("base", "extra"),
     [
-        ("variants/gpt2_untied", ("--remat",)),
-        ("variants/gpt2_untied", ("--last_layers=1", "--freeze_a")),
-        ("variants/qwen2", ("--dtype=bfloat16", "--quantize=nf4")),
-        ("variants/llama_mqa", ("--quantize=int8", "--targets=all-linear")),
+        pytest.param("variants/gpt2_untied", ("--remat",), id="remat", marks=pytest.mark.slow),
+        pytest.param("variants/gpt2_untied", ("--last_layers=1", "--freeze_a"), id="frozen layers below"),
+        pytest.param(
+            "variants/qwen2",
+            ("--dtype=bfloat16", "--quantize=nf4"),
+            id="nf4 in bfloat16",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "variants/llama_mqa",
+            ("--quantize=int8", "--targets=all-linear"),
+            id="int8, every matrix",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["remat", "frozen layers below", "nf4 in bfloat16", "int8, every matrix"],
 )
 def test_a_decoder_becomes_a_classifier_and_leaves_an_adapter_that_peft_reads(base, extra, finance_table, tmp_path):
     fit(job(base, finance_table, tmp_path, *extra))

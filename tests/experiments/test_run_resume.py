@@ -54,6 +54,7 @@ def wait_for_rounds(folder, rounds, process):
     raise AssertionError(f"no round {rounds}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_then_terminated_comes_to_the_same_bits(command, tmp_path):
     """SIGTERM saves the dispatch under way and exits with 75; the third start is the object's own."""
     longer = [*command, "--seed=5", "--rounds=30", "--dispatch_rounds=1", "--mesh=1x1"]
@@ -76,6 +77,24 @@ def test_a_run_that_is_killed_and_then_terminated_comes_to_the_same_bits(command
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
     assert [line["round"] for line in lines_of(folder / "metrics.jsonl")] == list(range(31))
     assert Ledger(folder / "privacy_ledger.jsonl").charged_rounds() == 30
+
+
+def test_sigterm_saves_the_dispatch_under_way_and_the_next_start_goes_on(command, tmp_path, monkeypatch):
+    commit, folder = dispatch.commit, tmp_path / "run"
+
+    def terminated(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        commit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "commit", terminated)
+        assert run.main(command) == 75
+    kept = Ledger(folder / "privacy_ledger.jsonl")
+    assert kept.open_entry() is None
+    assert kept.charged_rounds() == len(lines_of(folder / "metrics.jsonl")) - 1 == 2
+    assert run.main(command) == 0
+    assert [line["round"] for line in lines_of(folder / "metrics.jsonl")] == list(range(7))
+    assert Ledger(folder / "privacy_ledger.jsonl").charged_rounds() == 6
 
 
 def test_a_lost_dispatch_draws_new_keys_pays_for_both_and_ends_within_budget(command, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from tests.experiments.small_runs import fit
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
+@pytest.mark.slow
 def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(tiny_bert, finance_table, tmp_path):
     command = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",

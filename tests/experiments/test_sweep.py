@@ -220,7 +220,7 @@ def told(cell):
     return {"metrics": found, "epsilon_max": 1.0, "bytes_up_per_client": 10, "seconds": 0.1}
 
 
-@pytest.mark.parametrize("index", mostly_slow([0], [0, 6]))
+@pytest.mark.parametrize("index", mostly_slow([], [0, 6]))
 def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path, index):
     memo, programs = {}, {}
     cells, _ = sweep_cells.parse(command)
@@ -243,8 +243,9 @@ def test_a_cell_ends_as_a_run_of_its_flags_does(command, tmp_path, index):
 
 
 @pytest.mark.slow
-def test_workers_share_the_cells_and_the_file(command, tmp_path):
+def test_workers_share_the_cells_and_the_file(command, tmp_path, monkeypatch):
     """Two real processes; each writes its own cells into the one file, and a third start finds nothing to do."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     short = [word for word in command if not word.startswith("--case")] + ["--case=one:"]
     assert sweep.main([*short, "--parallel=2"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]

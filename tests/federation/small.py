@@ -170,7 +170,7 @@ def program(setup):
 @functools.cache
 def compiled(setup, rounds):
     """The dispatch of a setup for a count of rounds; LLVM spends no time on any but the usual one."""
-    options = FULLY if setup == Setup() else QUICKLY
+    options = FULLY if (setup, rounds) == (Setup(), len(ROUNDS)) else QUICKLY
     return program(setup).lower(*arguments(setup, range(rounds))).compile(compiler_options=options)
 
 

@@ -24,7 +24,7 @@ receiver, sender = multiprocessing.Pipe(duplex=False)
 parent = os.getpid()
 if worker := os.fork():
     sender.close()
-    sys.exit(supervisor.Supervisor(worker, receiver, stall).run())
+    sys.exit(supervisor.Supervisor(worker, receiver, stall, "nobody came.").run())
 sender.send(("joined", number, [f"process {index}" for index in range(count)], [str(path) for path in paths]))
 steps = 0
 

@@ -89,6 +89,7 @@ def test_a_record_moves_gradient_and_count_by_at_most_the_clip_norm_and_a_half(c
     assert moved > 0
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_nothing_and_a_run_goes_on_on_another(shown):
     """Clip norms live in the state, of real clients alone."""
     wide = small.run(SETUP._replace(rows=8), count_std=COUNT_STD)[0]

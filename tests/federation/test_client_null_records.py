@@ -101,7 +101,8 @@ def test_null_records_change_no_upload_of_a_whole_sample():
             patch.setattr(
                 small, "MECHANISMS", [others[0], dataclasses.replace(others[1], records=records), *others[2:]]
             )
-            shown.append(small.run(noise_std=0, join_below=2**30, capacity=max(small.CAPACITIES)))
+            one_step = small.Setup(local_steps=1)
+            shown.append(small.run(one_step, noise_std=0, join_below=2**30, capacity=max(small.CAPACITIES)))
     alone, with_null, crowded = shown
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x[0, 1], y[0, 1], rtol=2e-5, atol=2e-6),

@@ -132,6 +132,7 @@ def test_uploads_carry_noise_of_std_sigma_times_clip_over_the_expected_batch():
             assert low < np.sqrt((drawn**2).mean()) < high
 
 
+@pytest.mark.slow
 def test_meshes_waves_and_microbatches_change_nothing(bare):
     """Beyond a step or two of the grid, where a row's float gradient falls on the other side of one."""
     wide = run(WIDE, noise=False)

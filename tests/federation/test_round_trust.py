@@ -180,7 +180,7 @@ def test_a_client_with_any_records_moves_the_aggregate_by_at_most_clip_norm_over
 @pytest.mark.parametrize(
     ("setup", "shape"),
     [
-        pytest.param(TOTAL, {"rows": 8}, id="distributed-8x1"),
+        pytest.param(TOTAL, {"rows": 8}, id="distributed-8x1", marks=pytest.mark.slow),
         pytest.param(TRUSTED, {"rows": 4, "columns": 2, "wave": 2}, id="client-4x2-wave2", marks=pytest.mark.slow),
     ],
 )

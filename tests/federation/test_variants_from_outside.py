@@ -94,6 +94,7 @@ def test_a_round_takes_a_noise_from_outside(registered):
     assert (drawn**4).mean() > 4.5
 
 
+@pytest.mark.slow
 def test_a_run_takes_both_by_their_flags_and_tells_them(registered, tiny_bert, finance_table, tmp_path):
     command = [
         f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
