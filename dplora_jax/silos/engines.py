@@ -1,12 +1,8 @@
 """How an engine reaches the coordinator's office: the embedded mailbox, or a Unix socket for a process of another engine."""
 
-import struct
-
 from dplora_jax.silos import frames, keys
 from dplora_jax.silos import mailbox as mailboxes
-
-SITE = struct.Struct("<H")  # the site's number, before its reply, on the office's socket
-POLL = 10.0  # seconds that a request is waited for before an empty answer
+from dplora_jax.silos.office_socket import POLL, SITE
 
 
 def mailbox(plan, office, address, folder):
@@ -26,4 +22,5 @@ def socket(plan, office, path):
             return b""
         return office.exchange(site, data[SITE.size :], POLL)
 
-    return frames.listening(path, answer, SITE.size + plan.reply_size())
+    places = frames.THREADS + len(plan.sites)  # each site's exchange waits in one
+    return frames.listening(path, answer, SITE.size + plan.reply_size(), places=places)
