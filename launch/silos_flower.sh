@@ -17,14 +17,14 @@ umask 077
 here=$workdir/flower
 mkdir -p "$here"
 port=$((20000 + RANDOM % 10000))
-link=''
+link=0
 declare -A nodes=()
 stop() { # the SuperNodes first, which take their leave of the SuperLink
   trap - EXIT
-  for pid in "${nodes[@]}" ${link:+"$link"}; do
-    kill "$pid" 2>/dev/null || true
-    wait "$pid" || true
-  done
+  kill "${nodes[@]}" 2>/dev/null || true
+  wait "${nodes[@]}" || true
+  kill "$link" 2>/dev/null || true
+  wait
 }
 trap stop EXIT
 trap 'exit 0' TERM INT

@@ -50,7 +50,7 @@ def relay(grid, context):
     Flower raises where its SuperLink is gone."""
     sites, known, link = context.run_config["sites"].split(","), set(), Link(grid)
     while True:
-        for node, name in link.nodes():
+        for node, (name, _) in link.nodes().items():
             if node not in known and name in sites:
                 known.add(node)
                 ask = functools.partial(link.ask, node)
@@ -66,21 +66,26 @@ class Link:
         self._grid, self._lock = grid, threading.Lock()
 
     def nodes(self):
-        """(number, name) of each node that is there."""
+        """{number: (name, when it came)} of the nodes that are there."""
         with self._lock:
-            return [(node.node_id, node.name) for node in self._grid.get_nodes()]
+            return {node.node_id: (node.name, node.last_activated_at) for node in self._grid.get_nodes()}
 
     def ask(self, node, request):
-        """What `node` replies to `request`; b"" where it is gone, or Flower failed."""
+        """What `node` replies to `request`; b"" where it is away, or came again since and knows nothing of it, or Flower failed."""
         try:
-            message = Message(pack(request), node, MessageType.TRAIN, ttl=LONGEST)
-            with self._lock:
-                (sent,) = self._grid.push_messages([message])
-            while True:
+            before = self.nodes().get(node)
+            sent = self._send(node, request) if before else []
+            while sent and self.nodes().get(node) == before:
                 with self._lock:
-                    replies = list(self._grid.pull_messages([sent]))
+                    replies = list(self._grid.pull_messages(sent))
                 if replies:
                     return unpack(replies[0])
                 time.sleep(CHECK)
         except Exception:  # also of the SuperLink, whose end `relay` sees
-            return b""
+            pass
+        return b""
+
+    def _send(self, node, request):
+        message = Message(pack(request), node, MessageType.TRAIN, ttl=LONGEST)
+        with self._lock:
+            return list(self._grid.push_messages([message]))
