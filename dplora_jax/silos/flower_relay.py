@@ -71,7 +71,7 @@ class Link:
             return {node.node_id: (node.name, node.last_activated_at) for node in self._grid.get_nodes()}
 
     def ask(self, node, request):
-        """What `node` replies to `request`; b"" where it is away, or came again since and knows nothing of it, or Flower failed."""
+        """What `node` replies to `request`; b"" where it is away, or came again since and forgot, or Flower failed."""
         try:
             before = self.nodes().get(node)
             sent = self._send(node, request) if before else []

@@ -159,6 +159,39 @@ assert reply.has_content(), reply.error
 sys.stdout.buffer.write(relay.unpack(reply))
 """
 
+AGAIN = """
+import types
+from flwr.supercore.task_identity import TaskIdentity
+from dplora_jax.silos import flower_relay as relay
+
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+class Grid:
+    came, asked = ["noon", "noon", "noon", "one"], []
+
+    def get_nodes(self):
+        return [types.SimpleNamespace(node_id=2, name="north", last_activated_at=self.came.pop(0))]
+
+    def push_messages(self, messages):
+        return ["a message"]
+
+    def pull_messages(self, messages):
+        self.asked.append(list(messages))
+        return []
+
+link = relay.Link(Grid())
+assert link.ask(2, b"a request") == b""
+assert Grid.asked == [["a message"]] * 2 and not Grid.came
+Grid.came = ["one"]
+assert link.ask(3, b"a request") == b"" and not Grid.came  # it is not there
+"""
+
+
+def test_a_node_that_came_again_is_not_waited_for(tmp_path):
+    with (tmp_path / "log").open("w") as out, started([VENV / "bin" / "python", "-c", AGAIN], out) as process:
+        code = process.wait(60)
+    assert code == 0, (tmp_path / "log").read_text()
+
 
 def asked(*socket):
     """The bytes of the message that a node answers with; no error, whose text would travel."""
