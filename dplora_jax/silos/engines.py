@@ -13,9 +13,10 @@ def mailbox(plan, office, address, folder):
     )
 
 
-def socket(plan, office, path):
+def socket(plan, office, path, group=None):
     """The office of `plan` on the Unix socket `path`, for an engine's process on this machine, as a context. It asks with a
-    site's number and the reply of that site, or none; the answer is the request that waits, or none yet."""
+    site's number and the reply of that site, or none; the answer is the request that waits, or none yet. A `group` may reach it
+    too, where the engine is another user."""
 
     def answer(data):
         if len(data) < SITE.size or (site := SITE.unpack_from(data)[0]) >= len(plan.sites):
@@ -23,4 +24,4 @@ def socket(plan, office, path):
         return office.exchange(site, data[SITE.size :], POLL)
 
     places = frames.THREADS + len(plan.sites)  # each site's exchange waits in one
-    return frames.listening(path, answer, SITE.size + plan.reply_size(), places=places)
+    return frames.listening(path, answer, SITE.size + plan.reply_size(), group, places)

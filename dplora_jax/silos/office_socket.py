@@ -21,8 +21,8 @@ def exchange(path, site, reply):
 def carry(path, site, ask, stop=lambda: False):
     """Carry requests for `site` to `ask(request) -> reply`, and its replies to the office at `path`, until `stop()`.
 
-    An empty reply says that none came. The office then gives the same request again, after a pause; so it does where it was
-    away itself. What `ask` raises ends this.
+    An empty reply says that none came: the office gives the same request again, after a pause. So it does for a reply that did
+    not reach it, be it away or the reply too large. What `ask` raises ends this.
     """
     reply = b""
     while not stop():
@@ -30,7 +30,7 @@ def carry(path, site, ask, stop=lambda: False):
             request = exchange(path, site, reply)
         except OSError:
             time.sleep(PAUSE)
-            continue
+            request = b""
         reply = ask(request) if request else b""
         if request and not reply:
             time.sleep(PAUSE)

@@ -1,9 +1,14 @@
 """What an engine needs of this package: it works without any of the project's dependencies, and loses no request."""
 
+import os
+import stat
 import subprocess
 import sys
+import types
 
-from dplora_jax.silos import frames, office_socket
+import pytest
+
+from dplora_jax.silos import engines, frames, office_socket
 from dplora_jax.silos.office import Office
 
 ALONE = """
@@ -48,18 +53,24 @@ def test_a_request_is_given_again_until_it_is_answered(tmp_path, monkeypatch):
     assert office.receive(0) == (1, b"a reply")
 
 
-def test_a_reply_waits_while_the_office_is_away(tmp_path, monkeypatch):
+def test_what_does_not_reach_the_office_is_asked_for_again(tmp_path, monkeypatch):
     monkeypatch.setattr(office_socket, "PAUSE", 0.01)
-    path, left = tmp_path / "office.sock", []
-    exchange = office_socket.exchange
+    path, left, answers = tmp_path / "office.sock", [], [bytes(2000), b"a reply"]  # the first is too large
 
-    def away_twice(path, site, reply):
-        left.append(reply)
-        if left.count(b"a reply") in (1, 2):
-            raise ConnectionRefusedError
-        return exchange(path, site, reply)
+    def answer(data):
+        left.append(data[office_socket.SITE.size :])
+        return REQUEST
 
-    monkeypatch.setattr(office_socket, "exchange", away_twice)
-    with frames.listening(path, lambda data: REQUEST if len(left) == 1 else b"", 1000):
-        office_socket.carry(path, 0, lambda request: b"a reply", stop=lambda: len(left) == 5)
-    assert left == [b"", b"a reply", b"a reply", b"a reply", b""]
+    with frames.listening(path, answer, 1000):
+        office_socket.carry(path, 0, lambda request: answers.pop(0), stop=lambda: not answers)
+        office_socket.exchange(path, 0, b"a reply")
+    office_socket.carry(path, 0, None, stop=iter([False, True]).__next__)  # nobody listens, and nothing is raised
+    assert left == [b"", b"", b"a reply"]
+
+
+@pytest.mark.parametrize(("group", "mode"), [(None, 0o600), (os.getgid(), 0o660)])
+def test_the_office_is_for_its_user_and_the_engines_group(tmp_path, group, mode):
+    plan, path = types.SimpleNamespace(sites=[None], reply_size=lambda: 100), tmp_path / "office.sock"
+    with engines.socket(plan, Office(1), path, group):
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        assert frames.ask(path, b"\1\0", 100) == b""  # there is no such site
