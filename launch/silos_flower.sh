@@ -17,12 +17,12 @@ umask 077
 here=$workdir/flower
 mkdir -p "$here"
 port=$((20000 + RANDOM % 10000))
-link=0
+link=''
 declare -A nodes=()
 stop() { # the SuperNodes first, which take their leave of the SuperLink
   trap - EXIT
   kill "${nodes[@]}" 2>/dev/null || true
-  wait "${nodes[@]}" || true
+  for pid in "${nodes[@]}"; do wait "$pid" || true; done
   kill "$link" 2>/dev/null || true
   wait
 }
@@ -43,11 +43,13 @@ flower-superlink --host=127.0.0.1 --port=$port --ssl-certfile="$here/link.pem" -
 link=$!
 
 # The coordinator registers each site's key under the site's name.
+until (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+  kill -0 "$link" 2>/dev/null || exit 69
+  pause 0.2
+done
 for name in "${names[@]}"; do
   [[ -e $here/$name.key ]] || ssh-keygen -q -t ecdsa -b 384 -N '' -C '' -f "$here/$name.key"
-  until flwr supernode register "$here/$name.key.pub" --name="$name"; do
-    kill -0 $link && pause 1
-  done
+  flwr supernode register "$here/$name.key.pub" --name="$name"
 done
 
 start() { # the SuperNode of the site whose name and number are given
@@ -59,7 +61,7 @@ start() { # the SuperNode of the site whose name and number are given
 }
 for number in "${!names[@]}"; do start "${names[number]}" "$number"; done
 flwr run "$app" --run-config="office=\"$workdir/coordinator/office.sock\" sites=\"$(IFS=, && echo "${names[*]}")\""
-while kill -0 $link 2>/dev/null; do
+while kill -0 "$link" 2>/dev/null; do
   for number in "${!names[@]}"; do
     kill -0 "${nodes[${names[number]}]}" 2>/dev/null || start "${names[number]}" "$number"
   done
