@@ -1,12 +1,8 @@
 """How an engine reaches the coordinator's office: the embedded mailbox, or a Unix socket for a process of another engine."""
 
-import struct
-
 from dplora_jax.silos import frames, keys
 from dplora_jax.silos import mailbox as mailboxes
-
-SITE = struct.Struct("<H")  # the site's number, before its reply, on the office's socket
-POLL = 10.0  # seconds that a request is waited for before an empty answer
+from dplora_jax.silos.office_socket import POLL, SITE
 
 
 def mailbox(plan, office, address, folder):
@@ -17,13 +13,15 @@ def mailbox(plan, office, address, folder):
     )
 
 
-def socket(plan, office, path):
+def socket(plan, office, path, group=None):
     """The office of `plan` on the Unix socket `path`, for an engine's process on this machine, as a context. It asks with a
-    site's number and the reply of that site, or none; the answer is the request that waits, or none yet."""
+    site's number and the reply of that site, or none; the answer is the request that waits, or none yet. A `group` may reach it
+    too, where the engine is another user."""
 
     def answer(data):
         if len(data) < SITE.size or (site := SITE.unpack_from(data)[0]) >= len(plan.sites):
             return b""
         return office.exchange(site, data[SITE.size :], POLL)
 
-    return frames.listening(path, answer, SITE.size + plan.reply_size())
+    places = frames.THREADS + len(plan.sites)  # each site's exchange waits in one
+    return frames.listening(path, answer, SITE.size + plan.reply_size(), group, places)

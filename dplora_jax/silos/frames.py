@@ -11,7 +11,7 @@ import time
 
 LENGTH = struct.Struct("<I")
 SECONDS = 60.0  # that either side may take for a frame once it has begun
-THREADS = 8  # connections that a Unix socket serves at a time
+THREADS = 8  # connections that a Unix socket serves at a time, unless more are asked for
 
 
 class FrameError(ConnectionError):
@@ -69,15 +69,16 @@ def ask(path, data, most, seconds=None):
 
 
 @contextlib.contextmanager
-def listening(path, answer, most, group=None):
+def listening(path, answer, most, group=None, places=THREADS):
     """Answer on the Unix socket `path` with `answer(data) -> data` for frames of at most `most` bytes, in threads, as a context.
+    It serves so many `places` connections at a time, and ends those that are too many.
 
     The socket's mode is 0600: for this user alone. With a `group` (a name or number) it is that group's too, mode 0660, so that a
     relay of another user can reach it.
     """
     path = pathlib.Path(path)
     path.unlink(missing_ok=True)
-    places = threading.BoundedSemaphore(THREADS)
+    places = threading.BoundedSemaphore(places)
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):

@@ -29,6 +29,12 @@ def main(arguments):
         "mailbox: listen at --listen for sites' relays; socket: for an engine's process on this machine, at WORKDIR/office.sock",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_string(
+        "relay_group",
+        None,
+        "engine=socket: group that may reach it, where the engine is another user",
+        flag_values=values,
+    )
     options.number("patience", "seconds that a round may take before the run stops; default: no end", None, values)
     options.number(
         "without", "seconds after which a round goes on without sites that are missing; default: never", None, values
@@ -63,7 +69,7 @@ def _run(made, values, workdir):
             port = stack.enter_context(engines.mailbox(made, office, address, workdir / "relay"))
             print(f"The mailbox of plan {made.digest.hex()[:16]} listens at {address[0]}:{port}", flush=True)
         else:
-            stack.enter_context(engines.socket(made, office, workdir / "office.sock"))
+            stack.enter_context(engines.socket(made, office, workdir / "office.sock", values.relay_group))
             print(f"The office of plan {made.digest.hex()[:16]} is at {workdir / 'office.sock'}", flush=True)
         coordinator.run(values.patience, values.without)
         released = coordinator.server.released(coordinator.state)
