@@ -22,7 +22,7 @@ def main(arguments):
     path, values, workdir = options.read("check", arguments, values, "silo")
     made = options.planned(path)
     own = party.opened(made, values, workdir)
-    name, epsilon = made.names[own.number], plan.own_epsilon(made, own.number)
+    name, epsilon = made.names[own.number], own.epsilon
     print(summary(made))
     for statement in own.about["trust"]:
         print(f"  {statement}")

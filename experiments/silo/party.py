@@ -21,6 +21,7 @@ class Party(NamedTuple):
     config: Any
     base: Any
     rows: dict
+    epsilon: float  # of all planned rounds, recomputed
     about: dict  # what config.json says of the federation, made here
 
 
@@ -29,6 +30,7 @@ def opened(made, values, workdir):
     keys, its model's files, its labels, its number of records or the shape of its adapter are not the plan's."""
     own_keys, card = keys.load(workdir), keys.read_card(workdir / keys.CARD)
     number = made.number(card["name"])
+    epsilon = plan.own_epsilon(made, number)
     expected = {"ed25519": keys.public(own_keys.sign).hex(), "x25519": keys.public(own_keys.agree).hex()}
     for name, value in expected.items():
         if made.sites[number][name] != value:
@@ -55,7 +57,7 @@ def opened(made, values, workdir):
     if bits != made.bits:
         raise InputError(f"the plan's grid of integers is 2^-{made.bits}, and 2^-{bits} follows from its noise.")
     described = setup.describe(config, base, sum(made.sizes), "")
-    return Party(number, own_keys, config, base, rows, about | described | {"environment": {}})
+    return Party(number, own_keys, config, base, rows, epsilon, about | described | {"environment": {}})
 
 
 def _check_features(measured):
