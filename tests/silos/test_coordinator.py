@@ -27,6 +27,13 @@ def expected(request, tmp_path_factory):
     return fields, done.state.adapter
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Who is gone at the end is not waited for long."""
+    monkeypatch.setattr(coordinators, "END_SECONDS", 1.0)
+    monkeypatch.setattr(coordinators, "WELCOME_SECONDS", 0.2)
+
+
 def charges(made):
     return [
         Ledger(made.folder / name / "privacy_ledger.jsonl", mend=False).charged_rounds() for name in small_silos.NAMES
@@ -151,7 +158,7 @@ def goes_missing(site, request, answer):
 
 def test_without_a_site_that_is_missing_the_others_go_on(tmp_path):
     made = small_silos.Federation(tmp_path)
-    done = made.run(goes_missing, without=8)
+    done = made.run(goes_missing, without=4)
     assert done.past.round == 3
     assert done.past.members == {0, 2}
     assert charges(made) == [3, 1, 3]
@@ -160,7 +167,7 @@ def test_without_a_site_that_is_missing_the_others_go_on(tmp_path):
 def test_masked_the_others_go_on_in_a_new_attempt_that_they_pay_for(tmp_path):
     """Their first upload of the round stays under the masks of the one that is missing, for ever."""
     made = small_silos.Federation(tmp_path, seed=None, **small_silos.MASKED)
-    done = made.run(goes_missing, without=8)
+    done = made.run(goes_missing, without=4)
     assert done.past.members == {0, 2}
     north = Ledger(made.folder / "north" / "privacy_ledger.jsonl", mend=False)
     assert [entry["rounds"][0] for entry in north.begun[:3]] == [1, 2, 2]
@@ -185,7 +192,7 @@ def test_a_site_that_comes_back_is_asked_again(tmp_path):
     def carry(site, request, answer):
         return b"" if site == 1 and messages.HEAD.unpack_from(request)[3] == 2 else answer(request)
 
-    done = made.run(carry, without=8)
+    done = made.run(carry, without=4)
     assert done.past.members == {0, 1, 2}
     assert charges(made) == [3, 2, 3]
 
@@ -273,7 +280,7 @@ def test_a_site_that_never_gives_an_upload_stops_the_run(tmp_path, code):
 def test_masked_fewer_than_the_survivors_stop(tmp_path):
     made = small_silos.Federation(tmp_path, **small_silos.MASKED | {"survivors": 3})
     with pytest.raises(Stopped, match="needs 3 sites or more, and south did not answer"):
-        made.run(goes_missing, without=8)
+        made.run(goes_missing, without=4)
 
 
 def test_a_site_that_lost_its_upload_is_asked_anew(tmp_path):

@@ -56,7 +56,14 @@ class Houses:
         self.plan = folder / "coordinator" / plan.FILE
         self.do("plan", f"--sites={cards}", f"--workdir={folder / 'coordinator'}", self.model, *self.settings)
         for name in self.names:
-            self.do("check", str(self.plan), f"--workdir={folder / name}", "--most_epsilon=8", *self.own(name))
+            self.do(
+                "check",
+                str(self.plan),
+                f"--workdir={folder / name}",
+                "--most_epsilon=8",
+                "--rehearsal",
+                *self.own(name),
+            )
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
 
@@ -195,6 +202,29 @@ def test_sigkill_of_any_process_leaves_one_charge_a_round_and_the_same_adapter(
         houses.wait(("coordinate", None), *(("serve", name) for name in houses.names))
     assert houses.charged() == [3, 3, 3]
     np.testing.assert_array_equal(houses.released(), quiet.released())
+
+
+@pytest.mark.parametrize("settings", [[], MASKED])
+def test_without_a_seed_a_kill_costs_an_attempt_at_the_most(tmp_path, tiny_bert, finance_table, settings):
+    """What a site had not kept is lost and paid for; relay and coordinator cost nothing. Nobody pays for more than was asked,
+    or for more than was planned."""
+    houses = Houses(tmp_path / "killed", tiny_bert, finance_table, "--seed=none", *settings)
+    one, two, _ = houses.names
+    with houses.up():
+        houses.until(lambda: "begin" in houses.entries(two), "the first charge")
+        houses.kill("relay", two)
+        houses.until(lambda: len(houses.lines()) > 1, "round 1")
+        houses.kill("coordinate")
+        houses.until(lambda: houses.entries(one).count("begin") > houses.entries(one).count("commit"), "a step")
+        houses.kill("serve", one)
+        houses.wait(("coordinate", None), *(("serve", name) for name in houses.names))
+    asked = json.loads((houses.folder / "coordinator" / "asked.json").read_text())
+    assert all(paid <= times for paid, times in zip(houses.charged(), asked, strict=True))
+    assert max(houses.charged()) == 3
+    assert houses.lines()[-1]["round"] in (2, 3)
+    for name in houses.names:
+        assert ledger.main(["verify", str(houses.folder / name)]) == 0
+        assert sorted(path.name for path in (houses.folder / name / "private").iterdir()) == []
 
 
 def test_masked_sites_come_to_an_end_and_pay_once(tmp_path, tiny_bert, finance_table):
