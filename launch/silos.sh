@@ -23,6 +23,8 @@ done
 fail() { echo "error: $1" >&2 && exit 2; }
 [[ $data_dir && -d $data_dir ]] || fail "--data_dir=$data_dir is no folder: give one with a folder for each site, and test.csv."
 [[ $engine == mailbox || $engine == nvflare || $engine == flower ]] || fail "--engine=$engine is not mailbox, nvflare or flower."
+[[ $engine != nvflare ]] || command -v "${NVFLARE_VENV:+$NVFLARE_VENV/bin/}nvflare" >/dev/null ||
+  fail "--engine=nvflare needs nvflare: set NVFLARE_VENV to the folder of its environment (docs/nvflare.md)."
 names=()
 for folder in "$data_dir"/*/; do names+=("$(basename "$folder")"); done
 [[ ! $sites || ${#names[@]} == "$sites" ]] || fail "$data_dir has ${#names[@]} folders, and --sites=$sites."

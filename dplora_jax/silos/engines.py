@@ -1,11 +1,8 @@
 """How an engine reaches the coordinator's office: the embedded mailbox, or a Unix socket for a process of another engine."""
 
-import struct
-
 from dplora_jax.silos import frames, keys
 from dplora_jax.silos import mailbox as mailboxes
 
-SITE = struct.Struct("<H")  # the site's number, before its reply, on the office's socket
 POLL = 10.0  # seconds that a request is waited for before an empty answer
 
 
@@ -22,8 +19,8 @@ def socket(plan, office, path):
     site's number and the reply of that site, or none; the answer is the request that waits, or none yet."""
 
     def answer(data):
-        if len(data) < SITE.size or (site := SITE.unpack_from(data)[0]) >= len(plan.sites):
+        if len(data) < frames.SITE.size or (site := frames.SITE.unpack_from(data)[0]) >= len(plan.sites):
             return b""
-        return office.exchange(site, data[SITE.size :], POLL)
+        return office.exchange(site, data[frames.SITE.size :], POLL)
 
-    return frames.listening(path, answer, SITE.size + plan.reply_size())
+    return frames.listening(path, answer, frames.SITE.size + plan.reply_size())

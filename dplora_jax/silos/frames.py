@@ -9,6 +9,7 @@ import struct
 import threading
 
 LENGTH = struct.Struct("<I")
+SITE = struct.Struct("<H")  # the site's number, before its reply, on the office's socket
 SECONDS = 60.0  # that either side may take for a frame once it has begun
 THREADS = 8  # connections that a Unix socket serves at a time
 
