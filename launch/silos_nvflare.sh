@@ -6,7 +6,7 @@
 set -euo pipefail
 
 plan=$(realpath "$1") workdir=$(realpath "$2") names=("${@:3}")
-files=$(realpath "$(dirname "$0")")/nvflare
+files=${NVFLARE_FILES:-$(realpath "$(dirname "$0")")/nvflare} # other files than the ones here: for rehearsals of a refusal
 home=$workdir/nvflare kits=$workdir/nvflare/made/dplora_jax/prod_00
 admin=(--startup-kit "$kits/admin@coordinator.example")
 [[ ${NVFLARE_VENV:-} ]] && export PATH=$NVFLARE_VENV/bin:$PATH
