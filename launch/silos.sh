@@ -68,8 +68,10 @@ if [[ $engine != mailbox ]]; then
   "$(dirname "$0")/silos_$engine.sh" "$plan" "$workdir" "${names[@]}" >"$workdir/$engine.log" 2>&1 &
   pids+=($!)
 fi
-silo coordinate "$plan" --workdir="$coordinator" --approvals="$(join "${approvals[@]}")" "${engine_flags[@]}" \
-  --test_data="$data_dir/test.csv" "${columns[@]}"
+python -m experiments.silo coordinate "$plan" --workdir="$coordinator" --approvals="$(join "${approvals[@]}")" \
+  "${engine_flags[@]}" --test_data="$data_dir/test.csv" "${columns[@]}" &
+pids+=($!)
+wait $! # in the background, so that it does not outlive this script
 for name in "${names[@]}"; do
   for _ in {1..100}; do
     [[ -e $workdir/$name/report.html ]] && break

@@ -27,16 +27,17 @@ provision() {
   sed -i "s/SITES/${#names[@]}/" "$home/job/meta.json"
 }
 
-pids=()
-family() { # a process and its descendants: a job's process leads a session of its own
+family() { # a process's descendants: that of a job leads a session of its own
   local child
-  echo "$1"
-  for child in $(pgrep -P "$1"); do family "$child"; done
+  for child in $(pgrep -P "$1"); do
+    family "$child"
+    echo "$child"
+  done
 }
 stop() {
   trap '' TERM
-  local all=()
-  for pid in "${pids[@]}"; do mapfile -t -O "${#all[@]}" all < <(family "$pid"); done
+  local all
+  mapfile -t all < <(family $$)
   kill "${all[@]}" 2>/dev/null || true
   sleep 1
   kill -KILL "${all[@]}" 2>/dev/null || true
@@ -49,7 +50,6 @@ waiting() { "$@" & wait $!; } # so that a signal is heard meanwhile
 provision
 for name in localhost "${names[@]}"; do
   DPLORA_SITE_SOCKET=$workdir/$name/site.sock "$kits/$name/startup/sub_start.sh" &
-  pids+=($!)
 done
 while true; do
   waiting sleep 2

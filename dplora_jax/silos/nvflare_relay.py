@@ -14,7 +14,7 @@ import time
 
 from nvflare.apis.controller_spec import Task, TaskCompletionStatus
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_constant import FLContextKey, ReservedTopic, ReturnCode
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
@@ -28,6 +28,7 @@ MOST = 1 << 31  # bytes of a frame: the site and the coordinator know the exact 
 PAUSE = 1.0  # seconds between attempts to reach a socket
 PATIENCE = 30.0  # seconds that a socket may be away: then a reply is left out, or the job ends
 POLL = 60.0  # seconds that the office may take: it answers within ten
+BEAT, SILENCE = 10.0, 60.0  # seconds between looks at the clients, and that one may be silent before the job ends
 CLIENT_FILE = "config/config_fed_client.json"
 FILES = CLIENT_FILE, "config/config_fed_server.json"  # all of a job, which NVFLARE sends to every party
 CLIENT = {
@@ -50,7 +51,10 @@ class SiteRelay(Executor):
 
 
 class OfficeController(Controller):
-    """At the coordinator: carries for every site of the plan, until the coordinator's office has gone or the job is aborted."""
+    """At the coordinator: carries for every site of the plan, until the coordinator's office has gone or the job is aborted.
+
+    It ends the job where a site's process in it has gone, since NVFLARE starts another for a new job alone: submit it again.
+    """
 
     def __init__(self):
         super().__init__()
@@ -62,6 +66,8 @@ class OfficeController(Controller):
 
     def control_flow(self, abort_signal, fl_ctx):
         """Carry, in a thread for each site."""
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(ended,), daemon=True).start()
         threads = [
             threading.Thread(target=self._carry, args=(number, name, abort_signal), daemon=True)
             for number, name in enumerate(self.names)
@@ -70,6 +76,7 @@ class OfficeController(Controller):
             thread.start()
         for thread in threads:
             thread.join()
+        ended.set()
 
     def stop_controller(self, fl_ctx):
         """Nothing is left to be done."""
@@ -96,6 +103,23 @@ class OfficeController(Controller):
         task = Task(TASK, Shareable({BYTES: request}), result_received_cb=received)
         self.send_and_wait(task, fl_ctx, targets=[name], abort_signal=abort_signal)
         return replies[0] if replies and task.completion_status == TaskCompletionStatus.OK else b""
+
+    def _watch(self, ended):
+        """End the job when a site's process in it has been silent for SILENCE seconds: NVFLARE itself does not notice where the
+        client was started again."""
+        heard = dict.fromkeys(self.names, time.monotonic())
+        while not ended.wait(BEAT):
+            with self._engine.new_context() as fl_ctx:
+                replies = self._engine.send_aux_request(
+                    self.names, ReservedTopic.JOB_HEART_BEAT, Shareable(), BEAT, fl_ctx, optional=True
+                )
+                for name, reply in (replies or {}).items():
+                    if reply.get_return_code() == ReturnCode.OK:
+                        heard[name] = time.monotonic()
+                silent = [name for name in self.names if time.monotonic() - heard[name] > SILENCE]
+                if silent:
+                    self.system_panic(f"the client of {silent[0]} has gone: submit the job again", fl_ctx)
+                    return
 
 
 class SiteLauncher(ClientProcessJobLauncher):

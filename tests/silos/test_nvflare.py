@@ -24,6 +24,7 @@ from tests.conftest import write_bert, write_table
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = ROOT / "launch" / "nvflare"
 VENV = os.environ.get("NVFLARE_VENV")
+PLAIN_LAUNCHER = "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher"
 NAMES = "east", "north", "south"
 with_nvflare = [
     pytest.mark.slow,
@@ -40,7 +41,7 @@ sys.meta_path.insert(0, Blocker())
 STAND_INS = {
     "nvflare.apis.controller_spec": {"Task": object, "TaskCompletionStatus": object},
     "nvflare.apis.executor": {"Executor": object},
-    "nvflare.apis.fl_constant": {"FLContextKey": object},
+    "nvflare.apis.fl_constant": {"FLContextKey": object, "ReservedTopic": object, "ReturnCode": object},
     "nvflare.apis.impl.controller": {"Controller": object},
     "nvflare.apis.shareable": {"Shareable": dict},
     "nvflare.app_common.job_launcher.client_process_launcher": {"ClientProcessJobLauncher": object},
@@ -97,7 +98,9 @@ def test_a_reply_is_kept_until_the_office_has_taken_it(relay, tmp_path):
     assert asked == [b"request", b"request"]
 
 
-def test_a_relay_stops_when_the_office_has_gone_and_answers_nothing_for_a_site_that_is_away(relay, tmp_path, monkeypatch):
+def test_a_relay_stops_when_the_office_has_gone_and_answers_nothing_for_a_site_that_is_away(
+    relay, tmp_path, monkeypatch
+):
     told = []
     relay.carry(tmp_path / "office.sock", 0, None, lambda: False, told.append)
     assert "trying again (FileNotFoundError" in told[0]
@@ -116,7 +119,7 @@ def test_a_site_starts_the_job_of_this_project_and_no_other(relay, tmp_path):
     relay.refuse(tmp_path / "app")
     (tmp_path / "app" / "custom").mkdir()
     (tmp_path / "app" / "custom" / "own.py").write_text("")
-    with pytest.raises(PermissionError, match="files of its own: custom/own.py"):
+    with pytest.raises(PermissionError, match=r"files of its own: custom/own\.py"):
         relay.refuse(tmp_path / "app")
     (tmp_path / "app" / "custom" / "own.py").unlink()
     config = tmp_path / "app" / relay.CLIENT_FILE
@@ -231,6 +234,12 @@ def own_code(files):
     (files / "job" / "app" / "custom" / "own.py").write_text("")
 
 
+def own_code_of_a_super_user(files):
+    """NVFLARE 2.9 lets a role of this name do everything, past every site's policy."""
+    own_code(files)
+    replaced(files / "project.yml", ("role: project_admin", "role: super"))
+
+
 def other_class(files):
     any_server(files)
     replaced(
@@ -243,10 +252,29 @@ def other_class_without_launcher(files):
     other_class(files)
     replaced(
         files / "site" / "resources.json",
-        (
-            "dplora_jax.silos.nvflare_relay.SiteLauncher",
-            "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher",
-        ),
+        ("dplora_jax.silos.nvflare_relay.SiteLauncher", PLAIN_LAUNCHER),
+    )
+
+
+def uploading(files):
+    """NVFLARE's own default: logs of jobs go to the server."""
+    site, server = files / "site" / "resources.json", files / "server" / "resources.json"
+    streamer = {
+        "id": "site_log_streamer", "path": "nvflare.app_common.logging.site_log_streamer.SiteLogStreamer",
+        "args": {"log_file_name": "error_log.txt"},
+    }  # fmt: skip
+    for path, component in (
+        (site, streamer),
+        (server, {"id": "log_receiver", "path": "nvflare.app_common.logging.job_log_receiver.JobLogReceiver"}),
+    ):
+        resources = json.loads(path.read_text())
+        resources["components"].append(component)
+        resources["class_allow_list"] = ["*"]
+        path.write_text(json.dumps(resources))
+    replaced(
+        site,
+        ('"allow_log_streaming": false', '"allow_log_streaming": true'),
+        ("dplora_jax.silos.nvflare_relay.SiteLauncher", PLAIN_LAUNCHER),
     )
 
 
@@ -257,6 +285,7 @@ class TestNvflare:
         ("edit", "refusal"),
         [
             (own_code, "BYOC not permitted"),
+            (own_code_of_a_super_user, "the job has files of its own: custom/own.py"),
             (other_class, "the job's configuration is another than this site runs"),
             (other_class_without_launcher, "is not in allow_list"),
         ],
@@ -272,15 +301,19 @@ class TestNvflare:
             until(refused, 240, refusal)
         assert not any(replies.values())
 
-    def test_no_line_of_a_sites_log_reaches_the_server(self, tmp_path):
+    @pytest.mark.parametrize(
+        "uploads", [False, True], ids=["by our files", "by NVFLARE's own, which this would notice"]
+    )
+    def test_no_line_of_a_sites_log_reaches_the_server(self, tmp_path, uploads):
         workdir, marker = tmp_path / "run", "a line of this site alone"
+        files = copied(tmp_path, uploading) if uploads else FILES
 
         def logs():
             return [path for name in NAMES for path in kits(workdir).glob(f"{name}/*/*log*.txt")]
 
         with contextlib.ExitStack() as stack:
             with stand_ins(workdir, 30) as replies:
-                log = stack.enter_context(engine(workdir))
+                log = stack.enter_context(engine(workdir, files))
                 until(lambda: len(replies) == 3, 240, "a reply of each site")
                 for name in NAMES:
                     (job,) = kits(workdir).glob(f"{name}/*-*-*")
@@ -294,7 +327,19 @@ class TestNvflare:
             server += [path for path in (workdir / "nvflare" / "store").rglob("*") if path.is_file()]
             assert any(marker in path.read_text(errors="replace") for path in logs())
             assert len(server) > 10
-            assert not [path for path in server if marker.encode() in path.read_bytes()]
+            assert bool([path for path in server if marker.encode() in path.read_bytes()]) is uploads
+
+    def test_it_goes_on_after_the_server_was_killed(self, tmp_path):
+        workdir = tmp_path / "run"
+
+        def came(count):
+            return all(len(replies[site]) >= count for site in range(len(NAMES)))
+
+        with stand_ins(workdir, 20) as replies, engine(workdir):
+            until(lambda: came(3), 400, "three replies of each site")
+            os.kill(int((kits(workdir) / "localhost" / "pid.fl").read_text()), signal.SIGKILL)
+            assert not came(20)
+            until(lambda: came(20), 400, "the other replies")
 
 
 @pytest.fixture(scope="module")
@@ -328,9 +373,13 @@ def federation(banks, workdir, engine, act=lambda: None):
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
         metrics = workdir / "coordinator" / "metrics.jsonl"
         try:
-            until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 1, 400, "round 1")
+            until(
+                lambda: process.poll() or (metrics.exists() and len(metrics.read_text().splitlines()) > 1),
+                900,
+                "round 1",
+            )
             act()
-            assert process.wait(400) == 0, (workdir / "run.log").read_text()
+            assert process.wait(900) == 0, (workdir / "run.log").read_text()
         finally:
             process.terminate()
     for name in NAMES:
@@ -351,12 +400,15 @@ class TestWholeRuns:
         np.testing.assert_array_equal(federation(banks, tmp_path / "run", "nvflare"), expected)
         until(lambda: not running(tmp_path), 30, "the end of all processes")
 
-    def test_a_client_that_is_killed_in_a_round_is_charged_once_and_the_run_ends_alike(self, banks, expected, tmp_path):
+    def test_with_a_client_killed_in_a_round_all_are_charged_once_and_the_run_ends_alike(
+        self, banks, expected, tmp_path
+    ):
         workdir = tmp_path / "run"
 
         def kill():
             os.kill(int((kits(workdir) / "north" / "pid.fl").read_text()), signal.SIGKILL)
 
         np.testing.assert_array_equal(federation(banks, workdir, "nvflare", kill), expected)
-        begun = [json.loads(line) for line in (workdir / "north" / "privacy_ledger.jsonl").read_text().splitlines()]
-        assert sum(entry.get("entry") == "begin" for entry in begun) == 4
+        for name in NAMES:
+            ledger = [json.loads(line) for line in (workdir / name / "privacy_ledger.jsonl").read_text().splitlines()]
+            assert sum(entry.get("entry") == "begin" for entry in ledger) == 4
