@@ -23,4 +23,5 @@ def socket(plan, office, path):
             return b""
         return office.exchange(site, data[frames.SITE.size :], POLL)
 
-    return frames.listening(path, answer, frames.SITE.size + plan.reply_size())
+    threads = 2 * len(plan.sites)  # each site's question waits for its answer in one
+    return frames.listening(path, answer, frames.SITE.size + plan.reply_size(), threads=threads)

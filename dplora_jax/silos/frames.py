@@ -66,15 +66,16 @@ def ask(path, data, most, seconds=None):
 
 
 @contextlib.contextmanager
-def listening(path, answer, most, group=None):
-    """Answer on the Unix socket `path` with `answer(data) -> data` for frames of at most `most` bytes, in threads, as a context.
+def listening(path, answer, most, group=None, threads=THREADS):
+    """Answer on the Unix socket `path` with `answer(data) -> data` for frames of at most `most` bytes, in so many threads, as a
+    context.
 
     The socket's mode is 0600: for this user alone. With a `group` (a name or number) it is that group's too, mode 0660, so that a
     relay of another user can reach it.
     """
     path = pathlib.Path(path)
     path.unlink(missing_ok=True)
-    places = threading.BoundedSemaphore(THREADS)
+    places = threading.BoundedSemaphore(threads)
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
