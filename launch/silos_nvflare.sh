@@ -22,7 +22,7 @@ provision() {
   nvflare provision -p "$home/project.yml" -w "$home/made"
   for name in "${names[@]}"; do cp "$files"/site/*.json "$kits/$name/local"; done
   cp "$files/server/authorization.json" "$kits/localhost/local"
-  sed "s|STORE|$home/store|" "$files/server/resources.json" >"$kits/localhost/local/resources.json"
+  sed "s|STORE|$home/store|g" "$files/server/resources.json" >"$kits/localhost/local/resources.json"
   cp -r "$files/job" "$home/job"
   sed -i "s/SITES/${#names[@]}/" "$home/job/meta.json"
 }
