@@ -6,7 +6,7 @@
 # Started again with the same workdir, it goes on where it was. It ends with each site's epsilon and the public score.
 set -euo pipefail
 
-sites='' data_dir='' workdir=runs/silos engine=mailbox most_epsilon=1000 settings=() columns=()
+sites='' data_dir='' workdir=runs/silos engine=mailbox carrier='' most_epsilon=1000 settings=() columns=()
 for word in "$@"; do
   case $word in
     --sites=*) sites=${word#*=} ;;
@@ -23,6 +23,8 @@ done
 fail() { echo "error: $1" >&2 && exit 2; }
 [[ $data_dir && -d $data_dir ]] || fail "--data_dir=$data_dir is no folder: give one with a folder for each site, and test.csv."
 [[ $engine == mailbox || $engine == nvflare || $engine == flower ]] || fail "--engine=$engine is not mailbox, nvflare or flower."
+[[ $engine != nvflare ]] || command -v "${NVFLARE_VENV:+$NVFLARE_VENV/bin/}nvflare" >/dev/null ||
+  fail "--engine=nvflare needs nvflare: set NVFLARE_VENV to the folder of its environment (docs/nvflare.md)."
 names=()
 for folder in "$data_dir"/*/; do names+=("$(basename "$folder")"); done
 [[ ! $sites || ${#names[@]} == "$sites" ]] || fail "$data_dir has ${#names[@]} folders, and --sites=$sites."
@@ -45,7 +47,8 @@ join() { local IFS=,; echo "$*"; }
 plan=$coordinator/plan.json
 for name in "${names[@]}"; do
   [[ -e $workdir/$name/approval.json ]] ||
-    silo check "$plan" --workdir="$workdir/$name" --data_dir="$data_dir/$name" "${columns[@]}" --most_epsilon="$most_epsilon" --most_delta=1 --rehearsal >"$workdir/$name/check.txt"
+    silo check "$plan" --workdir="$workdir/$name" --data_dir="$data_dir/$name" "${columns[@]}" \
+      --most_epsilon="$most_epsilon" --most_delta=1 --rehearsal >"$workdir/$name/check.txt"
 done
 
 pids=()
@@ -64,10 +67,15 @@ for name in "${names[@]}"; do
 done
 if [[ $engine != mailbox ]]; then
   "$(dirname "$0")/silos_$engine.sh" "$plan" "$workdir" "${names[@]}" >"$workdir/$engine.log" 2>&1 &
-  pids+=($!)
+  carrier=$!
+  pids+=("$carrier")
 fi
-silo coordinate "$plan" --workdir="$coordinator" --approvals="$(join "${approvals[@]}")" "${engine_flags[@]}" \
-  --test_data="$data_dir/test.csv" "${columns[@]}"
+python -m experiments.silo coordinate "$plan" --workdir="$coordinator" --approvals="$(join "${approvals[@]}")" \
+  "${engine_flags[@]}" --test_data="$data_dir/test.csv" "${columns[@]}" &
+coordinating=$! ended='' # in the background, so that it does not outlive this script
+pids+=("$coordinating")
+wait -n -p ended "$coordinating" ${carrier:+"$carrier"} || exit
+[[ $ended == "$coordinating" ]] || fail "the engine has ended: look into $workdir/$engine.log, and start again to go on."
 for name in "${names[@]}"; do
   for _ in {1..100}; do
     [[ -e $workdir/$name/report.html ]] && break

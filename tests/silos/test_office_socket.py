@@ -1,9 +1,11 @@
 """What an engine needs of this package: it works without any of the project's dependencies, and loses no request."""
 
+import concurrent.futures
 import os
 import stat
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -74,3 +76,20 @@ def test_the_office_is_for_its_user_and_the_engines_group(tmp_path, group, mode)
     with engines.socket(plan, Office(1), path, group):
         assert stat.S_IMODE(path.stat().st_mode) == mode
         assert frames.ask(path, b"\1\0", 100) == b""  # there is no such site
+
+
+def test_the_questions_of_all_sites_may_wait_at_once(tmp_path):
+    sites = 3 * frames.THREADS
+    everyone = threading.Barrier(sites)
+
+    def exchange(site, reply, seconds):
+        everyone.wait(20)
+        return b"request of %d after %s" % (site, reply)
+
+    plan, path = types.SimpleNamespace(sites=range(sites), reply_size=lambda: 16), tmp_path / "office.sock"
+    ask = lambda site: frames.ask(path, office_socket.SITE.pack(site) + b"reply", 64, 30)  # noqa: E731
+    with (
+        engines.socket(plan, types.SimpleNamespace(exchange=exchange), path),
+        concurrent.futures.ThreadPoolExecutor(sites) as pool,
+    ):
+        assert list(pool.map(ask, range(sites))) == [b"request of %d after reply" % site for site in range(sites)]

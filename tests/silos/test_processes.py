@@ -242,6 +242,9 @@ def test_masked_sites_come_to_an_end_and_pay_once(tmp_path, tiny_bert, finance_t
 def test_under_another_user_the_relay_reads_no_file_of_the_site(quiet, tmp_path):
     """It reaches the socket through its group, and nothing else: neither files nor the process's memory."""
     site_user, relay_user, group = 41001, 41002, 41003
+    python = "/usr/bin/python3"  # which other users may start; what runs here needs no package
+    if not pathlib.Path(python).exists():
+        pytest.skip(f"{python} is not there")
     code = (
         "import os, pathlib, sys\n"
         "open_, failed = 0, 0\n"
@@ -257,9 +260,7 @@ def test_under_another_user_the_relay_reads_no_file_of_the_site(quiet, tmp_path)
             folder.chmod(0o755)
     files = [path for path in here.rglob("*") if path.is_file()]
     as_relay = {"user": relay_user, "group": relay_user, "extra_groups": [group]}
-    read = subprocess.run(
-        [sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True, cwd="/", **as_relay
-    )
+    read = subprocess.run([python, "-c", code, *map(str, files)], capture_output=True, text=True, cwd="/", **as_relay)
     assert read.stdout.split() == ["0", str(len(files))], read
     assert len(files) > 5
     serving = (
@@ -279,22 +280,18 @@ def test_under_another_user_the_relay_reads_no_file_of_the_site(quiet, tmp_path)
     run.chmod(0o750)
     where = [str(ROOT), str(run / "site.sock")]
     with subprocess.Popen(
-        [sys.executable, "-c", serving, *where, str(group)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
+        [python, "-c", serving, *where, str(group)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
         user=site_user, group=site_user, extra_groups=[group],
     ) as server:  # fmt: skip
         assert server.stdout.readline() == b"up\n"
-        told = subprocess.run(
-            [sys.executable, "-c", asking, *where], capture_output=True, text=True, cwd="/", **as_relay
-        )
+        told = subprocess.run([python, "-c", asking, *where], capture_output=True, text=True, cwd="/", **as_relay)
         assert told.stdout.strip() == "b'cba'", told
         other = {"user": 41004, "group": 41004, "extra_groups": []}
-        refused = subprocess.run(
-            [sys.executable, "-c", asking, *where], capture_output=True, text=True, cwd="/", **other
-        )
+        refused = subprocess.run([python, "-c", asking, *where], capture_output=True, text=True, cwd="/", **other)
         assert "PermissionError" in refused.stderr
         memory = "import sys; open(f'/proc/{sys.argv[1]}/mem', 'rb')"
         peeked = subprocess.run(
-            [sys.executable, "-c", memory, str(server.pid)], capture_output=True, text=True, cwd="/", **as_relay
+            [python, "-c", memory, str(server.pid)], capture_output=True, text=True, cwd="/", **as_relay
         )
         assert "PermissionError" in peeked.stderr
         server.stdin.close()

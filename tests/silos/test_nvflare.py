@@ -1,0 +1,415 @@
+"""NVFLARE as the engine: its relays' own logic with stand-ins, and, where NVFLARE_VENV says where nvflare is, the real thing."""
+
+import collections
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+
+from dplora_jax.privacy.ledger import Ledger
+from dplora_jax.silos import frames, office_socket
+from tests.conftest import write_bert, write_table
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = ROOT / "launch" / "nvflare"
+VENV = os.environ.get("NVFLARE_VENV")
+PLAIN_LAUNCHER = "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher"
+NAMES = "east", "north", "south"
+with_nvflare = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not VENV, reason="the extra nvflare is not there: set NVFLARE_VENV"),
+]
+WITHOUT_JAX = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("jax", "jaxlib", "flax", "numpy", "cryptography", "absl"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocker())
+"""
+STAND_INS = {
+    "nvflare.apis.controller_spec": {"Task": object, "TaskCompletionStatus": object},
+    "nvflare.apis.executor": {"Executor": object},
+    "nvflare.apis.fl_constant": {"FLContextKey": object, "ReservedTopic": object, "ReturnCode": object},
+    "nvflare.apis.impl.controller": {"Controller": object},
+    "nvflare.apis.shareable": {"Shareable": dict},
+    "nvflare.app_common.job_launcher.client_process_launcher": {"ClientProcessJobLauncher": object},
+}
+
+
+@pytest.fixture
+def relay(monkeypatch):
+    """The module `nvflare_relay` over stand-ins for nvflare's classes, impatient."""
+    for name, members in STAND_INS.items():
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType(".".join(parts[:count])))
+        vars(sys.modules[name]).update(members)
+    monkeypatch.delitem(sys.modules, "dplora_jax.silos.nvflare_relay", raising=False)
+    module = importlib.import_module("dplora_jax.silos.nvflare_relay")
+    monkeypatch.setattr(module, "PAUSE", 0.01)
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    yield module
+    sys.modules.pop("dplora_jax.silos.nvflare_relay")
+
+
+def test_the_relay_needs_no_package_of_this_project_but_its_own_frames():
+    stand_ins = "".join(
+        f"sys.modules[{name!r}] = type(sys)({name!r}); vars(sys.modules[{name!r}]).update({list(members)!r} and "
+        f"dict.fromkeys({list(members)!r}, object))\n"
+        for name, members in STAND_INS.items()
+    )
+    code = f"{WITHOUT_JAX}{stand_ins}import dplora_jax.silos.nvflare_relay\n" + (
+        "print(sorted(name for name in sys.modules if name.startswith('dplora_jax')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    own = ["frames", "nvflare_relay", "office_socket"]
+    expected = ["dplora_jax", "dplora_jax.silos", *(f"dplora_jax.silos.{name}" for name in own)]
+    assert done.stdout.strip() == str(expected)
+
+
+def test_a_reply_is_kept_until_the_office_has_taken_it(relay, tmp_path):
+    asked, seen, path = [], [], tmp_path / "office.sock"
+
+    def answer(data):
+        seen.append(data)
+        if len(seen) == 2:
+            raise OSError("the office ended before it answered")
+        return b"" if len(seen) == 4 else b"request"
+
+    def site(request):
+        asked.append(request)
+        return b"reply"
+
+    with frames.listening(path, answer, 1 << 10):
+        relay.carry(path, 7, site, lambda: len(seen) == 4, print)
+    number = office_socket.SITE.pack(7)
+    assert seen == [number, number + b"reply", number + b"reply", number + b"reply"]
+    assert asked == [b"request", b"request"]
+
+
+def test_a_relay_stops_when_the_office_has_gone_and_answers_nothing_for_a_site_that_is_away(
+    relay, tmp_path, monkeypatch
+):
+    told = []
+    relay.carry(tmp_path / "office.sock", 0, None, lambda: False, told.append)
+    assert "trying again (FileNotFoundError" in told[0]
+    site = relay.SiteRelay()
+    site.log_warning = lambda context, text: told.append(text)
+    monkeypatch.setenv(relay.SITE_SOCKET, str(tmp_path / "site.sock"))
+    signal_ = types.SimpleNamespace(triggered=False)
+    assert site.execute(relay.TASK, {relay.BYTES: b"request"}, None, signal_) == {relay.BYTES: b""}
+    with frames.listening(tmp_path / "site.sock", lambda data: b"reply to " + data, 1 << 10):
+        assert site.execute(relay.TASK, {relay.BYTES: b"request"}, None, signal_) == {relay.BYTES: b"reply to request"}
+
+
+def test_a_site_starts_the_job_of_this_project_and_no_other(relay, tmp_path):
+    shutil.copytree(FILES / "job" / "app", tmp_path / "app")
+    (tmp_path / "app" / "config" / ".__nvfl_sig.json").write_text("{}")
+    relay.refuse(tmp_path / "app")
+    (tmp_path / "app" / "custom").mkdir()
+    (tmp_path / "app" / "custom" / "own.py").write_text("")
+    with pytest.raises(PermissionError, match=r"files of its own: custom/own\.py"):
+        relay.refuse(tmp_path / "app")
+    (tmp_path / "app" / "custom" / "own.py").unlink()
+    config = tmp_path / "app" / relay.CLIENT_FILE
+    config.write_text(config.read_text().replace("SiteRelay", "OfficeController"))
+    with pytest.raises(PermissionError, match="another than this site runs"):
+        relay.refuse(tmp_path / "app")
+
+
+def test_a_sites_files_allow_one_class_and_nobodys_code_or_commands_and_upload_no_log():
+    resources = json.loads((FILES / "site" / "resources.json").read_text())
+    rights = json.loads((FILES / "site" / "authorization.json").read_text())["permissions"]
+    assert resources["class_allow_list"] == ["dplora_jax.silos.nvflare_relay.SiteRelay"]
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    assert resources["allow_log_streaming"] is False
+    assert "Streamer" not in json.dumps(resources["components"])
+    assert list(rights) == ["project_admin"]
+    allowed = {name for name, who in rights["project_admin"].items() if who != "none"}
+    assert allowed == {"submit_job", "manage_job", "check_status"}
+
+
+# The real thing
+
+
+@contextlib.contextmanager
+def engine(workdir, files=FILES):
+    """launch/silos_nvflare.sh on `workdir` -> its log's path; nothing that it started is left."""
+    log = workdir / "nvflare.log"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NVFLARE_FILES": str(files)}
+    command = [ROOT / "launch" / "silos_nvflare.sh", workdir / "coordinator" / "plan.json", workdir, *NAMES]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield log
+        finally:
+            process.terminate()
+            process.wait(60)
+    assert not running(workdir)
+
+
+def running(workdir):
+    """Command lines of NVFLARE's processes on `workdir`."""
+    return [line for line in commands() if str(workdir) in line and "nvflare.private" in line]
+
+
+def commands():
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def until(condition, seconds, what):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {seconds} s"
+        time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def stand_ins(workdir, rounds):
+    """An office with so many requests for each site, and the sites' processes -> {site's number: replies that came}."""
+    replies = collections.defaultdict(list)
+    (workdir / "coordinator").mkdir(parents=True)
+    plan = {"plan": {"sites": [{"name": name} for name in NAMES]}}
+    (workdir / "coordinator" / "plan.json").write_text(json.dumps(plan))
+
+    def office(data):
+        (site,), reply = office_socket.SITE.unpack_from(data), data[office_socket.SITE.size :]
+        if reply and reply not in replies[site]:
+            replies[site].append(reply)
+        if len(replies[site]) == rounds:
+            time.sleep(1)
+            return b""
+        return b"request %d of %d" % (len(replies[site]), site)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(frames.listening(workdir / "coordinator" / "office.sock", office, 1 << 10))
+        for name in NAMES:
+            (workdir / name).mkdir()
+            answer = lambda data: hashlib.sha256(data).digest()  # noqa: E731
+            stack.enter_context(frames.listening(workdir / name / "site.sock", answer, 1 << 10))
+        yield replies
+
+
+def kits(workdir):
+    return workdir / "nvflare" / "made" / "dplora_jax" / "prod_00"
+
+
+def copied(tmp_path, edit):
+    """launch/nvflare, of which `edit(folder)` changed something."""
+    shutil.copytree(FILES, tmp_path / "files")
+    edit(tmp_path / "files")
+    return tmp_path / "files"
+
+
+def replaced(path, *pairs):
+    text = path.read_text()
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def any_server(files):
+    """A coordinator that allows itself everything: what a site refuses, it refuses itself."""
+    replaced(files / "server" / "authorization.json", ('"none"', '"any"'))
+    replaced(files / "server" / "resources.json", ("dplora_jax.silos.nvflare_relay.OfficeController", "*"))
+
+
+def own_code(files):
+    any_server(files)
+    (files / "job" / "app" / "custom").mkdir()
+    (files / "job" / "app" / "custom" / "own.py").write_text("")
+
+
+def own_code_of_a_super_user(files):
+    """NVFLARE 2.9 lets a role of this name do everything, past every site's policy."""
+    own_code(files)
+    replaced(files / "project.yml", ("role: project_admin", "role: super"))
+
+
+def other_class(files):
+    any_server(files)
+    replaced(
+        files / "job" / "app" / "config" / "config_fed_client.json",
+        ("dplora_jax.silos.nvflare_relay.SiteRelay", "nvflare.app_common.np.np_trainer.NPTrainer"),
+    )
+
+
+def other_class_without_launcher(files):
+    other_class(files)
+    replaced(
+        files / "site" / "resources.json",
+        ("dplora_jax.silos.nvflare_relay.SiteLauncher", PLAIN_LAUNCHER),
+    )
+
+
+def uploading(files):
+    """NVFLARE's own default: logs of jobs go to the server."""
+    site, server = files / "site" / "resources.json", files / "server" / "resources.json"
+    streamer = {
+        "id": "site_log_streamer", "path": "nvflare.app_common.logging.site_log_streamer.SiteLogStreamer",
+        "args": {"log_file_name": "error_log.txt"},
+    }  # fmt: skip
+    for path, component in (
+        (site, streamer),
+        (server, {"id": "log_receiver", "path": "nvflare.app_common.logging.job_log_receiver.JobLogReceiver"}),
+    ):
+        resources = json.loads(path.read_text())
+        resources["components"].append(component)
+        resources["class_allow_list"] = ["*"]
+        path.write_text(json.dumps(resources))
+    replaced(
+        site,
+        ('"allow_log_streaming": false', '"allow_log_streaming": true'),
+        ("dplora_jax.silos.nvflare_relay.SiteLauncher", PLAIN_LAUNCHER),
+    )
+
+
+class TestNvflare:
+    pytestmark = with_nvflare
+
+    @pytest.mark.parametrize(
+        ("edit", "refusal"),
+        [
+            (own_code, "BYOC not permitted"),
+            (own_code_of_a_super_user, "the job has files of its own: custom/own.py"),
+            (other_class, "the job's configuration is another than this site runs"),
+            (other_class_without_launcher, "is not in allow_list"),
+        ],
+    )
+    def test_a_site_refuses_code_of_a_job_and_a_class_that_is_not_listed(self, tmp_path, edit, refusal):
+        files, workdir = copied(tmp_path, edit), tmp_path / "run"
+
+        def refused():
+            site = "".join(path.read_text(errors="replace") for path in kits(workdir).glob("north/**/*.txt"))
+            return refusal in site or refusal in (workdir / "nvflare.log").read_text(errors="replace")
+
+        with stand_ins(workdir, 1) as replies, engine(workdir, files):
+            until(refused, 240, refusal)
+        assert not any(replies.values())
+
+    @pytest.mark.parametrize(
+        "uploads", [False, True], ids=["by our files", "by NVFLARE's own, which this would notice"]
+    )
+    def test_no_line_of_a_sites_log_reaches_the_server(self, tmp_path, uploads):
+        workdir, marker = tmp_path / "run", "a line of this site alone"
+        files = copied(tmp_path, uploading) if uploads else FILES
+
+        def logs():
+            return [path for name in NAMES for path in kits(workdir).glob(f"{name}/*/*log*.txt")]
+
+        with contextlib.ExitStack() as stack:
+            with stand_ins(workdir, 30) as replies:
+                log = stack.enter_context(engine(workdir, files))
+                until(lambda: len(replies) == 3, 240, "a reply of each site")
+                for name in NAMES:
+                    (job,) = kits(workdir).glob(f"{name}/*-*-*")
+                    for file in ("log.txt", "error_log.txt"):
+                        with (job / file).open("a") as out:
+                            out.write(f"2026-01-01 00:00:00,000 - SiteRelay - ERROR - {marker} {name}\n")
+                until(lambda: all(len(replies[site]) == 30 for site in range(3)), 240, "thirty replies of each site")
+            until(lambda: "FINISHED:COMPLETED" in log.read_text(errors="replace"), 180, "the end of the job")
+            time.sleep(5)  # in which a log would be uploaded
+            server = [path for path in kits(workdir).glob("localhost/**/*") if path.is_file()]
+            server += [path for path in (workdir / "nvflare" / "store").rglob("*") if path.is_file()]
+            assert any(marker in path.read_text(errors="replace") for path in logs())
+            assert len(server) > 10
+            assert bool([path for path in server if marker.encode() in path.read_bytes()]) is uploads
+
+    def test_it_goes_on_after_the_server_was_killed(self, tmp_path):
+        workdir = tmp_path / "run"
+
+        def came(count):
+            return all(len(replies[site]) >= count for site in range(len(NAMES)))
+
+        with stand_ins(workdir, 20) as replies, engine(workdir):
+            until(lambda: came(3), 400, "three replies of each site")
+            os.kill(int((kits(workdir) / "localhost" / "pid.fl").read_text()), signal.SIGKILL)
+            assert not came(20)
+            until(lambda: came(20), 400, "the other replies")
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory):
+    """A folder with a tiny model, three sites' tables and a public one."""
+    folder = tmp_path_factory.mktemp("banks")
+    for name in ("model", "table"):
+        (folder / name).mkdir()
+    write_bert(folder / "model")
+    write_table(folder / "table")
+    rows = [line.split(",") for line in (folder / "table" / "train.csv").read_text().splitlines()[1:]]
+    for name in NAMES:
+        (folder / "banks" / name).mkdir(parents=True)
+        lines = ["text,label", *(f"{text},{label}" for text, label, bank in rows if bank == name)]
+        (folder / "banks" / name / "train.csv").write_text("\n".join(lines) + "\n")
+    shutil.copy(folder / "table" / "test.csv", folder / "banks" / "test.csv")
+    return folder
+
+
+def federation(banks, workdir, engine, act=lambda: None):
+    """The adapter of a whole run by launch/silos.sh over `engine`; `act()` is called after round 1."""
+    command = [
+        ROOT / "launch" / "silos.sh", f"--data_dir={banks / 'banks'}", f"--workdir={workdir}", f"--engine={engine}",
+        f"--model={banks / 'model'}", "--dataset=csv", "--text_column=text", "--label_column=label", "--labels=bad,good",
+        "--max_length=8", "--noise_multiplier=1", "--expected_batch_size=8", "--rank=2", "--rounds=4", "--seed=3",
+    ]  # fmt: skip
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+    workdir.mkdir()
+    with (workdir / "run.log").open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        metrics = workdir / "coordinator" / "metrics.jsonl"
+        try:
+            until(
+                lambda: process.poll() or (metrics.exists() and len(metrics.read_text().splitlines()) > 1),
+                900,
+                "round 1",
+            )
+            act()
+            assert process.wait(900) == 0, (workdir / "run.log").read_text()
+        finally:
+            process.terminate()
+    for name in NAMES:
+        assert Ledger(workdir / name / "privacy_ledger.jsonl").charged_rounds() == 4
+    return np.load(workdir / "coordinator" / "adapter.npy")
+
+
+@pytest.fixture(scope="module")
+def expected(banks, tmp_path_factory):
+    """The adapter that the same run comes to over the mailbox."""
+    return federation(banks, tmp_path_factory.mktemp("runs") / "mailbox", "mailbox")
+
+
+class TestWholeRuns:
+    pytestmark = with_nvflare
+
+    def test_a_run_comes_to_the_adapter_that_the_mailbox_gives(self, banks, expected, tmp_path):
+        np.testing.assert_array_equal(federation(banks, tmp_path / "run", "nvflare"), expected)
+        until(lambda: not running(tmp_path), 30, "the end of all processes")
+
+    def test_with_a_client_killed_in_a_round_all_are_charged_once_and_the_run_ends_alike(
+        self, banks, expected, tmp_path
+    ):
+        workdir = tmp_path / "run"
+
+        def kill():
+            os.kill(int((kits(workdir) / "north" / "pid.fl").read_text()), signal.SIGKILL)
+
+        np.testing.assert_array_equal(federation(banks, workdir, "nvflare", kill), expected)
+        for name in NAMES:
+            ledger = [json.loads(line) for line in (workdir / name / "privacy_ledger.jsonl").read_text().splitlines()]
+            assert sum(entry.get("entry") == "begin" for entry in ledger) == 4
