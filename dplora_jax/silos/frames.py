@@ -113,6 +113,7 @@ def listening(path, answer, most, group=None, places=THREADS):
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # a Unix socket whose queue is full turns away who has a timeout
 
     def handle_error(self, request, client_address):
         """A connection that failed is the other side's; what failed here is raised where it is waited for."""

@@ -50,7 +50,7 @@ def serving(office, address, key, certificate, sites, most):
                     frames.send(connection, office.exchange(site, reply, POLL))
 
     class Server(socketserver.ThreadingTCPServer):
-        allow_reuse_address, daemon_threads, block_on_close = True, True, False
+        allow_reuse_address, daemon_threads, block_on_close, request_queue_size = True, True, False, 128
 
         def handle_error(self, request, client_address):
             """A connection that failed is the other side's."""
