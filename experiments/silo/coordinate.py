@@ -93,7 +93,7 @@ def _run(made, values, workdir):
 def _evaluator(made, values):
     """What measures an adapter, float32 [D], where the coordinator has a public test set; it needs JAX, and the base model."""
     own = options.own(values)
-    if not own.get("test_data"):
+    if not own.get("test_data") or not made.config.execution.eval_every:
         return None
     from dplora_jax.federation import program
     from dplora_jax.finetuning import parties
