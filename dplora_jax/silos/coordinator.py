@@ -28,7 +28,7 @@ CHECK_SECONDS = 0.5  # between looks at who is missing
 TELL_SECONDS = 30.0  # of waiting until it is said, and said again
 END_SECONDS = 60.0  # that sites have to confirm the end
 WELCOME_SECONDS = 1.0  # that a site which was absent has to say that it is back, before each round
-MOST_ATTEMPTS = 8  # of a round
+MOST_ATTEMPTS = 7  # more of a round, by one start
 FATAL = {
     Code.MALFORMED: "cannot read what it was sent",
     Code.FORGED: "says that the request is not signed by the plan's coordinator",
@@ -99,7 +99,7 @@ class Coordinator:
         if self._absent:
             self._greet(self._absent, None, WELCOME_SECONDS)
         attempts = self._kept_attempts() or [self._attempt(number, 0, self._everyone - self._absent, [])]
-        todo = gathered.todo(attempts)
+        todo, begun = gathered.todo(attempts), len(attempts)
         while todo:
             data, peers = todo.pop(0)
             replies = self._ask(data, peers, gathered.needed(peers), patience, without)
@@ -111,10 +111,11 @@ class Coordinator:
             missing = frozenset() if again else peers - set(replies)
             self._absent |= missing
             if more := gathered.take(peers, fine, set(again), missing):
-                newest = max([self._parsed(attempts[-1][0]).attempt, *(reply.attempt for reply in again.values())])
-                if len(attempts) == MOST_ATTEMPTS:
+                known = [reply.attempt for reply in again.values() if reply.round == number and reply.attempt < 2**31]
+                newest = max([self._parsed(attempts[-1][0]).attempt, *known])
+                if len(attempts) == begun + MOST_ATTEMPTS:
                     raise Stopped(
-                        f"round {number} was tried {MOST_ATTEMPTS} times: look at {self._names(again or missing)}."
+                        f"round {number} was tried again {MOST_ATTEMPTS} times: look at {self._names(again or missing)}."
                     )
                 if missing:
                     self._say(f"going on without {self._names(missing)}: a new attempt, which the others pay for again")
@@ -123,7 +124,7 @@ class Coordinator:
         if len(gathered.replies) < gathered.least:
             raise Stopped(
                 f"round {number} needs {gathered.least} sites or more, and {self._names(self._absent)} did not "
-                f"answer; start again to go on."
+                "answer; start again to go on."
             )
         request = self._parsed(attempts[0][0])
         statement = messages.statement(self.plan.digest, number, request.adapter, request.statement)

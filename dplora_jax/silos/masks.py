@@ -7,8 +7,6 @@ request's digest binds a mask to its round, attempt, peers, adapter and the star
 has the same.
 """
 
-import struct
-
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -20,13 +18,13 @@ def mask(own_key, number, peer_keys, plan, request, count):
     `peer_keys` are {number: X25519PublicKey} of all other peers. Over all peers, masks sum to 0 modulo 2^32."""
     total = np.zeros(count, np.uint32)
     for peer, key in peer_keys.items():
-        words = _words(own_key.exchange(key), (min(number, peer), max(number, peer)), plan, request, count)
+        words = _words(own_key.exchange(key), plan, request, count)
         total = total + words if number < peer else total - words
     return total
 
 
-def _words(shared, pair, plan, request, count):
-    info = b"dplora_jax mask" + request + struct.pack("<HH", *pair)
+def _words(shared, plan, request, count):
+    info = b"dplora_jax mask" + request
     key = HKDF(SHA256(), 32, salt=plan, info=info).derive(shared)
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()  # the key is of one use: any nonce does
     return np.frombuffer(stream.update(bytes(4 * count)), "<u4")

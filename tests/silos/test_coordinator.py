@@ -267,14 +267,21 @@ def test_a_site_that_never_gives_an_upload_stops_the_run(tmp_path, code):
     def carry(site, request, answer):
         if site != 1 or messages.HEAD.unpack_from(request)[3] != 1:
             return answer(request)
-        reply = messages.Reply(code, made.plan.digest, messages.digest(request), 1, 0, 0, bytes(16), bytes(64))
+        reply = messages.Reply(code, made.plan.digest, messages.digest(request), 1, 1, 2**32 - 1, bytes(16), bytes(64))
         return messages.pack_reply(reply, keys.load(made.folder / "south").sign)
 
     with pytest.raises(
-        Stopped, match="was tried 8 times: look at south" if code is Code.LOST else "south answered without"
+        Stopped, match="was tried again 7 times: look at south" if code is Code.LOST else "south answered without"
     ):
         made.run(carry)
     assert max(charges_or_none(made)) <= 8
+    if code is Code.LOST:  # and once the site is mended, a new start goes on
+        with made.sites() as sites:
+            office = Office(3)
+            with made.engine(office, sites):
+                coordinator = made.coordinator(office)
+                coordinator._greet(coordinator._everyone, 60, None)
+                assert set(coordinator._round(60, None)[1]) == {0, 1, 2}
 
 
 def test_masked_fewer_than_the_survivors_stop(tmp_path):
