@@ -112,9 +112,8 @@ def charge(job, done, **more):
     last = min(done + _most_rounds(job), config.schedule.rounds)
     if config.execution.eval_every:
         last = min(last, (done // config.execution.eval_every + 1) * config.execution.eval_every)
-    if (
-        config.privacy.epsilon is not None or job.members is not None
-    ):  # what was planned, and agreed to, is `rounds` rounds
+    # Sigma is calibrated to `rounds` rounds, and beyond them the budget is spent. A party on its own agreed to no more either.
+    if config.privacy.epsilon is not None or job.members is not None:
         last = min(last, _affordable(job, done))
     if last <= done:
         return None
