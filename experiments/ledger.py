@@ -96,7 +96,9 @@ def site_lines(workdir, stored):
     steps = trust.mode(stored.config).steps_per_round(stored.config)
     mechanism, numbers = stored.mechanisms[stored.member], sorted(rounds)
     counts = tuple(steps * rounds[number] for number in numbers)
-    spent = accounting.epsilon_curve(mechanism, counts, stored.config.privacy.delta) if stored.private else counts
+    spent = [math.inf] * len(counts)
+    if stored.private:
+        spent = accounting.epsilon_curve(mechanism, counts, stored.config.privacy.delta)
     return [
         {"round": number, "epsilon": [value], "epsilon_max": value, "finished": 1, "dropped": []}
         for number, value in zip([0, *numbers], [0.0, *spent], strict=True)

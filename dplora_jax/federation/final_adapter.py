@@ -47,23 +47,27 @@ class Released(NamedTuple):
 def fetched(config, params, state):
     """The Released of `state`, its head on features as the base model makes them; where there are several processes, all must
     call it."""
-    released = Released(*mesh.fetch((lora.with_frozen(params, adapter(config, state)), state.residual, state.own)))
+    return Released(whole(params, adapter(config, state)), *mesh.fetch((state.residual, state.own)))
+
+
+def whole(params, adapter):
+    """`adapter` as files hold it, on the host: with every A, its head on features as the base model makes them."""
+    held = mesh.fetch(lora.with_frozen(params, adapter))
     if features.KEY not in params:
-        return released
-    head = features.outward(released.adapter["head"], mesh.fetch(params[features.KEY]))
-    return released._replace(adapter=released.adapter | {"head": head})
+        return held
+    return held | {"head": features.outward(held["head"], mesh.fetch(params[features.KEY]))}
 
 
 def save(folder, config, model, lora_config, parts, base):
     """Write the adapter of the released model to the directory `folder` in PEFT's format, from `parts` (its Released); where
     every client keeps its own B, each client's beside it in `folder`/clients. `base` is the base model's name for others."""
-    whole = parts.adapter
+    held = parts.adapter
     if len(parts.residual):  # a PEFT file has no place for what was folded into the base
-        whole, rank = exact.whole(whole, parts.residual)
+        held, rank = exact.whole(held, parts.residual)
         lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
-    peft.save(folder, model, whole, lora_config, base)
+    peft.save(folder, model, held, lora_config, base)
     method = methods.BY_NAME[config.aggregation.method]
     if method.personal:
         for client in range(config.schedule.clients):
-            client_adapter = method.begin(whole, jax.tree.map(lambda x, k=client: x[k], parts.own))
+            client_adapter = method.begin(held, jax.tree.map(lambda x, k=client: x[k], parts.own))
             peft.save(folder / "clients" / str(client), model, client_adapter, lora_config, base)

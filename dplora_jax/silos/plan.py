@@ -22,18 +22,9 @@ FILE, START, APPROVAL = "plan.json", "start.npy", "approval.json"
 FORMAT = 1
 # Of a party's own house: where its table lies, how that is written, and what is shown and measured there.
 LOCAL = (
-    *(
-        "data_dir",
-        "test_data",
-        "encoding",
-        "separator",
-        "text_column",
-        "label_column",
-        "prompt_column",
-        "answer_column",
-    ),
-    *("benchmarks", "benchmarks_dir", "workdir", "auto", "train_records", "test_records", "test_fraction"),
-)
+    "data_dir", "test_data", "encoding", "separator", "text_column", "label_column", "prompt_column", "answer_column",
+    "benchmarks", "benchmarks_dir", "workdir", "auto", "train_records", "test_records", "test_fraction",
+)  # fmt: skip
 DIGEST = hexadecimal(64, 64)
 BODY = record({
     "format": whole(FORMAT, FORMAT),
@@ -80,11 +71,6 @@ class Plan:
     def names(self):
         """The sites' names, in the order of their numbers."""
         return [site["name"] for site in self.sites]
-
-    @property
-    def epsilons(self):
-        """What each site will have spent after all planned rounds."""
-        return [row["epsilon"] for row in self.body["federation"]["clients"]]
 
     def number(self, name):
         """The number of the site of that name; InputError."""

@@ -1,8 +1,8 @@
 """A site: what answers the coordinator's requests with this party's uploads, and with nothing else.
 
-The order for a request is: its size, its signature, this plan, this start of the process, the other sites' signatures, the next
-round alone; then the budget, a durable begin entry, keys from its hash, the local steps, the upload kept, the commit, and only
-then the answer. A request that was answered is answered again with the same bytes, and charged once.
+The order for a request is: its size, its signature, this plan, who is asked, this start of the process, the next round alone, the
+other sites' signatures; then the budget, a durable begin entry, keys from its hash, the local steps, the upload kept, the commit,
+and only then the answer. A request that was answered is answered again with the same bytes, and charged once.
 """
 
 import hashlib

@@ -23,7 +23,7 @@ def main(arguments):
     made = options.planned(path)
     own = party.opened(made, values, workdir)
     name, epsilon = made.names[own.number], own.epsilon
-    print(summary(made))
+    print(summary(made, own.about["clients"]))  # as reckoned here, and not as the plan says
     for statement in own.about["trust"]:
         print(f"  {statement}")
     _within(made, own.number, epsilon, values)

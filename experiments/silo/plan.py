@@ -45,18 +45,18 @@ def main(arguments):
     np.save(content, start)
     replace_durably(workdir / plan.START, content.getvalue())
     made = plan.write(workdir, body, keys.load(workdir).sign)
-    print(summary(made))
+    print(summary(made, made.body["federation"]["clients"]))
     print(f"Send {workdir / plan.FILE} to every site: each checks and approves it.")
     return 0
 
 
-def summary(made):
-    """What a plan comes to, in lines."""
+def summary(made, clients):
+    """What a plan comes to, in lines; `clients` are the rows of config.json on all sites."""
     config, lines = made.config, []
-    for site, mechanism, epsilon in zip(made.sites, made.mechanisms, made.epsilons, strict=True):
+    for row in clients:
         lines.append(
-            f"{site['name']:>16}: {site['records']:6} records, sampling rate {mechanism.sampling_rate:.4f}, noise multiplier "
-            f"{mechanism.noise_multiplier:.4f}, epsilon {epsilon:.4f} at delta {config.privacy.delta:g}"
+            f"{row['name']:>16}: {row['records']:6} records, sampling rate {row['sampling_rate']:.4f}, noise multiplier "
+            f"{row['noise_multiplier']:.4f}, epsilon {row['epsilon']:.4f} at delta {config.privacy.delta:g}"
         )
     rounds = f"{config.schedule.rounds} rounds, trust={config.privacy.trust}"
     rounds += "" if config.privacy.seed is None else f", seed={config.privacy.seed}: NOT FOR RELEASE"

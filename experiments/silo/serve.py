@@ -5,14 +5,13 @@ import pathlib
 import signal
 import threading
 
-import jax
 from absl import flags
 
-from dplora_jax import guard, lora, peft, private_files
+from dplora_jax import guard, peft, private_files
 from dplora_jax.errors import InputError
-from dplora_jax.federation import program
+from dplora_jax.federation import final_adapter, program
 from dplora_jax.federation.silo import Silo
-from dplora_jax.models import features, pretrained
+from dplora_jax.models import pretrained
 from dplora_jax.privacy import secrets
 from dplora_jax.privacy.chain import replace_durably
 from dplora_jax.privacy.ledger import FILE, Ledger
@@ -97,10 +96,7 @@ def save(workdir, own, adapter):
     print(f"The released adapter is {hashlib.sha256(vectors.flat(adapter)).hexdigest()[:32]}: all sites have the same.")
     base, config = own.base, own.config
     _, params, lora_config = program.adapter(config, base.model, base.params)
-    whole = lora.with_frozen(params, adapter)
-    if features.KEY in params:
-        whole = whole | {"head": features.outward(whole["head"], jax.device_get(params[features.KEY]))}
-    folder = workdir / "adapter"
+    folder, whole = workdir / "adapter", final_adapter.whole(params, adapter)
     peft.save(folder, base.model, whole, lora_config, pretrained.hub_id(config.base.name))
     line = (
         f"Made by {config.schedule.clients} parties that share no machine, in {config.schedule.rounds} planned rounds."
