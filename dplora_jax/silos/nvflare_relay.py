@@ -24,10 +24,8 @@ from dplora_jax.silos import frames, office_socket
 SITE_SOCKET = "DPLORA_SITE_SOCKET"  # environment variable: the Unix socket of the site's process
 COORDINATOR = "DPLORA_COORDINATOR"  # environment variable: the coordinator's folder, with plan.json and office.sock
 TASK, BYTES = "dplora_jax", "bytes"  # a task's name, and where its bytes lie in a Shareable
-MOST = 1 << 31  # bytes of a frame: the site and the coordinator know the exact sizes, and check them
 PAUSE = 1.0  # seconds between attempts to reach a socket
 PATIENCE = 30.0  # seconds that a socket may be away: then a reply is left out, or the job ends
-POLL = 60.0  # seconds that the office may take: it answers within ten
 BEAT, SILENCE = 10.0, 60.0  # seconds between looks at the clients, and that one may be silent before the job ends
 CLIENT_FILE = "config/config_fed_client.json"
 FILES = CLIENT_FILE, "config/config_fed_server.json"  # all of a job, which NVFLARE sends to every party
@@ -90,7 +88,7 @@ class OfficeController(Controller):
             def say(text):
                 self.log_warning(fl_ctx, text)
 
-            carry(self.office, number, ask, lambda: abort_signal.triggered, say)
+            office_socket.carry(self.office, number, ask, lambda: abort_signal.triggered, PATIENCE, say)
 
     def _answer(self, name, request, abort_signal, fl_ctx):
         """What the site of that name replies to `request`; b"" where its client has gone or the job is aborted."""
@@ -149,24 +147,13 @@ def names(plan):
     return [site["name"] for site in json.loads(pathlib.Path(plan).read_text())["plan"]["sites"]]
 
 
-def carry(office, number, answer, stop, say):
-    """Carry for site `number` between the Unix socket `office` and `answer(request) -> reply`, until `stop()`, or until the
-    office has been away for PATIENCE seconds. A reply is kept until the office has taken it."""
-    reply = b""
-    while not stop():
-        request = asked(office, office_socket.SITE.pack(number) + reply, stop, say, POLL)
-        if request is None:
-            return
-        reply = answer(request) if request else b""
-
-
-def asked(path, data, stop, say, seconds=None):
-    """What the Unix socket `path` answers to `data`; None where it cannot be reached within PATIENCE seconds, or `stop()`.
-    `seconds` are the most that an answer may take."""
+def asked(path, data, stop, say):
+    """What the site's Unix socket `path` answers to `data`; None where it cannot be reached within PATIENCE seconds, or
+    `stop()`."""
     failing_since = None
     while not stop():
         try:
-            return frames.ask(path, data, MOST, seconds)
+            return frames.ask(path, data, office_socket.MOST)
         except OSError as error:
             now = time.monotonic()
             failing_since = failing_since or now

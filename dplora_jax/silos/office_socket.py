@@ -1,6 +1,7 @@
 """The Unix socket at which an engine's process meets the coordinator's office. No library but Python's own: an engine has an
 environment of its own, with none of this project's dependencies."""
 
+import math
 import struct
 import time
 
@@ -18,17 +19,22 @@ def exchange(path, site, reply):
     return frames.ask(path, SITE.pack(site) + reply, MOST, POLL + frames.SECONDS)
 
 
-def carry(path, site, ask, stop=lambda: False):
-    """Carry requests for `site` to `ask(request) -> reply`, and its replies to the office at `path`, until `stop()`.
+def carry(path, site, ask, stop=lambda: False, patience=math.inf, say=lambda text: None):
+    """Carry requests for `site` to `ask(request) -> reply`, and its replies to the office at `path`, until `stop()`, or until the
+    office has been away for `patience` seconds.
 
     An empty reply says that none came: the office gives the same request again, after a pause. So it does for a reply that did
     not reach it, be it away or the reply too large. What `ask` raises ends this.
     """
-    reply = b""
+    reply, away = b"", None
     while not stop():
         try:
-            request = exchange(path, site, reply)
-        except OSError:
+            request, away = exchange(path, site, reply), None
+        except OSError as error:
+            away = away or time.monotonic()
+            if time.monotonic() - away > patience:
+                return
+            say(f"{path}: trying again ({type(error).__name__}: {error.strerror or error})")
             time.sleep(PAUSE)
             request = b""
         reply = ask(request) if request else b""

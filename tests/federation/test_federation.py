@@ -2,7 +2,6 @@
 
 import collections
 import json
-import time
 
 import jax
 import numpy as np
@@ -72,20 +71,6 @@ def test_a_run_in_memory_is_the_run_in_a_workdir(federation, tmp_path):
     assert Ledger(tmp_path / "run" / "privacy_ledger.jsonl").ended
     assert not (tmp_path / "run" / "private" / secrets.FILE).exists()
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
-
-
-def test_preparing_is_no_waiting_of_the_devices(federation, monkeypatch):
-    made, prepared = federation(), []
-    prepare = made.prepare
-    monkeypatch.setattr(made, "prepare", lambda *args: (prepare(*args), prepared.append(time.perf_counter()))[0])
-    next(made.fit(small.shards(), storage.InMemory()))
-    assert made.clock.start > prepared[0]
-
-
-def test_what_is_written_after_the_rounds_keeps_no_device_waiting(federation, tmp_path):
-    made, written = federation(), []
-    list(made.fit(small.shards(), tmp_path / "run", closing=lambda: written.append(time.perf_counter())))
-    assert made.clock.end < written[0]
 
 
 def test_a_run_without_a_workdir_says_that_nothing_is_durable(federation):

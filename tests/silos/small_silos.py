@@ -6,6 +6,7 @@ import threading
 from dplora_jax import losses
 from dplora_jax.config import RunConfig, replace
 from dplora_jax.federation.silo import Silo
+from dplora_jax.privacy.ledger import Ledger
 from dplora_jax.silos import draft, keys, plan
 from dplora_jax.silos.coordinator import Coordinator
 from dplora_jax.silos.office import Office
@@ -15,12 +16,19 @@ from tests.federation import small_federation as small
 NAMES = "north", "south", "east"
 SIZES = [16, 16, 16]
 MASKED = {"trust": "distributed", "noise": "hardened", "survivors": 2, "colluding": 1}
+MODES = {"local": {}, "masked": MASKED}
 PROGRAMS = {}
 ONE = threading.Lock()  # one process: its checkpoints are not for several threads
 
 
 def shards():
     return [small.rows(size, seed) for seed, size in enumerate(SIZES)]
+
+
+def charges(made):
+    """How many rounds each site of the Federation `made` has paid for."""
+    paths = [made.folder / name / "privacy_ledger.jsonl" for name in NAMES]
+    return [Ledger(path, mend=False).charged_rounds() if path.exists() else 0 for path in paths]
 
 
 class Federation:

@@ -70,6 +70,14 @@ def test_what_does_not_reach_the_office_is_asked_for_again(tmp_path, monkeypatch
     assert left == [b"", b"", b"a reply"]
 
 
+def test_an_office_that_stays_away_ends_it_where_patience_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(office_socket, "PAUSE", 0.01)
+    told = []
+    office_socket.carry(tmp_path / "office.sock", 0, None, patience=0.05, say=told.append)
+    assert len(told) > 1
+    assert "trying again (FileNotFoundError" in told[0]
+
+
 @pytest.mark.parametrize(("group", "mode"), [(None, 0o600), (os.getgid(), 0o660)])
 def test_the_office_is_for_its_user_and_the_engines_group(tmp_path, group, mode):
     plan, path = types.SimpleNamespace(sites=[None], reply_size=lambda: 100), tmp_path / "office.sock"

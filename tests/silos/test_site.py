@@ -6,69 +6,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dplora_jax.privacy.ledger import Ledger
-from dplora_jax.silos import messages
-from dplora_jax.silos.messages import Code, Kind, Request
+from dplora_jax.silos.messages import Code, Kind
 from tests.silos import small_silos
+from tests.silos.asking import Asker, charged
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-EVERYONE, NOBODY = frozenset(range(3)), frozenset()
-
-
-class Asker:
-    """The coordinator's side of one site: requests as the tests want them."""
-
-    def __init__(self, made, site):
-        self.made, self.site, self.statement, self.signatures = made, site, made.plan.digest, {}
-
-    def request(self, number=1, attempt=0, key=None, **fields):
-        """A request's bytes: the right one for a first round, but for what is given."""
-        nothing, every = bytes(messages.SIGNATURE), range(3)
-        request = Request(
-            Kind.ROUND, self.made.plan.digest, number, attempt, EVERYONE, NOBODY if number == 1 else EVERYONE, max(number - 1, 0),
-            self.statement, tuple(self.site.epoch if k == self.site.number else bytes(16) for k in every),
-            tuple(self.signatures.get(k, nothing) for k in every), self.made.start,
-        )  # fmt: skip
-        return messages.pack_request(request._replace(**fields), key or self.made.key)
-
-    def ask(self, *args, **fields):
-        """The Reply to such a request."""
-        return self.reply(self.request(*args, **fields))
-
-    def reply(self, data):
-        answer = self.site.handle(data)
-        assert messages.signed(answer, self.made.plan.site_keys[self.site.number])
-        return messages.unpack_reply(answer, self.made.plan.numbers)
-
-    def go_on(self, adapter, number=1):
-        """After a round: what all sites signed of it."""
-        self.statement = messages.statement(self.made.plan.digest, number, adapter, self.statement)
-        self.signatures = {k: keys_of(self.made, k).sign(self.statement) for k in range(3)}
-
-
-def keys_of(made, number):
-    from dplora_jax.silos import keys
-
-    return keys.load(made.folder / small_silos.NAMES[number]).sign
-
-
-def charged(made, number=0):
-    return Ledger(made.folder / small_silos.NAMES[number] / "privacy_ledger.jsonl", mend=False).charged_rounds()
-
-
-@pytest.fixture(params=["local", "masked"])
-def made(request, tmp_path):
-    return small_silos.Federation(tmp_path, **({} if request.param == "local" else small_silos.MASKED) | {"seed": None})
-
-
-@pytest.fixture
-def local(tmp_path):
-    return small_silos.Federation(tmp_path, seed=None)
-
-
-@pytest.fixture
-def masked(tmp_path):
-    return small_silos.Federation(tmp_path, seed=None, **small_silos.MASKED)
 
 
 def test_a_round_is_charged_once_and_answered_twice_with_the_same_bytes(made):
@@ -158,16 +100,6 @@ def test_no_more_rounds_than_planned_are_paid_for_whatever_the_noise(tmp_path):
         assert charged(made) == 3
 
 
-def test_the_end_comes_after_a_round_that_was_refused_too(local):
-    with local.site(0) as site:
-        asker = Asker(local, site)
-        for attempt in range(3):
-            asker.ask(1, attempt)
-        asker.go_on(local.start)
-        assert asker.ask(2, 0, adapter=local.start + 1).code is Code.SPENT
-        assert asker.ask(2, 0, kind=Kind.END, adapter=local.start + 1).code is Code.OK
-
-
 def test_half_of_the_sites_are_no_witness(local):
     """Two groups that know nothing of each other might each be shown its own adapters."""
     with local.site(0) as site:
@@ -176,30 +108,6 @@ def test_half_of_the_sites_are_no_witness(local):
         asker.go_on(local.start)
         assert asker.ask(2, before=frozenset({0})).code is Code.SPLIT
         assert asker.ask(2, before=frozenset({0, 2})).code is Code.OK
-
-
-def test_a_site_that_is_closed_has_kept_what_it_charged(local, monkeypatch):
-    """It waits for the step under way, and answers nothing more."""
-    import threading
-    import time
-
-    with local.site(0) as site:
-        asker, real, going = Asker(local, site), site.silo.fit, threading.Event()
-
-        def slow(*arguments, **options):
-            going.set()
-            time.sleep(0.5)
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(site.silo, "fit", slow)
-        thread = threading.Thread(target=asker.ask, args=(1,), daemon=True)
-        thread.start()
-        going.wait()
-        site.close()
-        ledger = Ledger(local.folder / "north" / "privacy_ledger.jsonl", mend=False)
-        assert ledger.charged_rounds() == 1
-        assert not ledger.open_entry()
-        assert site._kept
 
 
 def test_two_attempts_share_neither_noise_nor_masks(made):
@@ -264,73 +172,6 @@ def test_a_fault_travels_as_a_code_and_its_words_stay(local, monkeypatch):
         reply = Asker(local, site).ask(1)
         assert (reply.code, reply.payload) == (Code.FAILED, b"")
         assert isinstance(told[0], ZeroDivisionError)
-
-
-STEPS = {
-    "before the charge": ("dplora_jax.federation.dispatch", "charge", 0, 1),
-    "in the program": ("dplora_jax.federation.silo.Silo", "_program", 1, 2),
-    "before the upload is kept": ("dplora_jax.silos.site", "replace_durably", 1, 2),
-    "before the commit": ("dplora_jax.privacy.ledger.Ledger", "commit", 1, 1),
-}
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_site_that_dies_at_any_step_replays_the_same_bits_or_pays_for_a_new_attempt(made, step, monkeypatch):
-    target, name, before, after = STEPS[step]
-
-    class Killed(BaseException):
-        pass
-
-    def die(*_, **__):
-        raise Killed
-
-    with made.site(0) as site:
-        data = Asker(made, site).request()
-        with monkeypatch.context() as broken:
-            broken.setattr(f"{target}.{name}", die)
-            with pytest.raises(Killed):
-                site.handle(data)
-        assert charged(made) == before
-        kept = site._kept
-    with made.site(0) as site:
-        asker = Asker(made, site)
-        again = asker.reply(data)
-        if step == "before the commit":
-            assert (again.code, site.handle(data)) == (Code.OK, kept)
-        else:  # it may have been another request's answer that is lost: its masks must not be used again
-            assert again.code is Code.LOST
-            assert asker.ask(1, 1).code is Code.OK
-        assert charged(made) == after
-        assert not Ledger(made.folder / "north" / "privacy_ledger.jsonl", mend=False).open_entry()
-
-
-def test_what_was_kept_is_this_sites_own_and_whole(local):
-    with local.site(0) as site:
-        Asker(local, site).ask(1)
-    path = local.folder / "north" / "private" / "sent.bin"
-    assert path.stat().st_mode & 0o777 == 0o600
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
-    from dplora_jax.errors import InputError
-
-    with pytest.raises(InputError, match="damaged"), local.site(0):
-        pass
-
-
-def test_the_end_gives_the_adapter_and_destroys_the_secret(local):
-    kept = []
-    with local.site(0, finish=kept.append) as site:
-        asker = Asker(local, site)
-        asker.ask(1)
-        asker.go_on(local.start)
-        data = asker.request(2, kind=Kind.END, adapter=local.start + 2)
-        assert asker.reply(data).code is Code.OK
-        np.testing.assert_array_equal(kept[0], local.start + 2)
-        assert asker.reply(data).code is Code.OK  # the answer may have been lost on its way
-        assert asker.ask(3).code is Code.ENDED
-        assert len(kept) == 1
-    assert list((local.folder / "north" / "private").iterdir()) == [], "with its keys, masks could be made again"
 
 
 @pytest.fixture(scope="module")
