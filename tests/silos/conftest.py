@@ -24,4 +24,4 @@ def masked(tmp_path):
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     """Who is gone at the end is not waited for long."""
-    monkeypatch.setattr(coordinators, "END_SECONDS", 1.0)
+    monkeypatch.setattr(coordinators, "END_SECONDS", 3.0)
