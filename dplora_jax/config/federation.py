@@ -36,6 +36,17 @@ class Privacy:
         "secure aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
         common=True,
     )  # fmt: skip
+    privacy_unit: str = field(
+        "record",
+        "what is protected as one: record, or column:NAME, all rows of a client with the same value there (a person's, say)",
+        common=True,
+    )
+    unit_rows: int = field(
+        1,
+        "rows that a unit brings to a step at most, drawn anew each time; with privacy_unit=record, how many rows a longer text "
+        "is cut into",
+        least=1,
+    )
     epsilon: float | None = field(
         None,
         "privacy budget of each client; inf means trust=none",
@@ -87,6 +98,11 @@ class Privacy:
         None, "trust=client: probability with which each client takes part in a round; default: 1"
     )
     seed: int | None = field(None, "make the run reproducible, noise included: its outputs are NOT for release")
+
+    @property
+    def by_unit(self):
+        """Whether what is protected has several rows."""
+        return self.privacy_unit != "record" or self.unit_rows > 1
 
 
 @dataclasses.dataclass(frozen=True)
