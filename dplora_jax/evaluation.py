@@ -8,7 +8,6 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,17 +38,32 @@ def classifier(model, mesh, params, test):
     nan where any logit is not finite, since argmax takes what is not a number for a label.
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
-    over the clients axis, and compiled once; every process gets all predictions.
+    over the clients axis, and compiled once; every process gets all predictions. Where a record has several rows (`unit` [N]
+    numbers each row's), its label is the one with the highest mean log-likelihood over them.
     """
-    labels = test["labels"]
-    inputs = {name: value for name, value in test.items() if name != "labels"}
+    inputs = {name: value for name, value in test.items() if name not in ("labels", encoding.UNIT)}
+    firsts = _firsts(test)
+    labels = test["labels"][firsts]
 
-    def chosen(based, adapter, batch):
-        logits = model.apply(based, batch, adapter)
-        return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), UNDECIDED)
+    def log_likelihoods(based, adapter, batch):
+        return jax.nn.log_softmax(model.apply(based, batch, adapter))
 
-    predict = _over_rows(model, mesh, params, inputs, chosen)
-    return lambda adapter, residual=(): _of_labels(predict(adapter, residual), labels, model.config.num_labels)
+    by_row = _over_rows(model, mesh, params, inputs, log_likelihoods)
+
+    def evaluate(adapter, residual=()):
+        by_record = np.add.reduceat(by_row(adapter, residual), firsts)
+        predicted = np.where(np.isfinite(by_record).all(-1), by_record.argmax(-1), UNDECIDED)
+        return _of_labels(predicted, labels, model.config.num_labels)
+
+    return evaluate
+
+
+def _firsts(table):
+    """The first row of each record of `table`, whose rows stand side by side; each row is one without `unit`."""
+    count = len(next(iter(table.values())))
+    if encoding.UNIT not in table:
+        return np.arange(count)
+    return np.flatnonzero(np.diff(table[encoding.UNIT], prepend=-1))
 
 
 def on(test):
@@ -162,7 +176,7 @@ def _of_labels(predicted, labels, classes):
 
 
 def _over_rows(model, mesh, params, table, compute):
-    """A function (adapter, residual) -> [N]: `compute(params, adapter, batch)` over the rows of `table`, on the whole mesh."""
+    """A function (adapter, residual) -> [N, ...]: `compute(params, adapter, batch)` of the rows of `table`, on the whole mesh."""
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(CLIENTS), PartitionSpec()))
     count, devices = len(next(iter(table.values()))), mesh.shape[CLIENTS]
     most = max(1, min(ROWS, TOKENS // table["attention_mask"].shape[1]))

@@ -26,6 +26,9 @@ class Lora:
         return () if self.head_only else self.targets
 
 
+RECORD = "record"  # the privacy unit without a column of its own
+
+
 @dataclasses.dataclass(frozen=True)
 class Privacy:
     """What is promised, to whom, and how the mechanism keeps it."""
@@ -37,7 +40,7 @@ class Privacy:
         common=True,
     )  # fmt: skip
     privacy_unit: str = field(
-        "record",
+        RECORD,
         "what is protected as one: record, or column:NAME, all rows of a client with the same value there (a person's, say)",
         common=True,
     )
@@ -101,8 +104,13 @@ class Privacy:
 
     @property
     def by_unit(self):
-        """Whether what is protected has several rows."""
-        return self.privacy_unit != "record" or self.unit_rows > 1
+        """Whether what is protected as one may have several rows."""
+        return self.privacy_unit != RECORD or self.unit_rows > 1
+
+    @property
+    def unit_column(self):
+        """The column whose values are the units; None where each record is one."""
+        return self.privacy_unit.partition(":")[2] or None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dplora_jax import losses
+from dplora_jax.data.encoding import UNIT
 from dplora_jax.errors import InputError
 from dplora_jax.federation import client, processes
 from dplora_jax.losses import BROUGHT
 from dplora_jax.privacy import sampling
 
-UNIT = "unit"  # of a client's records: the number of each row's unit, [N]
 SPANS = "spans"  # of the records on a device: each unit's first row, and how many it has, [U, 2]
 
 
