@@ -58,7 +58,8 @@ class Stream:
         steps = np.arange(local.local_steps)
 
         def draw(client, keys):
-            return jax.vmap(lambda step: self.source.pick(local, looked_up, client, keys, step))(steps)
+            lookups = jax.tree.map(jnp.asarray, looked_up)
+            return jax.vmap(lambda step: self.source.pick(local, lookups, client, keys, step))(steps)
 
         try:
             self.host = jax.local_devices(backend="cpu")[0]
