@@ -108,6 +108,11 @@ class Privacy:
         return self.privacy_unit != RECORD or self.unit_rows > 1
 
     @property
+    def unit(self):
+        """What is protected, in a word: "record" or "unit"."""
+        return "unit" if self.unit_column else RECORD
+
+    @property
     def unit_column(self):
         """The column whose values are the units; None where each record is one."""
         return self.privacy_unit.partition(":")[2] or None

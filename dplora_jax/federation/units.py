@@ -79,6 +79,14 @@ class RowEach:
         """The tokens of a record, of rows of `length` tokens."""
         return length
 
+    def whole(self, records):
+        """Records of one row (dict of [N, ...]) as their loss takes them, with as many rows of the same as they may bring."""
+        return records
+
+    def spread(self, records):
+        """The same as a client's records, for `arranged`."""
+        return records
+
     def on_host(self, rows, clients):
         """What `batches` picks from on the host, where a row is counted within its client, and the `clients` (`client.Client` of
         [K']) that find their picks there."""
@@ -113,6 +121,16 @@ class Units(RowEach):
     def tokens(self, length):
         """The tokens of the rows that a unit brings."""
         return self.most * length
+
+    def whole(self, records):
+        """Each row so many times, as one unit."""
+        several = {name: np.repeat(array[:, None], self.most, 1) for name, array in records.items()}
+        return several | {BROUGHT: np.ones((len(next(iter(records.values()))), self.most), np.float32)}
+
+    def spread(self, records):
+        """Each row so many times, numbered by unit."""
+        several = {name: np.repeat(array, self.most, 0) for name, array in records.items()}
+        return several | {UNIT: np.repeat(np.arange(len(next(iter(records.values())))), self.most)}
 
     def on_host(self, rows, clients):
         """The spans of all clients' units together."""

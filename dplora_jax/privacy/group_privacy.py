@@ -1,8 +1,8 @@
 """What a run whose unit is a record costs somebody who has several of them: the control for units.
 
-A step that samples records at rate q takes Binomial(m, q) of a person's m records, each of which moves the sum by at most the clip
-norm: a mixture of Gaussians (Charles et al. 2024, arXiv 2407.07737, section 4; Choquette-Choo et al. 2024, arXiv 2310.15526). This
-is tighter than the rule that m records have m epsilon.
+A step that samples records at rate q takes Binomial(m, q) of a person's m records, each of which moves the sum by at most the
+clip norm: a mixture of Gaussians (Charles et al. 2024, arXiv 2407.07737, section 4; Choquette-Choo et al. 2024, arXiv
+2310.15526). This is tighter than the rule that m records have m epsilon.
 """
 
 import functools

@@ -18,7 +18,7 @@ def line(folder):
     metrics = f"test {', '.join(scores)}" if scores else "not evaluated"
     confirmed = ledger.agreement(folder)
     budget = (
-        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects}"
+        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects(flags)}"
         if stored.private
         else workdir_files.NO_PRIVACY
     )
