@@ -234,8 +234,9 @@ def _head_rows(adapter):
 def _tokenizer(place, model, hf):
     """The tokenizer where the export needs more of it than its files: a GGUF file's, and a decoder's classifier's pad token."""
     from dplora_jax import models
+    from dplora_jax.models import registry
 
-    if not place.is_file() and (model.config.num_labels is None or hf["model_type"] == "bert"):
+    if not place.is_file() and (model.config.num_labels is None or registry.bidirectional(hf["model_type"])):
         return None
     try:
         return models.load_tokenizer(place)

@@ -29,7 +29,7 @@ def kind(config, task):
     chosen = config.data.objective
     if config.data.chat and task.kind == tasks.TEXT:
         raise InputError(f"`chat` needs prompts, and dataset={config.data.dataset} has none: leave it out.")
-    bidirectional = pretrained.model_type(config.base.name) == "bert"
+    bidirectional = pretrained.bidirectional(config.base.name)
     if chosen == AUTO:
         chosen = CLASSIFIER if bidirectional or config.lora.head_only else LANGUAGE_MODEL
     if chosen == CLASSIFIER and task.kind != tasks.LABELS:

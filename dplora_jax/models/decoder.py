@@ -43,6 +43,7 @@ class Decoder:
     head_has_bias = False
     fan_in_fan_out = False  # whether adapted matrices are stored [inputs, outputs], which PEFT's files must say
     tied_name = "lm_head"  # the output matrix's module, where it is not the embedding
+    carried = ()  # tensors that no logit depends on, and that the class of a checkpoint has; {} for the layer
 
     def init(self, key):
         """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""

@@ -1,6 +1,7 @@
 """What a model family says of itself: its adaptable matrices, its weights' names, the options it refuses."""
 
 import dataclasses
+from collections.abc import Callable
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.layers import ACTIVATIONS
@@ -14,6 +15,42 @@ KINDS = {
     "scale_attn_weights": bool, "scale_attn_by_inverse_layer_idx": bool, "multi_query_attention": bool, "model_type": str,
 }  # fmt: skip
 KIND_WORDS = {list: "a list of names", dict: "a set of options", bool: "true or false", str: "a name"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's converter writes one architecture, in its names of tensors: {Hugging Face's module: its own}, of the whole
+    model and of a layer below `layers`; `biased` are those of its own that may have a bias.
+
+    `document(header, common) -> dict` is the config.json, made of what all architectures say (`gguf_file.config`) and of the
+    metadata `reads`, keys that would else be refused. `order(header, name, rows)` says where the file keeps each row of the
+    tensor that Hugging Face calls `name`, or None; `added` is what the converter adds to every norm's scale.
+    """
+
+    modules: dict[str, str]
+    layer_modules: dict[str, str]
+    layers: str = "model.layers"
+    biased: tuple[str, ...] = ()
+    document: Callable = lambda header, common: common
+    reads: tuple[str, ...] = ()
+    order: Callable = lambda header, name, rows: None
+    added: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of models: `classes` {model_type: transformers' (language model, classifier), or None where it is code of its own},
+    and `build(hf, checkpoint, num_labels, dtype) -> model` of a config.json.
+
+    `bare` is transformers' class of an encoder without a head; `bidirectional`, whether tokens see those that follow them;
+    `gguf` {architecture: Gguf}, what llama.cpp has of it.
+    """
+
+    classes: dict[str, tuple[str, str] | None]
+    build: Callable
+    bare: str | None = None
+    bidirectional: bool = False
+    gguf: dict[str, Gguf] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

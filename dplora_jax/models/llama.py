@@ -5,14 +5,16 @@ Letters: B rows, T tokens, S tokens that may be attended, D width, H query heads
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
+from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, attention, rotate_halves, rotation, split_heads
 
 
@@ -210,3 +212,53 @@ def _llama3(frequency, scaling):
     waves = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     share = min(max((waves - low) / (high - low), 0.0), 1.0)
     return (1 - share) * frequency / factor + share * frequency
+
+
+def build(hf, checkpoint, num_labels, dtype):
+    """The Llama that config.json `hf` describes."""
+    return Llama(from_config(hf, num_labels), dtype)
+
+
+MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER_MODULES = {
+    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+}
+PROJECTIONS = tuple(
+    f"{part}_{name}"
+    for part, names in (("attn", ("q", "k", "v", "output")), ("ffn", ("gate", "up", "down")))
+    for name in names
+)
+GGUF = Gguf(MODULES, LAYER_MODULES, biased=PROJECTIONS)
+
+
+def _mistral(header, common):
+    """llama.cpp has one name for both; only a Mistral has a window."""
+    return common | ({"model_type": "mistral"} if common["sliding_window"] else {})
+
+
+def _pairs(header, name, rows):
+    """Where llama.cpp keeps the rows of a Llama's q and k: it pairs neighbours (2i, 2i+1) of a head, the Hugging Face layout the
+    halves (i, i + width/2); the converter reorders the rows from one to the other."""
+    projection = re.fullmatch(r".*\.self_attn\.([qk])_proj\.\w+", name)
+    if not projection:
+        return None
+    heads = header.size("attention.head_count")
+    heads = heads if projection[1] == "q" else header.size("attention.head_count_kv", heads)
+    if rows % (2 * heads):
+        raise InputError(f"{header.path}: {name} has {rows} rows, which is not {heads} heads of an even width.")
+    head, inside = np.divmod(np.arange(rows), rows // heads)
+    half, pair = np.divmod(inside, rows // heads // 2)
+    return head * (rows // heads) + 2 * pair + half
+
+
+FAMILY = Family(
+    {
+        "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+        "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+        "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
+    },
+    build,
+    gguf={"llama": dataclasses.replace(GGUF, document=_mistral, order=_pairs), "qwen2": GGUF},
+)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, read_json
-from dplora_jax.models import pretrained, quantized
+from dplora_jax.models import pretrained, quantized, registry
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint, weight_files
 
 
@@ -88,4 +88,4 @@ def default_task(name):
     """What a plan trains unless told: the labels of a masked language model, the next tokens of all others."""
     place = pathlib.Path(name).expanduser()
     hf = KNOWN.get(str(name)) or (read_json(place / "config.json") if find(place, "config.json") else {})
-    return "classification" if hf.get("model_type") == "bert" else "language_model"
+    return "classification" if registry.bidirectional(hf.get("model_type")) else "language_model"
