@@ -183,7 +183,11 @@ def merge(model, params, adapter, config):
     adapter = with_frozen(params, adapter)
     merged = {name: value for name, value in params.items() if name not in FROZEN.values()}
     if "head" in adapter:
-        merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter["head"], params["head"])
+        head, dtype = dict(adapter["head"]), params["head"]["kernel"].dtype
+        dense = head.pop("dense", None)  # of an encoder's head that PEFT trained whole
+        merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), head, params["head"])
+        if dense is not None:
+            merged["pooler"] = jax.tree.map(lambda new: new.astype(dtype), dense)
     for name, pair in adapter.get("layers", {}).items():
         merged = _added(
             merged,

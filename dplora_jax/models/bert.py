@@ -36,6 +36,11 @@ class BertConfig:
     normalize: bool = False
     remat: bool = False
 
+    @property
+    def position_rows(self):
+        """Rows of the table of positions."""
+        return self.max_positions
+
 
 class Embed(nn.Module):
     """Word + position + segment embeddings (where there are segments), normalised: ids [B, T] -> [B, T, D]."""
@@ -49,7 +54,7 @@ class Embed(nn.Module):
         def look_up(name, rows, index):
             return jnp.take(self.param(name, nn.initializers.normal(0.02), (rows, c.width)), index, axis=0)
 
-        x = look_up("word", c.vocab_size, ids) + look_up("position", c.max_positions, positions)
+        x = look_up("word", c.vocab_size, ids) + look_up("position", c.position_rows, positions)
         if c.num_segments:
             x = x + look_up("segment", c.num_segments, segments)
         return LayerNorm(c.norm_eps, name="norm")(x)
@@ -162,10 +167,14 @@ class Bert(Encoder):
         names = {name: (name[0], name) for name in ("query", "key", "value")}
         names |= {"output": ("o", "output"), "up": ("up", "intermediate"), "down": ("down",)}
         shapes = {"up": (d, m), "down": (m, d)}
+        theirs = {name: self.modules[name].split(".")[-1] for name in names}
         targets = {
-            name: Target((name, "kernel"), shapes.get(name, (d, d)), aliases, prefix + self.modules[name])
+            name: Target(
+                (name, "kernel"), shapes.get(name, (d, d)),
+                aliases if theirs[name] in (*aliases, "dense") else (*aliases, theirs[name]), prefix + self.modules[name],
+            )
             for name, aliases in names.items()
-        }
+        }  # fmt: skip
         # What PEFT trains whole, it does not adapt.
         if self.head_dense is None and self.config.num_labels is not None and self.config.pooling == "pooler":
             targets["pooler"] = Target(("pooler", "kernel"), (d, d), ("pooler",), self.pooler_module)
@@ -228,5 +237,8 @@ def build(hf, checkpoint, num_labels, dtype):
 
 
 FAMILY = Family(
-    {"bert": ("BertForMaskedLM", "BertForSequenceClassification")}, build, bare="BertModel", bidirectional=True
+    {"bert": ("BertForMaskedLM", "BertForSequenceClassification")},
+    build,
+    bare={"bert": "BertModel"},
+    bidirectional=True,
 )

@@ -43,6 +43,9 @@ class Decoder:
     head_has_bias = False
     fan_in_fan_out = False  # whether adapted matrices are stored [inputs, outputs], which PEFT's files must say
     tied_name = "lm_head"  # the output matrix's module, where it is not the embedding
+    head_module = "score"  # what PEFT trains and saves whole of a classifier
+    head_dense = None
+    idle = ""  # tensors that another task's model has: a pattern for the whole name
     carried = ()  # tensors that no logit depends on, and that the class of a checkpoint has; {} for the layer
 
     def init(self, key):

@@ -35,14 +35,17 @@ class Encoder:
     base: ClassVar[str] = ""  # the bare model's name within the others, in the Hugging Face layout
     head_module: ClassVar[str] = "classifier"  # what PEFT trains and saves whole of a classifier
     head_dense: ClassVar[str | None] = None  # the part of it that is the pooler here
+    head_output: ClassVar[str | None] = None  # and the part above it
     mlm_bias: ClassVar[str] = ""  # the module that holds the masked language model's output bias
     ties: ClassVar[dict] = {}  # tensors that some checkpoints repeat: {copy: original}
     carried: ClassVar[tuple] = ()  # tensors that no logit depends on, and that the bare model's class has
+    idle: ClassVar[str] = ""  # tensors that another task's model has: a pattern for the whole name
 
     @property
     def head_name(self):
         """The head's module in the Hugging Face layout, for checkpoints and PEFT files."""
-        return self.head_module
+        whole = self.head_output is not None and self.config.pooling == "pooler"
+        return self.head_output if whole else self.head_module
 
     def init(self, key):
         """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""
@@ -132,6 +135,13 @@ class Encoder:
             *(self.pooler_weights() if pooler else ()),
             *(dataclasses.replace(weight, optional=True) for weight in head),
         ]
+
+
+def reading(model, adapter):
+    """`model` as `adapter` reads it: one whose head has a dense layer of its own reads the first token."""
+    if "dense" not in adapter.get("head", {}):
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, pooling="pooler"))
 
 
 def mean(x_BxTxD, mask_BxT):

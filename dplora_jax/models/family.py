@@ -39,16 +39,16 @@ class Gguf:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family of models: `classes` {model_type: transformers' (language model, classifier), or None where it is code of its own},
+    """One family of models: `classes` {model_type: transformers' (language model, classifier); None where it is code of its own},
     and `build(hf, checkpoint, num_labels, dtype) -> model` of a config.json.
 
-    `bare` is transformers' class of an encoder without a head; `bidirectional`, whether tokens see those that follow them;
+    `bare` {model_type: transformers' class of an encoder without a head}; `bidirectional`, whether tokens see what follows them;
     `gguf` {architecture: Gguf}, what llama.cpp has of it.
     """
 
     classes: dict[str, tuple[str, str] | None]
     build: Callable
-    bare: str | None = None
+    bare: dict[str, str] = dataclasses.field(default_factory=dict)
     bidirectional: bool = False
     gguf: dict[str, Gguf] = dataclasses.field(default_factory=dict)
 

@@ -65,7 +65,7 @@ class GgufCheckpoint:
         norm = self._names.added and name.endswith("norm.weight")
         return value - np.asarray(self._names.added, value.dtype) if norm else value
 
-    def refuse_unread(self):
+    def refuse_unread(self, idle=""):
         """Nothing to refuse: a tensor without a place stopped the file when it was opened."""
 
     def _find(self, name):

@@ -50,7 +50,7 @@ def class_name(model, hf):
     encoder below a mean."""
     family = registry.FAMILIES[hf["model_type"]]
     if averages(model):
-        return family.bare
+        return family.bare[hf["model_type"]]
     classes = family.classes[hf["model_type"]]
     if classes is None:
         return (hf.get("architectures") or ["ChatGLMForConditionalGeneration"])[0]

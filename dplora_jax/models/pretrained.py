@@ -20,7 +20,7 @@ HUB_IDS = {
     "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
     "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
-DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers
+DEPTH = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")  # what config.json calls the number of layers
 
 
 def locate(name_or_path):
@@ -96,7 +96,7 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         stored = None if label_names is None else _stored_labels(model, checkpoint)
         reader = model if stored is None else build(hf, checkpoint, stored, model.dtype)
         params = read_params(reader, checkpoint, quantize)
-        checkpoint.refuse_unread()
+        checkpoint.refuse_unread(reader.idle)
     if stored is not None:
         rows, head_words = labels.stored_outputs(hf, label_names, stored)
         if rows is None:

@@ -4,11 +4,13 @@ from dplora_jax.errors import InputError
 from dplora_jax.models import (
     bert,
     chatglm,
+    distilbert,
     gpt2,
     llama,
+    roberta,
 )
 
-MODULES = (bert, gpt2, llama, chatglm)
+MODULES = (bert, roberta, distilbert, gpt2, llama, chatglm)
 FAMILIES = {kind: module.FAMILY for module in MODULES for kind in module.FAMILY.classes}
 GGUF = {name: gguf for module in MODULES for name, gguf in module.FAMILY.gguf.items()}
 # What the config.json of a mixture of experts calls their number.

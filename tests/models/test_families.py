@@ -1,0 +1,153 @@
+"""The families that people fine-tune today against transformers' and PEFT's own logits; rows, padding, decoding, files."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dplora_jax import generation, lora, models, peft
+from dplora_jax.models import hf_checkpoint, layers
+from dplora_jax.models.decoder import Decoder
+from tests.conftest import GOLDEN
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
+FOLDER = GOLDEN / "families"
+NAMES = sorted(path.name for path in FOLDER.iterdir())
+ADAPTED = [name for name in NAMES if (FOLDER / name / "adapter").exists()]
+ENCODERS = ("roberta", "xlm_roberta", "distilbert", "modernbert")
+DECODERS = [name for name in NAMES if not name.startswith(ENCODERS) and "classifier" not in name]
+# One of a kind stands for what its family's other variants do alike.
+KINDS = [
+    *("roberta_mlm", "distilbert_classifier", "modernbert_classifier", "qwen3_window", "gemma2", "gemma3", "gpt_neox"),
+    *("phi3_long", "olmo3"),
+]
+
+
+@functools.cache
+def load(name):
+    """(model, params, batch, reference values) of a folder."""
+    model, params = models.from_pretrained(FOLDER / name)
+    with np.load(FOLDER / name / "golden.npz") as file:
+        golden = dict(file)
+    return model, params, {key: golden[key] for key in ("input_ids", "attention_mask")}, golden
+
+
+@functools.cache
+def applied():
+    return jit(lambda model, params, batch, adapter=None: model.apply(params, batch, adapter), static_argnums=0)
+
+
+def logits_of(name, batch=None, adapter=None):
+    model, params, own, _ = load(name)
+    return np.asarray(applied()(model, params, own if batch is None else batch, adapter))
+
+
+def attended(batch, logits):
+    return logits if logits.ndim == 2 else logits[batch["attention_mask"] == 1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_agree_with_transformers_on_attended_positions(name):
+    _, _, batch, golden = load(name)
+    np.testing.assert_allclose(attended(batch, logits_of(name)), attended(batch, golden["logits"]), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_of_all_linear_written_by_peft_gives_its_logits(name):
+    model, params, batch, golden = load(name)
+    adapter, config = peft.load(FOLDER / name / "adapter", model, params)
+    if "distilbert" not in name:  # of which PEFT refuses it
+        assert lora.resolve_targets(model, ("all-linear",)) == lora.resolve_targets(model, config.targets)
+    assert np.abs(golden["adapted_logits"] - golden["logits"]).max() > 0.05
+    ours = logits_of(name, adapter=adapter)
+    np.testing.assert_allclose(attended(batch, ours), attended(batch, golden["adapted_logits"]), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapters_files_are_written_as_peft_writes_them(name, tmp_path):
+    model, params, _, _ = load(name)
+    adapter, config = peft.load(FOLDER / name / "adapter", model, params)
+    peft.save(tmp_path, model, adapter, config)
+    ours, theirs = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path, FOLDER / name / "adapter")
+    )
+    assert ours.keys() == theirs.keys()
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    again, config_again = peft.load(tmp_path, model, params)
+    assert config_again == config
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_merged_adapter_gives_the_same_logits(name):
+    from dplora_jax.models import encoder
+
+    model, params, batch, golden = load(name)
+    adapter, config = peft.load(FOLDER / name / "adapter", model, params)
+    merged = lora.merge(model, params, adapter, config)
+    ours = np.asarray(applied()(encoder.reading(model, adapter), merged, batch))
+    np.testing.assert_allclose(attended(batch, ours), attended(batch, golden["adapted_logits"]), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_do_not_mix_and_padding_is_not_seen(name):
+    _, _, batch, _ = load(name)
+    before = attended(batch, logits_of(name))
+    hidden = batch["attention_mask"] == 0
+    pad = batch["input_ids"][hidden][0]
+    # RoBERTa counts positions by the ids of padding, and transformers with it.
+    other = np.where(hidden, pad if "roberta" in name else 7, batch["input_ids"])
+    np.testing.assert_array_equal(before, attended(batch, logits_of(name, batch | {"input_ids": other})))
+    changed = batch | {"input_ids": batch["input_ids"].copy()}
+    changed["input_ids"][1, :4] = 11, 12, 13, 14
+    after = logits_of(name, changed)
+    np.testing.assert_array_equal(after[[0, 2]], logits_of(name)[[0, 2]])
+    assert np.abs(after[1] - logits_of(name)[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scanned_layers_equal_unrolled_ones_and_their_number_adds_no_code(name, monkeypatch):
+    model, params, batch, _ = load(name)
+    config = lora.LoraConfig(2, 4, ("all-linear",))
+    adapter = lora.init(jax.random.key(0), model, params, config)
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    monkeypatch.setattr(layers, "SHALLOW", 0)
+    traced = jit(lambda adapter: model.apply(params, batch, adapter)).trace(adapter)
+    assert str(traced.jaxpr).count("scan[") == 1
+    scanned = np.asarray(traced.lower().compile()(adapter))
+    np.testing.assert_allclose(scanned, logits_of(name, adapter=adapter), atol=2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name in DECODERS])
+def test_decoding_with_a_cache_says_what_whole_rows_say(name):
+    model, params, batch, _ = load(name)
+    new = 6
+    ids = np.asarray(
+        jit(lambda params, batch: generation.generate(model, params, batch, max_new_tokens=new))(params, batch)
+    )
+    width = batch["input_ids"].shape[1]
+    for row, length in enumerate(batch["attention_mask"].sum(1)):
+        whole = np.zeros((1, width + new), np.int32)
+        whole[0, : length + new] = [*batch["input_ids"][row, :length], *ids[row]]
+        said = logits_of(name, {"input_ids": whole})[0, length - 1 : length + new - 1]
+        np.testing.assert_array_equal(ids[row], said.argmax(-1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_what_was_read(name, tmp_path):
+    model, params, _, _ = load(name)
+    hf = json.loads((FOLDER / name / "config.json").read_text())
+    labels = tuple(hf["id2label"][str(i)] for i in range(3)) if model.config.num_labels else None
+    pad = hf.get("pad_token_id")
+    document = hf_checkpoint.config(model, hf, labels, pad)
+    hf_checkpoint.save(tmp_path, model, params, document, FOLDER / name)
+    ours, theirs = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in (tmp_path, FOLDER / name))
+    assert ours.keys() == theirs.keys()
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert document["architectures"] == hf["architectures"]
+    assert isinstance(model, Decoder) == (not name.startswith(ENCODERS))
