@@ -10,6 +10,7 @@ import pytest
 
 from dplora_jax import lora, losses, models, next_token
 from dplora_jax.models.llama import Llama, LlamaConfig
+from dplora_jax.models.rope import Rope
 from dplora_jax.privacy import clipping
 from tests.conftest import GOLDEN, mostly_slow
 
@@ -151,7 +152,7 @@ def array_sizes(program):
 @pytest.mark.parametrize("form", mostly_slow(["vmap", "ghost"], ["vmap", "broadcast", "ghost"]))
 def test_the_compiled_step_holds_no_array_larger_than_the_vocabulary_matrix(form, monkeypatch):
     rows, tokens, vocabulary, width = 4, 64, 5000, 32
-    model = Llama(LlamaConfig(vocabulary, width, 1, 4, 1, 8, 24, tokens, (1.0, 0.1, 0.01, 0.001), tied=True))
+    model = Llama(LlamaConfig(vocabulary, width, 1, 4, 1, 8, 24, tokens, Rope((1.0, 0.1, 0.01, 0.001)), tied=True))
     params = jax.eval_shape(model.init, jax.random.key(0))
     config = lora.LoraConfig(2, 4, ("q",))
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), model, params, config))

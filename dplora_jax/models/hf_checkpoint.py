@@ -15,7 +15,7 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, is_plain, read_bytes, read_json, to_json
-from dplora_jax.models import llama, quantized, registry, tokenizer_files
+from dplora_jax.models import quantized, registry, rope, tokenizer_files
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.models.family import sizes
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
@@ -68,8 +68,8 @@ def config(model, hf, labels=None, pad_token_id=None):
     scaling = hf.get("rope_scaling") or {}
     if scaling.get("rope_type") == "frequency_factors":
         out["rope_scaling"] = LLAMA3_ROPE | {"rope_type": "llama3", "factor": max(scaling["factors"])}
-        known = llama.frequencies(out, model.config.head_width)
-        if not np.allclose(known, model.config.frequencies, rtol=1e-5, atol=0):
+        known = rope.read(out, model.config.head_width).frequencies
+        if not np.allclose(known, model.config.rope.frequencies, rtol=1e-5, atol=0):
             raise InputError("the GGUF file's rope_freqs.weight is not Llama 3's scaling, the only one with a name.")
     if model.config.num_labels is None:
         return out
