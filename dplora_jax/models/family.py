@@ -75,13 +75,14 @@ class Weight:
     """One parameter and the Hugging Face tensor that holds it; {} in `name` stands for the layer.
 
     `part` is "kernel" (stored transposed, [O, I]), "conv1d" (a kernel stored [I, O]), "embedding", "scale" or "bias".
-    An optional one that lacks stays zero.
+    An optional one that lacks stays zero. Layers below `first` have none: theirs is one that nothing reads.
     """
 
     path: tuple[str, ...]
     name: str
     part: str
     optional: bool = False
+    first: int = 0
 
     @property
     def tensor(self):

@@ -26,8 +26,9 @@ def read_params(model, checkpoint, quantize=None):
             rows = (_read_one(checkpoint, weight, name, shape) for name in names)
             value = quantized.quantize_layers(rows, len(names), quantize)
         else:
-            host = _aligned_empty(shape.shape, shape.dtype)
-            for row, name in zip(host if names else host[None], names or [weight.tensor], strict=True):
+            host, names = _aligned_empty(shape.shape, shape.dtype), names or [weight.tensor]
+            host[: weight.first] = 0
+            for row, name in list(zip(host if "{}" in weight.name else host[None], names, strict=True))[weight.first :]:
                 _read_into(row, checkpoint, weight, name)
             value = jax.device_put(host)  # on a CPU this shares the memory
         _put(params, weight.path, value)
@@ -43,7 +44,7 @@ def _check_shapes(model, checkpoint, shapes):
         if weight.optional and not checkpoint.has(weight.tensor):
             continue
         expected = shape[::-1] if weight.part == "kernel" else shape
-        for name in map(weight.tensor.format, range(layers)):
+        for name in map(weight.tensor.format, range(weight.first, layers)):
             if checkpoint.shape(name) != expected:
                 hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
                 raise InputError(

@@ -9,13 +9,14 @@ from dplora_jax.models import (
     gpt2,
     gpt_neox,
     llama,
+    modernbert,
     olmo2,
     phi3,
     qwen3,
     roberta,
 )
 
-MODULES = (bert, roberta, distilbert, gpt2, gpt_neox, llama, qwen3, gemma, phi3, olmo2, chatglm)
+MODULES = (bert, roberta, distilbert, modernbert, gpt2, gpt_neox, llama, qwen3, gemma, phi3, olmo2, chatglm)
 FAMILIES = {kind: module.FAMILY for module in MODULES for kind in module.FAMILY.classes}
 GGUF = {name: gguf for module in MODULES for name, gguf in module.FAMILY.gguf.items()}
 # What the config.json of a mixture of experts calls their number.
