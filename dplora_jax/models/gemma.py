@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dplora_jax.models import llama, rope
-from dplora_jax.models.family import Family, number, refuse_unsupported
+from dplora_jax.models.family import Family, Gguf, number, refuse_unsupported
 from dplora_jax.models.layers import RMSNorm
 from dplora_jax.models.llama import Llama, LlamaConfig
 from dplora_jax.models.rope import GLOBAL, LOCAL
@@ -121,10 +121,33 @@ def build(hf, checkpoint, num_labels, dtype):
     return Gemma(from_config(hf, num_labels), dtype)
 
 
+def _document(header, common):
+    """The metadata leave out the scale of queries; the 27B models have one of their own, and llama.cpp knows them by their layers."""
+    third = header.architecture() == "gemma3"
+    large = common["num_hidden_layers"] == (62 if third else 46)
+    caps = {
+        key: header.real(key) if not third or f"gemma3.{key}" in header.metadata else None
+        for key in ("attn_logit_softcapping", "final_logit_softcapping")
+    }
+    return common | caps | {
+        "model_type": "gemma3_text" if third else "gemma2", "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": common["hidden_size"] // common["num_attention_heads"] if large else common["head_dim"],
+    }  # fmt: skip
+
+
+NORMS = {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+}  # fmt: skip
+GGUF = Gguf(
+    llama.MODULES, llama.LAYER_MODULES | NORMS, document=_document, added=1.0,
+    reads=("attn_logit_softcapping", "final_logit_softcapping"),
+)  # fmt: skip
 FAMILY = Family(
     {
         "gemma2": ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
         "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
     },
     build,
+    gguf={"gemma2": GGUF, "gemma3": GGUF},
 )

@@ -113,6 +113,9 @@ def config(path):
         value = header.metadata.get(f"{name}.{key}", plain[0])
         if value not in plain and key not in names.reads:
             raise InputError(f"{path}: {name}.{key}={value!r} is not supported, only {plain[0]!r}.")
+    pattern = f"{name}.attention.sliding_window_pattern"
+    if pattern in header.metadata:
+        raise InputError(f"{path}: {pattern} is not supported: convert the model from safetensors without it.")
     for key in ("attention.value_length", "rope.dimension_count"):
         if key not in names.reads and header.size(key, head_dim) != head_dim:
             raise InputError(f"{path}: {name}.{key}={header.size(key)} must be the width of a head, {head_dim}.")
@@ -133,7 +136,7 @@ def config(path):
             "rms_norm_eps": header.real("attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": header.size("context_length"),
             "rope_theta": header.real("rope.freq_base", 10000.0),
-            "rope_scaling": _rope_scaling(header, head_dim),
+            "rope_scaling": _rope_scaling(header, header.size("rope.dimension_count", head_dim)),
             "tie_word_embeddings": "output.weight" not in header.tensors,
             "attention_bias": "blk.0.attn_q.bias" in header.tensors,
             "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
@@ -143,8 +146,8 @@ def config(path):
     )
 
 
-def _rope_scaling(header, head_dim):
-    """config.json's rope_scaling, None where the rotary angles are plain."""
+def _rope_scaling(header, turned):
+    """config.json's rope_scaling, None where the rotary angles are plain; `turned` numbers of a head turn."""
     prefix = f"{header.architecture()}.rope.scaling."
     options = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
     kind = options.pop("type", "linear")  # llama.cpp's default, which a factor of 1 leaves plain
@@ -152,16 +155,30 @@ def _rope_scaling(header, head_dim):
     if any(name.startswith("rope_factors_") for name in header.tensors):
         kind = "longrope"
     scaled = kind not in ("none", "linear") or (kind == "linear" and factor != 1)
-    if "rope_freqs.weight" not in header.tensors:
-        alone = {} if kind == "linear" else options
-        return {"rope_type": kind, "factor": factor} | alone if scaled else None
-    if scaled:
-        raise InputError(f"{header.path}: rope_freqs.weight together with {kind} rope scaling is not supported.")
-    kind, shape, start = header.tensors["rope_freqs.weight"]
-    if (kind, shape) != (Type.F32, (head_dim // 2,)):
-        raise InputError(f"{header.path}: rope_freqs.weight is {kind.name} {shape}, expected F32 {(head_dim // 2,)}.")
-    factors = np.frombuffer(header.bytes, np.float32, shape[0], start).tolist()
-    return {"rope_type": "frequency_factors", "factors": factors}
+    if "rope_freqs.weight" in header.tensors:
+        if scaled:
+            raise InputError(f"{header.path}: rope_freqs.weight together with {kind} rope scaling is not supported.")
+        return {"rope_type": "frequency_factors", "factors": _factors(header, "rope_freqs", turned)}
+    if not scaled:
+        return None
+    length = options.pop("original_context_length", None)
+    scaling = {"rope_type": kind} | ({} if length is None else {"original_max_position_embeddings": length})
+    if kind == "longrope":
+        both = {f"{name}_factor": _factors(header, f"rope_factors_{name}", turned) for name in ("short", "long")}
+        return scaling | both | {"attention_factor": options.get("attn_factor") or 1.0}
+    if kind == "yarn" and set(options) - {"finetuned", "attn_factor"}:
+        raise InputError(f"{header.path}: {prefix}{min(options)} is not supported.")
+    return scaling | {"factor": factor}
+
+
+def _factors(header, name, turned):
+    """The divisors of the rotary frequencies in the tensor `name`."""
+    expected = (turned // 2,)
+    kind, shape, start = header.tensors.get(f"{name}.weight", (None, None, None))
+    if (kind, shape) != (Type.F32, expected):
+        stored = "missing" if kind is None else f"{kind.name} {shape}"
+        raise InputError(f"{header.path}: {name}.weight is {stored}, expected F32 {expected}.")
+    return np.frombuffer(header.bytes, np.float32, shape[0], start).tolist()
 
 
 def tokenizer(path):

@@ -6,8 +6,9 @@ from typing import ClassVar
 from einops import rearrange
 from flax import linen as nn
 
+from dplora_jax.errors import InputError
 from dplora_jax.models import llama, rope
-from dplora_jax.models.family import Family, refuse_unsupported
+from dplora_jax.models.family import Family, Gguf, refuse_unsupported
 from dplora_jax.models.layers import RMSNorm, split_heads
 from dplora_jax.models.llama import Llama, LlamaConfig
 from dplora_jax.models.rope import GLOBAL, LOCAL
@@ -74,10 +75,23 @@ def build(hf, checkpoint, num_labels, dtype):
     return Olmo2(from_config(hf, num_labels), dtype)
 
 
+def _document(header, common):
+    """llama.cpp has one name for both; an OLMo 3, whose layers are of two kinds, is read from safetensors."""
+    if common["sliding_window"]:
+        raise InputError(f"{header.path}: olmo2.attention.sliding_window={common['sliding_window']} is not supported.")
+    return common
+
+
+NORMS = {
+    "post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+}  # fmt: skip
+MATRICES = {theirs: name for theirs, name in llama.LAYER_MODULES.items() if "norm" not in theirs}
 FAMILY = Family(
     {
         "olmo2": ("Olmo2ForCausalLM", "Olmo2ForSequenceClassification"),
         "olmo3": ("Olmo3ForCausalLM", "Olmo3ForSequenceClassification"),
     },
     build,
+    gguf={"olmo2": Gguf(llama.MODULES, {**MATRICES, **NORMS}, document=_document)},
 )

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from dplora_jax.models import llama, rope
 from dplora_jax.models.decoder import remember
-from dplora_jax.models.family import Family, Target, refuse_unsupported
+from dplora_jax.models.family import Family, Gguf, Target, refuse_unsupported
 from dplora_jax.models.layers import ACTIVATIONS, RMSNorm, attention, rotate_halves, split_heads
 from dplora_jax.models.llama import Llama, LlamaConfig
 from dplora_jax.models.rope import GLOBAL, LOCAL
@@ -87,4 +87,20 @@ def build(hf, checkpoint, num_labels, dtype):
     return Phi3(from_config(hf, num_labels), dtype)
 
 
-FAMILY = Family({"phi3": ("Phi3ForCausalLM", "Phi3ForSequenceClassification")}, build)
+def _document(header, common):
+    """What turns of a head, and the length up to which it turns by the short factors."""
+    turned = header.size("rope.dimension_count", common["head_dim"])
+    length = header.size("rope.scaling.original_context_length", common["max_position_embeddings"])
+    return common | {
+        "partial_rotary_factor": turned / common["head_dim"], "original_max_position_embeddings": length,
+    }  # fmt: skip
+
+
+LAYER_MODULES = {
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+GGUF = Gguf(
+    llama.MODULES, LAYER_MODULES, document=_document, reads=("rope.dimension_count", "rope.scaling.attn_factor")
+)
+FAMILY = Family({"phi3": ("Phi3ForCausalLM", "Phi3ForSequenceClassification")}, build, gguf={"phi3": GGUF})

@@ -15,6 +15,8 @@ from tests.conftest import GOLDEN, mostly_slow
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FAMILIES = {  # and how many layers are unrolled at most
     "gpt2_tiny": 3, "variants/qwen2_classifier": 0, "llama_tiny": 0, "chatglm_tiny": 0, "chatglm2_tiny": 3, "bert_tiny_mlm": 0,
+    **{f"families/{name}": 0 for name in ("roberta_classifier", "distilbert_classifier", "modernbert_classifier", "qwen3")},
+    **{f"families/{name}": 0 for name in ("modernbert_mean", "gemma2", "gemma3", "gpt_neox", "phi3_long", "olmo3")},
 }  # fmt: skip
 FORMS = ("broadcast", "ghost")
 TOKENS, PADDING, SHORT, POISONED = 7, 1, 2, 3
@@ -50,7 +52,9 @@ def run(name, form):
 
 # "ghost" takes all that a family gives: inputs, cotangents, slots; "broadcast" is one and the same for all.
 RUNS = [(name, form) for name in FAMILIES for form in FORMS]
-FAST = [(name, "ghost") for name in ("gpt2_tiny", "llama_tiny", "chatglm_tiny")]  # BERT's are in test_clipping
+FAST = [
+    (name, "ghost") for name in ("gpt2_tiny", "llama_tiny", "chatglm_tiny", "families/gemma2")
+]  # BERT's: test_clipping
 
 
 @pytest.mark.parametrize(("name", "form"), mostly_slow(FAST, RUNS))
