@@ -75,7 +75,7 @@ class Weight:
     """One parameter and the Hugging Face tensor that holds it; {} in `name` stands for the layer.
 
     `part` is "kernel" (stored transposed, [O, I]), "conv1d" (a kernel stored [I, O]), "embedding", "scale" or "bias".
-    An optional one that lacks stays zero. Layers below `first` have none: theirs is one that nothing reads.
+    An optional one that lacks stays zero. Layers below `first` have none, and no place in it.
     """
 
     path: tuple[str, ...]

@@ -122,7 +122,7 @@ def build(hf, checkpoint, num_labels, dtype):
 
 
 def _document(header, common):
-    """The metadata leave out the scale of queries; the 27B models have one of their own, and llama.cpp knows them by their layers."""
+    """No metadata give the scale of queries: llama.cpp knows the 27B models, which alone have their own, by their layers."""
     third = header.architecture() == "gemma3"
     large = common["num_hidden_layers"] == (62 if third else 46)
     caps = {

@@ -121,9 +121,9 @@ def tensors(model, params):
             value = np.asarray(leaf if layer is None else leaf[layer])
             return value.T if turned else value
 
-        for layer in range(weight.first, leaf.shape[0]) if layered else (None,):
+        for layer in range(leaf.shape[0]) if layered else (None,):
             yield Tensor(
-                weight.tensor.format(layer), shape[::-1] if turned else shape, np.dtype(leaf.dtype),
+                weight.tensor.format(weight.first + (layer or 0)), shape[::-1] if turned else shape, np.dtype(leaf.dtype),
                 lambda read=read, layer=layer: read(layer),
             )  # fmt: skip
 

@@ -92,6 +92,12 @@ class ModernBert(Encoder):
     idle: ClassVar = r"(decoder|head)\..+"
     modules: ClassVar = {"Wqkv": "attn.Wqkv", "output": "attn.Wo", "up": "mlp.Wi", "down": "mlp.Wo"}
 
+    def init(self, key):
+        """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""
+        params = super().init(key)
+        norm = jax.tree.map(lambda p: p[1:], params["layers"]["attention_norm"])
+        return params | {"layers": params["layers"] | {"attention_norm": norm}}
+
     def embed(self, params, batch):
         """Normalised embeddings -> [B, T, D]."""
         return Embed(self.config).apply({"params": params["embed"]}, batch["input_ids"])
@@ -103,9 +109,14 @@ class ModernBert(Encoder):
         return mask_BxT[:, None], mask_BxT[:, None] & near
 
     def stack(self, params):
-        """The layers' parameters, which is the first, and which have a window."""
+        """The layers' parameters, which is the first (whose first norm is there for the shape alone), and which have a window."""
         local = jnp.asarray(self.config.local)
-        return {"params": params["layers"], "first": jnp.arange(len(local)) == 0, "local": local}
+        norm = jax.tree.map(
+            lambda p: jnp.concatenate([jnp.ones_like(p, shape=(1, *p.shape[1:])), p]),
+            params["layers"]["attention_norm"],
+        )
+        layers = params["layers"] | {"attention_norm": norm}
+        return {"params": layers, "first": jnp.arange(len(local)) == 0, "local": local}
 
     def block(self, layer, x, masks, pairs):
         """One layer: x [B, T, D] -> [B, T, D]."""

@@ -19,16 +19,15 @@ def read_params(model, checkpoint, quantize=None):
     params = {}
     for weight in model.weights():
         shape = _at(shapes, weight.path)
-        names = [weight.tensor.format(i) for i in range(shape.shape[0])] if "{}" in weight.name else None
+        names = [weight.tensor.format(weight.first + i) for i in range(shape.shape[0])] if "{}" in weight.name else None
         if weight.optional and not checkpoint.has(weight.tensor):
             value = jnp.zeros(shape.shape, shape.dtype)
         elif weight.path in small:
             rows = (_read_one(checkpoint, weight, name, shape) for name in names)
             value = quantized.quantize_layers(rows, len(names), quantize)
         else:
-            host, names = _aligned_empty(shape.shape, shape.dtype), names or [weight.tensor]
-            host[: weight.first] = 0
-            for row, name in list(zip(host if "{}" in weight.name else host[None], names, strict=True))[weight.first :]:
+            host = _aligned_empty(shape.shape, shape.dtype)
+            for row, name in zip(host if names else host[None], names or [weight.tensor], strict=True):
                 _read_into(row, checkpoint, weight, name)
             value = jax.device_put(host)  # on a CPU this shares the memory
         _put(params, weight.path, value)
@@ -44,7 +43,7 @@ def _check_shapes(model, checkpoint, shapes):
         if weight.optional and not checkpoint.has(weight.tensor):
             continue
         expected = shape[::-1] if weight.part == "kernel" else shape
-        for name in map(weight.tensor.format, range(weight.first, layers)):
+        for name in map(weight.tensor.format, range(weight.first, weight.first + layers)):
             if checkpoint.shape(name) != expected:
                 hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
                 raise InputError(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dplora_jax import lora, losses, models
+from dplora_jax import lora, losses, models, peft
 from dplora_jax.models import layers
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from tests.conftest import GOLDEN, mostly_slow
@@ -75,3 +75,21 @@ def test_what_is_compared_is_no_zero(name):
     grad, _, _ = run(name, "vmap")
     total = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grad)))
     assert 0.3 * CLIP < total <= 2.5 * CLIP
+
+
+@pytest.mark.parametrize("form", ["broadcast", "ghost"])
+def test_a_head_that_peft_trained_whole_is_clipped_as_the_definition_says(form):
+    name = GOLDEN / "families/roberta_classifier"
+    model, params = models.from_pretrained(name)
+    adapter, _ = peft.load(name / "adapter", model, params)
+    assert set(adapter["head"]) == {"dense", "kernel", "bias"}
+    ids = np.random.default_rng(0).integers(3, 60, (3, TOKENS)).astype(np.int32)
+    batch = {"input_ids": ids, "labels": np.arange(3, dtype=np.int32)}
+    loss = losses.classification(model, params)
+    sums = [
+        jax.jit(lambda a, form=form: clipped_grad_sum(loss, a, batch, CLIP, form=form))(adapter)
+        for form in (form, "vmap")
+    ]
+    np.testing.assert_allclose(sums[0][1], sums[1][1], rtol=2e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * CLIP), sums[0][0], sums[1][0])
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(sums[0][0]["head"]))
