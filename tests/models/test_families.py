@@ -1,9 +1,12 @@
 """The families that people fine-tune today against transformers' and PEFT's own logits; rows, padding, decoding, files."""
 
+import dataclasses
 import functools
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -151,3 +154,108 @@ def test_what_is_written_is_what_was_read(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert document["architectures"] == hf["architectures"]
     assert isinstance(model, Decoder) == (not name.startswith(ENCODERS))
+
+
+OLDER = {  # how files from before transformers 5 say the same: options that go, and options in their place
+    "gemma3": {
+        "rope_parameters": None, "layer_types": None, "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 3,
+    },
+    "gemma2": {"rope_parameters": None, "layer_types": None, "rope_theta": 10000.0, "hidden_act": "gelu_pytorch_tanh"},
+    "gpt_neox": {"rope_parameters": None, "rotary_pct": 0.25, "rotary_emb_base": 10000, "partial_rotary_factor": None},
+    "modernbert_mlm": {
+        "rope_parameters": None, "layer_types": None, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0,
+        "global_attn_every_n_layers": 3,
+    },
+    "phi3_long": {
+        "rope_parameters": None, "rope_theta": 500.0, "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "su", "short_factor": [1.1, 1.3], "long_factor": [1.5, 3.0]},
+    },
+    "qwen3_window": {"rope_parameters": None, "layer_types": None, "rope_theta": 10000.0},
+    "olmo3": {
+        "rope_parameters": None, "layer_types": None, "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_the_older_spelling_of_a_config_is_the_same_model(name, tmp_path):
+    shutil.copytree(FOLDER / name, tmp_path, dirs_exist_ok=True)
+    hf = json.loads((tmp_path / "config.json").read_text()) | OLDER[name]
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in hf.items() if value is not None}))
+    assert models.from_pretrained(tmp_path)[0] == load(name)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "start"),
+    [
+        ("roberta_mlm", "mean", {"head"}),
+        ("distilbert_mlm", "mean", {"head"}),
+        ("modernbert_mlm", "pooler", {"head", "pooler"}),
+    ],
+)
+def test_a_masked_language_model_becomes_a_classifier(name, pooling, start):
+    model, params = models.from_pretrained(FOLDER / name, num_labels=4)
+    assert model.config.pooling == pooling
+    assert set(params) & {"head", "pooler", "mlm"} == start
+    assert not params["head"]["kernel"].any()
+    batch = load(name)[2]
+    assert model.features(params, batch).shape == (3, 24)
+    hidden = model.prefix(params, batch, 1)
+    above = dataclasses.replace(model, start=1)
+    params["head"]["kernel"] += 0.1 * np.arange(96).reshape(24, 4)
+    whole = model.apply(params, batch)
+    rest = {"hidden": hidden, "attention_mask": batch["attention_mask"]}
+    np.testing.assert_allclose(above.apply(params, rest), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["roberta_classifier", "distilbert_classifier"])
+def test_a_head_that_peft_trained_whole_makes_a_bare_base_read_the_first_token(name, tmp_path):
+    """PEFT's adapters are of a base without any head, whose `dense` transformers draws anew."""
+    _, _, batch, golden = load(name)
+    tensors = safetensors.numpy.load_file(FOLDER / name / "model.safetensors")
+    body = {key: value for key, value in tensors.items() if "classifier" not in key}
+    hf = json.loads((FOLDER / name / "config.json").read_text()) | {"architectures": None}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    safetensors.numpy.save_file(body, tmp_path / "model.safetensors")
+    model, params = models.from_pretrained(tmp_path, num_labels=3)
+    assert model.config.pooling == "mean"
+    adapter, _ = peft.load(FOLDER / name / "adapter", model, params)
+    np.testing.assert_allclose(model.apply(params, batch, adapter), golden["adapted_logits"], atol=2e-4)
+
+
+def test_a_mean_pooled_roberta_is_written_as_the_bare_model(tmp_path):
+    model, params = models.from_pretrained(FOLDER / "roberta_mlm", num_labels=3)
+    hf = json.loads((FOLDER / "roberta_mlm" / "config.json").read_text())
+    document = hf_checkpoint.config(model, hf, ("a", "b", "c"))
+    hf_checkpoint.save(tmp_path, model, params, document, FOLDER / "roberta_mlm")
+    assert document["architectures"] == ["RobertaModel"]
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    theirs = safetensors.numpy.load_file(FOLDER / "roberta_mlm" / "model.safetensors")
+    assert {f"roberta.{name}" for name in tensors} == {name for name in theirs if name.startswith("roberta.")}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "modernbert_mlm"])
+def test_bfloat16_is_close_to_float32_and_its_logits_are_float32(name):
+    _, _, batch, golden = load(name)
+    model, params = models.from_pretrained(FOLDER / name, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    low = np.asarray(applied()(model, params, batch))
+    assert low.dtype == np.float32
+    exact = attended(batch, golden["logits"])
+    assert 0 < np.abs(attended(batch, low) - exact).max() < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("rows", [8, 20])
+def test_longrope_turns_by_the_length_of_the_rows_and_not_by_their_tokens(rows):
+    model, params, batch, _ = load("phi3_long")  # whose short rows have 8 places
+    batch = {name: np.pad(value, ((0, 0), (0, 20)))[:, :rows] for name, value in batch.items()}
+    whole = np.asarray(model.apply(params, batch))
+    alone = [
+        np.asarray(model.apply(params, {name: value[i : i + 1] for name, value in batch.items()})) for i in range(3)
+    ]
+    np.testing.assert_allclose(whole, np.concatenate(alone), atol=1e-5)
+    short = dataclasses.replace(model.config.rope, long=None)
+    plain = dataclasses.replace(model, config=dataclasses.replace(model.config, rope=short))
+    assert np.array_equal(plain.apply(params, batch), whole) == (rows <= 8)
