@@ -19,6 +19,7 @@ from dplora_jax.errors import InputWarning
 from dplora_jax.per_row import EXACT, PerRow, linear
 
 FROZEN = {"a": "lora_a", "b": "lora_b"}  # the keys of the base parameters under which frozen A and B matrices live
+HEAD_DENSE = "head_dense"  # and the one of a dense layer that PEFT counts to the head, and that stays frozen here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,13 @@ def freeze_a(params, adapter):
 
 
 def with_frozen(params, adapter):
-    """The adapter with the matrices that `freeze` moved into `params` put back, for `apply` and for files."""
-    if adapter is None or "layers" not in adapter:
+    """The adapter with the matrices that `freeze` moved into `params` put back, and the head with its frozen dense layer, for
+    `apply` and for files."""
+    if adapter is None:
+        return adapter
+    if "head" in adapter and HEAD_DENSE in params:
+        adapter = {**adapter, "head": {"dense": params[HEAD_DENSE], **adapter["head"]}}
+    if "layers" not in adapter:
         return adapter
     pairs = dict(adapter["layers"])
     for letter in (letter for letter, key in FROZEN.items() if key in params):
@@ -184,10 +190,10 @@ def merge(model, params, adapter, config):
     merged = {name: value for name, value in params.items() if name not in FROZEN.values()}
     if "head" in adapter:
         head, dtype = dict(adapter["head"]), params["head"]["kernel"].dtype
-        dense = head.pop("dense", None)  # of an encoder's head that PEFT trained whole
+        dense = head.pop("dense", None)
         merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), head, params["head"])
         if dense is not None:
-            merged["pooler"] = jax.tree.map(lambda new: new.astype(dtype), dense)
+            merged[HEAD_DENSE] = jax.tree.map(lambda new: new.astype(dtype), dense)
     for name, pair in adapter.get("layers", {}).items():
         merged = _added(
             merged,

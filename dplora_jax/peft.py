@@ -135,7 +135,7 @@ def load(path, model, params):
     layers, config = _stacked(model, params, matrices, described)
     adapter = {"layers": layers} if layers else {}
     if "head" in params:
-        adapter["head"] = _head(path, model, params["head"], tensors)
+        adapter["head"] = _head(path, model, params, tensors)
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
     return adapter, config
@@ -151,26 +151,29 @@ def _file(path, name):
     return file
 
 
-def _head(path, model, shapes, tensors):
-    """Take the head out of `tensors`; the base's `shapes` where the file has none. One that PEFT trained whole has a dense layer
-    of its own below its outputs."""
+def _head(path, model, params, tensors):
+    """Take the head out of `tensors`; the base's own where the file has none. PEFT trains one whole, with the dense layer below
+    its outputs: it is there where it is not the base's."""
     whole = model.head_dense is not None and f"{PREFIX}{model.head_dense}.weight" in tensors
-    width = shapes["kernel"].shape[0]
-    dense = {"kernel": np.empty((width, width)), "bias": np.empty(width)}
-    shapes = {**shapes, "dense": dense} if whole else shapes
+    shapes, width = {part: value.shape for part, value in params["head"].items()}, params["head"]["kernel"].shape[0]
+    if whole:
+        shapes["dense"] = {"kernel": (width, width), "bias": (width,)}
     names = _head_names(model, shapes)
     present = [name for name in names.values() if name in tensors]
     if not present:
-        return {part: jnp.asarray(value, jnp.float32) for part, value in shapes.items()}
+        return {part: jnp.asarray(value, jnp.float32) for part, value in params["head"].items()}
     if len(present) < len(names):
         raise InputError(f"{path}: the adapter's head has only {present[0]} of {' and '.join(names.values())}.")
     head = {}
     for (*above, part), name in names.items():
         value = tensors.pop(name)
-        place, shape = (head.setdefault("dense", {}), dense[part].shape) if above else (head, shapes[part].shape)
+        place, shape = (head.setdefault("dense", {}), shapes["dense"][part]) if above else (head, shapes[part])
         place[part] = jnp.asarray(value.T if part == "kernel" else value, jnp.float32)
         if place[part].shape != shape:
             raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
+    own = params.get(lora.HEAD_DENSE)
+    if whole and own is not None and all(np.array_equal(head["dense"][part], own[part]) for part in own):
+        del head["dense"]
     return head
 
 

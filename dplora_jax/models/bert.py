@@ -195,7 +195,7 @@ class Bert(Encoder):
 
     def pooler_weights(self):
         """The pooler's."""
-        return [Weight(("pooler", part), self.pooler_module, part) for part in ("kernel", "bias")]
+        return [Weight((self.pooler_key, part), self.pooler_module, part) for part in ("kernel", "bias")]
 
     def transform_weights(self):
         """Those of `transform`."""

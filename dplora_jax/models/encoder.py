@@ -47,6 +47,11 @@ class Encoder:
         whole = self.head_output is not None and self.config.pooling == "pooler"
         return self.head_output if whole else self.head_module
 
+    @property
+    def pooler_key(self):
+        """Where the pooler's parameters are: a dense layer that PEFT counts to the head has a place of its own."""
+        return "pooler" if self.head_dense is None else lora.HEAD_DENSE
+
     def init(self, key):
         """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""
         c, keys = self.config, jax.random.split(key, self.config.num_layers + 3)
@@ -55,7 +60,7 @@ class Encoder:
             params["mlm"] = {"transform": self.init_transform(keys[1]), "bias": jnp.zeros(c.vocab_size)}
         else:
             if c.pooling == "pooler":
-                params["pooler"] = self.init_pooler(keys[1])
+                params[self.pooler_key] = self.init_pooler(keys[1])
             kernel = 0.02 * jax.random.normal(keys[2], (c.width, c.num_labels))
             params["head"] = {"kernel": kernel, "bias": jnp.zeros(c.num_labels)}
         return jax.tree.map(lambda p: p.astype(self.dtype), params)
@@ -75,12 +80,14 @@ class Encoder:
             logits = jnp.einsum("btd,vd->btv", x, vocabulary, preferred_element_type=jnp.float32)
             return logits + params["mlm"]["bias"].astype(jnp.float32)
         head = adapter.get("head", params["head"])
-        pooled = self._pool(params, x, mask, head.get("dense"), adapter.get("layers", {}).get("pooler"))
+        dense, pair = head.get("dense", params.get(lora.HEAD_DENSE)), adapter.get("layers", {}).get("pooler")
+        pooled = self._pool(params, x, mask, dense, pair)
         return lora.head(features.prepared(pooled, params), head)
 
     def features(self, params, batch):
         """What a classifier's head reads of each row, before any centring: float32 [B, D]."""
-        return self._pool(params, self.prefix(params, batch, self.config.num_layers), attended(batch))
+        x = self.prefix(params, batch, self.config.num_layers)
+        return self._pool(params, x, attended(batch), params.get(lora.HEAD_DENSE))
 
     def prefix(self, params, batch, layers):
         """What the first `layers` layers make of `batch` -> [B, T, D]: `hidden` for a model of that `start`."""
@@ -108,8 +115,7 @@ class Encoder:
         return run_layers(block, layers, x, adapter, self.config.remat)[0]
 
     def _pool(self, params, x, mask, dense=None, pair=None):
-        """One feature vector a row, float32 [B, D]; `dense` replaces the pooler's own weights, `pair` adapts them. With a `dense`
-        of its own, a head reads what a pooler reads."""
+        """One feature vector a row, float32 [B, D]. `dense`, the head's own, stands for the pooler, which `pair` else adapts."""
         if self.config.pooling == "pooler" or dense is not None:
             pooled = self.pooler(params, x, mask, dense, pair)
         else:

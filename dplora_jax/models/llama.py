@@ -104,7 +104,8 @@ class Llama(Decoder):
         """One layer: x [B, T, D] -> (x, its cache)."""
         c = self.config
         tokens = jax.tree.leaves(mask)[0].shape[-1]
-        turn = c.rope.turn(positions, tokens)
+        all_local = c.window is not None and c.local is None and c.local_rope is not None
+        turn = (c.local_rope if all_local else c.rope).turn(positions, tokens)
         if c.local is not None:
             (everywhere, near), local, layer = mask, layer["local"], layer["params"]
             mask = jnp.where(local, near, everywhere)

@@ -259,3 +259,27 @@ def test_longrope_turns_by_the_length_of_the_rows_and_not_by_their_tokens(rows):
     short = dataclasses.replace(model.config.rope, long=None)
     plain = dataclasses.replace(model, config=dataclasses.replace(model.config, rope=short))
     assert np.array_equal(plain.apply(params, batch), whole) == (rows <= 8)
+
+
+def test_layers_that_are_all_local_turn_as_local_ones(tmp_path):
+    _, params, batch, _ = load("gemma3")
+    shutil.copytree(FOLDER / "gemma3", tmp_path, dirs_exist_ok=True)
+    hf = json.loads((tmp_path / "config.json").read_text()) | {"layer_types": ["sliding_attention"] * 3}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    model = models.from_pretrained(tmp_path)[0]
+    assert model.config.local is None
+    marked = dataclasses.replace(model, config=dataclasses.replace(model.config, local=(True, True, True)))
+    np.testing.assert_allclose(model.apply(params, batch), marked.apply(params, batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["roberta_classifier", "distilbert_classifier"])
+def test_a_frozen_dense_layer_of_a_head_is_in_its_files_and_not_trained(name, tmp_path):
+    model, params, _, _ = load(name)
+    config = lora.LoraConfig(2, 4, ("q", "v"))
+    adapter = lora.init(jax.random.key(0), model, params, config)
+    assert set(adapter["head"]) == {"kernel", "bias"}
+    peft.save(tmp_path, model, lora.with_frozen(params, adapter), config)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    dense = tensors[f"{peft.PREFIX}{model.head_dense}.weight"]
+    np.testing.assert_array_equal(dense.T, params[lora.HEAD_DENSE]["kernel"])
+    assert jax.tree.structure(peft.load(tmp_path, model, params)[0]) == jax.tree.structure(adapter)
