@@ -76,10 +76,7 @@ def _rope(hf, head_width):
         options = hf.get(name) or {}
         if (options.get("rope_type") or options.get("type")) in ("su", "yarn"):
             renamed[name] = options | {"rope_type": "longrope"}
-    first = (
-        {"original_max_position_embeddings": 4096} if "longrope" in str(renamed or hf.get("rope_parameters")) else {}
-    )
-    return rope.read(first | hf | renamed, head_width, partial=1.0)
+    return rope.read({"original_max_position_embeddings": 4096} | hf | renamed, head_width, partial=1.0)
 
 
 def build(hf, checkpoint, num_labels, dtype):

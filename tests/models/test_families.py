@@ -283,3 +283,16 @@ def test_a_frozen_dense_layer_of_a_head_is_in_its_files_and_not_trained(name, tm
     dense = tensors[f"{peft.PREFIX}{model.head_dense}.weight"]
     np.testing.assert_array_equal(dense.T, params[lora.HEAD_DENSE]["kernel"])
     assert jax.tree.structure(peft.load(tmp_path, model, params)[0]) == jax.tree.structure(adapter)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "modernbert_classifier"])
+def test_layers_of_two_kinds_start_above_a_prefix_and_take_few_bits(name):
+    model, params, batch, _ = load(name)
+    hidden = jit(type(model).prefix, static_argnums=(0, 3))(model, params, batch, 2)
+    rest = {"hidden": hidden, "attention_mask": batch["attention_mask"]}
+    above = np.asarray(applied()(dataclasses.replace(model, start=2), params, rest))
+    np.testing.assert_allclose(attended(batch, above), attended(batch, logits_of(name)), atol=5e-5)
+    _, few = models.from_pretrained(FOLDER / name, quantize="int8")
+    low = attended(batch, np.asarray(applied()(model, few, batch)))
+    exact = attended(batch, logits_of(name))
+    assert 0 < np.abs(low - exact).max() < 0.2 * np.abs(exact).max()
