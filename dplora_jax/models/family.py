@@ -13,6 +13,7 @@ KINDS = {
     "architectures": list, "layer_types": list, "id2label": dict, "quantization_config": dict, "rope_scaling": dict,
     "rope_parameters": dict, "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "add_qkv_bias": bool,
     "scale_attn_weights": bool, "scale_attn_by_inverse_layer_idx": bool, "multi_query_attention": bool, "model_type": str,
+    "use_sliding_window": bool, "use_parallel_residual": bool, "norm_bias": bool, "classifier_bias": bool,
 }  # fmt: skip
 KIND_WORDS = {list: "a list of names", dict: "a set of options", bool: "true or false", str: "a name"}
 
@@ -117,6 +118,11 @@ def sizes(hf, *names):
                 f"config.json: {name}={hf.get(name)!r} must be a whole number above 0, at most {MOST_SIZE}."
             )
     return [hf[name] for name in names]
+
+
+def given(hf, name):
+    """{name: value} where config.json `hf` gives one under `name`; else {}."""
+    return {} if hf.get(name) is None else {name: hf[name]}
 
 
 def number(hf, name, default):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dplora_jax.models import llama, rope
-from dplora_jax.models.family import Family, Gguf, number, refuse_unsupported
+from dplora_jax.models.family import Family, Gguf, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import RMSNorm
 from dplora_jax.models.llama import Llama, LlamaConfig
 from dplora_jax.models.rope import GLOBAL, LOCAL
@@ -96,12 +96,8 @@ def from_config(hf, num_labels):
     refuse_unsupported(hf, {"use_bidirectional_attention": (False, None), "partial_rotary_factor": (None, 1, 1.0)})
     fields = llama.shared(hf | {"hidden_act": hf["hidden_activation"]})
     layers, width, bias = fields["num_layers"], fields["head_width"], bool(hf.get("attention_bias"))
-    every = hf.get("sliding_window_pattern") or (6 if third else 2)
-    ropes = (
-        {"rope": rope.read_kind(hf, width, GLOBAL, hf.get("rope_theta") or 1e6)}
-        if third
-        else {"rope": rope.read(hf, width)}
-    )
+    (every,) = sizes({"sliding_window_pattern": 6 if third else 2} | hf, "sliding_window_pattern")
+    ropes = {"rope": rope.read_kind(hf, width, GLOBAL, hf.get("rope_theta") or 1e6) if third else rope.read(hf, width)}
     if third:
         ropes["local_rope"] = rope.read_kind(hf, width, LOCAL, hf.get("rope_local_base_freq") or 1e4, scaled=False)
     return GemmaConfig(

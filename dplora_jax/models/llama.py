@@ -15,7 +15,7 @@ from flax import linen as nn
 from dplora_jax.errors import InputError
 from dplora_jax.models import rope
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, number, refuse_unsupported, sizes
+from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, given, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, attention, rotate_halves, split_heads
 from dplora_jax.models.rope import GLOBAL, LOCAL, Rope
 
@@ -176,9 +176,9 @@ def shared(hf):
         "max_position_embeddings",
     )  # fmt: skip
     (num_kv_heads,) = sizes(
-        {"num_key_value_heads": num_heads} | _given(hf, "num_key_value_heads"), "num_key_value_heads"
+        {"num_key_value_heads": num_heads} | given(hf, "num_key_value_heads"), "num_key_value_heads"
     )
-    (head_width,) = sizes({"head_dim": width // num_heads} | _given(hf, "head_dim"), "head_dim")
+    (head_width,) = sizes({"head_dim": width // num_heads} | given(hf, "head_dim"), "head_dim")
     if num_heads % num_kv_heads or head_width % 2 or (not hf.get("head_dim") and width % num_heads):
         raise InputError(
             f"config.json: {num_heads} heads do not go into hidden_size={width} or over num_key_value_heads={num_kv_heads}."
@@ -208,6 +208,8 @@ def windows(hf, usual):
 def qwen_windows(hf, layers):
     """`windows` of a Qwen2 or 3: of the layers from `max_window_layers` on, if `use_sliding_window` says that there are any."""
     first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else layers
+    if type(first) is not int:
+        raise InputError(f"config.json: max_window_layers={first!r} must be a whole number.")
     return windows({"sliding_window": 4096} | hf, [LOCAL if i >= first else GLOBAL for i in range(layers)])
 
 
@@ -229,10 +231,6 @@ def from_config(hf, num_labels):
         qkv_bias=kind == "qwen2" or bool(hf.get("attention_bias")),
         output_bias=kind == "llama" and bool(hf.get("attention_bias")), mlp_bias=bool(hf.get("mlp_bias")),
     )  # fmt: skip
-
-
-def _given(hf, name):
-    return {} if hf.get(name) is None else {name: hf[name]}
 
 
 def build(hf, checkpoint, num_labels, dtype):

@@ -7,7 +7,7 @@ import dataclasses
 import math
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.family import number, refuse_unsupported
+from dplora_jax.models.family import given, number, refuse_unsupported
 from dplora_jax.models.layers import rotation
 
 SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
@@ -47,7 +47,7 @@ def read(hf, head_width, partial=None):
     if partial is None:
         refuse_unsupported(scaling, {"partial_rotary_factor": (None, 1, 1.0)})  # where transformers 5 writes it
     share = number(
-        _given(hf, "partial_rotary_factor") | _given(scaling, "partial_rotary_factor"),
+        given(hf, "partial_rotary_factor") | given(scaling, "partial_rotary_factor"),
         "partial_rotary_factor",
         partial or 1.0,
     )
@@ -56,30 +56,37 @@ def read(hf, head_width, partial=None):
         raise InputError(
             f"config.json: partial_rotary_factor={share!r} turns {width} numbers of a head of {head_width}."
         )
-    theta = number(_given(hf, "rope_theta") | _given(scaling, "rope_theta"), "rope_theta", 10000.0)
+    theta = number(given(hf, "rope_theta") | given(scaling, "rope_theta"), "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     # A length beside the options wins over theirs; where neither has one, all positions count.
     length = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | scaling
-    scaling = length | _given(hf, "original_max_position_embeddings")
-    base = [theta ** (-2 * i / width) for i in range(width // 2)]
+    scaling = length | given(hf, "original_max_position_embeddings")
+    if kind not in (*SCALINGS, "frequency_factors"):
+        raise InputError(
+            f"config.json: rope_type={kind!r} is not supported, only {', '.join(SCALINGS[:-1])} or {SCALINGS[-1]}."
+        )
     try:
-        if kind == "default":
-            return Rope(tuple(base))
-        if kind == "linear":
-            return Rope(tuple(f / scaling["factor"] for f in base))
-        if kind == "frequency_factors":  # of a GGUF file
-            return Rope(_divided(base, scaling["factors"]))
-        if kind == "llama3":
-            return Rope(tuple(_llama3(f, scaling) for f in base))
-        if kind == "yarn":
-            return _yarn(base, theta, width, scaling)
-        if kind == "longrope":
-            return _longrope(base, hf, scaling)
+        found = _scaled(kind, [theta ** (-2 * i / width) for i in range(width // 2)], theta, width, hf, scaling)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise InputError(f"config.json: the rope scaling {scaling} is incomplete.") from None
-    raise InputError(
-        f"config.json: rope_type={kind!r} is not supported, only {', '.join(SCALINGS[:-1])} or {SCALINGS[-1]}."
-    )
+    if not all(map(math.isfinite, (*found.frequencies, *(found.long or ()), found.scale))):
+        raise InputError(f"config.json: the rope scaling {scaling} makes angles that are not finite.")
+    return found
+
+
+def _scaled(kind, base, theta, width, hf, scaling):
+    """The Rope that the options `scaling` make of the frequencies `base`."""
+    if kind == "default":
+        return Rope(tuple(base))
+    if kind == "linear":
+        return Rope(tuple(f / scaling["factor"] for f in base))
+    if kind == "frequency_factors":  # of a GGUF file
+        return Rope(_divided(base, scaling["factors"]))
+    if kind == "llama3":
+        return Rope(tuple(_llama3(f, scaling) for f in base))
+    if kind == "yarn":
+        return _yarn(base, theta, width, scaling)
+    return _longrope(base, hf, scaling)
 
 
 def read_kind(hf, head_width, kind, theta, scaled=True):
@@ -89,11 +96,7 @@ def read_kind(hf, head_width, kind, theta, scaled=True):
     if set(named) - {GLOBAL, LOCAL} or not all(isinstance(named.get(name) or {}, dict) for name in named):
         raise InputError(f"config.json: rope_parameters={named!r} must have options for {GLOBAL} and {LOCAL}.")
     options = {"rope_theta": theta} | (named.get(kind) or {}) | ((hf.get("rope_scaling") or {}) if scaled else {})
-    return read({"rope_parameters": options} | _given(hf, "max_position_embeddings"), head_width)
-
-
-def _given(hf, name):
-    return {} if hf.get(name) is None else {name: hf[name]}
+    return read({"rope_parameters": options} | given(hf, "max_position_embeddings"), head_width)
 
 
 def _divided(base, divisors):

@@ -99,7 +99,12 @@ WRONG = (5, "x", [], {}, [1], {"a": 1}, True, -1, 0.5, math.nan, math.inf, 10**4
 
 
 @pytest.mark.parametrize(
-    "family", ["bert_tiny_classifier", "gpt2_tiny", "variants/qwen2", "chatglm_tiny", "chatglm2_tiny"]
+    "family",
+    [
+        *("bert_tiny_classifier", "gpt2_tiny", "variants/qwen2", "chatglm_tiny", "chatglm2_tiny"),
+        *(f"families/{name}" for name in ("roberta_mlm", "distilbert_mlm", "modernbert_mlm", "qwen3_window", "gemma2")),
+        *(f"families/{name}" for name in ("gemma3", "gpt_neox", "phi3_long", "olmo3", "llama_yarn")),
+    ],
 )
 def test_a_value_of_another_kind_is_one_sentence_or_harmless(family):
     with safetensors_file.SafetensorsCheckpoint(GOLDEN / family) as checkpoint:

@@ -42,3 +42,16 @@ def test_options_by_kind_of_layer_are_refused(name):
 def test_a_scaling_that_is_not_read_is_refused_though_plain_parameters_stand_beside_it():
     with pytest.raises(InputError, match="rope_type='foo'"):
         rope.read({"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "foo", "factor": 2.0}}, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": float("nan")},
+        {"rope_type": "yarn", "factor": float("inf")},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [float("nan")] * 4, "long_factor": [1.0] * 4},
+    ],
+)
+def test_angles_that_are_not_finite_are_refused(options):
+    with pytest.raises(InputError, match="not finite"):
+        rope.read({"rope_parameters": options, "max_position_embeddings": 64}, 8)
