@@ -154,7 +154,8 @@ def with_frozen(params, adapter):
     if adapter is None:
         return adapter
     if "head" in adapter and HEAD_DENSE in params:
-        adapter = {**adapter, "head": {"dense": params[HEAD_DENSE], **adapter["head"]}}
+        dense = jax.tree.map(lambda x: x.astype(jnp.float32), params[HEAD_DENSE])  # as every leaf of an adapter
+        adapter = {**adapter, "head": {"dense": dense, **adapter["head"]}}
     if "layers" not in adapter:
         return adapter
     pairs = dict(adapter["layers"])

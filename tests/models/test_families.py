@@ -274,7 +274,7 @@ def test_layers_that_are_all_local_turn_as_local_ones(tmp_path):
 
 @pytest.mark.parametrize("name", ["roberta_classifier", "distilbert_classifier"])
 def test_a_frozen_dense_layer_of_a_head_is_in_its_files_and_not_trained(name, tmp_path):
-    model, params, _, _ = load(name)
+    model, params = models.from_pretrained(FOLDER / name, jnp.bfloat16)
     config = lora.LoraConfig(2, 4, ("q", "v"))
     adapter = lora.init(jax.random.key(0), model, params, config)
     assert set(adapter["head"]) == {"kernel", "bias"}
