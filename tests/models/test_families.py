@@ -17,7 +17,6 @@ from dplora_jax.models.decoder import Decoder
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
 FOLDER = GOLDEN / "families"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 ADAPTED = [name for name in NAMES if (FOLDER / name / "adapter").exists()]
@@ -41,7 +40,7 @@ def load(name):
 
 @functools.cache
 def applied():
-    return jit(lambda model, params, batch, adapter=None: model.apply(params, batch, adapter), static_argnums=0)
+    return jax.jit(lambda model, params, batch, adapter=None: model.apply(params, batch, adapter), static_argnums=0)
 
 
 def logits_of(name, batch=None, adapter=None):
@@ -120,7 +119,7 @@ def test_scanned_layers_equal_unrolled_ones_and_their_number_adds_no_code(name, 
     adapter = lora.init(jax.random.key(0), model, params, config)
     adapter = jax.tree.map(lambda x: x + 0.1, adapter)
     monkeypatch.setattr(layers, "SHALLOW", 0)
-    traced = jit(lambda adapter: model.apply(params, batch, adapter)).trace(adapter)
+    traced = jax.jit(lambda adapter: model.apply(params, batch, adapter)).trace(adapter)
     assert str(traced.jaxpr).count("scan[") == 1
     scanned = np.asarray(traced.lower().compile()(adapter))
     np.testing.assert_allclose(scanned, logits_of(name, adapter=adapter), atol=2e-4)
@@ -131,7 +130,7 @@ def test_decoding_with_a_cache_says_what_whole_rows_say(name):
     model, params, batch, _ = load(name)
     new = 6
     ids = np.asarray(
-        jit(lambda params, batch: generation.generate(model, params, batch, max_new_tokens=new))(params, batch)
+        jax.jit(lambda params, batch: generation.generate(model, params, batch, max_new_tokens=new))(params, batch)
     )
     width = batch["input_ids"].shape[1]
     for row, length in enumerate(batch["attention_mask"].sum(1)):
@@ -288,7 +287,7 @@ def test_a_frozen_dense_layer_of_a_head_is_in_its_files_and_not_trained(name, tm
 @pytest.mark.parametrize("name", ["gemma3", "modernbert_classifier"])
 def test_layers_of_two_kinds_start_above_a_prefix_and_take_few_bits(name):
     model, params, batch, _ = load(name)
-    hidden = jit(type(model).prefix, static_argnums=(0, 3))(model, params, batch, 2)
+    hidden = jax.jit(type(model).prefix, static_argnums=(0, 3))(model, params, batch, 2)
     rest = {"hidden": hidden, "attention_mask": batch["attention_mask"]}
     above = np.asarray(applied()(dataclasses.replace(model, start=2), params, rest))
     np.testing.assert_allclose(attended(batch, above), attended(batch, logits_of(name)), atol=5e-5)
