@@ -19,6 +19,7 @@ from dplora_jax.errors import InputWarning
 from dplora_jax.per_row import EXACT, PerRow, linear
 
 FROZEN = {"a": "lora_a", "b": "lora_b"}  # the keys of the base parameters under which frozen A and B matrices live
+HEAD_DENSE = "head_dense"  # and the one of a dense layer that PEFT counts to the head, and that stays frozen here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,14 @@ def freeze_a(params, adapter):
 
 
 def with_frozen(params, adapter):
-    """The adapter with the matrices that `freeze` moved into `params` put back, for `apply` and for files."""
-    if adapter is None or "layers" not in adapter:
+    """The adapter with the matrices that `freeze` moved into `params` put back, and the head with its frozen dense layer, for
+    `apply` and for files."""
+    if adapter is None:
+        return adapter
+    if "head" in adapter and HEAD_DENSE in params:
+        dense = jax.tree.map(lambda x: x.astype(jnp.float32), params[HEAD_DENSE])  # as every leaf of an adapter
+        adapter = {**adapter, "head": {"dense": dense, **adapter["head"]}}
+    if "layers" not in adapter:
         return adapter
     pairs = dict(adapter["layers"])
     for letter in (letter for letter, key in FROZEN.items() if key in params):
@@ -183,7 +190,11 @@ def merge(model, params, adapter, config):
     adapter = with_frozen(params, adapter)
     merged = {name: value for name, value in params.items() if name not in FROZEN.values()}
     if "head" in adapter:
-        merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), adapter["head"], params["head"])
+        head, dtype = dict(adapter["head"]), params["head"]["kernel"].dtype
+        dense = head.pop("dense", None)
+        merged["head"] = jax.tree.map(lambda new, old: new.astype(old.dtype), head, params["head"])
+        if dense is not None:
+            merged[HEAD_DENSE] = jax.tree.map(lambda new: new.astype(dtype), dense)
     for name, pair in adapter.get("layers", {}).items():
         merged = _added(
             merged,

@@ -47,7 +47,8 @@ class LanguageModelLoss(ModelLoss):
             return super().__call__(adapter, batch)
         hidden_BxTxD = self.model.hidden(self.params, batch, adapter)
         vocabulary = self.model.vocabulary(self.params).astype(hidden_BxTxD.dtype)
-        return next_token.loss(hidden_BxTxD, vocabulary, *next_token.targets(batch), self.max_targets)
+        cap = getattr(self.model, "logit_cap", None)
+        return next_token.loss(hidden_BxTxD, vocabulary, *next_token.targets(batch), self.max_targets, cap=cap)
 
 
 def language_model(model, params, max_targets=None):

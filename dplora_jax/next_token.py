@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dplora_jax.models.layers import soft_cap
+
 CHUNK_BYTES = 64 << 20  # of float32 logits that exist at a time
 
 
@@ -21,12 +23,12 @@ def targets(batch):
     return targets_BxT, counted[:, 1:].astype(jnp.float32)
 
 
-def loss(hidden_BxTxD, vocabulary_VxD, targets_BxT, counted_BxT, max_targets=None, chunk_bytes=CHUNK_BYTES):
+def loss(hidden_BxTxD, vocabulary_VxD, targets_BxT, counted_BxT, max_targets=None, chunk_bytes=CHUNK_BYTES, cap=None):
     """Mean cross-entropy of each row over the positions that count -> [B] float32; `targets` has T - 1 positions.
 
     Logits exist for `max_targets` positions a row (None: all), `chunk_bytes` of them at a time (under `vmap` over rows, for each
     row that is mapped). The gradient for `hidden` is
-    made in the same pass as the loss, so that no logits are kept or made again.
+    made in the same pass as the loss, so that no logits are kept or made again. `cap` bounds the logits (`layers.soft_cap`).
     """
     hidden = hidden_BxTxD[:, :-1]
     if max_targets is not None and max_targets < targets_BxT.shape[1]:
@@ -37,37 +39,37 @@ def loss(hidden_BxTxD, vocabulary_VxD, targets_BxT, counted_BxT, max_targets=Non
     rows, positions = targets_BxT.shape
     at_most = max(1, min(positions, chunk_bytes // (4 * rows * vocabulary_VxD.shape[0])))
     pieces = -(-positions // at_most)  # of one size, or the last one would be mostly padding
-    return _weighted(hidden, vocabulary_VxD, targets_BxT, weights, -(-positions // pieces))
+    return _weighted(hidden, vocabulary_VxD, targets_BxT, weights, -(-positions // pieces), cap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _weighted(hidden_BxMxD, vocabulary_VxD, targets_BxM, weights_BxM, at_a_time):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted(hidden_BxMxD, vocabulary_VxD, targets_BxM, weights_BxM, at_a_time, cap):
     """sum_m w_bm CE(h_bm V^T, target_bm) -> [B]."""
 
     def one(carry, chunk):
         hidden, targets, _ = chunk
-        return carry, _cross_entropy(_logits(hidden, vocabulary_VxD), targets)
+        return carry, _cross_entropy(_logits(hidden, vocabulary_VxD, cap), targets)
 
     losses = _over_chunks(one, None, (hidden_BxMxD, targets_BxM, weights_BxM), at_a_time)[1]
     return (losses * weights_BxM).sum(1)
 
 
-def _forward(hidden, vocabulary, targets, weights, at_a_time):
+def _forward(hidden, vocabulary, targets, weights, at_a_time, cap):
     def one(carry, chunk):
         hidden, targets, weights = chunk
-        logits = _logits(hidden, vocabulary)
-        return carry, (_cross_entropy(logits, targets), _grad_hidden(logits, targets, weights, vocabulary))
+        logits = _logits(hidden, vocabulary, cap)
+        return carry, (_cross_entropy(logits, targets), _grad_hidden(logits, targets, weights, vocabulary, cap))
 
     losses, grad = _over_chunks(one, None, (hidden, targets, weights), at_a_time)[1]
     return (losses * weights).sum(1), (hidden, vocabulary, targets, weights, losses, grad)
 
 
-def _backward(at_a_time, residuals, g_B):
+def _backward(at_a_time, cap, residuals, g_B):
     hidden, vocabulary, targets, weights, losses, grad = residuals
 
     def one(total, chunk):
         hidden, targets, weights = chunk
-        error = _error(_logits(hidden, vocabulary), targets, weights * g_B[:, None])
+        error = _error(_logits(hidden, vocabulary, cap), targets, weights * g_B[:, None], cap)
         return total + jnp.einsum("bcv,bcd->vd", error, hidden.astype(jnp.float32)), None
 
     # Frozen in every run: nothing asks for it then, and the compiler drops the pass.
@@ -80,22 +82,23 @@ def _backward(at_a_time, residuals, g_B):
 _weighted.defvjp(_forward, _backward)
 
 
-def _logits(hidden_BxCxD, vocabulary_VxD):
-    return jnp.einsum("bcd,vd->bcv", hidden_BxCxD, vocabulary_VxD, preferred_element_type=jnp.float32)
+def _logits(hidden_BxCxD, vocabulary_VxD, cap):
+    return soft_cap(jnp.einsum("bcd,vd->bcv", hidden_BxCxD, vocabulary_VxD, preferred_element_type=jnp.float32), cap)
 
 
 def _cross_entropy(logits, targets):
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
-def _error(logits_BxCxV, targets_BxC, weights_BxC):
-    """The loss's gradient for the logits: (softmax - one_hot) w."""
+def _error(logits_BxCxV, targets_BxC, weights_BxC, cap):
+    """The loss's gradient for h V^T: (softmax - one_hot) w, times a cap's own slope, 1 - tanh^2."""
     hot = jnp.arange(logits_BxCxV.shape[-1]) == targets_BxC[..., None]
-    return (jax.nn.softmax(logits_BxCxV) - hot) * weights_BxC[..., None]
+    error = (jax.nn.softmax(logits_BxCxV) - hot) * weights_BxC[..., None]
+    return error if cap is None else error * (1 - jnp.square(logits_BxCxV / cap))
 
 
-def _grad_hidden(logits, targets, weights, vocabulary):
-    error = _error(logits, targets, weights).astype(vocabulary.dtype)
+def _grad_hidden(logits, targets, weights, vocabulary, cap):
+    error = _error(logits, targets, weights, cap).astype(vocabulary.dtype)
     return jnp.einsum("bcv,vd->bcd", error, vocabulary, preferred_element_type=jnp.float32)
 
 

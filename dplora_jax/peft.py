@@ -1,6 +1,8 @@
 """Adapter files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`, both ways."""
 
+import functools
 import math
+import operator
 import pathlib
 import re
 
@@ -45,7 +47,7 @@ def save(path, model, adapter, config, base=None):
         "target_modules": modules,
         # PEFT refuses layer numbers next to a regular expression, which names the layers itself.
         "layers_to_transform": list(range(first, depth)) if first and isinstance(modules, list) else None,
-        "modules_to_save": [model.head_name] if "head" in adapter else None,
+        "modules_to_save": [model.head_module] if "head" in adapter else None,
         "bias": "none", "fan_in_fan_out": getattr(model, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True, "use_dora": False, "use_rslora": False,
         "alpha_pattern": {
@@ -91,11 +93,22 @@ def to_state_dict(model, tree, config):
         for letter, stacked in (("A", pair.a), ("B", pair.b)):
             for index, matrix in enumerate(() if stacked is None else np.asarray(stacked)):
                 out[f"{PREFIX}{model.targets[target].module.format(first + index)}.lora_{letter}.weight"] = matrix
-    if "head" in tree:
-        for part, value in tree["head"].items():
-            value = np.asarray(value)
-            out[f"{PREFIX}{model.head_name}.{HEAD_PARTS[part]}"] = value.T if part == "kernel" else value
+    for path, name in _head_names(model, tree.get("head", {})).items():
+        value = np.asarray(functools.reduce(operator.getitem, path, tree["head"]))
+        out[name] = value.T if path[-1] == "kernel" else value
     return out
+
+
+def _head_names(model, head):
+    """PEFT's name of each array of a head by its path; with a dense layer of its own, the part above that has another name."""
+    module = model.head_output if "dense" in head else model.head_name
+    modules = {(): module} | ({("dense",): model.head_dense} if "dense" in head else {})
+    return {
+        (*path, part): f"{PREFIX}{name}.{HEAD_PARTS[part]}"
+        for path, name in modules.items()
+        for part in HEAD_PARTS
+        if path or part in head
+    }
 
 
 def load(path, model, params):
@@ -117,12 +130,12 @@ def load(path, model, params):
         safetensors.SafetensorError,
     ) as error:  # a type that numpy lacks
         raise InputError(f"{path} holds no readable PEFT adapter ({error}).") from None
-    described = PeftConfig(path, document, (getattr(model, "head_name", None), "classifier", "score"))
+    described = PeftConfig(path, document, (model.head_module, model.head_dense, "classifier", "score"))
     matrices = _matrices(path, model, tensors, described)
     layers, config = _stacked(model, params, matrices, described)
     adapter = {"layers": layers} if layers else {}
     if "head" in params:
-        adapter["head"] = _head(path, model, params["head"], tensors)
+        adapter["head"] = _head(path, model, params, tensors)
     if tensors:
         raise InputError(f"{path}: tensor {min(tensors)} has no place in this model.")
     return adapter, config
@@ -138,19 +151,30 @@ def _file(path, name):
     return file
 
 
-def _head(path, model, shapes, tensors):
-    """Take the head out of `tensors`; the base's `shapes` where the file has none."""
-    names = {part: f"{PREFIX}{model.head_name}.{HEAD_PARTS[part]}" for part in shapes}
+def _head(path, model, params, tensors):
+    """Take the head out of `tensors`; the base's own where the file has none. PEFT trains one whole, with the dense layer below
+    its outputs: it is there where it is not the base's."""
+    whole = model.head_dense is not None and f"{PREFIX}{model.head_dense}.weight" in tensors
+    shapes, width = {part: value.shape for part, value in params["head"].items()}, params["head"]["kernel"].shape[0]
+    if whole:
+        shapes["dense"] = {"kernel": (width, width), "bias": (width,)}
+    names = _head_names(model, shapes)
     present = [name for name in names.values() if name in tensors]
     if not present:
-        return {part: jnp.asarray(value, jnp.float32) for part, value in shapes.items()}
-    if len(present) < len(shapes):
+        return {part: jnp.asarray(value, jnp.float32) for part, value in params["head"].items()}
+    if len(present) < len(names):
         raise InputError(f"{path}: the adapter's head has only {present[0]} of {' and '.join(names.values())}.")
-    head = {part: tensors.pop(name) for part, name in names.items()}
-    head["kernel"] = head["kernel"].T
-    if any(head[part].shape != shapes[part].shape for part in shapes):
-        raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
-    return {part: jnp.asarray(value, jnp.float32) for part, value in head.items()}
+    head = {}
+    for (*above, part), name in names.items():
+        value = tensors.pop(name)
+        place, shape = (head.setdefault("dense", {}), shapes["dense"][part]) if above else (head, shapes[part])
+        place[part] = jnp.asarray(value.T if part == "kernel" else value, jnp.float32)
+        if place[part].shape != shape:
+            raise InputError(f"{path}: the adapter's head has another number of labels than the model.")
+    own = params.get(lora.HEAD_DENSE)
+    if whole and own is not None and all(np.array_equal(head["dense"][part], own[part]) for part in own):
+        del head["dense"]
+    return head
 
 
 def _matrices(path, model, tensors, described):

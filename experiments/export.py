@@ -168,7 +168,7 @@ def _noted_labels(adapter):
 def export(job):
     """Merge, write beside --out, and put in its place; print what was written. Raises InputError."""
     from dplora_jax import lora, peft
-    from dplora_jax.models import hf_checkpoint, pretrained
+    from dplora_jax.models import encoder, hf_checkpoint, pretrained
     from experiments.run import model_card
 
     place = pretrained.locate(job.model)
@@ -181,7 +181,7 @@ def export(job):
     model, params = _base(place, job)
     labels = _labels(job, model, hf)
     adapter, config = peft.load(job.adapter, model, params)
-    params = lora.merge(model, params, adapter, config)
+    params, model = lora.merge(model, params, adapter, config), encoder.reading(model, adapter)
     tokenizer = _tokenizer(place, model, hf)
     pad = tokenizer.pad_token_id if tokenizer else hf.get("pad_token_id")
     document = hf_checkpoint.config(model, hf, labels, pad)
@@ -222,7 +222,8 @@ def _head_rows(adapter):
         raise InputError(f"{adapter} holds no readable PEFT adapter (it has no adapter_model.safetensors).")
     try:
         with safetensors.safe_open(path, "np") as file:
-            heads = [name for name in file.keys() if re.search(r"\.(classifier|score)\.weight$", name)]  # noqa: SIM118
+            pattern = r"\.(classifier|classifier\.out_proj|score)\.weight$"
+            heads = [name for name in file.keys() if re.search(pattern, name)]  # noqa: SIM118
             shape = file.get_slice(heads[0]).get_shape() if heads else None
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{adapter} holds no readable PEFT adapter ({error}).") from None
@@ -234,8 +235,9 @@ def _head_rows(adapter):
 def _tokenizer(place, model, hf):
     """The tokenizer where the export needs more of it than its files: a GGUF file's, and a decoder's classifier's pad token."""
     from dplora_jax import models
+    from dplora_jax.models import registry
 
-    if not place.is_file() and (model.config.num_labels is None or hf["model_type"] == "bert"):
+    if not place.is_file() and (model.config.num_labels is None or registry.bidirectional(hf["model_type"])):
         return None
     try:
         return models.load_tokenizer(place)

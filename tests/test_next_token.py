@@ -10,6 +10,7 @@ import pytest
 
 from dplora_jax import lora, losses, models, next_token
 from dplora_jax.models.llama import Llama, LlamaConfig
+from dplora_jax.models.rope import Rope
 from dplora_jax.privacy import clipping
 from tests.compilation import jit
 from tests.conftest import GOLDEN, mostly_slow
@@ -26,13 +27,15 @@ SCATTERED_BxT = np.array(
 COUNTED = {"all": np.ones_like(SCATTERED_BxT), "some": SCATTERED_BxT, "in part": 0.3 * SCATTERED_BxT}
 
 
-def chunked(hidden, vocabulary, counted, chunk_bytes, max_targets=None):
-    return next_token.loss(hidden, vocabulary, TARGETS_BxT, counted, max_targets, chunk_bytes or next_token.CHUNK_BYTES)
+def chunked(hidden, vocabulary, counted, chunk_bytes, max_targets=None, cap=None):
+    chunk_bytes = chunk_bytes or next_token.CHUNK_BYTES
+    return next_token.loss(hidden, vocabulary, TARGETS_BxT, counted, max_targets, chunk_bytes, cap)
 
 
-def plain(hidden, vocabulary, counted):
+def plain(hidden, vocabulary, counted, cap=None):
     """The textbook's: the mean over the targets that count of -log softmax(V h)[target]; 0 where none does."""
     logits = jnp.einsum("btd,vd->btv", hidden[:, :-1].astype(jnp.float32), vocabulary.astype(jnp.float32))
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     terms = -jnp.take_along_axis(jax.nn.log_softmax(logits), TARGETS_BxT[..., None], axis=-1)[..., 0]
     return (terms * counted).sum(1) / jnp.maximum(counted.sum(1), 1)
 
@@ -63,6 +66,22 @@ def test_loss_and_all_its_gradients_are_the_plain_ones(chunk_bytes, expected):
         np.testing.assert_allclose(losses_B, expected_B, rtol=1e-6, atol=1e-6)
         for gradient, other in zip(gradients, expected_gradients, strict=True):
             np.testing.assert_allclose(gradient, other, rtol=1e-6, atol=2e-6)
+
+
+def test_capped_logits_have_the_plain_gradients_too():
+    ours = values_and_gradients(functools.partial(chunked, chunk_bytes=4 * B * V * 4, cap=3.0))
+    theirs = values_and_gradients(functools.partial(plain, cap=3.0))
+    (_, losses_B), gradients = ours(HIDDEN_BxTxD, VOCABULARY_VxD, COUNTED["in part"])
+    (_, expected_B), expected = theirs(HIDDEN_BxTxD, VOCABULARY_VxD, COUNTED["in part"])
+    np.testing.assert_allclose(losses_B, expected_B, rtol=1e-6, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), gradients, expected)
+
+
+def test_a_capped_models_loss_is_that_of_its_logits():
+    model, params = models.from_pretrained(GOLDEN / "families/gemma2")
+    batch = {"input_ids": RNG.integers(3, 61, (2, 9)).astype(np.int32)}
+    fast = losses.language_model(model, params)(None, batch)
+    np.testing.assert_allclose(fast, losses.language_model_of_logits(model.apply(params, batch), batch), rtol=1e-5)
 
 
 def test_a_row_without_targets_has_loss_zero_and_gradient_zero():
@@ -151,7 +170,7 @@ def array_sizes(program):
 @pytest.mark.parametrize("form", mostly_slow(["vmap", "ghost"], ["vmap", "broadcast", "ghost"]))
 def test_the_compiled_step_holds_no_array_larger_than_the_vocabulary_matrix(form, monkeypatch):
     rows, tokens, vocabulary, width = 4, 64, 5000, 32
-    model = Llama(LlamaConfig(vocabulary, width, 1, 4, 1, 8, 24, tokens, (1.0, 0.1, 0.01, 0.001), tied=True))
+    model = Llama(LlamaConfig(vocabulary, width, 1, 4, 1, 8, 24, tokens, Rope((1.0, 0.1, 0.01, 0.001)), tied=True))
     params = jax.eval_shape(model.init, jax.random.key(0))
     config = lora.LoraConfig(2, 4, ("q",))
     adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), model, params, config))

@@ -24,25 +24,25 @@ class Objective(NamedTuple):
 
 
 def kind(config, task):
-    """CLASSIFIER or LANGUAGE_MODEL, for `config` on `task`: as `objective` says; `auto` classifies by BERT alone.
+    """CLASSIFIER or LANGUAGE_MODEL, for `config` on `task`: as `objective` says; `auto` classifies by encoders alone.
 
     Raises InputError where the task has no labels for a classifier, or the model does not read from left to right.
     """
     chosen = config.data.objective
     if config.data.chat and task.kind == tasks.TEXT:
         raise InputError(f"`chat` needs prompts, and dataset={config.data.dataset} has none: leave it out.")
-    bidirectional = pretrained.model_type(config.base.name) == "bert"
+    bidirectional = pretrained.bidirectional(config.base.name)
     if chosen == AUTO:
         chosen = CLASSIFIER if bidirectional or config.lora.head_only else LANGUAGE_MODEL
     if chosen == CLASSIFIER and task.kind != tasks.LABELS:
         raise InputError(
             f"dataset={config.data.dataset} has no labels to classify by: give `label_column`, or a language model "
-            "(model=SmolLM2-135M-Instruct, say) instead of BERT, objective=classifier or `head_only`."
+            "(model=SmolLM2-135M-Instruct, say) instead of an encoder, objective=classifier or `head_only`."
         )
     if chosen == LANGUAGE_MODEL and (bidirectional or config.lora.head_only):
         raise InputError(
-            "objective=language_model needs a model that reads from left to right, and no `head_only`: BERT predicts no next "
-            "token, and a language model has no head of its own."
+            "objective=language_model needs a model that reads from left to right, and no `head_only`: an encoder predicts no "
+            "next token, and a language model has no head of its own."
         )
     return chosen
 

@@ -96,7 +96,7 @@ def for_run(config, given):
             stacklevel=1,
         )
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
-    able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.model_type(config.base.name) == "bert"
+    able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.bidirectional(config.base.name)
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
     recipe = chosen(sizes, config.schedule.clients, private, kind)

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, D width, V vocabulary.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from flax import linen as nn
 
 from dplora_jax import lora
 from dplora_jax.errors import InputError
-from dplora_jax.models import features
-from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
-from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attended, attention, run_layers, split_heads
+from dplora_jax.models import encoder
+from dplora_jax.models.encoder import Encoder
+from dplora_jax.models.family import Family, Target, Weight, activation, number, refuse_unsupported, sizes
+from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, split_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +36,14 @@ class BertConfig:
     normalize: bool = False
     remat: bool = False
 
+    @property
+    def position_rows(self):
+        """Rows of the table of positions."""
+        return self.max_positions
+
 
 class Embed(nn.Module):
-    """Word + position + segment embeddings, normalised: ids [B, T] -> [B, T, D]."""
+    """Word + position + segment embeddings (where there are segments), normalised: ids [B, T] -> [B, T, D]."""
 
     config: BertConfig
 
@@ -47,8 +54,10 @@ class Embed(nn.Module):
         def look_up(name, rows, index):
             return jnp.take(self.param(name, nn.initializers.normal(0.02), (rows, c.width)), index, axis=0)
 
-        x = look_up("word", c.vocab_size, ids) + look_up("position", c.max_positions, positions)
-        return LayerNorm(c.norm_eps, name="norm")(x + look_up("segment", c.num_segments, segments))
+        x = look_up("word", c.vocab_size, ids) + look_up("position", c.position_rows, positions)
+        if c.num_segments:
+            x = x + look_up("segment", c.num_segments, segments)
+        return LayerNorm(c.norm_eps, name="norm")(x)
 
 
 class Block(nn.Module):
@@ -81,151 +90,120 @@ class Transform(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bert:
-    """The model as pure functions of its parameters; hashable, so that it can be closed over or passed as static.
+class Bert(Encoder):
+    """The model as pure functions of its parameters; see Encoder. What differs in a family of the same layers are names."""
 
-    `start` is the first layer that `apply` runs: with it, batches carry `hidden` [B, T, D], what `prefix` made of the layers
-    below, in place of `input_ids`. Layers that nothing adapts are run once for each record so, not once for each step.
-    """
+    base: ClassVar = "bert"
+    layer: ClassVar = "encoder.layer.{}"
+    modules: ClassVar = {
+        "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
+        "output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense",
+        "attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm",
+    }  # fmt: skip
+    embeddings: ClassVar = {"word": "word", "position": "position", "segment": "token_type"}
+    pooler_module: ClassVar = "bert.pooler.dense"
+    pooler_activation: ClassVar = staticmethod(jnp.tanh)
+    transform_modules: ClassVar = {
+        "dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm",
+    }  # fmt: skip
+    mlm_bias: ClassVar = "cls.predictions"
+    ties: ClassVar = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    carried: ClassVar = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
 
-    config: BertConfig
-    dtype: jnp.dtype = jnp.float32
-    start: int = 0
-
-    def init(self, key):
-        """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""
-        c, ids = self.config, jnp.zeros((1, 2), jnp.int32)
-        x, keys = jnp.zeros((1, 2, c.width)), jax.random.split(key, c.num_layers + 3)
-        block = lambda key: Block(c).init(key, x, jnp.ones((1, 1, 2), bool))["params"]  # noqa: E731
-        params = {"embed": Embed(c).init(keys[0], ids, ids, ids)["params"], "layers": jax.vmap(block)(keys[3:])}
-        if c.num_labels is None:
-            params["mlm"] = {"transform": Transform(c).init(keys[1], x)["params"], "bias": jnp.zeros(c.vocab_size)}
-        else:
-            if c.pooling == "pooler":
-                params["pooler"] = Dense(c.width).init(keys[1], x)["params"]
-            kernel = 0.02 * jax.random.normal(keys[2], (c.width, c.num_labels))
-            params["head"] = {"kernel": kernel, "bias": jnp.zeros(c.num_labels)}
-        return jax.tree.map(lambda p: p.astype(self.dtype), params)
-
-    def apply(self, params, batch, adapter=None):
-        """Logits, float32: [B, T, V] of a masked language model, [B, num_labels] of a classifier.
-
-        `batch`: `input_ids` [B, T] int32; optional `attention_mask` [B, T] (1 = attended; absent = all), `token_type_ids`
-        and `position_ids` [B, T]. `adapter` as `lora.init` makes it.
-        """
-        c, adapter = self.config, lora.with_frozen(params, adapter) or {}
-        x, mask = batch["hidden"] if self.start else self._embed(params, batch), attended(batch)
-        x = self._layers(params, x.astype(self.dtype), mask, slice(self.start, None), adapter.get("layers"))
-        if c.num_labels is None:
-            x = Transform(c).apply({"params": params["mlm"]["transform"]}, x)
-            vocabulary = params["embed"]["word"].astype(x.dtype)
-            logits = jnp.einsum("btd,vd->btv", x, vocabulary, preferred_element_type=jnp.float32)
-            return logits + params["mlm"]["bias"].astype(jnp.float32)
-        pooled = self._pool(params, x, mask, adapter.get("layers", {}).get("pooler"))
-        return lora.head(features.prepared(pooled, params), adapter.get("head", params["head"]))
-
-    def features(self, params, batch):
-        """What a classifier's head reads of each row, before any centring: float32 [B, D]."""
-        return self._pool(params, self.prefix(params, batch, self.config.num_layers), attended(batch))
-
-    def prefix(self, params, batch, layers):
-        """What the first `layers` layers make of `batch` -> [B, T, D]: `hidden` for a model of that `start`."""
-        x = self._embed(params, batch).astype(self.dtype)
-        return self._layers(params, x, attended(batch), slice(layers), None)
-
-    def _embed(self, params, batch):
+    def embed(self, params, batch):
+        """Normalised embeddings -> [B, T, D]."""
         ids = batch["input_ids"]
-        positions = batch.get("position_ids", jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
         segments = batch.get("token_type_ids", jnp.zeros_like(ids))
-        return Embed(self.config).apply({"params": params["embed"]}, ids, positions, segments)
+        return Embed(self.config).apply({"params": params["embed"]}, ids, self.positions(batch), segments)
 
-    def _layers(self, params, x, mask, span, adapter):
-        def block(layer, x, pairs, _):
-            return Block(self.config).apply({"params": layer}, x, mask[:, None], pairs), None
+    def positions(self, batch):
+        """The rows of the table of positions: [B, T]."""
+        ids = batch["input_ids"]
+        return batch.get("position_ids", jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape))
 
-        layers = jax.tree.map(lambda p: p[span], params["layers"])
-        adapter = {name: pair for name, pair in (adapter or {}).items() if self.targets[name].layered}
-        if not jax.tree.leaves(layers)[0].shape[0]:
-            return x
-        return run_layers(block, layers, x, adapter, self.config.remat)[0]
+    def block(self, layer, x, mask_Bx1xT, pairs):
+        """One layer: x [B, T, D] -> [B, T, D]."""
+        return Block(self.config).apply({"params": layer}, x, mask_Bx1xT, pairs)
 
-    def _pool(self, params, x, mask, pair=None):
-        """One feature vector a row, float32 [B, D]; `pair` adapts the pooler."""
-        if self.config.pooling == "pooler":
-            pooled = Dense(self.config.width).apply({"params": params["pooler"]}, x[:, :1])
-            # Over all tokens, as every adapted matrix: clipping takes their number to be the rows'.
-            if pair is not None:
-                pooled = pooled + lora.product(x, jax.tree.map(lambda p: p[0], pair))[:, :1]
-            pooled = jnp.tanh(pooled)[:, 0].astype(jnp.float32)
-        else:
-            weights = mask[..., None].astype(jnp.float32)
-            pooled = (x.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
-        if self.config.normalize:
-            # The square root's gradient at 0 is infinite: the floor lies inside it, so that an empty row has gradient 0.
-            pooled = pooled * jax.lax.rsqrt(jnp.maximum(jnp.square(pooled).sum(-1, keepdims=True), 1e-24))
-        return pooled
+    def pooler(self, params, x, mask_BxT, dense, pair):
+        """A dense layer on the first token, float32 [B, D]; `pair` adapts it, `dense` stands for it."""
+        if dense is not None:
+            return self.pooler_activation(lora.head(x[:, 0], dense))
+        pooled = Dense(self.config.width).apply({"params": params["pooler"]}, x[:, :1])
+        # Over all tokens, as every adapted matrix: clipping takes their number to be the rows'.
+        if pair is not None:
+            pooled = pooled + lora.product(x, jax.tree.map(lambda p: p[0], pair))[:, :1]
+        return self.pooler_activation(pooled)[:, 0].astype(jnp.float32)
+
+    def transform(self, params, x):
+        """What the vocabulary is compared with: [B, T, D] -> [B, T, D]."""
+        return Transform(self.config).apply({"params": params["mlm"]["transform"]}, x)
+
+    def init_outer(self, key):
+        """Random embeddings."""
+        ids = jnp.zeros((1, 2), jnp.int32)
+        return {"embed": Embed(self.config).init(key, ids, ids, ids)["params"]}
+
+    def init_layer(self, key):
+        """Random parameters of one layer."""
+        x, mask = jnp.zeros((1, 2, self.config.width)), jnp.ones((1, 1, 2), bool)
+        return Block(self.config).init(key, x, mask)["params"]
+
+    def init_pooler(self, key):
+        """Random parameters of the pooler."""
+        return Dense(self.config.width).init(key, jnp.zeros((1, 2, self.config.width)))["params"]
+
+    def init_transform(self, key):
+        """Random parameters of `transform`."""
+        return Transform(self.config).init(key, jnp.zeros((1, 2, self.config.width)))["params"]
 
     @property
     def targets(self):
         """The matrices that an adapter may name: {target: Target}."""
-        d, m, prefix = self.config.width, self.config.mlp_width, "bert.encoder.layer.{}."
-        attention = {
-            name: Target((name, "kernel"), (d, d), (name[0], name), prefix + f"attention.self.{name}")
-            for name in ("query", "key", "value")
-        }
-        above = {}
-        if self.config.num_labels is not None and self.config.pooling == "pooler":
-            above = {"pooler": Target(("pooler", "kernel"), (d, d), ("pooler",), "bert.pooler.dense")}
-        return (
-            attention
-            | {
-                "output": Target(("output", "kernel"), (d, d), ("o", "output"), prefix + "attention.output.dense"),
-                "up": Target(("up", "kernel"), (d, m), ("up", "intermediate"), prefix + "intermediate.dense"),
-                "down": Target(("down", "kernel"), (m, d), ("down",), prefix + "output.dense"),
-            }
-            | above
-        )
-
-    head_name = "classifier"  # the head's module in the Hugging Face layout, for checkpoints and PEFT files
-
-    def weights(self):
-        """Where each parameter lies in a Hugging Face checkpoint: a list of Weight."""
-        layer = {
-            "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-            "output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense",
+        d, m, prefix = self.config.width, self.config.mlp_width, f"{self.base}.{self.layer}."
+        names = {name: (name[0], name) for name in ("query", "key", "value")}
+        names |= {"output": ("o", "output"), "up": ("up", "intermediate"), "down": ("down",)}
+        shapes = {"up": (d, m), "down": (m, d)}
+        theirs = {name: self.modules[name].split(".")[-1] for name in names}
+        targets = {
+            name: Target(
+                (name, "kernel"), shapes.get(name, (d, d)),
+                aliases if theirs[name] in (*aliases, "dense") else (*aliases, theirs[name]), prefix + self.modules[name],
+            )
+            for name, aliases in names.items()
         }  # fmt: skip
-        table = [
-            Weight(("layers", ours, part), f"encoder.layer.{{}}.{theirs}", part)
-            for ours, theirs in layer.items()
-            for part in ("kernel", "bias")
-        ]
-        norms = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+        # What PEFT trains whole, it does not adapt.
+        if self.head_dense is None and self.config.num_labels is not None and self.config.pooling == "pooler":
+            targets["pooler"] = Target(("pooler", "kernel"), (d, d), ("pooler",), self.pooler_module)
+        return targets
+
+    def body_weights(self):
+        """The bare model's part of the checkpoint's names."""
+        table, layer = [], f"{self.base}.{self.layer}."
+        for ours, theirs in self.modules.items():
+            inner, parts = (("norm",), ("scale", "bias")) if "norm" in ours else ((), ("kernel", "bias"))
+            table += [Weight(("layers", ours, *inner, part), layer + theirs, part) for part in parts]
         table += [
-            Weight(("layers", ours, "norm", part), f"encoder.layer.{{}}.{theirs}", part)
-            for ours, theirs in norms.items()
-            for part in ("scale", "bias")
+            Weight(("embed", ours), f"{self.base}.embeddings.{theirs}_embeddings", "embedding")
+            for ours, theirs in self.embeddings.items()
         ]
-        table += [
-            Weight(("embed", ours), f"embeddings.{theirs}_embeddings", "embedding")
-            for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))
-        ]
-        table += [Weight(("embed", "norm", "norm", part), "embeddings.LayerNorm", part) for part in ("scale", "bias")]
-        if self.config.num_labels is None:
-            head = [
-                Weight(("mlm", "transform", "dense", part), "cls.predictions.transform.dense", part)
-                for part in ("kernel", "bias")
-            ]
-            head += [
-                Weight(("mlm", "transform", "norm", "norm", part), "cls.predictions.transform.LayerNorm", part)
-                for part in ("scale", "bias")
-            ]
-            head += [Weight(("mlm", "bias"), "cls.predictions", "bias")]
-        else:
-            head = [Weight(("head", part), self.head_name, part) for part in ("kernel", "bias")]
-            if self.config.pooling == "pooler":
-                table += [Weight(("pooler", part), "pooler.dense", part) for part in ("kernel", "bias")]
-        return [dataclasses.replace(w, name="bert." + w.name) for w in table] + [
-            dataclasses.replace(w, optional=True) for w in head
+        norm = f"{self.base}.embeddings.LayerNorm"
+        return table + [Weight(("embed", "norm", "norm", part), norm, part) for part in ("scale", "bias")]
+
+    def pooler_weights(self):
+        """The pooler's."""
+        return [Weight((self.pooler_key, part), self.pooler_module, part) for part in ("kernel", "bias")]
+
+    def transform_weights(self):
+        """Those of `transform`."""
+        paths = {"dense": (("kernel",), ("bias",)), "norm": (("norm", "scale"), ("norm", "bias"))}
+        return [
+            Weight(("mlm", "transform", ours, *path), theirs, path[-1])
+            for ours, theirs in self.transform_modules.items()
+            for path in paths[ours]
         ]
 
 
@@ -250,3 +228,17 @@ def from_config(hf, num_labels, pooling, normalize):
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions, num_segments,
         activation(hf, "hidden_act", "gelu"), number(hf, "layer_norm_eps", 1e-12), num_labels, pooling, normalize,
     )  # fmt: skip
+
+
+def build(hf, checkpoint, num_labels, dtype):
+    """The Bert that config.json `hf` describes."""
+    how = encoder.pooling(hf, checkpoint, Bert.pooler_module, Bert.head_module)
+    return Bert(from_config(hf, num_labels, *how), dtype)
+
+
+FAMILY = Family(
+    {"bert": ("BertForMaskedLM", "BertForSequenceClassification")},
+    build,
+    bare={"bert": "BertModel"},
+    bidirectional=True,
+)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import chatglm_shared
+from dplora_jax.models import chatglm2, chatglm_shared
 from dplora_jax.models.chatglm_shared import Chatglm, frequencies
 from dplora_jax.models.decoder import remember
-from dplora_jax.models.family import Weight, number, refuse_unsupported, sizes
+from dplora_jax.models.family import Family, Weight, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, rotate_halves, rotation, split_heads
 
 # Residuals grow by sqrt(2 layers), of 28 layers whatever the depth: the published code never tells a block of another.
@@ -153,3 +153,17 @@ def from_config(hf):
         vocab_size, width, num_layers, num_heads, mlp_width, max_positions, start, gmask, mask,
         number(hf, "layernorm_epsilon", 1e-5),
     )  # fmt: skip
+
+
+def build(hf, checkpoint, num_labels, dtype):
+    """The Glm or Glm2 that config.json `hf` describes."""
+    if num_labels is not None:
+        raise InputError("model_type=chatglm has no classifier here: score the words of the labels instead.")
+    if chatglm_shared.is_second(hf):
+        return chatglm2.Glm2(chatglm2.from_config(hf), dtype)
+    # The published code shares the two matrices, and a shared one is saved once.
+    config = dataclasses.replace(from_config(hf), tied=not checkpoint.has("lm_head.weight"))
+    return Glm(config, dtype)
+
+
+FAMILY = Family({"chatglm": None}, build)

@@ -15,6 +15,8 @@ def frequencies(count):
 class Chatglm(Decoder):
     """What both generations share; each gives `last_norm`, the norm above its last layer."""
 
+    carried = ("transformer.rotary_pos_emb.inv_freq", "transformer.layers.{}.attention.rotary_emb.inv_freq")
+
     def embed(self, params, batch):
         """Word embeddings: `input_ids` [B, T] -> [B, T, D]."""
         return jnp.take(params["embed"]["word"], batch["input_ids"], axis=0)

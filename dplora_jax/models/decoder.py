@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dplora_jax import lora
 from dplora_jax.models.family import Weight
-from dplora_jax.models.layers import attended, run_layers
+from dplora_jax.models.layers import attended, run_layers, soft_cap
 
 
 class Cache(NamedTuple):
@@ -43,6 +43,10 @@ class Decoder:
     head_has_bias = False
     fan_in_fan_out = False  # whether adapted matrices are stored [inputs, outputs], which PEFT's files must say
     tied_name = "lm_head"  # the output matrix's module, where it is not the embedding
+    head_module = "score"  # what PEFT trains and saves whole of a classifier
+    head_dense = None
+    idle = ""  # tensors that another task's model has: a pattern for the whole name
+    carried = ()  # tensors that no logit depends on, and that the class of a checkpoint has; {} for the layer
 
     def init(self, key):
         """Random parameters (normal 0.02, zero biases) in the layout of `apply`; for tests and shapes."""
@@ -92,17 +96,27 @@ class Decoder:
     def logits(self, params, hidden):
         """Next-token logits [..., V] float32 of hidden states [..., D]."""
         vocabulary = self.vocabulary(params).astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.logit_cap)
+
+    @property
+    def logit_cap(self):
+        """What bounds the logits (`layers.soft_cap`); None in most families."""
+        return getattr(self.config, "logit_cap", None)
 
     def positions(self, batch, order_BxT):
         """The position ids of the tokens at places `order` [B, T] of their rows; `batch` holds the rows, or their beginnings."""
         return batch.get("position_ids", order_BxT)
 
     def mask(self, batch, order_q, order_k, valid_k):
-        """Which tokens [B, S] at places `order_k` the ones at `order_q` [B, T] attend to -> [B, T, S] bool: none after them."""
+        """Which tokens [B, S] at places `order_k` the ones at `order_q` [B, T] attend to -> [B, T, S] bool: none after them, and
+        with a `window` none before it. Where only some layers have one (`local`), both are there: (without, with)."""
         seen = (order_k[:, None, :] <= order_q[:, :, None]) & valid_k[:, None, :]
-        window = getattr(self.config, "window", None)
-        return seen if window is None else seen & (order_q[:, :, None] - order_k[:, None, :] < window)
+        window, local = (getattr(self.config, name, None) for name in ("window", "local"))
+        if window is None:
+            return seen
+        near = seen & (order_q[:, :, None] - order_k[:, None, :] < window)
+        return near if local is None else (seen, near)
 
     def prefill(self, params, batch, size, adapter=None):
         """Run prompts, padded to the right, and remember them -> (logits [B, V] after each prompt's last token, Cache of

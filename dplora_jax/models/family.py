@@ -1,6 +1,7 @@
 """What a model family says of itself: its adaptable matrices, its weights' names, the options it refuses."""
 
 import dataclasses
+from collections.abc import Callable
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.layers import ACTIVATIONS
@@ -12,8 +13,45 @@ KINDS = {
     "architectures": list, "layer_types": list, "id2label": dict, "quantization_config": dict, "rope_scaling": dict,
     "rope_parameters": dict, "tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "add_qkv_bias": bool,
     "scale_attn_weights": bool, "scale_attn_by_inverse_layer_idx": bool, "multi_query_attention": bool, "model_type": str,
+    "use_sliding_window": bool, "use_parallel_residual": bool, "norm_bias": bool, "classifier_bias": bool,
 }  # fmt: skip
 KIND_WORDS = {list: "a list of names", dict: "a set of options", bool: "true or false", str: "a name"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's converter writes one architecture, in its names of tensors: {Hugging Face's module: its own}, of the whole
+    model and of a layer below `layers`; `biased` are those of its own that may have a bias.
+
+    `document(header, common) -> dict` is the config.json, made of what all architectures say (`gguf_file.config`) and of the
+    metadata `reads`, keys that would else be refused. `order(header, name, rows)` says where the file keeps each row of the
+    tensor that Hugging Face calls `name`, or None; `added` is what the converter adds to every norm's scale.
+    """
+
+    modules: dict[str, str]
+    layer_modules: dict[str, str]
+    layers: str = "model.layers"
+    biased: tuple[str, ...] = ()
+    document: Callable = lambda header, common: common
+    reads: tuple[str, ...] = ()
+    order: Callable = lambda header, name, rows: None
+    added: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of models: `classes` {model_type: transformers' (language model, classifier); None where it is code of its own},
+    and `build(hf, checkpoint, num_labels, dtype) -> model` of a config.json.
+
+    `bare` {model_type: transformers' class of an encoder without a head}; `bidirectional`, whether tokens see what follows them;
+    `gguf` {architecture: Gguf}, what llama.cpp has of it.
+    """
+
+    classes: dict[str, tuple[str, str] | None]
+    build: Callable
+    bare: dict[str, str] = dataclasses.field(default_factory=dict)
+    bidirectional: bool = False
+    gguf: dict[str, Gguf] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +76,14 @@ class Weight:
     """One parameter and the Hugging Face tensor that holds it; {} in `name` stands for the layer.
 
     `part` is "kernel" (stored transposed, [O, I]), "conv1d" (a kernel stored [I, O]), "embedding", "scale" or "bias".
-    An optional one that lacks stays zero.
+    An optional one that lacks stays zero. Layers below `first` have none, and no place in it.
     """
 
     path: tuple[str, ...]
     name: str
     part: str
     optional: bool = False
+    first: int = 0
 
     @property
     def tensor(self):
@@ -79,6 +118,11 @@ def sizes(hf, *names):
                 f"config.json: {name}={hf.get(name)!r} must be a whole number above 0, at most {MOST_SIZE}."
             )
     return [hf[name] for name in names]
+
+
+def given(hf, name):
+    """{name: value} where config.json `hf` gives one under `name`; else {}."""
+    return {} if hf.get(name) is None else {name: hf[name]}
 
 
 def number(hf, name, default):

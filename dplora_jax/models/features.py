@@ -37,4 +37,4 @@ def inward(head, normalisation):
 def outward(head, normalisation):
     """The head on plain features that is what `head` is on prepared ones."""
     kernel = head["kernel"] * normalisation["scale"]
-    return {"kernel": kernel, "bias": head["bias"] - normalisation["center"] @ kernel}
+    return {**head, "kernel": kernel, "bias": head["bias"] - normalisation["center"] @ kernel}

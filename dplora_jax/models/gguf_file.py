@@ -9,19 +9,9 @@ import numpy as np
 from gguf import quants
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import gguf_tokenizer
+from dplora_jax.models import gguf_tokenizer, registry
 from dplora_jax.models.gguf_header import AS_STORED, SPECIAL_IDS, Header, Type, length
 
-MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LAYER_MODULES = {
-    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
-    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
-    **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
-}
-PLACED = re.compile(
-    rf"({'|'.join(MODULES.values())}|blk\.(\d+)\.({'|'.join(LAYER_MODULES.values())}))\.weight|"
-    r"blk\.(\d+)\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias"
-)
 ROTARY = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd(\.weight)?")
 # What would change a logit and is not done here: {key below the architecture's: the values that change none}.
 PLAIN_VALUES = {
@@ -34,16 +24,14 @@ PLAIN_VALUES = {
 class GgufCheckpoint:
     """A GGUF file opened for reading tensor by tensor; the counterpart of a directory of safetensors.
 
-    `directory` is the file's path, for messages. Raises InputError on a damaged file, another architecture than llama
-    and qwen2, a mixture of experts, a quantisation that is not read and a tensor that has no place in these families.
+    `directory` is the file's path, for messages. Raises InputError on a damaged file, an architecture that no family has, a
+    mixture of experts, a quantisation that is not read and a tensor that has no place in the family.
     """
 
     def __init__(self, path):
         self.directory = path
         self._header = _family_header(path)
-        self._permuted = self._header.architecture() == "llama"
-        self._heads = {"q": self._header.size("attention.head_count")}
-        self._heads["k"] = self._header.size("attention.head_count_kv", self._heads["q"])
+        self._names = registry.GGUF[self._header.architecture()]
 
     def __enter__(self):
         return self
@@ -53,7 +41,7 @@ class GgufCheckpoint:
 
     def has(self, name):
         """Whether a tensor of that Hugging Face name is there."""
-        return _stored_name(name) in self._header.tensors
+        return _stored_name(self._names, name) in self._header.tensors
 
     def shape(self, name):
         """The shape of the tensor of that Hugging Face name, kernels as [O, I]; InputError where it is missing."""
@@ -67,25 +55,23 @@ class GgufCheckpoint:
         """
         kind, shape, start = self._find(name)
         rows_of_bytes = np.frombuffer(self._header.bytes, np.uint8, length(kind, shape), start).reshape(shape[0], -1)
-        projection = re.fullmatch(r".*\.self_attn\.([qk])_proj\.\w+", name)
-        if self._permuted and projection:
-            heads = self._heads[projection[1]]
-            if shape[0] % (2 * heads):
-                raise InputError(f"{self.directory}: {name} of shape {shape} is not {heads} heads of an even width.")
-            rows = _interleaved(np.arange(shape[0])[rows], shape[0] // heads)
-        rows_of_bytes = rows_of_bytes[rows]
+        order = self._names.order(self._header, name, shape[0])
+        rows_of_bytes = rows_of_bytes[rows if order is None else order[rows]]
         if kind in AS_STORED:
-            return rows_of_bytes.view(AS_STORED[kind]).reshape(-1, *shape[1:])
-        with np.errstate(all="ignore"):  # the scales of a damaged block may be anything
-            return quants.dequantize(rows_of_bytes, kind)
+            value = rows_of_bytes.view(AS_STORED[kind]).reshape(-1, *shape[1:])
+        else:
+            with np.errstate(all="ignore"):  # the scales of a damaged block may be anything
+                value = quants.dequantize(rows_of_bytes, kind)
+        norm = self._names.added and name.endswith("norm.weight")
+        return value - np.asarray(self._names.added, value.dtype) if norm else value
 
-    def refuse_unread(self):
+    def refuse_unread(self, idle=""):
         """Nothing to refuse: a tensor without a place stopped the file when it was opened."""
 
     def _find(self, name):
         if not self.has(name):
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}.")
-        return self._header.tensors[_stored_name(name)]
+        return self._header.tensors[_stored_name(self._names, name)]
 
 
 def _family_header(path):
@@ -93,69 +79,75 @@ def _family_header(path):
     header = Header(path)
     name, layers = header.architecture(), header.size("block_count")
     for tensor in header.tensors:
-        placed = PLACED.fullmatch(tensor)
-        if not (placed or ROTARY.fullmatch(tensor)) or (placed and int(placed[2] or placed[4] or 0) >= layers):
+        if not (ROTARY.fullmatch(tensor) or _placed(registry.GGUF[name], tensor, layers)):
             raise InputError(f"{path}: tensor {tensor} has no place in a {name} model of {layers} layers.")
     return header
 
 
-def _stored_name(name):
+def _placed(names, tensor, layers):
+    """Whether llama.cpp's name `tensor` stands for a parameter of the family, in one of its layers."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(.+)", tensor)
+    module, _, part = (layer[2] if layer else tensor).rpartition(".")
+    if layer and int(layer[1]) >= layers:
+        return False
+    known = names.layer_modules if layer else names.modules
+    return (part == "weight" and module in known.values()) or (part == "bias" and module in names.biased)
+
+
+def _stored_name(names, name):
     """llama.cpp's name of the tensor of a Hugging Face name; the name itself where it has none."""
     module, _, part = name.rpartition(".")
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    layer = re.fullmatch(rf"{re.escape(names.layers)}\.(\d+)\.(.+)", module)
     if layer:
-        return f"blk.{layer[1]}.{LAYER_MODULES.get(layer[2], layer[2])}.{part}"
-    return f"{MODULES.get(module, module)}.{part}"
-
-
-def _interleaved(rows, width):
-    """Where llama.cpp keeps rows of q and k: it pairs neighbours (2i, 2i+1) of a head of `width`, the Hugging Face layout
-    pairs the halves (i, i + width/2); the converter reorders the rows from one to the other."""
-    head, inside = np.divmod(rows, width)
-    half, pair = np.divmod(inside, width // 2)
-    return head * width + 2 * pair + half
+        return f"blk.{layer[1]}.{names.layer_modules.get(layer[2], layer[2])}.{part}"
+    return f"{names.modules.get(module, module)}.{part}"
 
 
 def config(path):
     """The metadata as the dict of a config.json; InputError as of GgufCheckpoint, and where a size is missing."""
     header = _family_header(path)
     name = header.architecture()
-    heads, width = header.size("attention.head_count"), header.size("embedding_length")
+    names, heads, width = registry.GGUF[name], header.size("attention.head_count"), header.size("embedding_length")
     head_dim = header.size("attention.key_length", width // heads)
     for key, plain in PLAIN_VALUES.items():
         value = header.metadata.get(f"{name}.{key}", plain[0])
-        if value not in plain:
+        if value not in plain and key not in names.reads:
             raise InputError(f"{path}: {name}.{key}={value!r} is not supported, only {plain[0]!r}.")
+    pattern = f"{name}.attention.sliding_window_pattern"
+    if pattern in header.metadata:
+        raise InputError(f"{path}: {pattern} is not supported: convert the model from safetensors without it.")
     for key in ("attention.value_length", "rope.dimension_count"):
-        if header.size(key, head_dim) != head_dim:
+        if key not in names.reads and header.size(key, head_dim) != head_dim:
             raise InputError(f"{path}: {name}.{key}={header.size(key)} must be the width of a head, {head_dim}.")
     if "token_embd.weight" not in header.tensors:
         raise InputError(f"{path}: the checkpoint has no tensor token_embd.weight.")
-    window = header.metadata.get(f"{name}.attention.sliding_window") or None
-    return {
-        "model_type": "mistral" if name == "llama" and window else name,  # llama.cpp has one name for both
-        "vocab_size": header.tensors["token_embd.weight"][1][0],
-        "hidden_size": width,
-        "intermediate_size": header.size("feed_forward_length"),
-        "num_hidden_layers": header.size("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": header.size("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": header.real("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": header.size("context_length"),
-        "rope_theta": header.real("rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(header, head_dim),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
-        "sliding_window": window,
-        **{f"{token}_token_id": header.special(token) for token in ("bos", "eos", "pad")},
-    }
+    return names.document(
+        header,
+        {
+            "model_type": name,
+            "vocab_size": header.tensors["token_embd.weight"][1][0],
+            "hidden_size": width,
+            "intermediate_size": header.size("feed_forward_length"),
+            "num_hidden_layers": header.size("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": header.size("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": header.real("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": header.size("context_length"),
+            "rope_theta": header.real("rope.freq_base", 10000.0),
+            "rope_scaling": _rope_scaling(header, header.size("rope.dimension_count", head_dim)),
+            "tie_word_embeddings": "output.weight" not in header.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
+            "sliding_window": header.metadata.get(f"{name}.attention.sliding_window") or None,
+            **{f"{token}_token_id": header.special(token) for token in ("bos", "eos", "pad")},
+        },
+    )
 
 
-def _rope_scaling(header, head_dim):
-    """config.json's rope_scaling, None where the rotary angles are plain."""
+def _rope_scaling(header, turned):
+    """config.json's rope_scaling, None where the rotary angles are plain; `turned` numbers of a head turn."""
     prefix = f"{header.architecture()}.rope.scaling."
     options = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
     kind = options.pop("type", "linear")  # llama.cpp's default, which a factor of 1 leaves plain
@@ -163,16 +155,30 @@ def _rope_scaling(header, head_dim):
     if any(name.startswith("rope_factors_") for name in header.tensors):
         kind = "longrope"
     scaled = kind not in ("none", "linear") or (kind == "linear" and factor != 1)
-    if "rope_freqs.weight" not in header.tensors:
-        alone = {} if kind == "linear" else options
-        return {"rope_type": kind, "factor": factor} | alone if scaled else None
-    if scaled:
-        raise InputError(f"{header.path}: rope_freqs.weight together with {kind} rope scaling is not supported.")
-    kind, shape, start = header.tensors["rope_freqs.weight"]
-    if (kind, shape) != (Type.F32, (head_dim // 2,)):
-        raise InputError(f"{header.path}: rope_freqs.weight is {kind.name} {shape}, expected F32 {(head_dim // 2,)}.")
-    factors = np.frombuffer(header.bytes, np.float32, shape[0], start).tolist()
-    return {"rope_type": "frequency_factors", "factors": factors}
+    if "rope_freqs.weight" in header.tensors:
+        if scaled:
+            raise InputError(f"{header.path}: rope_freqs.weight together with {kind} rope scaling is not supported.")
+        return {"rope_type": "frequency_factors", "factors": _factors(header, "rope_freqs", turned)}
+    if not scaled:
+        return None
+    length = options.pop("original_context_length", None)
+    scaling = {"rope_type": kind} | ({} if length is None else {"original_max_position_embeddings": length})
+    if kind == "longrope":
+        both = {f"{name}_factor": _factors(header, f"rope_factors_{name}", turned) for name in ("short", "long")}
+        return scaling | both | {"attention_factor": options.get("attn_factor") or 1.0}
+    if kind == "yarn" and set(options) - {"finetuned", "attn_factor"}:
+        raise InputError(f"{header.path}: {prefix}{min(options)} is not supported.")
+    return scaling | {"factor": factor}
+
+
+def _factors(header, name, turned):
+    """The divisors of the rotary frequencies in the tensor `name`."""
+    expected = (turned // 2,)
+    kind, shape, start = header.tensors.get(f"{name}.weight", (None, None, None))
+    if (kind, shape) != (Type.F32, expected):
+        stored = "missing" if kind is None else f"{kind.name} {shape}"
+        raise InputError(f"{header.path}: {name}.weight is {stored}, expected F32 {expected}.")
+    return np.frombuffer(header.bytes, np.float32, shape[0], start).tolist()
 
 
 def tokenizer(path):

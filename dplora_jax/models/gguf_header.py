@@ -14,9 +14,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
 from dplora_jax.errors import InputError, storage
-from dplora_jax.models import gguf_reader
+from dplora_jax.models import gguf_reader, registry
 
-ARCHITECTURES = ("llama", "qwen2")
 AS_STORED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: jnp.bfloat16}
 # All that gguf.quants decodes.
 TYPES = (
@@ -88,9 +87,9 @@ class Header:
     def architecture(self):
         """general.architecture; InputError for one that is not supported, and for a mixture of experts."""
         name = self.metadata.get("general.architecture")
-        if name not in ARCHITECTURES:
+        if name not in registry.GGUF:
             raise InputError(
-                f"{self.path}: general.architecture={name!r} is not supported; known: {', '.join(ARCHITECTURES)}."
+                f"{self.path}: general.architecture={name!r} is not supported; known: {', '.join(registry.GGUF)}."
             )
         if self.metadata.get(f"{name}.expert_count", 0):
             raise InputError(f"{self.path}: a mixture of experts ({name}.expert_count) is not supported.")

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Target, Weight, activation, number, refuse_unsupported, sizes
+from dplora_jax.models.family import Family, Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, split_heads
 
 ALIASES = {  # transformers' second names for sizes
@@ -164,3 +164,11 @@ def from_config(hf, num_labels):
         hf.get("scale_attn_weights", True), hf.get("scale_attn_by_inverse_layer_idx", False),
         hf.get("tie_word_embeddings", True), num_labels,
     )  # fmt: skip
+
+
+def build(hf, checkpoint, num_labels, dtype):
+    """The Gpt2 that config.json `hf` describes."""
+    return Gpt2(from_config(hf, num_labels), dtype)
+
+
+FAMILY = Family({"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")}, build)

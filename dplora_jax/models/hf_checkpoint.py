@@ -15,22 +15,13 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, is_plain, read_bytes, read_json, to_json
-from dplora_jax.models import llama, quantized, tokenizer_files
+from dplora_jax.models import quantized, registry, rope, tokenizer_files
+from dplora_jax.models.decoder import Decoder
 from dplora_jax.models.family import sizes
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
 SHARD_BYTES = 5 * 10**9  # of one safetensors file, at most, unless a single tensor is larger
-CLASSES = {  # model_type: transformers' (language model, classifier); ChatGLM's are its own published code's
-    "bert": ("BertForMaskedLM", "BertForSequenceClassification"),
-    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
-    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
-    "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
-}
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# Tensors that no logit depends on, but that the class which loads the checkpoint has: they go along as they are.
-BERT_POOLER = ("bert.pooler.dense.weight", "bert.pooler.dense.bias")
-CHATGLM_BUFFERS = ("transformer.rotary_pos_emb.inv_freq", "transformer.layers.{}.attention.rotary_emb.inv_freq")
 # What a tokenizer, generation and a licence lie in, beside the weights; code only where the config names it.
 SIDE_FILES = (
     *tokenizer_files.NAMES, "generation_config.json",
@@ -55,12 +46,15 @@ def averages(model):
 
 
 def class_name(model, hf):
-    """The class that reads the export: transformers', of the config.json `hf`; BertModel below a mean."""
+    """The class that reads the export: transformers', of the config.json `hf`, or what the model's own code calls it; the bare
+    encoder below a mean."""
+    family = registry.FAMILIES[hf["model_type"]]
     if averages(model):
-        return "BertModel"
-    if hf["model_type"] not in CLASSES:
+        return family.bare[hf["model_type"]]
+    classes = family.classes[hf["model_type"]]
+    if classes is None:
         return (hf.get("architectures") or ["ChatGLMForConditionalGeneration"])[0]
-    return CLASSES[hf["model_type"]][model.config.num_labels is not None]
+    return classes[model.config.num_labels is not None]
 
 
 def config(model, hf, labels=None, pad_token_id=None):
@@ -74,15 +68,15 @@ def config(model, hf, labels=None, pad_token_id=None):
     scaling = hf.get("rope_scaling") or {}
     if scaling.get("rope_type") == "frequency_factors":
         out["rope_scaling"] = LLAMA3_ROPE | {"rope_type": "llama3", "factor": max(scaling["factors"])}
-        known = llama.frequencies(out, model.config.head_width)
-        if not np.allclose(known, model.config.frequencies, rtol=1e-5, atol=0):
+        known = rope.read(out, model.config.head_width).frequencies
+        if not np.allclose(known, model.config.rope.frequencies, rtol=1e-5, atol=0):
             raise InputError("the GGUF file's rope_freqs.weight is not Llama 3's scaling, the only one with a name.")
     if model.config.num_labels is None:
         return out
     labels = labels or tuple(f"LABEL_{i}" for i in range(model.config.num_labels))
     out |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     out["problem_type"] = "single_label_classification"
-    if hf["model_type"] != "bert":
+    if isinstance(model, Decoder):
         if pad_token_id is None:
             raise InputError("the tokenizer has no pad token, by which transformers finds a row's last token.")
         out["pad_token_id"] = pad_token_id
@@ -103,12 +97,13 @@ def save(directory, model, params, document, source=None, shard_bytes=SHARD_BYTE
         )
     table = list(tensors(model, params))
     if averages(model):
-        table = [t._replace(name=t.name.removeprefix("bert.")) for t in table if t.name.startswith("bert.")]
+        prefix = f"{model.base}."
+        table = [t._replace(name=t.name.removeprefix(prefix)) for t in table if t.name.startswith(prefix)]
     if source is None or source.is_file():
         write(directory, table, shard_bytes)
     else:
         with SafetensorsCheckpoint(source) as checkpoint:
-            write(directory, [*table, *_carried(model, document, checkpoint)], shard_bytes)
+            write(directory, [*table, *_carried(model, checkpoint)], shard_bytes)
     _write_json(directory / "config.json", document)
 
 
@@ -128,21 +123,21 @@ def tensors(model, params):
 
         for layer in range(leaf.shape[0]) if layered else (None,):
             yield Tensor(
-                weight.tensor.format(layer), shape[::-1] if turned else shape, np.dtype(leaf.dtype),
+                weight.tensor.format(weight.first + (layer or 0)), shape[::-1] if turned else shape, np.dtype(leaf.dtype),
                 lambda read=read, layer=layer: read(layer),
             )  # fmt: skip
 
 
-def _carried(model, document, checkpoint):
-    """The source's tensors that the class of `document` has and the model does not read."""
-    names = [name for name in BERT_POOLER if averages(model)]
-    if document["model_type"] == "chatglm":
-        names += [
-            name.format(i) for name in CHATGLM_BUFFERS for i in range(model.config.num_layers if "{}" in name else 1)
-        ]
+def _carried(model, checkpoint):
+    """The source's tensors that the class of the export has and the model does not read."""
+    names = model.carried if averages(model) or isinstance(model, Decoder) else ()
+    names = [name.format(i) for name in names for i in range(model.config.num_layers if "{}" in name else 1)]
     for name in filter(checkpoint.has, names):
         value = checkpoint.read(name)
-        yield Tensor(name.removeprefix("bert."), value.shape, value.dtype, lambda value=value: value)
+        yield Tensor(
+            name.removeprefix(f"{model.base}.") if averages(model) else name, value.shape, value.dtype,
+            lambda value=value: value,
+        )  # fmt: skip
 
 
 def write(directory, table, shard_bytes=SHARD_BYTES):

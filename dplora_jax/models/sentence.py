@@ -1,7 +1,7 @@
 """What the files of a sentence-transformers model say beside the transformer's own: pooling, lower case, prompts."""
 
 from dplora_jax.errors import InputError
-from dplora_jax.files import find, read_json
+from dplora_jax.files import find, inside, read_json
 
 # Before 5.4 a 1_Pooling/config.json had a switch for each mode; since then one name, or a list of names that are joined.
 SWITCHES = {
@@ -44,3 +44,27 @@ def refuse_prompt(directory):
             f"{path}: default_prompt_name={name!r} puts a prompt before every text, which is not supported: set it to null, "
             "and write the prompt into the texts where it is wanted."
         )
+
+
+def pooling(directory):
+    """(pooling, normalize) that a sentence-transformers `modules.json` asks for; (None, False) where there is none."""
+    if find(directory, "modules.json") is None:
+        return None, False
+    refuse_prompt(directory)
+    how, normalize = None, False
+    for module in read_json(directory / "modules.json", list):
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise InputError(f"{directory}/modules.json: {module!r} is not a module with a type.")
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            modes = pooling_modes(read_json(inside(directory, module.get("path"), "config.json")))
+            if modes != ["mean"]:
+                raise InputError(
+                    f"{directory / module['path']}: only mean pooling is supported, not {', '.join(modes)}."
+                )
+            how = "mean"
+        elif kind == "Normalize":
+            normalize = True
+        elif kind != "Transformer":
+            raise InputError(f"{directory}/modules.json: a {kind} module is not supported.")
+    return how, normalize

@@ -14,6 +14,12 @@ BERT = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+BYTE_LEVEL = (
+    "GPT2Tokenizer",
+    "GPTNeoXTokenizer",
+    "Qwen2Tokenizer",
+    "RobertaTokenizer",
+)  # whose classes set add_prefix_space
 
 
 def follow(directory, tokenizer, by_class):
@@ -35,10 +41,10 @@ def follow(directory, tokenizer, by_class):
                 "tokenizer_config.json do nothing.",
                 stacklevel=2,
             )
-    elif kind in ("GPT2Tokenizer", "Qwen2Tokenizer") and backend.pre_tokenizer is not None:
+    elif kind in BYTE_LEVEL and backend.pre_tokenizer is not None:
         options = {"add_prefix_space": bool(by_class.add_prefix_space)}
         backend.pre_tokenizer = _changed(backend.pre_tokenizer, "ByteLevel", options) or backend.pre_tokenizer
-    elif kind == "LlamaTokenizer" and isinstance(settings.get("add_prefix_space"), bool):
+    elif kind in ("LlamaTokenizer", "XLMRobertaTokenizer") and isinstance(settings.get("add_prefix_space"), bool):
         prepends = any(_prepends(part) for part in (backend.normalizer, backend.pre_tokenizer) if part is not None)
         if prepends != settings["add_prefix_space"]:
             raise InputError(

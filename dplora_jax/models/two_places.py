@@ -6,14 +6,10 @@ import numpy as np
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find
-from dplora_jax.models import bert
+from dplora_jax.models.encoder import Encoder
 from dplora_jax.models.family import refuse_unsupported
 
 ROWS = 4096  # compared at a time
-BERT_TIES = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
 
 
 def refuse_others(hf, checkpoint):
@@ -29,11 +25,11 @@ def refuse_others(hf, checkpoint):
 
 def untied(model, checkpoint):
     """`model` with an output matrix of its own where its config ties it to the embedding but `checkpoint` holds both and they
-    differ: so does transformers 5. Raises InputError on a BERT of that kind, which is not supported."""
+    differ: so does transformers 5. Raises InputError on an encoder of that kind, which is not supported."""
     if model.config.num_labels is not None:
         return model
-    if isinstance(model, bert.Bert):
-        for copy, original in BERT_TIES.items():
+    if isinstance(model, Encoder):
+        for copy, original in model.ties.items():
             if checkpoint.has(copy) and (not checkpoint.has(original) or _differ(checkpoint, copy, original)):
                 raise InputError(
                     f"{checkpoint.directory}: tensor {copy} differs from {original}, to which it should be tied; an output layer "

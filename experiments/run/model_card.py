@@ -12,7 +12,7 @@ from experiments.text.tables import Table
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
 LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list
 AVERAGED = (
-    "This classifier averages the tokens of a text, and transformers' own BertForSequenceClassification reads the first "
+    "This classifier averages the tokens of a text, and transformers' own classifier reads the first "
     "token alone, so that it would give other logits: this is a sentence-transformers directory, whose `encode` gives the logits."
 )
 OWN_MODELS = "The figures are means over the clients' own models"  # of FedSA-LoRA
@@ -39,8 +39,8 @@ def adapter_note(model, line, labels=()):
         note += f"\n{LABELS}{to_json(list(labels), ensure_ascii=False)}\n"
     if hf_checkpoint.averages(model):
         note += (
-            "\nPEFT loads it, but the base's logits are another classifier's: this one averages the tokens of a text, and "
-            "transformers' own BertForSequenceClassification reads the first token alone. `python -m experiments.export "
+            "\nTo PEFT the base is another classifier: this one averages the tokens of a text, and "
+            "transformers' own reads the first token alone. `python -m experiments.export "
             "--workdir=...` writes a sentence-transformers directory whose `encode` gives these logits.\n"
         )
     return note

@@ -54,7 +54,7 @@ def _has_head(config):
     from dplora_jax.models import pretrained
 
     if config.data.objective == "auto":
-        return pretrained.model_type(config.base.name) == "bert"
+        return pretrained.bidirectional(config.base.name)
     return config.data.objective == "classifier"
 
 

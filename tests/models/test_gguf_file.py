@@ -168,7 +168,7 @@ def test_what_the_file_sets_stands_in_the_config(tmp_path):
         ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
-            {"rope_type": "yarn", "factor": 4.0, "original_context_length": 32},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
         ),
     ],
 )
@@ -186,7 +186,11 @@ def test_rotary_factors_are_passed_on(tmp_path):
     short = write(tmp_path / "short.gguf", TENSORS | {"rope_freqs.weight": np.ones(3, np.float32)})
     assert "expected F32 (4,)" in refusal(gguf_file.config, short)
     long = {"rope_factors_long.weight": np.ones(4, np.float32)}
-    assert gguf_file.config(write(tmp_path / "l.gguf", TENSORS | long))["rope_scaling"]["rope_type"] == "longrope"
+    assert "rope_factors_short.weight is missing" in refusal(
+        gguf_file.config, write(tmp_path / "l.gguf", TENSORS | long)
+    )
+    long |= {"rope_factors_short.weight": np.ones(4, np.float32)}
+    assert gguf_file.config(write(tmp_path / "b.gguf", TENSORS | long))["rope_scaling"]["rope_type"] == "longrope"
 
 
 @pytest.mark.parametrize(

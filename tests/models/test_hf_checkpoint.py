@@ -178,7 +178,7 @@ def test_a_gguf_files_llama_3_frequencies_get_the_name_that_transformers_knows(t
         assert document["rope_scaling"]["rope_type"] == "llama3"
         hf_checkpoint.save(tmp_path, model, params, document, path)
         read, _ = models.from_pretrained(tmp_path)
-        np.testing.assert_allclose(read.config.frequencies, model.config.frequencies, rtol=1e-6)
+        np.testing.assert_allclose(read.config.rope.frequencies, model.config.rope.frequencies, rtol=1e-6)
 
 
 @pytest.mark.parametrize("labels", [None, 2])

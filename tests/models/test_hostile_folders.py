@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
-from dplora_jax.models import hf_checkpoint, parameters, pretrained, safetensors_file
+from dplora_jax.models import hf_checkpoint, parameters, pretrained, safetensors_file, sentence
 from experiments.plan import models as plan_models
 from tests.conftest import GOLDEN, write_tokenizer
 from tests.models.checkpoints import CONFIG, TENSORS, write
@@ -79,12 +79,12 @@ def test_a_sentence_models_module_lies_in_its_folder(tmp_path, path):
     folder = write(tmp_path / "model")
     (folder / "linked").symlink_to(private)
     path = path.format(absolute=private) if isinstance(path, str) else path
-    refusal(pretrained.sentence_pooling, modules(folder, {"type": "a.Pooling", "path": path}))
+    refusal(sentence.pooling, modules(folder, {"type": "a.Pooling", "path": path}))
 
 
 @pytest.mark.parametrize("module", [{}, [], 5, {"type": 5}, {"type": None, "path": "1_Pooling"}, {"type": "a.Pooling"}])
 def test_a_module_of_another_kind_is_one_sentence(tmp_path, module):
-    refusal(pretrained.sentence_pooling, modules(tmp_path, module))
+    refusal(sentence.pooling, modules(tmp_path, module))
 
 
 @pytest.mark.parametrize("placed", [None, [], 5, "x", {}, {"a": 5}, {"a": ["b"]}, {"a": None}])
@@ -99,7 +99,12 @@ WRONG = (5, "x", [], {}, [1], {"a": 1}, True, -1, 0.5, math.nan, math.inf, 10**4
 
 
 @pytest.mark.parametrize(
-    "family", ["bert_tiny_classifier", "gpt2_tiny", "variants/qwen2", "chatglm_tiny", "chatglm2_tiny"]
+    "family",
+    [
+        *("bert_tiny_classifier", "gpt2_tiny", "variants/qwen2", "chatglm_tiny", "chatglm2_tiny"),
+        *(f"families/{name}" for name in ("roberta_mlm", "distilbert_mlm", "modernbert_mlm", "qwen3_window", "gemma2")),
+        *(f"families/{name}" for name in ("gemma3", "gpt_neox", "phi3_long", "olmo3", "llama_yarn")),
+    ],
 )
 def test_a_value_of_another_kind_is_one_sentence_or_harmless(family):
     with safetensors_file.SafetensorsCheckpoint(GOLDEN / family) as checkpoint:

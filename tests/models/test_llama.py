@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import llama
+from dplora_jax.models import rope
 
 DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -29,16 +29,29 @@ CASES = [
 
 @pytest.mark.parametrize(("config", "expected"), CASES)
 def test_of_two_spellings_the_one_that_transformers_obeys_counts(config, expected):
-    found = llama.frequencies({"max_position_embeddings": 64} | config, 8)
+    found = rope.read({"max_position_embeddings": 64} | config, 8).frequencies
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_options_by_kind_of_layer_are_refused(name):
     with pytest.raises(InputError, match="one set of options for all layers"):
-        llama.frequencies({name: {"full_attention": LINEAR}}, 8)
+        rope.read({name: {"full_attention": LINEAR}}, 8)
 
 
 def test_a_scaling_that_is_not_read_is_refused_though_plain_parameters_stand_beside_it():
-    with pytest.raises(InputError, match="rope_type='yarn'"):
-        llama.frequencies({"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 8)
+    with pytest.raises(InputError, match="rope_type='foo'"):
+        rope.read({"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "foo", "factor": 2.0}}, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": float("nan")},
+        {"rope_type": "yarn", "factor": float("inf")},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [float("nan")] * 4, "long_factor": [1.0] * 4},
+    ],
+)
+def test_angles_that_are_not_finite_are_refused(options):
+    with pytest.raises(InputError, match="not finite"):
+        rope.read({"rope_parameters": options, "max_position_embeddings": 64}, 8)

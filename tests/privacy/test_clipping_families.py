@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dplora_jax import lora, losses, models
+from dplora_jax import lora, losses, models, peft
 from dplora_jax.models import layers
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from tests.conftest import GOLDEN, mostly_slow
@@ -15,6 +15,8 @@ from tests.conftest import GOLDEN, mostly_slow
 pytestmark = pytest.mark.usefixtures("quick_compile")
 FAMILIES = {  # and how many layers are unrolled at most
     "gpt2_tiny": 3, "variants/qwen2_classifier": 0, "llama_tiny": 0, "chatglm_tiny": 0, "chatglm2_tiny": 3, "bert_tiny_mlm": 0,
+    **{f"families/{name}": 0 for name in ("roberta_classifier", "distilbert_classifier", "modernbert_classifier", "qwen3")},
+    **{f"families/{name}": 0 for name in ("modernbert_mean", "gemma2", "gemma3", "gpt_neox", "phi3_long", "olmo3")},
 }  # fmt: skip
 FORMS = ("broadcast", "ghost")
 TOKENS, PADDING, SHORT, POISONED = 7, 1, 2, 3
@@ -50,7 +52,9 @@ def run(name, form):
 
 # "ghost" takes all that a family gives: inputs, cotangents, slots; "broadcast" is one and the same for all.
 RUNS = [(name, form) for name in FAMILIES for form in FORMS]
-FAST = [(name, "ghost") for name in ("gpt2_tiny", "llama_tiny", "chatglm_tiny")]  # BERT's are in test_clipping
+FAST = [
+    (name, "ghost") for name in ("gpt2_tiny", "llama_tiny", "chatglm_tiny", "families/gemma2")
+]  # BERT's: test_clipping
 
 
 @pytest.mark.parametrize(("name", "form"), mostly_slow(FAST, RUNS))
@@ -71,3 +75,21 @@ def test_what_is_compared_is_no_zero(name):
     grad, _, _ = run(name, "vmap")
     total = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(grad)))
     assert 0.3 * CLIP < total <= 2.5 * CLIP
+
+
+@pytest.mark.parametrize("form", ["broadcast", "ghost"])
+def test_a_head_that_peft_trained_whole_is_clipped_as_the_definition_says(form):
+    name = GOLDEN / "families/roberta_classifier"
+    model, params = models.from_pretrained(name)
+    adapter, _ = peft.load(name / "adapter", model, params)
+    assert set(adapter["head"]) == {"dense", "kernel", "bias"}
+    ids = np.random.default_rng(0).integers(3, 60, (3, TOKENS)).astype(np.int32)
+    batch = {"input_ids": ids, "labels": np.arange(3, dtype=np.int32)}
+    loss = losses.classification(model, params)
+    sums = [
+        jax.jit(lambda a, form=form: clipped_grad_sum(loss, a, batch, CLIP, form=form))(adapter)
+        for form in (form, "vmap")
+    ]
+    np.testing.assert_allclose(sums[0][1], sums[1][1], rtol=2e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * CLIP), sums[0][0], sums[1][0])
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(sums[0][0]["head"]))
