@@ -43,13 +43,14 @@ def classifier(model, mesh, params, test):
     """
     labels = test["labels"]
     inputs = {name: value for name, value in test.items() if name != "labels"}
-
-    def chosen(based, adapter, batch):
-        logits = model.apply(based, batch, adapter)
-        return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), UNDECIDED)
-
-    predict = _over_rows(model, mesh, params, inputs, chosen)
+    predict = _over_rows(model, mesh, params, inputs, functools.partial(label_said, model))
     return lambda adapter, residual=(): _of_labels(predict(adapter, residual), labels, model.config.num_labels)
+
+
+def label_said(model, params, adapter, batch):
+    """The label that a classifier says of each row, int32 [B]; UNDECIDED where a logit is not finite."""
+    logits = model.apply(params, batch, adapter)
+    return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), UNDECIDED)
 
 
 def on(test):
@@ -94,10 +95,16 @@ def label_words(model, mesh, params, table, labels, classes):
     measure = likelihoods(model, mesh, params, table)
 
     def evaluate(adapter, residual=()):
-        nats = measure(adapter, residual).reshape(-1, classes)
-        return _of_labels(np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED), labels, classes)
+        return _of_labels(likeliest(measure(adapter, residual), classes), labels, classes)
 
     return evaluate
+
+
+def likeliest(nats, classes):
+    """Which of `classes` words is the likeliest, of the log-likelihoods `nats` [I * classes] -> int [I]; UNDECIDED where one is
+    not finite."""
+    nats = nats.reshape(-1, classes)
+    return np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED)
 
 
 def choices(model, mesh, params, table, asked):
