@@ -102,15 +102,15 @@ def total(kind, outcomes, units, bits):
         counts = rows[start : start + CHUNK]
         here = (unit >= start) & (unit < start + len(counts))
         added = kind.of_units(outcomes[here], unit[here] - start, counts)
-        summed += within(np.trunc(added * 2.0**bits).astype(np.int64), bits).sum(0)
+        summed += within(added, bits).sum(0)
     return summed
 
 
-def within(numbers, bits):
-    """`numbers` (int64 [U, width]) without those units whose L2 norm is above 2^bits, which add nothing."""
-    fits = (np.abs(numbers) <= 1 << bits).all(1)  # so that squares cannot wrap around
-    kept = np.where(fits[:, None], numbers, 0)
-    return np.where((kept**2).sum(1, keepdims=True) <= 1 << 2 * bits, kept, 0)
+def within(added, bits):
+    """`added` (float [U, width]) in whole numbers of 2^-bits, int64, without the units whose L2 norm is above 1."""
+    inside = np.where(np.abs(added) <= 1, added, 2.0)  # what is not a number is not inside
+    numbers = np.trunc(inside * 2.0**bits).astype(np.int64)
+    return np.where((numbers**2).sum(1, keepdims=True) <= 1 << 2 * bits, numbers, 0)
 
 
 def noisy(summed, noise, bits, key):
