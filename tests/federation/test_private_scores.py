@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -115,16 +116,14 @@ def test_each_evaluation_is_an_entry_of_its_own_and_the_ledger_knows_its_cost(fe
 
 def test_an_evaluation_is_charged_before_anything_is_computed(federation, tmp_path, monkeypatch):
     calls = []
-    for owner, name in (
-        (Ledger, "evaluate"), (unit_scores, "total"), (unit_scores, "noisy"), (storage.Workdir, "save"), (Ledger, "commit"),
-        (storage.Workdir, "release"),
-    ):  # fmt: skip
+    watched = [(Ledger, "evaluate"), (Ledger, "commit"), (storage.Workdir, "save"), (storage.Workdir, "release")]
+    for owner, name in [*watched, (private_scores, "_outcomes"), (unit_scores, "total"), (unit_scores, "noisy")]:
         inner = getattr(owner, name)
         monkeypatch.setattr(
             owner, name, lambda *args, name=name, inner=inner, **more: (calls.append(name), inner(*args, **more))[1]
         )
     run(federation(), workdir=tmp_path / "run")
-    one = ["evaluate", *["total", "noisy"] * 3, "save"]
+    one = ["evaluate", "_outcomes", *["total", "noisy"] * 3, "save"]
     assert calls == [*one, "release", *[*one, "commit", "release"] * 2, "release"]
 
 
@@ -213,6 +212,16 @@ def test_no_two_clients_rounds_or_attempts_share_noise(federation, monkeypatch):
     assert digest(KEYS[0], "test noise", 0, 0) in keys
     training = {digest(KEYS[k], purpose, r, 0) for k in range(3) for purpose in secrets.PURPOSES for r in range(9)}
     assert not training & set(keys)
+
+
+def test_a_workdir_that_is_put_back_draws_no_noise_twice(federation, tmp_path, monkeypatch):
+    """A disk's snapshot, say: the same rounds and attempts, under another history of the ledger."""
+    keys = noise_keys(monkeypatch)
+    next(federation(seed=None).fit(small.shards(), tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "snapshot")
+    run(federation(seed=None), workdir=tmp_path / "run")
+    run(federation(seed=None), workdir=tmp_path / "snapshot")
+    assert len(set(keys)) == len(keys) == 3 * (1 + 2 + 2)
 
 
 @pytest.mark.parametrize("trust", ["local", "distributed"])
