@@ -6,7 +6,8 @@
         print(round.number, max(round.epsilon))
     federation.save("adapter")
 
-There is one way through, for every command and every notebook, and one place that charges (`dispatch.charge`).
+There is one way through, for every command and every notebook, and one place that charges rounds (`dispatch.charge`); scores on
+private records are charged where they are made (`private_scores.charge`).
 """
 
 import contextlib
