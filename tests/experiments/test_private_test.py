@@ -12,7 +12,7 @@ from dplora_jax.federation import calibration, held_out, private_scores
 from dplora_jax.federation.workdir_files import write_config
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, describe
-from experiments import audit, cli, ledger, run, sweep
+from experiments import audit, budget, cli, ledger, run, sweep
 from experiments.text import scores
 from tests.experiments import ledger_workdirs as made
 from tests.experiments.small_runs import arguments, fit, lines_of
@@ -127,6 +127,18 @@ def test_sweeps_and_audits_refuse_it_by_name(tiny_bert, alone, tmp_path, capsys)
     assert "--private_test cannot be used in a sweep" in capsys.readouterr().err
     assert audit.main([*told, "--runs=1"]) == 2
     assert "--private_test=0.3" in capsys.readouterr().err
+
+
+def test_a_budget_shows_what_the_records_that_are_kept_back_pay(capsys):
+    assert (
+        budget.main(
+            ["--records=1000", "--clients=2", "--rounds=20", "--epsilon=8", "--private_test=0.1", "--eval_every=5"]
+        )
+        == 0
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "900 2" in said, "records that train"
+    assert "200 more records never train: 5 evaluations with sigma 1.342 cost each of them epsilon 8.00 in all" in said
 
 
 def scored_run(folder):
