@@ -283,6 +283,30 @@ def test_what_decides_the_split_or_its_noise_is_fixed_once_an_evaluation_is_char
         run(federation(seed=None, **fields), workdir=tmp_path / "run")
 
 
+def test_a_start_that_ended_before_the_first_round_is_gone_on_with(federation, tmp_path):
+    """Its evaluation is paid for, and so is not made again; and config.json, by which it was charged, may not change or go."""
+    next(federation(seed=None).fit(small.shards(), tmp_path / "run"))
+    path = tmp_path / "run" / "config.json"
+    config = path.read_text()
+    for damage, words in (
+        (path.unlink, "config.json is gone"),
+        (
+            lambda: path.write_text(config.replace('"evaluations": 3', '"evaluations": 4')),
+            "not the one that the ledger",
+        ),
+    ):
+        damage()
+        with pytest.raises(InputError, match=words):
+            run(federation(seed=None), workdir=tmp_path / "run")
+        path.write_text(config)
+    run(federation(seed=None), workdir=tmp_path / "run")
+    assert [(entry["round"], entry["attempt"]) for entry in entries(tmp_path / "run").evaluated] == [
+        (0, 0),
+        (2, 0),
+        (4, 0),
+    ]
+
+
 def test_without_a_private_test_nothing_changes(federation, tmp_path):
     run(federation(private_test=0.0), workdir=tmp_path / "run")
     assert entries(tmp_path / "run").evaluated == []
