@@ -101,8 +101,8 @@ class PrivateTest:
     )  # fmt: skip
     epsilon: float | None = field(
         None,
-        "privacy budget of each record that is kept back, over all evaluations, at `delta`; default: `epsilon`",
-        above=0.0, most=1000.0, flag="private_test_epsilon", common=True,
+        "privacy budget of each record that is kept back, over all evaluations, at `delta`; default: `epsilon`, at most 40",
+        above=0.0, most=40.0, flag="private_test_epsilon", common=True,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dplora_jax.config import FIELDS
 from dplora_jax.errors import InputError
 from dplora_jax.federation import processes, trust
 from dplora_jax.privacy import accounting, secrets
@@ -63,8 +64,11 @@ def checks(config, mode):
 
 
 def defaults(config):
-    """{field: value} of what is not given: the budget of a unit that trains, since no unit is in both parts."""
-    return {"private_test_epsilon": config.privacy.epsilon} if config.private_test.share else {}
+    """{field: value} of what is not given: the budget of a unit that trains, since no unit is in both parts, as far as it is in
+    range (beyond, what a draw lacks of a normal would count: PRIVACY.md)."""
+    if not config.private_test.share or config.privacy.epsilon is None:
+        return {}
+    return {"private_test_epsilon": min(config.privacy.epsilon, FIELDS["private_test_epsilon"].metadata["most"])}
 
 
 def evaluations(config):

@@ -5,8 +5,10 @@ import pytest
 import scipy.stats
 
 from dplora_jax import config_checks
+from dplora_jax.config import FIELDS
 from dplora_jax.errors import InputError
 from dplora_jax.federation import held_out, planning
+from dplora_jax.privacy import accounting, host_noise
 from tests.federation import small_federation as small
 
 KEYS = [bytes([k]) * 32 for k in range(3)]
@@ -89,6 +91,7 @@ def test_a_share_that_leaves_a_part_empty_is_one_sentence(share, words):
         ({"private_test": 0.0, "private_test_epsilon": 2.0}, "`private_test_epsilon` needs `private_test`"),
         ({"private_test": 1.0}, r"private_test=1.0 must lie in \[0, 1\)"),
         ({"private_test_epsilon": -1.0}, "private_test_epsilon=-1.0 must"),
+        ({"private_test_epsilon": 41.0}, "private_test_epsilon=41.0 must lie above 0, at most 40"),
     ],
 )
 def test_what_has_no_meaning_is_refused(fields, words):
@@ -116,8 +119,14 @@ def test_the_noise_is_what_the_exact_curve_of_the_gaussian_asks_for(count, budge
     assert held_out.epsilon(noise, count, delta) <= budget
 
 
+def test_what_draws_lack_of_a_normal_stays_below_what_is_set_aside_for_rounding():
+    most = FIELDS["private_test_epsilon"].metadata["most"]
+    assert host_noise.excess_log2(2**46, most) < np.log2(accounting.ROUNDING / 100)
+
+
 def test_the_budget_is_that_of_training_unless_another_is_given():
     assert config().private_test.epsilon == 8.0
+    assert config(epsilon=100.0).private_test.epsilon == 40.0
     assert config(private_test_epsilon=3.0).private_test.epsilon == 3.0
     assert held_out.cost(config(private_test_epsilon=3.0), [5]).epsilon == pytest.approx(3.0, rel=1e-3)
     assert held_out.noise_multiplier(config(trust="none", epsilon=None)) == 0.0
