@@ -6,6 +6,7 @@ is public, and each record pays for training or for its scores, never for both (
 
 import functools
 import hashlib
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -136,31 +137,23 @@ def cost(config, units):
     """The Cost of all evaluations of `config` (settled), where clients keep `units` [K] back."""
     count = evaluations(config)
     noise = noise_multiplier(config)
-    return Cost(list(units), count, noise, epsilon(noise, count, config.privacy.delta))
+    return Cost(list(units), count, noise, accounting.full_epsilon([noise] * count, config.privacy.delta))
 
 
 def noise_multiplier(config):
     """The noise of each evaluation: the least that keeps all of them within `private_test_epsilon`; 0 without privacy."""
     if not trust.mode(config).private:
         return 0.0
-    return _least_noise(evaluations(config), config.private_test.epsilon, config.privacy.delta)
+    one = _least_noise(config.private_test.epsilon, config.privacy.delta)
+    return one * math.sqrt(evaluations(config))
 
 
 @functools.cache
-def _least_noise(count, budget, delta):
-    return accounting.least_noise(1, 1.0, count, budget, delta)
-
-
-def epsilon(noise, count, delta):
-    """epsilon at `delta` of a unit that is kept back, after `count` evaluations of this noise multiplier: the Gaussian mechanism
-    on what no sampling hides.
-
-    >>> round(epsilon(4.0, 11, 1e-5), 2)
-    3.53
-    """
-    return accounting.epsilon(mechanism(noise), count, delta)
+def _least_noise(budget, delta):
+    """That of a single evaluation."""
+    return accounting.least_noise(1, 1.0, 1, budget, delta)
 
 
 def mechanism(noise):
-    """An evaluation as the accountant has it, whatever the number of units: every one of them takes part."""
+    """An evaluation as the trust modes know a mechanism, whatever the number of units: every one of them takes part."""
     return accounting.Mechanism(1, 1.0, 1, noise)

@@ -111,7 +111,10 @@ def _check_evaluations(path, stored, ledger):
     if planned is None or len(planned["units"]) != config.schedule.clients:
         raise InputError(f"{path} does not hold: it does not say what each client keeps back.")
     everyone = [kept + trained for kept, trained in zip(planned["units"], stored.records, strict=True)]
-    cost = held_out.cost(config, held_out.kept_back(config, everyone))
+    try:
+        cost = held_out.cost(config, held_out.kept_back(config, everyone))
+    except (ArithmeticError, ValueError, MemoryError):
+        raise InputError(f"{path} does not hold: no noise can be made of its `private_test_epsilon`.") from None
     agrees = (cost.units, cost.evaluations) == (planned["units"], planned["evaluations"])
     for name in ("noise_multiplier", "epsilon"):
         agrees &= math.isclose(planned[name], getattr(cost, name), rel_tol=NOISE_SLACK)
@@ -194,7 +197,7 @@ def _wrong_metrics(stored, ledger, lines):
 def _uncharged(ledger, lines):
     """Which line shows scores on what is kept back that were not charged, or less than they had cost, in words; else None."""
     spent = {
-        entry["round"]: held_out.epsilon(entry["noise_multiplier"], charged, entry["delta"])
+        entry["round"]: accounting.full_epsilon([entry["noise_multiplier"]] * charged, entry["delta"])
         for charged, entry in enumerate(ledger.evaluated, 1)
     }
     for line in lines:

@@ -10,7 +10,6 @@ records that never train. They pay for these entries and for no others, and reco
 """
 
 import bisect
-import collections
 import dataclasses
 
 from dplora_jax.errors import InputError
@@ -233,9 +232,7 @@ class Ledger(Chain):
 
     def test_epsilon(self, delta):
         """What a record that never trains has paid at `delta`, by all evaluate entries; 0 where there are none."""
-        counts = collections.Counter(entry["noise_multiplier"] for entry in self.evaluated)
-        parts = tuple((accounting.Mechanism(1, 1.0, 1, noise), count) for noise, count in sorted(counts.items()))
-        return accounting.composed(parts, delta) if parts else 0.0
+        return accounting.full_epsilon([entry["noise_multiplier"] for entry in self.evaluated], delta)
 
 
 class InMemoryLedger(Ledger):

@@ -114,9 +114,13 @@ def test_the_noise_is_what_the_exact_curve_of_the_gaussian_asks_for(count, budge
         tails = scipy.stats.norm.cdf([mu / 2 - budget / mu, -mu / 2 - budget / mu])
         return tails[0] - np.exp(budget) * tails[1]
 
-    noise = held_out._least_noise(count, budget, delta)
-    assert exact(noise) <= delta < exact(noise * 0.99)
-    assert held_out.epsilon(noise, count, delta) <= budget
+    fields = {"rounds": count - 1, "eval_every": 1, "private_test_epsilon": budget, "delta": delta}
+    cost = held_out.cost(config(**fields), [5])
+    assert cost.evaluations == count
+    assert exact(cost.noise_multiplier) <= delta < exact(cost.noise_multiplier * 0.99)
+    assert budget * 0.99 < cost.epsilon <= budget
+    steps = accounting.Mechanism(1, 1.0, 1, cost.noise_multiplier)
+    assert accounting.epsilon(steps, count, delta) == pytest.approx(cost.epsilon, rel=1e-3), "composed one by one"
 
 
 def test_what_draws_lack_of_a_normal_stays_below_what_is_set_aside_for_rounding():

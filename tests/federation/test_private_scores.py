@@ -14,7 +14,7 @@ from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.federation import held_out, own_rows, private_scores, storage
 from dplora_jax.federation.federation import Federation
-from dplora_jax.privacy import secrets, unit_scores
+from dplora_jax.privacy import accounting, secrets, unit_scores
 from dplora_jax.privacy.ledger import Ledger
 from tests.federation import small_federation as small
 
@@ -240,7 +240,7 @@ def test_the_noise_of_the_honest_is_what_the_budget_asks_for(federation, monkeyp
     needed = held_out.noise_multiplier(made.config)
     honest = 1 if trust == "local" else 2
     assert multipliers == pytest.approx([needed / math.sqrt(honest)] * 3)
-    assert held_out.epsilon(needed, 3, 1e-3) <= 8.0
+    assert accounting.full_epsilon([needed] * 3, 1e-3) <= 8.0
 
 
 def test_what_is_released_is_the_sum_of_all_clients_noisy_counts(federation, monkeypatch):
