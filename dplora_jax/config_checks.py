@@ -7,6 +7,7 @@ import math
 import numbers
 
 from dplora_jax.config import FIELDS, RunConfig, field_value, fields, replace
+from dplora_jax.config.federation import RECORD
 from dplora_jax.data.partition import FOLDERS
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation_checks, held_out, methods, trust
@@ -57,7 +58,7 @@ def _filled(config):
 
 def refuse(config):
     """Raise InputError with the first sentence that holds against `config`, trust mode, epsilon and sigma being settled."""
-    for checks in (_names, _ranges, _budget, _combinations, aggregation_checks.checks):
+    for checks in (_names, _ranges, _unit, _budget, _combinations, aggregation_checks.checks):
         _raise_first(checks(config))
     _raise_first(_processes(config.execution))
     if isinstance(config, RunConfig):
@@ -122,6 +123,15 @@ def _range_in_words(known):
         return f"lie above {above:g}, at most {most:g}" if above is not None else f"lie in [{least:g}, {most:g}]"
     low = f"above {above:g}" if above is not None else f"{least:g} or more"
     return f"be a finite number, {low}" if finite else f"be {low}"
+
+
+def _unit(config):
+    """(holds, what to say if not) for what is protected."""
+    unit, _, column = config.privacy.privacy_unit.partition(":")
+    yield (
+        config.privacy.privacy_unit == RECORD or (unit == "column" and column),
+        f"privacy_unit={config.privacy.privacy_unit} is malformed; write record or column:NAME.",
+    )
 
 
 def _budget(config):

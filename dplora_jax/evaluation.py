@@ -8,7 +8,6 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -39,18 +38,39 @@ def classifier(model, mesh, params, test):
     nan where any logit is not finite, since argmax takes what is not a number for a label.
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
-    over the clients axis, and compiled once; every process gets all predictions.
+    over the clients axis, and compiled once; every process gets all predictions. Where a record has several rows (`unit` [N]
+    numbers each row's), its label is the one with the highest mean log-likelihood over them.
     """
-    labels = test["labels"]
-    inputs = {name: value for name, value in test.items() if name != "labels"}
-    predict = _over_rows(model, mesh, params, inputs, functools.partial(label_said, model))
-    return lambda adapter, residual=(): _of_labels(predict(adapter, residual), labels, model.config.num_labels)
+    inputs = {name: value for name, value in test.items() if name not in ("labels", encoding.UNIT)}
+    first_rows = firsts(test)
+    labels = test["labels"][first_rows]
+    by_row = _over_rows(model, mesh, params, inputs, functools.partial(label_likelihoods, model))
+
+    def evaluate(adapter, residual=()):
+        predicted = label_said(by_row(adapter, residual), first_rows)
+        return _of_labels(predicted, labels, model.config.num_labels)
+
+    return evaluate
 
 
-def label_said(model, params, adapter, batch):
-    """The label that a classifier says of each row, int32 [B]; UNDECIDED where a logit is not finite."""
-    logits = model.apply(params, batch, adapter)
-    return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), UNDECIDED)
+def label_likelihoods(model, params, adapter, batch):
+    """The log-likelihood that a classifier gives each label of each row, [B, num_labels]."""
+    return jax.nn.log_softmax(model.apply(params, batch, adapter))
+
+
+def label_said(by_row, first_rows):
+    """The label that a classifier says of each record, int [I], of the `label_likelihoods` [N, num_labels] of all rows, a
+    record's own side by side from its first on (`firsts`); UNDECIDED where one is not finite."""
+    by_record = np.add.reduceat(by_row, first_rows)
+    return np.where(np.isfinite(by_record).all(-1), by_record.argmax(-1), UNDECIDED)
+
+
+def firsts(table):
+    """The first row of each record of `table`, whose rows stand side by side; each row is one without `unit`."""
+    count = len(next(iter(table.values())))
+    if encoding.UNIT not in table:
+        return np.arange(count)
+    return np.flatnonzero(np.diff(table[encoding.UNIT], prepend=-1))
 
 
 def on(test):
@@ -169,7 +189,7 @@ def _of_labels(predicted, labels, classes):
 
 
 def _over_rows(model, mesh, params, table, compute):
-    """A function (adapter, residual) -> [N]: `compute(params, adapter, batch)` over the rows of `table`, on the whole mesh."""
+    """A function (adapter, residual) -> [N, ...]: `compute(params, adapter, batch)` of the rows of `table`, on the whole mesh."""
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(CLIENTS), PartitionSpec()))
     count, devices = len(next(iter(table.values()))), mesh.shape[CLIENTS]
     most = max(1, min(ROWS, TOKENS // table["attention_mask"].shape[1]))

@@ -60,6 +60,46 @@ def language_model(model, params, max_targets=None):
     return LanguageModelLoss(model, params, language_model_of_logits, max_targets)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitLoss(ModelLoss):
+    """`of_rows`, a ModelLoss, of units of G rows: see `of_units`. A unit's rows share the slots of its gradient, so that it is
+    clipped as one, and no row's gradient is made."""
+
+    of_rows: Any = None
+
+    def __call__(self, adapter, batch):
+        return _unit_means(self.of_rows, adapter, batch)
+
+    def activations(self, batch):
+        """What the adapted layers compute on: (tokens of all rows of a unit, dtype)."""
+        tokens, dtype = self.of_rows.activations(_rows_of(batch))
+        return batch[BROUGHT].shape[1] * tokens, dtype
+
+
+BROUGHT = "brought"  # of a batch of units: 1 for each row that a unit has, 0 for what fills it up, [B, G]
+
+
+def of_units(loss, model, params):
+    """The loss of units, whose rows' loss is `loss(model, params)`: a batch's leaves are [B, G, ...], G rows for each of B units,
+    and `brought` [B, G] is 1 where there is a row. A unit's loss is the mean over its rows, float32 [B] (Charles et al. 2024,
+    section 3.2), and 0 for a unit without rows."""
+    rows = loss(model, params)
+    if isinstance(rows, ModelLoss):
+        return UnitLoss(rows.model, rows.params, rows.logits_loss, rows)
+    return lambda adapter, batch: _unit_means(rows, adapter, batch)
+
+
+def _rows_of(batch):
+    """The rows [B G, ...] of a batch of units."""
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items() if name != BROUGHT}
+
+
+def _unit_means(of_rows, adapter, batch):
+    brought = batch[BROUGHT]
+    losses = of_rows(adapter, _rows_of(batch)).reshape(brought.shape)
+    return jnp.where(brought > 0, losses, 0).sum(1) / jnp.maximum(brought.sum(1), 1)
+
+
 def classification_of_logits(logits_BxV, batch):
     """Cross-entropy of `labels` [B] -> [B] float32."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BxV.astype(jnp.float32), batch["labels"])

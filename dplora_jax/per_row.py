@@ -1,6 +1,7 @@
 """Each row's own gradient of a weight, out of one batched backward pass.
 
-Letters: B rows, T tokens, L layers, I inputs, O outputs.
+Letters: B rows, T tokens, L layers, I inputs, O outputs. Where several rows of tokens are one record (`losses.UnitLoss`), a row
+here is all of theirs: B records of T tokens in all.
 """
 
 from typing import Any
@@ -21,7 +22,8 @@ LARGEST = 126  # 2^126 and 2^-126 are normal float32 numbers, which no backend f
 @struct.dataclass
 class PerRow:
     """A weight [O, I] that all rows share, with a slot whose cotangent tells of each row's gradient alone. No forward pass
-    reads a slot. There are two kinds:
+    reads a slot. What passes through the weight may have G times as many rows: G at a time then share a slot, in their order.
+    There are two kinds:
 
     - zeros [B, O, I] receive each row's gradient;
     - `Kept` receives the inputs and cotangents that each row's gradient is the product of (book-keeping, Bu et al. 2023, section
@@ -62,15 +64,16 @@ def _per_row_linear(x, weight, slot):
 
 
 def _forward(x, weight, slot):
-    # Of a slot that is only written, its kind is all that the backward pass needs.
-    return _per_row_linear(x, weight, slot), (x, weight, jax.tree.map(lambda _: None, slot))
+    # Of a slot that is only written, its kind and its rows are all that the backward pass needs.
+    return _per_row_linear(x, weight, slot), (x, weight, jax.tree.map(lambda array: array[..., :0], slot))
 
 
 def _backward(residuals, g):
     x, weight, slot = residuals
     grad_x = _of_tokens(g, weight.astype(x.dtype))
     grad_weight = jnp.einsum("bto,bti->oi", g, x).astype(weight.dtype)  # nobody asks for it, and it is not computed
-    if slot is not None:
+    x, g = (y.reshape(jax.tree.leaves(slot)[0].shape[0], -1, y.shape[-1]) for y in (x, g))
+    if isinstance(slot, Kept):
         return grad_x, grad_weight, Kept(x, g)
     per_row = jnp.einsum("bto,bti->boi", g, x, preferred_element_type=jnp.float32, precision=EXACT)
     return grad_x, grad_weight, per_row

@@ -26,6 +26,9 @@ class Lora:
         return () if self.head_only else self.targets
 
 
+RECORD = "record"  # the privacy unit without a column of its own
+
+
 @dataclasses.dataclass(frozen=True)
 class Privacy:
     """What is promised, to whom, and how the mechanism keeps it."""
@@ -36,6 +39,17 @@ class Privacy:
         "secure aggregation (simulated); client: a trusted server hides whole clients; none: no privacy, a control",
         common=True,
     )  # fmt: skip
+    privacy_unit: str = field(
+        RECORD,
+        "what is protected as one: record, or column:NAME, all rows of a client with the same value there (a person's, say)",
+        common=True,
+    )
+    unit_rows: int = field(
+        1,
+        "rows that a unit brings to a step at most, drawn anew each time; with privacy_unit=record, how many rows a longer text "
+        "is cut into",
+        least=1,
+    )
     epsilon: float | None = field(
         None,
         "privacy budget of each client; inf means trust=none",
@@ -87,6 +101,21 @@ class Privacy:
         None, "trust=client: probability with which each client takes part in a round; default: 1"
     )
     seed: int | None = field(None, "make the run reproducible, noise included: its outputs are NOT for release")
+
+    @property
+    def by_unit(self):
+        """Whether what is protected as one may have several rows."""
+        return self.privacy_unit != RECORD or self.unit_rows > 1
+
+    @property
+    def unit(self):
+        """What is protected, in a word: "record" or "unit"."""
+        return "unit" if self.unit_column else RECORD
+
+    @property
+    def unit_column(self):
+        """The column whose values are the units; None where each record is one."""
+        return self.privacy_unit.partition(":")[2] or None
 
 
 @dataclasses.dataclass(frozen=True)

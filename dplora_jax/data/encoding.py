@@ -5,19 +5,44 @@ import numpy as np
 from dplora_jax.errors import InputError
 from dplora_jax.models import tokenizer as tokenizers
 
+UNIT = "unit"  # the number of each row's record, where one may have several rows
 
-def classification(tokenizer, records, max_length):
+
+def classification(tokenizer, records, max_length, most_rows=1):
     """Tokenise `records` for a classifier -> dict of int32 `input_ids`, `attention_mask` [N, T = max_length], `labels` [N].
 
     Every row is padded to the public `max_length`, never to the longest: shapes tell nothing of the texts. Longer texts
-    are cut, special tokens kept.
+    are cut, special tokens kept; with `most_rows` above 1 they go on in up to so many rows, and `unit` [N] numbers each row's
+    record. Raises InputError where the tokenizer cannot do that.
     """
     names = ("input_ids", "attention_mask")
     if not len(records.texts):
         return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
     options = {"padding": "max_length", "truncation": True, "max_length": max_length, "return_tensors": "np"}
-    encoded = tokenizers.tokens(tokenizer, list(records.texts), **options)
-    return {name: encoded[name].astype(np.int32) for name in names} | {"labels": np.asarray(records.labels, np.int32)}
+    if most_rows > 1 and not tokenizer.is_fast:
+        raise InputError("`unit_rows` cuts texts by a fast tokenizer, and this model's is none: give unit_rows=1.")
+    several = {"return_overflowing_tokens": True} if most_rows > 1 else {}
+    encoded = tokenizers.tokens(tokenizer, list(records.texts), **options, **several)
+    table = {name: encoded[name].astype(np.int32) for name in names}
+    if most_rows == 1:
+        return table | {"labels": np.asarray(records.labels, np.int32)}
+    record = np.asarray(encoded["overflow_to_sample_mapping"], np.int32)
+    kept = np.arange(len(record)) - np.searchsorted(record, record) < most_rows
+    table |= {"labels": np.asarray(records.labels, np.int32)[record], UNIT: record}
+    return {name: array[kept] for name, array in table.items()}
+
+
+def documents(tokenizer, asked, max_length, most_rows):
+    """Plain texts (`tasks.Asked` without prompts) in up to `most_rows` rows each -> what `right_answers` gives, and `unit` [N],
+    the number of each row's text. A row begins with the token that the one before ended with, so that each token but a text's
+    first is predicted once."""
+    rows, numbers = [], []
+    for number, one in enumerate(asked):
+        ids, start = tokenizers.split(tokenizer, "", one.answers[one.right])
+        for index, first in enumerate(range(0, max(1, len(ids) - 1), max(1, max_length - 1))[:most_rows]):
+            rows.append((ids[first : first + max_length], 1 if index else start, False))
+            numbers.append(number)
+    return _table(rows, max_length) | {UNIT: np.array(numbers, np.int32)}
 
 
 def right_answers(tokenizer, asked, max_length, ends=False, chat=False):

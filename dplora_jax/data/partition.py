@@ -22,7 +22,7 @@ def group_column(spec: str) -> str | None:
     return argument
 
 
-def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) -> list[np.ndarray]:
+def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int, units=None) -> list[np.ndarray]:
     """The records of each client: `clients` sorted arrays of indices into `labels` [N], disjoint and covering all.
 
     `spec` is one of
@@ -30,6 +30,7 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
       dirichlet:ALPHA: for each label, its shares of the clients are drawn from Dirichlet(ALPHA, ..., ALPHA), after Hsu,
         Qi and Brown (2019, arXiv 1909.06335) as federated benchmarks do it; drawn again while a client has no record;
       column:NAME: one client for each distinct value of `groups` [N], in sorted order.
+    With `units` [N], iid and dirichlet deal whole units, by each one's commonest label, so that nobody is at two clients.
 
     >>> [part.tolist() for part in partition("column:bank", np.zeros(4), ["b", "a", "b", "a"], clients=2, seed=0)]
     [[1, 3], [0, 2]]
@@ -38,11 +39,20 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
       InputError: on a malformed spec, fewer than one client, more clients than records, a client that would be empty,
         or groups that are absent or not as many as the clients.
     """
+    if units is not None and not spec.startswith("column"):
+        _, numbers = np.unique(np.asarray(units), return_inverse=True)
+        commonest = [np.bincount(of_one).argmax() for of_one in _split_by(np.asarray(labels), numbers)]
+        parts = _dealt(spec, np.array(commonest), None, clients, seed, "units of the training table")
+        return [np.flatnonzero(np.isin(numbers, part)) for part in parts]
+    return _dealt(spec, labels, groups, clients, seed, "training records")
+
+
+def _dealt(spec, labels, groups, clients, seed, what):
     total = len(labels)
     if clients < 1:
         raise InputError(f"clients={clients} must be at least 1.")
     if clients > total:
-        raise InputError(f"clients={clients} is more than the {total} training records; use fewer clients.")
+        raise InputError(f"clients={clients} is more than the {total} {what}; use fewer clients.")
     kind, _, argument = spec.partition(":")
     rng = np.random.default_rng(seed)
     if spec == "iid":
@@ -57,6 +67,12 @@ def partition(spec: str, labels: np.ndarray, groups, clients: int, seed: int) ->
         # Each client's epsilon is that of its own records: one that two clients train on would pay for both.
         raise RuntimeError("a record was dealt to two clients, or to none: this is a fault of the program.")
     return [np.sort(part) for part in parts]
+
+
+def _split_by(values, numbers):
+    """`values` [N] as one array for each of `numbers` [N], in the order of these."""
+    order = np.argsort(numbers, kind="stable")
+    return np.split(values[order], np.cumsum(np.bincount(numbers))[:-1])
 
 
 def _alpha(spec: str, argument: str) -> float:

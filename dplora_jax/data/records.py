@@ -19,12 +19,19 @@ FEW = 8  # different records of a client, fewer of which a public table may hold
 
 class Records(NamedTuple):
     """N records: `texts` are texts or prompts; `labels` is int32 [N], 0 where a task has none; `groups`, the partition column's
-    values, is None unless one was asked for, and `answers` unless the task has some."""
+    values, and `units`, those of the privacy unit's column, are None unless they were asked for, and `answers` unless the task
+    has some."""
 
     texts: tuple[str, ...]
     labels: np.ndarray
     groups: tuple[str, ...] | None = None
     answers: tuple[str, ...] | None = None
+    units: tuple[str, ...] | None = None
+
+    @property
+    def count(self):
+        """How many units these are; each record is one where there is no column of units."""
+        return len(self.texts if self.units is None else set(self.units))
 
 
 class Corpus(NamedTuple):
@@ -50,17 +57,18 @@ class Rows(NamedTuple):
     labels: list[str] | None
     answers: list[str] | None
     groups: list[str] | None
+    units: list[str] | None = None
 
 
-def rows(table, task, columns, group=None, private=False, public=False):
-    """The `columns` ({"text" or "prompt", "label", "answer": name}) of a `tables.Table` -> Rows; `group` names one more.
+def rows(table, task, columns, group=None, unit=None, private=False, public=False):
+    """The `columns` ({"text" or "prompt", "label", "answer": name}) of a `tables.Table` -> Rows; `group` and `unit` name more.
 
-    Texts, answers and groups are strings, kept exactly as they are; a label may be a number too, and 1.0 is "1". No cell may be
-    missing or empty, but lines of plain text may, and answers of a `public` table (which nobody here can mend): these rows are
-    left out. Raises InputError; a private table's columns are counted and not named: without a header line they would be its
+    Texts, answers and groups are strings, kept exactly as they are; a label or unit may be a number too, and 1.0 is "1". No cell
+    may be missing or empty, but lines of plain text may, and answers of a `public` table (which nobody here can mend): these rows
+    are left out. Raises InputError; a private table's columns are counted and not named: without a header line they would be its
     first record.
     """
-    columns = columns | ({"group": group} if group else {})
+    columns = columns | ({"group": group} if group else {}) | ({"unit": unit} if unit else {})
     _need(table, columns.values(), private)
     values = {role: _texts(table, role, name, task) for role, name in columns.items()}
     if task.kind == tasks.TEXT:
@@ -78,7 +86,7 @@ def rows(table, task, columns, group=None, private=False, public=False):
     main = values["prompt" if "prompt" in values else "text"]
     if not main:
         raise InputError(f"{table.where} has no text in it; give a table with records.")
-    return Rows(main, values.get("label"), values.get("answer"), values.get("group"))
+    return Rows(main, values.get("label"), values.get("answer"), values.get("group"), values.get("unit"))
 
 
 def choices(table, task):
@@ -106,8 +114,9 @@ def _need(table, names, private=False):
 
 def _texts(table, role, name, task):
     """The cells of a column as strings, by the rule of its role; "" where one is missing."""
-    read = {"label": task.read or tasks.label_of, "answer": task.read}.get(role)
-    fitting = object if role == "answer" and read else (str, float, decimal.Decimal) if role == "label" else str
+    read = {"label": task.read or tasks.label_of, "answer": task.read, "unit": tasks.label_of}.get(role)
+    numbers_too = role in ("label", "unit")
+    fitting = object if role == "answer" and read else (str, float, decimal.Decimal) if numbers_too else str
     cells = table.columns[name]
     for cell in cells:
         if cell is not None and (isinstance(cell, NoText) or not isinstance(cell, fitting)):
@@ -133,20 +142,24 @@ def _kept(values, wanted):
 def split(rows, fraction, seed):
     """A random part of size `fraction` of the Rows `rows` held out as the public test -> (rest, part), in the table's order.
 
-    Of questions and answers whole questions are held out: one that has several answers is in one part with all of them.
+    Of questions and answers whole questions are held out: one that has several answers is in one part with all of them. So are
+    whole units, where there are any: nobody is in both parts.
     """
     total = len(rows.texts)
     test_count = round(total * fraction)
     if not 0 < test_count < total:
         raise InputError(f"test_fraction={fraction} of {total} rows leaves one part empty; give another.")
     order = np.random.default_rng(seed).permutation(total)
-    if rows.answers is not None:
+    together = rows.units if rows.units is not None else rows.texts if rows.answers is not None else None
+    if together is not None:
         first = {}
         for rank, index in enumerate(order):
-            first.setdefault(rows.texts[index], rank)
-        order = order[np.argsort([first[rows.texts[index]] for index in order], kind="stable")]
-        while test_count < total and rows.texts[order[test_count]] == rows.texts[order[test_count - 1]]:
+            first.setdefault(together[index], rank)
+        order = order[np.argsort([first[together[index]] for index in order], kind="stable")]
+        while test_count < total and together[order[test_count]] == together[order[test_count - 1]]:
             test_count += 1
+        if test_count == total:
+            raise InputError(f"test_fraction={fraction} leaves nothing to train on, for whole units are held out.")
     return _taken(rows, order[test_count:]), _taken(rows, order[:test_count])
 
 
@@ -182,9 +195,11 @@ def corpus(train, test, task, codes, about):
                     f"({', '.join(task.label_names)}); mend these rows, or name all labels by `labels`."
                 )
             labels = np.array([codes[label] for label in rows.labels], np.int32)
-        groups = None if rows.groups is None or part == "test" else tuple(rows.groups)
+        groups, units = (
+            None if values is None or part == "test" else tuple(values) for values in (rows.groups, rows.units)
+        )
         answers = None if rows.answers is None else tuple(rows.answers)
-        encoded.append(Records(tuple(rows.texts), labels, groups, answers))
+        encoded.append(Records(tuple(rows.texts), labels, groups, answers, units))
     if None not in encoded:
         refuse_copy(encoded[:1], columns_of(encoded[1]))
     return Corpus(*encoded, task, about, synthetic=False)
@@ -220,8 +235,10 @@ def _plain(text):
 
 def take(table: Records, indices) -> Records:
     """The records at `indices`, without their groups."""
-    answers = None if table.answers is None else tuple(table.answers[i] for i in indices)
-    return Records(tuple(table.texts[i] for i in indices), table.labels[indices], None, answers)
+    answers, units = (
+        None if column is None else tuple(column[i] for i in indices) for column in (table.answers, table.units)
+    )
+    return Records(tuple(table.texts[i] for i in indices), table.labels[indices], None, answers, units)
 
 
 def together(parts) -> Records:
@@ -229,5 +246,8 @@ def together(parts) -> Records:
     parts = list(parts)
     texts = tuple(text for part in parts for text in part.texts)
     labels = np.concatenate([np.zeros(0, np.int32), *(part.labels for part in parts)])
-    answers = None if any(p.answers is None for p in parts) else tuple(a for part in parts for a in part.answers)
-    return Records(texts, labels, None, answers)
+    answers, units = (
+        None if any(column is None for column in columns) else tuple(cell for column in columns for cell in column)
+        for columns in ([part.answers for part in parts], [part.units for part in parts])
+    )
+    return Records(texts, labels, None, answers, units)

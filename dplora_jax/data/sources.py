@@ -29,6 +29,7 @@ class Source:
     prompt_column: str | None = None
     answer_column: str | None = None
     group_column: str | None = None
+    unit_column: str | None = None
     labels: tuple[str, ...] | None = None
     test_fraction: float | None = None
     split_seed: int = 0
@@ -37,6 +38,11 @@ class Source:
     seed: int = 0
     encoding: str | None = None
     separator: str | None = None
+
+    @property
+    def extra_columns(self) -> list[str]:
+        """The columns of the training table beside those of the task."""
+        return [column for column in (self.group_column, self.unit_column) if column]
 
     @property
     def form(self) -> tables.TextFormat:
@@ -81,9 +87,10 @@ def load(source: Source, need_test: bool = True) -> Corpus:
 
 
 def _load_demo(source: Source) -> Corpus:
-    for flag in ("data_dir", "test_data", "labels", "group_column", "encoding", "separator"):
+    columns = {"group_column": "partition=column:...", "unit_column": "privacy_unit=column:..."}
+    for flag in ("data_dir", "test_data", "labels", *columns, "encoding", "separator"):
         if getattr(source, flag):
-            name = "partition=column:..." if flag == "group_column" else f"`{flag}`"
+            name = columns.get(flag, f"`{flag}`")
             raise InputError(
                 f"{name} does not fit dataset={source.dataset}, which has only its own texts; leave it out."
             )
@@ -100,7 +107,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         "answer": source.answer_column,
     }
     columns = {role: given[role] or name for role, name in task.columns}
-    wanted = [*columns.values(), *([source.group_column] if source.group_column else [])]
+    wanted = [*columns.values(), *source.extra_columns]
     split_tables, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
     if not split_tables:
         raise InputError(
@@ -109,7 +116,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         )
     main = next(name for name in SPLITS if name in split_tables)
     table = split_tables.pop(main)
-    train, test = records.rows(table, task, columns, source.group_column, public=True), None
+    train, test = records.rows(table, task, columns, source.group_column, source.unit_column, public=True), None
     if source.test_data is not None:
         test = _read_test(source, columns, None, source.data_dir and table.where)
         test = records.rows(test, task, columns, public=True)
@@ -217,9 +224,9 @@ def _load_own(source: Source, need_test: bool) -> Corpus:
     if path is None:
         raise InputError(f"{source.data_dir} has no train{' or train'.join(suffixes)}; put the training table there.")
     test_path, task = _public_test(source, need_test), tasks.own_table(kind)
-    wanted = [*columns.values(), *([source.group_column] if source.group_column else [])]
+    wanted = [*columns.values(), *source.extra_columns]
     train = tables.read_file(path, wanted, form=source.form)
-    train = records.rows(train, task, columns, source.group_column, private=True)
+    train = records.rows(train, task, columns, source.group_column, source.unit_column, private=True)
     test = test_path and records.rows(_read_test(source, columns, test_path, path), task, columns)
     description = f"{source.dataset}: one's own table"
     if source.test_fraction is not None:

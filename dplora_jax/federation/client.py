@@ -47,13 +47,23 @@ class OnDevice:
 
     def batch(self, local, data, client, keys, index):
         """The padded batch of local step `index` and its weights (dict of [B, ...], [B])."""
-        rows, weights = sample(local, client, keys, index)
-        return {name: array[client.offset + rows] for name, array in data.items()}, weights
+        picked, weights = self.pick(local, data, client, keys, index)
+        return self.gather(data, picked), weights
 
-    def first_rows(self, local, data, clients, keys):
-        """The first step's rows of K clients together -> (dict of [N, ...], the rows that were drawn [K, B], weights [K, B])."""
-        rows, weights = jax.vmap(lambda client, keys: sample(local, client, keys, 0))(clients, keys)
-        return data, clients.offset[:, None] + rows, weights
+    def pick(self, local, data, client, keys, index):
+        """What step `index` takes, as `gather` reads it (a pytree of [B, ...]), and its weights [B]: the rows, one a record."""
+        rows, weights = sample(local, client, keys, index)
+        return client.offset + rows, weights
+
+    def gather(self, data, picked):
+        """The batch (dict of [B, ...]) of what was picked."""
+        return {name: array[picked] for name, array in data.items()}
+
+    def first_picks(self, local, data, clients, keys):
+        """The first step of K clients together -> (what `gather` reads them from, what they pick [K, B, ...], weights
+        [K, B])."""
+        pick = jax.vmap(lambda client, keys: self.pick(local, data, client, keys, 0))
+        return data, *pick(clients, keys)
 
 
 ON_DEVICE = OnDevice()

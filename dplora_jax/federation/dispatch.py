@@ -198,6 +198,8 @@ def round_keys(job, rounds, attempt):
     keys = local.noise.round_keys(
         parties, numbers, attempt, config.schedule.clients, rate, local, prepared.shares, prepared.state.adapter
     )
+    if config.privacy.by_unit:
+        keys["rows"] = secrets.keys_of(parties[: config.schedule.clients], "rows", numbers, attempt)
     if participation.partial(config):
         keys["joins"] = participation.joins(config, parties, numbers, attempt)
     return keys
@@ -247,9 +249,6 @@ def compiled(programs, config, rounds, mesh, arguments, **shown):
 
 def program_of(config, rounds, mesh):
     """All that the compiled rounds are made of, but the shapes of their arguments: jobs with the same can share them."""
-    loss = rounds.loss
-    if isinstance(loss, functools.partial):  # which equals itself alone
-        loss = (loss.func, loss.args, tuple(sorted(loss.keywords.items())))
     fields = {
         name: held
         for name, held in to_flat(config).items()
@@ -257,7 +256,7 @@ def program_of(config, rounds, mesh):
     }
     return (
         rounds.model,
-        loss,
+        _comparable(rounds.loss),
         rounds.local,
         rounds.rule,
         rounds.rows,
@@ -265,6 +264,13 @@ def program_of(config, rounds, mesh):
         mesh,
         tuple(fields.items()),
     )
+
+
+def _comparable(loss):
+    """`loss` as what equals another that was made alike: a functools.partial equals itself alone."""
+    if not isinstance(loss, functools.partial):
+        return loss
+    return loss.func, tuple(map(_comparable, loss.args)), tuple(sorted(loss.keywords.items()))
 
 
 def commit(job, done, state, lines, shown, charged):

@@ -118,6 +118,7 @@ class Federation:
             evaluated = self._measuring(prepared, evaluate) if wanted else _nothing
             probed = self._measuring(prepared, probe) if probe else None
             job = self._job(prepared, kept, keys, describe)
+            score = score or functools.partial(private_scores.of_rows, self.loss)
             yield from self._run(job, private_scores.beside(evaluated, job, held, score), probed, stop, closing)
 
     def save(self, directory):

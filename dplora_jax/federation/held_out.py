@@ -16,10 +16,12 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import processes, trust
 from dplora_jax.privacy import accounting, secrets
 
+UNIT = "unit"  # of a client's rows: the number of each row's unit
+
 
 class Part(NamedTuple):
     """What one client keeps back: its rows {name: [R, ...]}, where they were among all its rows (int [R], rising), and the
-    number of the unit that each belongs to (int [R])."""
+    number of the unit that each belongs to (int [R]). The rows have `unit` too where a unit is one text in several rows."""
 
     rows: dict
     places: np.ndarray
@@ -93,8 +95,8 @@ def _kept_back(config, size, client):
     count = round(config.private_test.share * size)
     if not 0 < count < size:
         raise InputError(
-            f"private_test={config.private_test.share:g} of client {client}'s {size} records leaves none to "
-            f"{'train on' if count else 'be measured on'}: give another share, or that client more records."
+            f"private_test={config.private_test.share:g} of client {client}'s {size} {config.privacy.unit}s leaves none to "
+            f"{'train on' if count else 'be measured on'}: give another share, or that client more."
         )
     return count
 
@@ -114,7 +116,7 @@ def split(config, shards, keys):
             units = units_of(shard)
             chosen = np.isin(units, drawn(units, _kept_back(config, len(np.unique(units)), client), keys[client]))
             training[client] = {name: array[~chosen] for name, array in shard.items()}
-            rows = {name: array[chosen] for name, array in shard.items()}
+            rows = {n: array[chosen] for n, array in shard.items() if n != UNIT or not config.privacy.unit_column}
             parts[client] = Part(rows, np.flatnonzero(chosen), units[chosen])
     counts = processes.gather({client: len(np.unique(part.units)) for client, part in parts.items()})
     known = {int(client): count for one in counts for client, count in one.items()}
@@ -123,7 +125,7 @@ def split(config, shards, keys):
 
 def units_of(shard):
     """The number of the unit that each row of a client's `shard` is of, int [n_k]."""
-    return np.asarray(shard["unit"]) if "unit" in shard else np.arange(len(shard["attention_mask"]))
+    return np.asarray(shard[UNIT]) if UNIT in shard else np.arange(len(shard["attention_mask"]))
 
 
 def drawn(units, count, secret):

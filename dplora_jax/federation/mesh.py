@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dplora_jax.errors import InputError
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.federation.client import Client
+from dplora_jax.federation.units import SPANS
 from dplora_jax.privacy import sampling
 
 MODEL = "model"
@@ -123,37 +124,51 @@ class Placement(NamedTuple):
     sizes: list
 
 
-def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None, streamed=False):
+def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None, streamed=False, rows=None):
     """Lay out clients for `round.make`: `shards` is a list of dicts of [n_k, ...] arrays, one a client, and
     `mechanisms` says what each samples from, at least its own records.
 
     Weights are n_k / n; `ranks` are the clients' own, where they have several. Consecutive clients share a device, `wave` of
     them at a time. `sizes`, the public n_k, are needed where this process has not all clients' records: the shards of those
-    that are not `own_clients` are not looked at. With `streamed`, records stay where they are, and `data` is empty.
+    that are not `own_clients` are not looked at. With `streamed`, records stay where they are, and `data` is empty. Where a
+    record has several of the shards' rows, `rows` (`units.Rows`) says which, and n_k counts records.
     """
-    rows, count = mesh.shape[CLIENTS], len(shards)
+    devices, count = mesh.shape[CLIENTS], len(shards)
     sizes = [len(next(iter(shard.values()))) for shard in shards] if sizes is None else sizes
     each = per_device(mesh, count, wave)
-    records = max(sum(sizes[start : start + each]) for start in range(0, rows * each, each))
-    offsets = [sum(sizes[client - client % each : client]) for client in range(count)]
 
-    def block(name, row):
-        first = shards[0][name]
-        out = np.zeros((records, *first.shape[1:]), first.dtype)
-        for client in range(row * each, min((row + 1) * each, count)):
-            out[offsets[client] : offsets[client] + sizes[client]] = shards[client][name]
-        return out
+    def places(counts):
+        """(each client's first place on its device, how many places the fullest device has), for clients of `counts`."""
+        room = max(sum(counts[start : start + each]) for start in range(0, devices * each, each))
+        return [sum(counts[client - client % each : client]) for client in range(count)], room
 
-    def laid(name):
-        shape = (rows * records, *shards[0][name].shape[1:])
+    def laid(parts, counts, starts, room):
+        """The clients' arrays `parts` (a list of [counts_k, ...]) on the devices, `room` places on each."""
+
+        def block(device):
+            out = np.zeros((room, *parts[0].shape[1:]), parts[0].dtype)
+            for client in range(device * each, min((device + 1) * each, count)):
+                out[starts[client] : starts[client] + counts[client]] = parts[client]
+            return out
+
         if jax.process_count() == 1:
-            return jax.device_put(np.concatenate([block(name, row) for row in range(rows)]), sharding)
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: block(name, (index[0].start or 0) // records)
-        )
+            return jax.device_put(np.concatenate([block(device) for device in range(devices)]), sharding)
+        shape = (devices * room, *parts[0].shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: block((index[0].start or 0) // room))
+
+    def on_devices():
+        if rows is None:
+            return {name: laid([shard[name] for shard in shards], sizes, offsets, room) for name in shards[0]}
+        starts, _ = places(rows.counts)
+        of_rows = rows.counts, starts, rows.room(each)
+        return {name: laid([shard[name] for shard in shards], *of_rows) for name in shards[0]} | {
+            SPANS: laid(rows.spans_from(starts), sizes, offsets, room)
+        }
+
+    offsets, room = places(sizes)
 
     def padded(values, dtype, fill=0):
-        return np.array([*values, *[fill] * (rows * each - count)], dtype)
+        return np.array([*values, *[fill] * (devices * each - count)], dtype)
 
     total = sum(sizes)
     clients = Client(
@@ -169,7 +184,7 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None, str
         rank=padded(ranks or [0] * count, np.int32),
     )
     sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
-    data = {} if streamed else {name: laid(name) for name in shards[0]}
+    data = {} if streamed else on_devices()
     largest = (max(getattr(m, name) for m in mechanisms) for name in ("records", "capacity"))
     return Placement(put(clients, sharding), data, *largest, sizes)
 

@@ -55,13 +55,13 @@ class Pooled:
 
     def prepare(self, loss_fn, local, data, adapter, clients, keys):
         """Every client's sum of clipped gradients in local step 0 -> `client.Sums` of [K, ...]."""
-        data, picked, weights = local.batches.first_rows(local, data, clients, keys)
+        data, picked, weights = local.batches.first_picks(local, data, clients, keys)
         turns, order = _turns(picked, weights, at_a_time(self.rows, local.microbatch or local.capacity))
-        count, size = len(weights), turns["row"].shape[1]
+        count, size = len(weights), turns["weight"].shape[1]
 
         @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and for its turns
         def take(turn):
-            batch = {name: array[turn["row"]] for name, array in data.items()}
+            batch = local.batches.gather(data, turn["picked"])
             norm, owners = local.clipper.clip_norm, (turn["owner"], count)
             return local.clipper.sum(loss_fn, adapter, batch, turn["weight"], norm, owners=owners)
 
@@ -92,15 +92,17 @@ class Pooled:
 
 
 def _turns(picked, weights, size):
-    """The rows `picked` [K, C] in turns of `size` -> ({"row", "weight", "owner": [turns, size], "index"}, their order [K C])."""
-    count, capacity = weights.shape
+    """What K clients `picked` (a pytree of [K, C, ...]) in turns of `size` -> ({"picked": [turns, size, ...], "weight", "owner":
+    [turns, size], "index"}, their order [K C])."""
+    count = len(weights)
     order = jnp.argsort(-weights.reshape(-1), stable=True)  # those who joined come first
     turns = -(-order.size // size)
 
     def in_turns(values):
-        values = values.reshape(-1)[order]
-        return jnp.pad(values, (0, turns * size - order.size)).reshape(turns, size)
+        values = values.reshape(order.size, *values.shape[2:])[order]
+        padded = jnp.pad(values, [(0, turns * size - order.size), *[(0, 0)] * (values.ndim - 1)])
+        return padded.reshape(turns, size, *values.shape[1:])
 
-    owners = jnp.repeat(jnp.arange(count), capacity)
-    turn = {"row": in_turns(picked), "weight": in_turns(weights), "owner": in_turns(owners)}
+    owners = jnp.broadcast_to(jnp.arange(count)[:, None], weights.shape)
+    turn = {"picked": jax.tree.map(in_turns, picked), "weight": in_turns(weights), "owner": in_turns(owners)}
     return turn | {"index": jnp.arange(turns)}, order

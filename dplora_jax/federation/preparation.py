@@ -20,6 +20,7 @@ from dplora_jax.federation import (
     round,
     streaming,
     trust,
+    units,
 )
 from dplora_jax.privacy import secrets
 
@@ -53,8 +54,12 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     """The Prepared of `shards` (see `Federation.fit`) on the mesh `grid`. `stored` is the config.json (a dict) of a run that was
     charged already, whose mechanisms are kept. Raises InputError."""
     count = config.schedule.clients
+    layout = units.layout(config)
+    digests = {k: fingerprints.digest_arrays(shard) for k, shard in enumerate(shards) if shard is not None}
+    shards, rows = layout.arranged(shards)
     held = {k: shard for k, shard in enumerate(shards) if shard is not None}
-    sizes = _all_sizes({k: len(shard["attention_mask"]) for k, shard in held.items()}, count)
+    counts = {k: len(shard["attention_mask"]) for k, shard in held.items()}
+    sizes = _all_sizes(counts if rows is None else {k: len(rows.spans[k]) for k in held}, count)
     if not held:
         raise InputError("this process holds no client's records: start fewer processes than there are clients.")
     table = {name: np.concatenate([shard[name] for shard in held.values()]) for name in next(iter(held.values()))}
@@ -62,19 +67,22 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     adapter, params, lora_config, wave = adapter_and_wave(config, grid, model, params, length)
     _warn_of_delta(config, max(sizes))
     mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
-    digests = {k: fingerprints.digest_arrays(shard) for k, shard in held.items()}
-    streamed = processes.agree(lambda: streaming.wanted(config, grid, table, sizes))
+    total = sum(sizes) if rows is None else sum(processes.gather(sum(rows.counts)))
+    streamed = processes.agree(lambda: streaming.wanted(config, grid, table, total))
     base_digest = fingerprints.digest_base(model, params)
     on_mesh = mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
     local = on_mesh if processes.count() == 1 else params
-    model, through = frozen_layers.split(config, model, local, sum(sizes), length, memo)
+    model, through = frozen_layers.split(config, model, local, total, length, memo)
     table = through(table)
-    placed = _shards(table, sizes, held)
+    placed = _shards(table, counts, count)
     parts = trust.mode(config).shares(config, sizes, mechanisms)
-    placement = mesh.place(grid, placed, parts, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed)
+    placement = mesh.place(
+        grid, placed, parts, config.privacy.clip_norm, wave, config.lora.ranks, sizes, streamed, rows
+    )
     rounds = program.federation(config, model, loss, mechanisms, adapter, placement, length, wave, streamed)
-    stream = streaming.Stream(rounds.local, mesh.fetch(placement.clients), placed, grid) if streamed else None
+    clients = mesh.fetch(placement.clients) if streamed else None
+    stream = streaming.Stream(rounds.local, clients, placed, grid, layout, rows) if streamed else None
     state = mesh.put(rounds.init(adapter, count), NamedSharding(grid, PartitionSpec()))
     return Prepared(
         model, on_mesh, lora_config, rounds, grid, placement, stream, mechanisms, parts, sizes, state, adapter, through,
@@ -101,11 +109,12 @@ def _warn_of_delta(config, largest):
         )
 
 
-def _shards(table, sizes, held):
-    """`table`, the rows of the clients that are `held`, in their order, as a list of one dict a client (the others' empty)."""
+def _shards(table, counts, clients):
+    """`table`, the rows of the clients that are held here ({client: how many} in `counts`), in their order, as a list of one dict
+    a client (the others' empty)."""
     shards, start = [], 0
-    for client, size in enumerate(sizes):
-        end = start + size if client in held else start
+    for client in range(clients):
+        end = start + counts.get(client, 0)
         shards.append({name: array[start:end] for name, array in table.items()})
         start = end
     return shards

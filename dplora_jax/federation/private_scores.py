@@ -20,34 +20,39 @@ SPENT = "private_test_epsilon"  # what they have cost a record that is kept back
 
 
 class Measure(NamedTuple):
-    """How a run's records are scored: `kind` is one of `unit_scores`, and `run(adapter, residual)` -> {client: its rows'
-    outcomes} for the clients that this process trains for."""
+    """How a run's records are scored: `kind` is one of `unit_scores`, `units` {client: int [I]} the number of the unit that each
+    of its records is of, and `run(adapter, residual)` -> {client: the outcomes of these records [I]}, for the clients that this
+    process trains for."""
 
     kind: Any
+    units: dict
     run: Callable
 
 
-def of_rows(prepared, held):
-    """The Measure of rows as they train: by their `labels`, of a classifier, else by their losses.
+def of_rows(loss, prepared, held):
+    """The Measure of rows as they train: by their `labels`, of a classifier, else by `loss(model, params)` of the rows.
 
-    A row whose logits are not finite counts as a wrong label, or as the largest loss: that of guessing among all tokens.
+    A text in several rows has one label, as on a public test set, and a mean of its rows' losses. What has no finite logits
+    counts as a wrong label, or as the largest loss: that of guessing among all tokens.
     """
-    tables = {k: prepared.through_frozen_layers(part.rows) for k, part in held.parts.items()}
+    rows = {k: {n: x for n, x in part.rows.items() if n != held_out.UNIT} for k, part in held.parts.items()}
+    tables = {k: prepared.through_frozen_layers(table) for k, table in rows.items()}
     model = prepared.model
     if "labels" not in next(iter(tables.values())):
-        loss = prepared.rounds.loss
         run = own_rows.by_client(prepared, tables, lambda based, adapter, batch: loss(model, based)(adapter, batch))
-        return Measure(unit_scores.Losses(math.log(model.config.vocab_size)), run)
+        units = {k: part.units for k, part in held.parts.items()}
+        return Measure(unit_scores.Losses(math.log(model.config.vocab_size)), units, run)
     classes = model.config.num_labels
     inputs = {k: {n: array for n, array in table.items() if n != "labels"} for k, table in tables.items()}
-    said = own_rows.by_client(prepared, inputs, functools.partial(evaluation.label_said, model))
-    labels = {k: part.rows["labels"] for k, part in held.parts.items()}
-    return Measure(
-        unit_scores.Labels(classes),
-        lambda adapter, residual=(): {
-            k: pairs(labels[k], found, classes) for k, found in said(adapter, residual).items()
-        },
-    )
+    by_row = own_rows.by_client(prepared, inputs, functools.partial(evaluation.label_likelihoods, model))
+    firsts = {k: evaluation.firsts(part.rows) for k, part in held.parts.items()}
+    labels = {k: table["labels"][firsts[k]] for k, table in rows.items()}
+
+    def run(adapter, residual=()):
+        found = by_row(adapter, residual)
+        return {k: pairs(labels[k], evaluation.label_said(x, firsts[k]), classes) for k, x in found.items()}
+
+    return Measure(unit_scores.Labels(classes), {k: part.units[firsts[k]] for k, part in held.parts.items()}, run)
 
 
 def pairs(labels, said, classes):
@@ -61,7 +66,9 @@ def covered(prepared, held):
     if held is None:
         return prepared
     digests = {
-        client: fingerprints.digest_arrays([np.frombuffer(digest, np.uint8), held.parts[client].rows])
+        client: fingerprints.digest_arrays(
+            [np.frombuffer(digest, np.uint8), held.parts[client].rows, held.parts[client].units]
+        )
         for client, digest in prepared.record_digests.items()
     }
     return prepared._replace(record_digests=digests)
@@ -77,20 +84,21 @@ def described(description, config, held):
 
 def statement(config, cost):
     """What the guarantee's statements say of scores that cost a `held_out.Cost`."""
+    unit = config.privacy.unit
     kept = (
-        f"Scores on private records: {sum(cost.units)} records are kept back, drawn by each client's secret, and never train. "
+        f"Scores on private records: {sum(cost.units)} {unit}s are kept back, drawn by each client's secret, and never train. "
         f"They are measured {cost.evaluations} times"
     )
     if not trust.mode(config).private:
         return f"{kept}; these scores are EXACT, without noise."
     return (
-        f"{kept}, and only counts under Gaussian noise of {cost.noise_multiplier:.4g} times what a record can add are released: "
-        f"epsilon {cost.epsilon:.4g} at delta {config.privacy.delta:g} for a record that is kept back. A record either trains or "
+        f"{kept}, and only counts under Gaussian noise of {cost.noise_multiplier:.4g} times what a {unit} can add are released: "
+        f"epsilon {cost.epsilon:.4g} at delta {config.privacy.delta:g} for a {unit} that is kept back. A {unit} either trains or "
         "is kept back, so it pays the larger of the two epsilons, not their sum."
     )
 
 
-def beside(evaluate, job, held, score=None):
+def beside(evaluate, job, held, score):
     """A function (state, number, ends) -> the metrics of `evaluate(state, ends=...)` and, where anything is `held` back, the
     scores of round `number`."""
     scores = scorer(job, held, score) if held else lambda state, number, last: {}
@@ -99,11 +107,11 @@ def beside(evaluate, job, held, score=None):
     )
 
 
-def scorer(job, held, score=None):
+def scorer(job, held, score):
     """A function (state, number, last) -> the scores of `state` after round `number`, charged to the ledger before they are
     computed; `last` says whether no evaluation follows. None are given once the planned evaluations are paid for, of which one is
-    kept for the last round. `score(prepared, held)` gives the Measure; default: `of_rows`."""
-    measure = (score or of_rows)(job.prepared, held)
+    kept for the last round. `score(prepared, held)` gives the Measure."""
+    measure = score(job.prepared, held)
     config = job.config
     noise = held_out.noise_multiplier(config)
     shares = trust.mode(config).shares(config, held.units, [held_out.mechanism(noise)] * len(held.units))
@@ -120,7 +128,7 @@ def scorer(job, held, score=None):
         keys = dispatch.paid_secrets(job._replace(paid=entry))
         total = np.zeros(measure.kind.width, np.int64)
         for client, outcomes in _outcomes(job, measure.run, state).items():
-            summed = unit_scores.total(measure.kind, outcomes, held.parts[client].units, bits)
+            summed = unit_scores.total(measure.kind, outcomes, measure.units[client], bits)
             key = secrets.digest(keys[client], "test noise", number, attempt)
             total += unit_scores.noisy(summed, shares[client].noise_multiplier, bits, key)
         total = np.sum(processes.gather(total.tolist()), 0) / 2.0**bits

@@ -22,8 +22,9 @@ from dplora_jax.federation import (
     round,
     streaming,
     trust,
+    units,
 )
-from dplora_jax.federation.client import APART, ON_DEVICE, LocalConfig, whole
+from dplora_jax.federation.client import APART, LocalConfig, whole
 from dplora_jax.privacy import clippers, clipping, noises
 from dplora_jax.privacy.noise import NoNoise
 from dplora_jax.privacy.unclipped import Unclipped
@@ -51,13 +52,14 @@ def federation(config, model, loss, mechanisms, adapter, placement, length, wave
     """The static part of the rounds (`round.Rounds`) for clients that lie as `placement` says, `wave` at a time."""
     trust_mode = trust.mode(config)
     own_noise = noise(config, mechanisms, placement.sizes, adapter)
+    layout = units.layout(config)
     local = LocalConfig(
         config.schedule.local_steps,
         placement.records,
         placement.capacity,
         _clipper(config),
         own_noise,
-        batches=streaming.Streamed() if streamed else ON_DEVICE,
+        batches=streaming.Streamed() if streamed else layout.batches,
         upload=compression.Rounded(config.aggregation.upload_bits)
         if config.aggregation.upload_bits
         else compression.EXACT,
@@ -66,7 +68,7 @@ def federation(config, model, loss, mechanisms, adapter, placement, length, wave
     )
     return round.Rounds(
         model,
-        loss,
+        layout.loss(loss),
         local,
         *optimizers(config),
         ema=config.aggregation.ema,
@@ -121,8 +123,9 @@ def wave(config, grid, model, adapter, length):
 def _poolable(config, model, adapter, length):
     """Whether all clients' rows of a round go through one adapter, and are clipped to one norm (else the round refuses a pool),
     and rows' gradients, which pooled rows have, are the better way to every matrix's sum."""
+    tokens = units.layout(config).tokens(length)
     kept = (
-        per_row.keeps_less(length, *leaf.shape[1:], model.dtype) for leaf in jax.tree.leaves(adapter.get("layers", {}))
+        per_row.keeps_less(tokens, *leaf.shape[1:], model.dtype) for leaf in jax.tree.leaves(adapter.get("layers", {}))
     )
     return not any(kept) and (
         config.schedule.local_steps == 1

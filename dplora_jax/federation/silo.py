@@ -37,6 +37,7 @@ from dplora_jax.federation import (
     silo_checks,
     storage,
     trust,
+    units,
     waves,
 )
 from dplora_jax.federation.clock import Clock
@@ -118,7 +119,9 @@ class Silo:
         self.config, self.client = _settled(config, sizes), client
         if not 0 <= client < len(sizes):
             raise InputError(f"client={client} must lie between 0 and {len(sizes) - 1}.")
-        count, length = records["attention_mask"].shape
+        (rows,), spans = units.layout(self.config).arranged([records])
+        length = records["attention_mask"].shape[1]
+        count = len(rows["attention_mask"]) if spans is None else len(spans.spans[0])
         if count != sizes[client]:
             raise InputError(f"client {client} has {count} records, and the plan is for {sizes[client]}.")
         mechanisms = _mechanisms(self.config, sizes, mechanisms)
@@ -127,8 +130,11 @@ class Silo:
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
         self._mesh = mesh.make("1x1", 1, model)
         self._params = mesh.put(params, mesh.base_sharding(self._mesh, params))
-        model, through = frozen_layers.split(self.config, model, self._params, count, length)
-        self._placement = mesh.place(self._mesh, [through(records)], [shares[client]], self.config.privacy.clip_norm, 1)
+        held = len(rows["attention_mask"])
+        model, through = frozen_layers.split(self.config, model, self._params, held, length)
+        self._placement = mesh.place(
+            self._mesh, [through(rows)], [shares[client]], self.config.privacy.clip_norm, 1, sizes=[count], rows=spans
+        )
         everyone = self._placement._replace(sizes=list(sizes))
         rounds = program.federation(self.config, model, loss, mechanisms, adapter, everyone, length)
         part = Part([mechanisms[client]], [shares[client]], rounds, _init(rounds, adapter, 1))

@@ -15,22 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dplora_jax.federation import client, mesh
+from dplora_jax.federation import client, mesh, units
 
 SHARE = 0.25  # of a device's memory that records may take before they are streamed
 
 
-def wanted(config, grid, table, sizes):
-    """Whether to stream: as configured, else where a device's records would take more than SHARE of its memory, if it tells."""
+def wanted(config, grid, table, rows):
+    """Whether to stream the `rows` rows of all clients: as configured, else where a device's part of them would take more than
+    SHARE of its memory, if it tells."""
     if config.execution.stream is not None:
         return config.execution.stream
     limit = (grid.local_devices[0].memory_stats() or {}).get("bytes_limit")
     row = sum(array.itemsize * math.prod(array.shape[1:]) for array in table.values())
-    return limit is not None and row * sum(sizes) / len(grid.devices) > SHARE * limit
+    return limit is not None and row * rows / len(grid.devices) > SHARE * limit
 
 
-class Streamed:
-    """In the place of `client.OnDevice`: batches that the host drew and sent."""
+class Streamed(client.OnDevice):
+    """In the place of `client.OnDevice`, or of `units.UnitsOnDevice`: batches that the host drew and sent."""
 
     keys = ("batch", "weights")
 
@@ -38,51 +39,55 @@ class Streamed:
         """The padded batch of local step `index` and its weights."""
         return jax.tree.map(lambda x: x[index], (keys["batch"], keys["weights"]))
 
-    def first_rows(self, local, data, clients, keys):
-        """The first step's rows of K clients together -> (dict of [N, ...], the rows that were drawn [K, C], weights [K, C])."""
+    def first_picks(self, local, data, clients, keys):
+        """The first step of K clients together -> (dict of what was sent [K C, ...], each one's places in it [K, C], weights
+        [K, C])."""
         weights = keys["weights"][:, 0]
         rows = {name: array[:, 0].reshape(-1, *array.shape[3:]) for name, array in keys["batch"].items()}
-        return rows, jnp.arange(weights.size), weights
+        return rows, jnp.arange(weights.size).reshape(weights.shape), weights
 
 
 class Stream:
     """The rows of clients' records `shards` (a list of dicts of [n_k, ...] arrays; empty where another process holds them) for
-    rounds of `local` (a LocalConfig), sampled as `clients` says (`client.Client` of [K'], on the host)."""
+    rounds of `local` (a LocalConfig), sampled as `clients` says (`client.Client` of [K'], on the host), and picked as
+    `layout.batches` would on the device; `rows` are the units' (`units.Rows`), where records are units."""
 
-    def __init__(self, local, clients, shards, grid):
-        self.shards, self.grid, self.count = shards, grid, len(clients.size)
+    def __init__(self, local, clients, shards, grid, layout=units.ROW_EACH, rows=None):
+        self.shards, self.grid, self.count, self.source = shards, grid, len(clients.size), layout.batches
+        looked_up, self.clients = layout.on_host(rows, clients)
         steps = np.arange(local.local_steps)
 
-        def draw(clients, keys):
-            return jax.vmap(lambda one, keys: jax.vmap(lambda step: client.sample(local, one, keys, step))(steps))(
-                clients, keys
-            )
+        def draw(client, keys):
+            lookups = jax.tree.map(jnp.asarray, looked_up)
+            return jax.vmap(lambda step: self.source.pick(local, lookups, client, keys, step))(steps)
 
         try:
             self.host = jax.local_devices(backend="cpu")[0]
         except RuntimeError:  # JAX_PLATFORMS leaves it out
             self.host = jax.local_devices()[0]
-        self.draw = jax.jit(draw)
-        self.clients = clients
+        self.draw = jax.jit(jax.vmap(draw))
 
     def round(self, keys):
         """One round's keys [1, K, ...] as `mesh.place_keys` puts them, with "batch" {name: [1, K', S, C, ...]} and "weights"
-        [1, K', S, C] in place of "sampling"."""
-        padded = self.count - len(keys["sampling"][0])
-        sampling_keys = np.pad(keys["sampling"][0], [(0, padded), *[(0, 0)] * (keys["sampling"].ndim - 2)])
+        [1, K', S, C] in place of those that `source` draws from."""
+        drawn = {name: self._padded(keys[name][0]) for name in self.source.keys}
         with jax.default_device(self.host):
-            rows, weights = jax.device_get(self.draw(self.clients, {"sampling": sampling_keys}))
-        batch = {
-            name: np.zeros((self.count, *rows.shape[1:], *array.shape[1:]), array.dtype)
-            for name, array in self.shards[0].items()
+            picked, weights = jax.device_get(self.draw(self.clients, drawn))
+        gathered = {
+            k: self.source.gather(shard, jax.tree.map(lambda x, k=k: x[k], picked))
+            for k, shard in enumerate(self.shards)
+            if len(next(iter(shard.values())))
         }
-        for k, shard in enumerate(self.shards):
-            for name, array in shard.items():
-                if len(array):
-                    batch[name][k] = array[rows[k]]
-        rest = {name: value for name, value in keys.items() if name != "sampling"}
+        nothing = {name: np.zeros_like(array) for name, array in next(iter(gathered.values())).items()}
+        batches = [gathered.get(k, nothing) for k in range(self.count)]
+        batch = {name: np.stack([one[name] for one in batches]) for name in nothing}
+        rest = {name: value for name, value in keys.items() if name not in self.source.keys}
         sent = {"batch": batch, "weights": weights}
         return mesh.place_keys(self.grid, rest | jax.tree.map(lambda x: x[None], sent), self.count)
+
+    def _padded(self, keys):
+        """A round's keys [K, ...] with those of padding clients [K', ...], who never join."""
+        return np.pad(keys, [(0, self.count - len(keys)), *[(0, 0)] * (keys.ndim - 1)])
 
 
 def calls(prepared, keys, rounds):

@@ -32,7 +32,7 @@ def deal(config):
     train = corpus.train
     parties = config.data.parties or config.schedule.clients
     shares = partition.partition(
-        config.data.partition, train.labels, train.groups, parties, config.schedule.split_seed
+        config.data.partition, train.labels, train.groups, parties, config.schedule.split_seed, train.units
     )[config.data.party :]
 
     def read(clients):
@@ -50,9 +50,9 @@ def source_of(config):
     return sources.Source(
         dataset=data.dataset, data_dir=data.data_dir, test_data=data.test_data, text_column=data.text_column,
         label_column=data.label_column, prompt_column=data.prompt_column, answer_column=data.answer_column,
-        group_column=partition.group_column(data.partition), labels=data.labels or None, test_fraction=data.test_fraction,
-        split_seed=config.schedule.split_seed, train_records=data.train_records, test_records=data.test_records,
-        encoding=data.encoding, separator=data.separator,
+        group_column=partition.group_column(data.partition), unit_column=config.privacy.unit_column,
+        labels=data.labels or None, test_fraction=data.test_fraction, split_seed=config.schedule.split_seed,
+        train_records=data.train_records, test_records=data.test_records, encoding=data.encoding, separator=data.separator,
     )  # fmt: skip
 
 

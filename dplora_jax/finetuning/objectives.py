@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from dplora_jax import losses
 from dplora_jax.data import encoding, tasks
 from dplora_jax.errors import InputError
@@ -47,9 +49,17 @@ def kind(config, task):
 
 def make(config, task, tokenizer):
     """The Objective of `config` on `task`."""
+    documents = config.privacy.unit_rows if cuts_texts(config) else 1
     if kind(config, task) == CLASSIFIER:
-        arrays = functools.partial(encoding.classification, tokenizer, max_length=config.data.max_length)
-        return Objective(CLASSIFIER, arrays, arrays, losses.classification)
+        arrays = functools.partial(
+            encoding.classification, tokenizer, max_length=config.data.max_length, most_rows=documents
+        )
+        return Objective(CLASSIFIER, _with_units(arrays), arrays, losses.classification)
+    if documents > 1 and task.kind != tasks.TEXT:
+        raise InputError(
+            f"unit_rows={documents} cuts long texts, and dataset={config.data.dataset} has prompts before its answers: give "
+            "unit_rows=1, or `privacy_unit`."
+        )
 
     def rows(encode, **options):
         return lambda records: encode(
@@ -60,9 +70,12 @@ def make(config, task, tokenizer):
             **options,
         )
 
-    right = rows(encoding.right_answers, ends=task.kind == tasks.ANSWERS)
+    def in_rows(records):
+        return encoding.documents(tokenizer, tasks.asked(task, records), config.data.max_length, documents)
+
+    right = rows(encoding.right_answers, ends=task.kind == tasks.ANSWERS) if documents == 1 else in_rows
     if task.kind != tasks.LABELS:
-        return Objective(LANGUAGE_MODEL, right, right, losses.language_model)
+        return Objective(LANGUAGE_MODEL, _with_units(right), right, losses.language_model)
     words = task.ask({"text": "", "label": 0})
     bound, least = encoding.most_tokens(tokenizer, [words], config.data.chat)  # public, as the labels are
     if least > config.data.max_length:
@@ -71,4 +84,20 @@ def make(config, task, tokenizer):
             "Raise it."
         )
     loss = functools.partial(losses.language_model, max_targets=bound)
-    return Objective(LANGUAGE_MODEL, right, rows(encoding.all_answers), loss)
+    return Objective(LANGUAGE_MODEL, _with_units(right), rows(encoding.all_answers), loss)
+
+
+def cuts_texts(config):
+    """Whether a text that is longer than a row goes on in others."""
+    return config.privacy.by_unit and config.privacy.unit_column is None
+
+
+def _with_units(arrays):
+    """`arrays(records)` with `unit` [N], the number of each row's unit, where records have units."""
+
+    def made(records):
+        if records.units is None:
+            return arrays(records)
+        return arrays(records) | {encoding.UNIT: np.unique(records.units, return_inverse=True)[1].astype(np.int32)}
+
+    return made

@@ -16,8 +16,8 @@ def scorer(objective, corpus, private, prepared, held):
     on the rows as they train. Prepared and held are as `Federation.fit` gives them.
     """
     if objective.kind == objectives.CLASSIFIER or corpus.task.kind != tasks.LABELS:
-        return private_scores.of_rows(prepared, held)
-    classes, loss = len(corpus.label_names), prepared.rounds.loss
+        return private_scores.of_rows(objective.loss, prepared, held)
+    classes, loss = len(corpus.label_names), objective.loss
     kept = {k: records.take(private[k], part.places) for k, part in held.parts.items()}
     tables = {k: objective.test(part) for k, part in kept.items()}  # a row for each word of each record
     counted = {k: table["loss_mask"][:, 1:].sum(1) for k, table in tables.items()}
@@ -33,4 +33,5 @@ def scorer(objective, corpus, private, prepared, held):
         }
         return {k: private_scores.pairs(kept[k].labels, labels, classes) for k, labels in said.items()}
 
-    return private_scores.Measure(unit_scores.Labels(classes), run)
+    units = {k: part.units for k, part in held.parts.items()}
+    return private_scores.Measure(unit_scores.Labels(classes), units, run)

@@ -85,8 +85,8 @@ def for_run(config, given):
     if sigma is not None and mode.private:
         raise InputError("`auto` needs `epsilon`: give it in place of `noise_multiplier`.")
     dealt = dealing.deal(config)
-    _, places = dealt.read(range(config.schedule.clients))
-    sizes = held_out.training(config, [len(places[k]) for k in range(config.schedule.clients)])
+    sizes = [part.count for part in dealing.by_client(*dealt.read(range(config.schedule.clients)))]
+    sizes = held_out.training(config, sizes)
     private = epsilon if mode.private else None
     kind = objectives.kind(config, dealt.corpus.task)
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:

@@ -68,8 +68,9 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     # No other client's text is looked at.
     table, shares = dealt.read(federation.local_clients(config.data.max_length))
     train = objective.train(table)
+    record = train[encoding.UNIT] if objectives.cuts_texts(config) else np.arange(len(table.texts))
     shards = [
-        {name: array[shares[k]] for name, array in train.items()} if k in shares else None
+        {name: array[np.isin(record, shares[k])] for name, array in train.items()} if k in shares else None
         for k in range(config.schedule.clients)
     ]
     private = dealing.by_client(table, shares)

@@ -108,16 +108,14 @@ def round_keys(secrets, rounds, attempt, clients=None, rate=None):
     [rounds, 4, 2] are its noise keys. With a `rate` there is "joins" too.
     """
 
-    def key(secret, purpose, number):
-        return np.frombuffer(digest(secret, purpose, int(number), int(attempt)), np.uint32).reshape(4, 2)
-
     clients_secrets, server = secrets[:clients], secrets[len(secrets) if clients is None else clients :]
-    keys = {
-        p: np.array([[key(s, p, r) for s in clients_secrets] for r in rounds], np.uint32).reshape(
-            len(rounds), len(clients_secrets), 4, 2
-        )
-        for p in PURPOSES
-    }
+    keys = {purpose: keys_of(clients_secrets, purpose, rounds, attempt) for purpose in PURPOSES}
     if server:
-        keys["server"] = np.array([key(server[0], "noise", r) for r in rounds], np.uint32).reshape(len(rounds), 4, 2)
+        keys["server"] = keys_of(server[:1], "noise", rounds, attempt)[:, 0]
     return keys if rate is None else keys | {"joins": joins(clients_secrets, rounds, attempt, rate)}
+
+
+def keys_of(secrets, purpose, rounds, attempt):
+    """Each secret's keys for one `purpose`: uint32 [rounds, K, 4, 2]."""
+    keys = [digest(secret, purpose, int(number), int(attempt)) for number in rounds for secret in secrets]
+    return np.frombuffer(b"".join(keys), np.uint32).reshape(len(rounds), len(secrets), 4, 2)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dplora_jax import evaluation, lora, losses
 from dplora_jax.config import field_value, replace
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation, mesh, round, trust
+from dplora_jax.federation import aggregation, mesh, round, trust, units
 from dplora_jax.federation.client import LocalConfig
 from dplora_jax.models import bert
 from dplora_jax.privacy import accounting, auditing, clipping, secrets
@@ -49,6 +49,7 @@ class Subject(NamedTuple):
     delta: float
     vocabulary: int
     length: int
+    layout: units.RowEach = units.ROW_EACH
 
     @property
     def steps(self):
@@ -77,23 +78,24 @@ def scaled(loss):
     return lambda model, params: Scaled(model, params, None, loss(model, params))
 
 
-def small(epsilon, delta=1e-5, clients=1200, records=2, rate=1.0, rounds=4):
-    """A one-layer random BERT with rank-1 adapters, many clients of few records -> Subject."""
+def small(epsilon, delta=1e-5, clients=1200, records=2, rate=1.0, rounds=4, layout=units.ROW_EACH):
+    """A one-layer random BERT with rank-1 adapters, many clients of few records, that lie in rows as `layout` says -> Subject."""
     mechanism = accounting.calibrate([records], rate * records, rounds, epsilon, delta)[0]
-    federation, grid, params, adapter = _small_program(clients, records, mechanism.capacity)
+    federation, grid, params, adapter = _small_program(clients, records, mechanism.capacity, layout)
     rates = {"layers": SMALL_RATE, "head": SMALL_RATE}
-    return Subject(federation, grid, params, adapter, [mechanism] * clients, rates, rounds, delta, 20, 4)
+    return Subject(federation, grid, params, adapter, [mechanism] * clients, rates, rounds, delta, 20, 4, layout)
 
 
 @functools.lru_cache(maxsize=4)
-def _small_program(clients, records, capacity):
+def _small_program(clients, records, capacity, layout):
     """(Rounds, mesh, params, adapter) of `small`: the same for every epsilon, so that it compiles once."""
     model = bert.Bert(bert.BertConfig(20, 8, 1, 2, 16, 8, 2, num_labels=3, pooling="mean"))
     params = jax.tree.map(lambda p: 4 * p, jax.jit(model.init)(jax.random.key(0)))
     adapter = lora.init(jax.random.key(1), model, params, lora.LoraConfig(1, 2.0))
     optimizer = aggregation.groups({part: optax.sgd(SMALL_RATE) for part in ("layers", "head")})
-    local = LocalConfig(1, records, capacity, clipping.Clip(1.0))
-    federation = round.Rounds(model, scaled(losses.classification), local, optimizer, optax.sgd(1.0), wave=clients)
+    local = LocalConfig(1, records, capacity, clipping.Clip(1.0), batches=layout.batches)
+    loss = layout.loss(scaled(losses.classification))
+    federation = round.Rounds(model, loss, local, optimizer, optax.sgd(1.0), wave=clients)
     return federation, mesh.make("1x1", clients, model), params, adapter
 
 
@@ -109,9 +111,9 @@ def from_config(config):
     if config.optimizer.client_optimizer != "sgd":
         raise InputError("--client_optimizer=adam cannot be audited: its uploads do not tell the noisy sums.")
     job = setup.prepare(replace(config, cache_frozen=False, stream=False, eval_every=0))
-    prepared = job.federation.prepare(job.shards)
+    prepared, layout = job.federation.prepare(job.shards), units.layout(config)
     return Subject(
-        dataclasses.replace(prepared.rounds, loss=scaled(prepared.rounds.loss)),
+        dataclasses.replace(prepared.rounds, loss=layout.loss(scaled(job.federation.loss))),
         prepared.mesh,
         prepared.params,
         prepared.state.adapter,
@@ -121,6 +123,7 @@ def from_config(config):
         config.privacy.delta,
         prepared.model.config.vocab_size,
         config.data.max_length,
+        layout,
     )
 
 
@@ -160,14 +163,15 @@ def _gradient_program(federation):
 
 def gradients(subject, adapter, records):
     """Each record's own gradient, [C, ...] leaves; by plain autodiff, so that it does not depend on the code under audit."""
-    program, chunks = _gradient_program(subject.federation), evaluation.padded_batches(records, CHUNK)
+    whole = subject.layout.whole(records)
+    program, chunks = _gradient_program(subject.federation), evaluation.padded_batches(whole, CHUNK)
     parts = [jax.device_get(program(subject.params, adapter, chunk)) for chunk in chunks]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(records["scale"])], *parts)
 
 
 def shards(subject, canaries, coins):
-    """Each client's records: its canaries, silenced where the coin [K, C] says out, then, if all records join every step, one of
-    opposed gradient for each (the most that clipping too late would hide), and null records.
+    """Each client's records, in rows: its canaries, silenced where the coin [K, C] says out, then, if all records join every
+    step, one of opposed gradient for each (the most that clipping too late would hide), and null records.
 
     The opposed ones are known to be in and cost an adversary nothing where clipping is right. Raises InputError when a
     client is too small."""
@@ -187,7 +191,7 @@ def shards(subject, canaries, coins):
         scale[:count] = canaries["scale"] * mine
         if opposed:
             scale[count:records_taken] = -canaries["scale"] / 2
-        out.append(shard | {"scale": scale})
+        out.append(subject.layout.spread(shard | {"scale": scale}))
     return out
 
 
@@ -203,16 +207,21 @@ def transcript(subject, canaries, coins, keys, program=None):
     Each round is a dispatch of its own, between which the public adapter is read: what a longer one does to keys is not seen."""
     local, count = subject.federation.local, len(subject.mechanisms)
     program = program or _program(subject.federation, subject.grid)
+    rows, spans = subject.layout.arranged(shards(subject, canaries, coins))
     place = mesh.place(
         subject.grid,
-        shards(subject, canaries, coins),
+        rows,
         subject.mechanisms,
         local.clipper.clip_norm,
         subject.federation.wave,
+        sizes=[m.records for m in subject.mechanisms],
+        rows=spans,
     )
     whole = NamedSharding(subject.grid, PartitionSpec())
     state = jax.device_put(subject.federation.init(jax.tree.map(jnp.array, subject.adapter)), whole)
     numbers = secrets.round_keys(keys, range(1, subject.rounds + 1), 0)
+    if "rows" in subject.federation.keys:
+        numbers["rows"] = secrets.keys_of(keys, "rows", range(1, subject.rounds + 1), 0)
     divisors = np.array([m.sampling_rate * m.records for m in subject.mechanisms])
     sums, seen = [], []
     for index in range(subject.rounds):

@@ -6,7 +6,8 @@ privacy and as the flags say. Exposure is log2(candidates) - log2(the secret's r
 canary's beginning, greedily. Nothing of a run is saved but `memorisation.json` in a directory of its own. Exit codes: 0 done,
 2 bad input, 74 a file cannot be written.
 
-Every copy of a canary is a record: a guarantee is for one of them, and c copies are protected by the rules of groups alone.
+Every copy of a canary is a record: a guarantee is for one of them, and c copies are protected by the rules of groups alone. With
+--privacy_unit=column:NAME the copies of a canary are one person's rows, a unit more at client 0.
 """
 
 import functools
@@ -145,9 +146,12 @@ def with_canaries(dealt, inserted, copies):
     from dplora_jax.data import records
 
     extra = records.together([as_records(inserted, dealt.corpus.task)] * copies)
+    owners = tuple(f"canary {number}" for number in range(len(inserted))) * copies
 
     def read(clients):
+        nonlocal extra
         table, places = dealt.read(clients)
+        extra = extra if table.units is None else extra._replace(units=owners)
         if 0 in places:
             places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(extra.texts))])}
             table = records.together([table, extra])

@@ -68,7 +68,7 @@ def contents(workdir, stored, rows, agreement, sweep):
         "ledger": agreement.words,
         "audit": audit(workdir, stored) if private else None,
         "sweep": sweep,
-        "clients": clients_table(charged(described["clients"], last)),
+        "clients": clients_table(charged(described["clients"], last), flags.privacy.unit),
         "clients_note": _clients_note(described["clients"]),
         "communication": communication_table(stored, rows),
         "ranks": _ranks(stored),
@@ -99,9 +99,10 @@ def _facts(stored):
         f"rank {flags.lora.rank}",
     ]
     words += [f"targets {','.join(flags.lora.targets)}", f"trust {flags.privacy.trust}"]
-    names = ("train_records", "test_records")
-    words += [f"{formats.number(data[name])} {name.replace('_', ' ')}" for name in names if data[name]]
-    return words + ([f"{scores.kept_back(stored)} records kept back"] if stored.description["private_test"] else [])
+    names = {"train_records": f"train {flags.privacy.unit}s", "test_records": "test records"}
+    words += [f"{formats.number(data[name])} {title}" for name, title in names.items() if data[name]]
+    kept_back = f"{scores.kept_back(stored)} kept back"
+    return words + ([kept_back] if stored.description["private_test"] else [])
 
 
 def _tiles(stored, rows, metrics, private, confirmed):
@@ -195,8 +196,8 @@ def charged(clients, last):
     return [client | {"epsilon": value} for client, value in zip(clients, spent, strict=True)]
 
 
-def clients_table(clients):
-    """A row a client, or the first ones and the spread of all."""
+def clients_table(clients, unit="record"):
+    """A row a client, or the first ones and the spread of all; `unit` is what is protected, in a word."""
     names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
     rows_shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
     body = [
@@ -210,7 +211,8 @@ def clients_table(clients):
             _cell(reduced(values) if values else None, name) for name, values in zip(names[1:], columns, strict=True)
         ]
         foot.append([title, *cells])
-    return Table([CLIENT_COLUMNS[name] for name in names], body, foot if len(rows_shown) < len(clients) else [])
+    heads = CLIENT_COLUMNS | {"records": f"{unit}s (n)"}
+    return Table([heads[name] for name in names], body, foot if len(rows_shown) < len(clients) else [])
 
 
 def _who(client, index):

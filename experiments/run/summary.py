@@ -15,7 +15,7 @@ def line(folder):
     metrics, kept_back = scores.of_line(stored, last), scores.spent([line.values for line in lines])
     confirmed = ledger.agreement(folder)
     budget = (
-        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects}"
+        f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects(flags)}"
         if stored.private
         else workdir_files.NO_PRIVACY
     )

@@ -24,7 +24,7 @@ def main(arguments):
         from dplora_jax.finetuning import parties
 
         with cli.speaking_of_flags():
-            records = len(parties.own_records(replace(cli.raw(values), workdir=str(workdir))).texts)
+            records = parties.own_records(replace(cli.raw(values), workdir=str(workdir))).count
     card = keys.create(workdir, values.name, records)
     print(f"{card['name']} has {records} records. Send {workdir / keys.CARD} to the coordinator.")
     print(f"Keep {workdir / 'private'} here, and give {workdir / 'relay'} to the relay's user.")

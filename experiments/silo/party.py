@@ -46,7 +46,7 @@ def opened(made, values, workdir):
         _check_features(made.body["features"])
         base = parties.public(config, {"federation": {"features": made.body["features"]}})
         rows = base.objective.train(parties.own_records(config))
-    count = len(rows["attention_mask"])
+    count = len(np.unique(rows["unit"])) if "unit" in rows else len(rows["attention_mask"])
     if count != made.sizes[number]:
         raise InputError(f"{card['name']} has {count} records, and the plan is for {made.sizes[number]}.")
     about, bits, adapter = draft.describe(config, base.model, base.params, made.sites, made.mechanisms)

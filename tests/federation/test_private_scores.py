@@ -353,12 +353,60 @@ def test_a_language_models_losses_are_measured_on_the_rows_that_it_would_train_o
         for k, part in held.parts.items()
     }
     renamed = lambda model, params: lambda adapter, batch: loss(adapter, batch | {"labels": batch["said"]})  # noqa: E731
-    prepared = prepared._replace(rounds=dataclasses.replace(prepared.rounds, loss=renamed))
     wider = dataclasses.replace(prepared.model, config=dataclasses.replace(prepared.model.config, vocab_size=1000))
-    measure = private_scores.of_rows(prepared._replace(model=wider), held._replace(parts=parts))
+    measure = private_scores.of_rows(renamed, prepared._replace(model=wider), held._replace(parts=parts))
     assert measure.kind == unit_scores.Losses(math.log(1000))
     for client, found in measure.run(prepared.adapter).items():
         assert np.allclose(found, loss(prepared.adapter, held.parts[client].rows), atol=1e-5)
+
+
+def by_unit(sizes=(5, 7, 4)):
+    """The clients' records, of as many units of one row or more."""
+    rng = np.random.default_rng(0)
+    return [
+        shard | {"unit": np.concatenate([np.arange(n), rng.integers(0, n, len(shard["labels"]) - n)]).astype(np.int32)}
+        for shard, n in zip(small.shards(), sizes, strict=True)
+    ]
+
+
+def exact_by_unit(federation, **fields):
+    """(the first round's scores, {client: Part}, what the base model says of each client's own rows)."""
+    made = federation(**EXACT, expected_batch_size=2.0, private_test=0.4, unit_rows=2, **fields)
+    held = held_out.split(made.config, by_unit(), KEYS)[1]
+    first = next(run_lazily(made, by_unit()))
+    model, params = small.model()
+    logits = {k: model.apply(params, part.rows, made.prepared.adapter) for k, part in held.parts.items()}
+    return first.metrics, held, {k: np.asarray(jax.nn.log_softmax(x)) for k, x in logits.items()}
+
+
+def test_a_person_counts_once_however_many_rows_it_has(federation):
+    """By the share of its rows that are right; none of its rows trains."""
+    shown, held, likely = exact_by_unit(federation, privacy_unit="column:who")
+    assert held.units == [2, 3, 2]
+    right = [
+        np.mean((likely[k].argmax(1) == part.rows["labels"])[part.units == unit])
+        for k, part in held.parts.items()
+        for unit in np.unique(part.units)
+    ]
+    assert len(right) == 7
+    assert shown["private_accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
+
+
+def test_a_text_in_several_rows_has_one_label(federation, monkeypatch):
+    """The likeliest over all of them, as on a public test set."""
+    shards = [
+        {name: array[np.argsort(shard["unit"], kind="stable")] for name, array in shard.items()} for shard in by_unit()
+    ]
+    for shard in shards:
+        shard["labels"] = shard["unit"] % 3
+    monkeypatch.setattr("tests.federation.test_private_scores.by_unit", lambda: shards)
+    shown, held, likely = exact_by_unit(federation)
+    right = [
+        likely[k][part.units == unit].sum(0).argmax() == unit % 3
+        for k, part in held.parts.items()
+        for unit in np.unique(part.units)
+    ]
+    assert shown["private_accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
 
 
 def test_what_is_not_said_counts_as_wrong():

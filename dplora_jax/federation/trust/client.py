@@ -29,6 +29,10 @@ def _checks(config):
         f"delta={delta:g} with trust=client must be below 1 / clients={clients}: at that delta, publishing one client's records "
         "whole would count as private.",
     )
+    yield (
+        not config.privacy.by_unit,
+        "`privacy_unit` and `unit_rows` cannot be used with trust=client, which hides whole clients: leave them out.",
+    )
     yield config.schedule.dropout is None, "`dropout` cannot be used with trust=client: use `client_rate`."
 
 
@@ -72,7 +76,7 @@ MODE = Mode(
     parties=lambda config: config.schedule.clients + 1,  # the server has a secret too
     steps_per_round=lambda config: 1,
     fields=("client_rate",),
-    protects="every client as a whole",
+    protects=lambda config: "every client as a whole",
     defaults=lambda config: {"client_rate": 1.0},
     checks=_checks,
     public_uploads=False,

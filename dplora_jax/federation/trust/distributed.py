@@ -5,13 +5,13 @@ import dataclasses
 import math
 
 from dplora_jax.federation.trust.mode import (
-    ACCOUNTING,
     HOSTS,
     OWN_MACHINES,
-    PUBLIC,
-    RECORD_PROTECTED,
     Mode,
+    accounting,
     per_example_clipping,
+    protected,
+    public,
 )
 
 SIMULATED = (
@@ -33,12 +33,12 @@ def _statements(config, apart):
     return (
         "Who sees what: the server, the clients and the public see each round's TOTAL of the clients' noisy sums, and no "
         f"client's own upload. {MASKED if apart else SIMULATED}",
-        RECORD_PROTECTED,
+        protected(config),
         f"What is assumed: of {clients} clients at least {survivors} send their sum, or the round is void. At most {colluding} "
         "collude with the server and tell their own noise (one who is merely curious knows its own). The others, at least "
         f"h = {survivors} - {colluding} = {h}, each add Gaussian noise of variance sigma^2 C^2 / {h}, as they should. Whether a "
         "client sends depends on no record.",
-        PUBLIC,
+        public(config),
         f"Secret by assumption: the honest clients' 256-bit keys. {OWN_MACHINES if apart else HOSTS}",
     )
 
@@ -102,7 +102,7 @@ MODE = Mode(
         per_example_clipping(config),
         f"sum of noisy sums ({'masked' if apart else 'secure aggregation, simulated'}) over the sum of expected batches",
     ],
-    accounting=lambda config, mechanisms, steps: ACCOUNTING,
+    accounting=lambda config, mechanisms, steps: accounting(config),
     plan=_largest_noise,
     shares=_noise_shares,
     sums=lambda shares: [shares],
@@ -112,7 +112,7 @@ MODE = Mode(
     fields=("survivors", "colluding"),
     defaults=lambda config: {"survivors": config.schedule.clients, "colluding": 1, "dropout": 0.0},
     checks=_checks,
-    protects="every client's records (secure aggregation simulated)",
+    protects=lambda config: f"every client's {config.privacy.unit}s (secure aggregation simulated)",
     notice=(
         "Secure aggregation is simulated.",
         "The guarantee is for those who see totals alone; a deployment needs a real protocol.",

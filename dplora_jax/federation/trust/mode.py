@@ -5,14 +5,32 @@ from collections.abc import Callable
 
 from dplora_jax.privacy import clippers
 
-RECORD_PROTECTED = (
-    "What is protected: one record of one client. What is seen is about as likely with that record as with a null record in its "
-    "place. Each client has its own epsilon; someone with records at several clients pays for all of them."
-)
-PUBLIC = (
-    "Public by assumption: each client's number of records, its sampling rate and batch capacity, the base model, the "
-    "configuration, and the test set, whose owner declares it public."
-)
+
+def protected(config):
+    """The statement of what is protected, where clients clip what is sampled."""
+    privacy = config.privacy
+    what = f"one {privacy.unit} of one client"
+    if privacy.unit_column is not None:
+        what += (
+            f", all of its rows with one value in column '{privacy.unit_column}', however many these are (at most "
+            f"{privacy.unit_rows} of them enter a step)"
+        )
+    elif privacy.by_unit:
+        what += f", in up to {privacy.unit_rows} rows, which are clipped together"
+    return (
+        f"What is protected: {what}. What is seen is about as likely with that {privacy.unit} as with a null {privacy.unit} in "
+        f"its place. Each client has its own epsilon; someone with {privacy.unit}s at several clients pays for all of them."
+    )
+
+
+def public(config):
+    """The statement of what is taken to be public."""
+    return (
+        f"Public by assumption: each client's number of {config.privacy.unit}s, its sampling rate and batch capacity, the base "
+        "model, the configuration, and the test set, whose owner declares it public."
+    )
+
+
 HOSTS = (
     "This run simulates all parties on its own hosts, and whoever controls these sees the records and the keys; the keys are "
     "destroyed when the run completes."
@@ -21,10 +39,15 @@ OWN_MACHINES = (
     "Each party runs its own part on its own machine, and its records and keys never leave it; the keys are destroyed when "
     "the run completes."
 )
-ACCOUNTING = (
-    "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
-    "neighbours differ in one record, replaced by a null record."
-)
+
+
+def accounting(config):
+    """How epsilon is reckoned, in words."""
+    unit = config.privacy.unit
+    return (
+        "Privacy loss distributions (dp_accounting) of Poisson sampling with a fixed capacity and the Gaussian mechanism; "
+        f"neighbours differ in one {unit}, replaced by a null {unit}."
+    )
 
 
 def _mean(robust):
@@ -55,7 +78,7 @@ class Mode:
     - `senders(config, sent)`: what a round's metrics tell of how many clients sent.
     In words: `statements(config, apart)` and lines on the `method(config, apart)`, where `apart` says that each party runs its
     own part on its own machine; `accounting(config, mechanisms, steps)`, and for the head of a report a `notice` (title, why)
-    or None. A private mode's epsilon is for what it `protects`.
+    or None. A private mode's epsilon is for what it `protects(config)`.
     """
 
     name: str
@@ -78,7 +101,7 @@ class Mode:
     defaults: Callable = lambda config: {}
     checks: Callable = lambda config: ()
     notice: tuple | None = None
-    protects: str = "every client's records"
+    protects: Callable = lambda config: f"every client's {config.privacy.unit}s"
     private: bool = True
     public_uploads: bool = True
     bare_clients: bool = False
@@ -87,5 +110,6 @@ class Mode:
 
 
 def per_example_clipping(config):
-    """The line on the method of a mode that clips examples."""
-    return f"DP-LoRA (arXiv 2312.17493), per-example clipping {clippers.kind(config).words(config.privacy)}"
+    """The line on the method of a mode that clips examples, or units."""
+    what = "unit" if config.privacy.by_unit else "example"
+    return f"DP-LoRA (arXiv 2312.17493), per-{what} clipping {clippers.kind(config).words(config.privacy)}"
