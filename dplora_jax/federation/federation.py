@@ -267,9 +267,8 @@ class Federation:
         where only now it was evaluated."""
         config, last = self.config, dict(self.history[-1])
         if config.execution.eval_every and not {*finite.METRICS, private_scores.SPENT} & {*last}:
-            last |= evaluate(
-                state, last["round"], ends=True
-            )  # `eval_every` was 0 until this start, or the budget ended early
+            # `eval_every` was 0 until this start, or the budget ended early
+            last |= evaluate(state, last["round"], ends=True)
         last |= processes.agree(functools.partial(metrics_lines.charged, job))
         changed = last != self.history[-1]
         self.history = [*self.history[:-1], last]
