@@ -67,7 +67,7 @@ def test_the_report_says_what_is_private_and_what_a_record_pays(done):
         assert "18 records are kept back, drawn by each client" in text.replace("&#39;", "'")
     assert "Bands are 95 % intervals." in (folder / "report.html").read_text()
     assert "noisy counts on 18 records that never train" not in (folder / "adapter" / "README.md").read_text()
-    assert "18 records kept back" in (folder / "report.html").read_text()
+    assert "18 kept back" in (folder / "report.html").read_text()
 
 
 def test_public_and_private_scores_stand_side_by_side(tiny_bert, finance_table, tmp_path):
