@@ -2,10 +2,10 @@
 
 import os
 
-# Without its newer code generator, XLA compiles in about two thirds of the time; in one piece, in four fifths of that.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-    " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1"
+from tests import compilation
+
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {compilation.FLAGS}"
 )
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["JAX_PLATFORMS"] = "cpu"

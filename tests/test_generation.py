@@ -11,10 +11,10 @@ from scipy.stats import chisquare
 
 from dplora_jax import generation, lora, models
 from dplora_jax.models import layers
+from tests.compilation import jit
 from tests.conftest import GOLDEN, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
 GPT2, LLAMA, WINDOW, GLM, GLM2 = (
     *("variants/gpt2_untied", "variants/llama_mqa", "variants/mistral_window"),
     *("chatglm_tiny", "chatglm2_tiny"),

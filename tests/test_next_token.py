@@ -11,10 +11,10 @@ import pytest
 from dplora_jax import lora, losses, models, next_token
 from dplora_jax.models.llama import Llama, LlamaConfig
 from dplora_jax.privacy import clipping
+from tests.compilation import jit
 from tests.conftest import GOLDEN, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
 B, T, D, V = 3, 10, 8, 50
 RNG = np.random.default_rng(0)
 HIDDEN_BxTxD = RNG.normal(size=(B, T, D)).astype(np.float32)

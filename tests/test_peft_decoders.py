@@ -14,10 +14,10 @@ from dplora_jax import lora, losses, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.privacy import clipping
+from tests.compilation import jit
 from tests.conftest import GOLDEN, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
 LANGUAGE = ("peft_llama_tiny", "peft_gpt2_tiny", "peft_gpt2_all", "peft_llama_all")
 CLASSIFIER = "peft_llama_seqcls"
 written_by_peft = pytest.mark.parametrize("name", [*LANGUAGE, CLASSIFIER])

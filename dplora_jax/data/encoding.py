@@ -34,8 +34,8 @@ def classification(tokenizer, records, max_length, most_rows=1):
 
 def documents(tokenizer, asked, max_length, most_rows):
     """Plain texts (`tasks.Asked` without prompts) in up to `most_rows` rows each -> what `right_answers` gives, and `unit` [N],
-    the number of each row's text. A row begins with the token that the one before ended with, so that each token but a text's
-    first is predicted once."""
+    the number of each row's text. A row begins with the token that the one before ended with, so that each token is predicted
+    once."""
     rows, numbers = [], []
     for number, one in enumerate(asked):
         ids, start = tokenizers.split(tokenizer, "", one.answers[one.right])

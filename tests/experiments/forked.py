@@ -27,8 +27,8 @@ from dplora_jax import errors
 from dplora_jax.federation import processes
 from dplora_jax.models.tokenizer import load_tokenizer  # noqa: F401
 from experiments import run
+from tests import compilation
 
-QUICKLY = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # compiled as in `conftest`
 ERRORS = {
     "mistake": errors.InputError("--rank=7 is wrong."),
     "endless": errors.NotFiniteError("no number is finite any more."),
@@ -69,7 +69,7 @@ def start(job):
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(job["folder"])
-        os.environ["XLA_FLAGS"] = f"{QUICKLY} --xla_force_host_platform_device_count={job['devices']}"
+        os.environ["XLA_FLAGS"] = f"{compilation.FLAGS} --xla_force_host_platform_device_count={job['devices']}"
         if job.get("blow"):
             strike(*job["blow"])
         code = run.main(job["start"])

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dplora_jax.federation import round
+from dplora_jax import losses
+from dplora_jax.federation import round, units
 from dplora_jax.privacy import auditing, clipping, noise, sampling, secrets
 from experiments.attacks import audit, canaries, membership
 from tests.conftest import mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-GAUSSIAN, KEYS, THRESHOLD = noise.gaussian, secrets.round_keys, sampling.threshold
+GAUSSIAN, KEYS, THRESHOLD, CLIPPED = noise.gaussian, secrets.round_keys, sampling.threshold, clipping.clipped_grad_sum
 
 
 def attack(subject, seed=0, planted=False, runs=1):
@@ -237,3 +238,31 @@ def test_bad_input_is_one_sentence_and_exit_2(arguments, sentence, tmp_path, cap
     assert said.err.startswith("error: ")
     assert sentence in said.err
     assert said.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def of_units():
+    """A claim of epsilon 1 for units of four rows each."""
+    return canaries.small(1.0, layout=units.Units(4))
+
+
+def clipped_by_row(loss_fn, adapter, batch, clip_norm, weights=None, form="auto", mode="flat", bits=None):
+    """Each of a unit's rows is cut to the clip norm, and not the unit."""
+    counts = batch[losses.BROUGHT].shape
+    rows = {name: x.reshape(-1, 1, *x.shape[2:]) for name, x in batch.items() if name != losses.BROUGHT}
+    rows[losses.BROUGHT] = np.ones((counts[0] * counts[1], 1), np.float32)
+    by_row = (weights[:, None] * batch[losses.BROUGHT]).reshape(-1)
+    total, norms, values = CLIPPED(loss_fn, adapter, rows, clip_norm, by_row)
+    return total, *(x.reshape(counts).sum(1) for x in (norms, values))
+
+
+@pytest.mark.slow
+def test_units_as_claimed_are_not_contradicted(of_units):
+    claim, bound, _ = attack(of_units)
+    assert bound <= claim <= 1
+
+
+def test_clipping_by_row_is_caught_where_a_unit_is_claimed(of_units, monkeypatch):
+    monkeypatch.setattr(clipping, "clipped_grad_sum", clipped_by_row)
+    claim, bound, _ = attack(of_units, planted=True)
+    assert bound > claim

@@ -12,7 +12,8 @@ import scipy.stats
 from dplora_jax import losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import client, mesh, pool, round, streaming, units
-from dplora_jax.privacy import sampling, secrets
+from dplora_jax.federation.silo import Server, Silo
+from dplora_jax.privacy import accounting, group_privacy, sampling, secrets
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from tests.conftest import mostly_slow
 from tests.federation import small, small_federation
@@ -105,7 +106,7 @@ MODES = [
     {"clipping": "automatic"},
     {"clipping": "adaptive"},
     {"bands": 2},
-    {"trust": "distributed"},
+    {"trust": "distributed", "local_steps": 1},
 ]
 
 
@@ -332,3 +333,35 @@ def test_more_rows_of_a_person_change_no_public_number(tmp_path):
 def test_records_that_do_not_fit_the_unit_are_refused(fields, records, words):
     with pytest.raises(InputError, match=words):
         small_federation.federation(**fields).prepare(records())
+
+
+@pytest.mark.slow
+def test_silos_of_units_come_to_the_federations_adapter():
+    config, sizes = small_federation.config(**UNITS), small_federation.SIZES
+    model, params = small_federation.model()
+    silos = [
+        Silo(model, params, losses.classification, config, client=k, records=rows, sizes=sizes)
+        for k, rows in enumerate(people())
+    ]
+    server = Server(model, params, losses.classification, config, sizes)
+    for number in range(1, config.schedule.rounds + 1):
+        server.aggregate({k: one.fit(server.adapter, number) for k, one in enumerate(silos)})
+    together = small_federation.federation(**UNITS)
+    list(together.fit(people()))
+    jax.tree.map(close, server.released, together.adapter)
+
+
+OTHERS = [{"noise": "hardened"}, {"trust": "none", "epsilon": None}]
+
+
+@pytest.mark.parametrize("fields", mostly_slow(OTHERS[:1], OTHERS), ids=str)
+def test_other_noises_and_none_take_units(fields):
+    made = small_federation.federation(**UNITS, **fields)
+    assert list(made.fit(people()))[-1].number == 4
+
+
+def test_group_privacy_of_one_record_is_the_accountants_and_of_more_is_more():
+    """The control: what rows in place of units cost a person with four of them, less than the rule for groups of rows says."""
+    one, four = (group_privacy.epsilon(0.1, 4.0, 20, 1e-5, count) for count in (1, 4))
+    assert one == pytest.approx(accounting.epsilon(accounting.Mechanism(400, 0.1, 400, 4.0), 20, 1e-5), rel=2e-2)
+    assert 3 * one < four < 6 * one

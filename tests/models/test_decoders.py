@@ -13,10 +13,10 @@ import safetensors.numpy
 from dplora_jax import lora, models
 from dplora_jax.models import layers, parameters
 from dplora_jax.models.decoder import Decoder
+from tests.compilation import jit
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
 apply = jit(Decoder.apply, static_argnums=0)
 VARIANTS = sorted(f"variants/{path.name}" for path in (GOLDEN / "variants").glob("[!b]*"))  # all but BERT's
 GOLDENS = ("gpt2_tiny", "llama_tiny", "chatglm_tiny", "chatglm2_tiny", *VARIANTS)

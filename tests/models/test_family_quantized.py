@@ -10,10 +10,10 @@ from dplora_jax import lora, losses, models
 from dplora_jax.models import quantized
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.privacy import clipping
+from tests.compilation import jit
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-jit = functools.partial(jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False})  # compiles in half the time
 LLAMA = GOLDEN / "llama_tiny"
 apply = jit(Decoder.apply, static_argnums=0)
 
