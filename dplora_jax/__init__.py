@@ -11,7 +11,10 @@ _PUBLIC = {
     "Server": "dplora_jax.federation.silo",
     "LoraConfig": "dplora_jax.lora",
     **dict.fromkeys(
-        ("FederationConfig", "RunConfig", "Lora", "Privacy", "Schedule", "Optimizer", "Aggregation", "Execution"),
+        (
+            *("FederationConfig", "RunConfig", "Lora", "Privacy", "PrivateTest", "Schedule", "Optimizer"),
+            *("Aggregation", "Execution"),
+        ),
         "dplora_jax.config",
     ),
 }

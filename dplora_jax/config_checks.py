@@ -10,7 +10,7 @@ from dplora_jax.config import FIELDS, RunConfig, field_value, fields, replace
 from dplora_jax.config.federation import RECORD
 from dplora_jax.data.partition import FOLDERS
 from dplora_jax.errors import InputError
-from dplora_jax.federation import aggregation_checks, methods, trust
+from dplora_jax.federation import aggregation_checks, held_out, methods, trust
 from dplora_jax.privacy import accounting, clippers, noises
 from dplora_jax.privacy.accounting import MOST_NOISE, MOST_STEPS
 
@@ -31,7 +31,7 @@ def settle(config):
         config = replace(config, trust=trust.none.MODE.name)
     _raise_first(_names(config))
     if not trust.mode(config).private:
-        config = replace(config, epsilon=None, noise_multiplier=None)
+        config = replace(config, epsilon=None, noise_multiplier=None, private_test_epsilon=None)
     refuse(config)
     return settled(config)
 
@@ -50,8 +50,9 @@ def _variants(config):
 
 
 def _filled(config):
-    """`config` with the defaults of its trust mode and of its noise."""
+    """`config` with the defaults of its trust mode, of its noise and of what is kept back."""
     defaults = trust.mode(config).defaults(config) | noises.KINDS[config.privacy.noise].defaults(config)
+    defaults |= held_out.defaults(config)
     return replace(config, **{name: value for name, value in defaults.items() if field_value(config, name) is None})
 
 
@@ -188,6 +189,7 @@ def _combinations(config):
     yield from mode.checks(config)
     yield from noises.KINDS[config.privacy.noise].checks(config, mode)
     yield from clippers.checks(config, mode)
+    yield from held_out.checks(config, mode)
 
 
 def _records(config):

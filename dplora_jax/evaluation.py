@@ -42,23 +42,30 @@ def classifier(model, mesh, params, test):
     numbers each row's), its label is the one with the highest mean log-likelihood over them.
     """
     inputs = {name: value for name, value in test.items() if name not in ("labels", encoding.UNIT)}
-    firsts = _firsts(test)
-    labels = test["labels"][firsts]
-
-    def log_likelihoods(based, adapter, batch):
-        return jax.nn.log_softmax(model.apply(based, batch, adapter))
-
-    by_row = _over_rows(model, mesh, params, inputs, log_likelihoods)
+    first_rows = firsts(test)
+    labels = test["labels"][first_rows]
+    by_row = _over_rows(model, mesh, params, inputs, functools.partial(label_likelihoods, model))
 
     def evaluate(adapter, residual=()):
-        by_record = np.add.reduceat(by_row(adapter, residual), firsts)
-        predicted = np.where(np.isfinite(by_record).all(-1), by_record.argmax(-1), UNDECIDED)
+        predicted = label_said(by_row(adapter, residual), first_rows)
         return _of_labels(predicted, labels, model.config.num_labels)
 
     return evaluate
 
 
-def _firsts(table):
+def label_likelihoods(model, params, adapter, batch):
+    """The log-likelihood that a classifier gives each label of each row, [B, num_labels]."""
+    return jax.nn.log_softmax(model.apply(params, batch, adapter))
+
+
+def label_said(by_row, first_rows):
+    """The label that a classifier says of each record, int [I], of the `label_likelihoods` [N, num_labels] of all rows, a
+    record's own side by side from its first on (`firsts`); UNDECIDED where one is not finite."""
+    by_record = np.add.reduceat(by_row, first_rows)
+    return np.where(np.isfinite(by_record).all(-1), by_record.argmax(-1), UNDECIDED)
+
+
+def firsts(table):
     """The first row of each record of `table`, whose rows stand side by side; each row is one without `unit`."""
     count = len(next(iter(table.values())))
     if encoding.UNIT not in table:
@@ -108,10 +115,16 @@ def label_words(model, mesh, params, table, labels, classes):
     measure = likelihoods(model, mesh, params, table)
 
     def evaluate(adapter, residual=()):
-        nats = measure(adapter, residual).reshape(-1, classes)
-        return _of_labels(np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED), labels, classes)
+        return _of_labels(likeliest(measure(adapter, residual), classes), labels, classes)
 
     return evaluate
+
+
+def likeliest(nats, classes):
+    """Which of `classes` words is the likeliest, of the log-likelihoods `nats` [I * classes] -> int [I]; UNDECIDED where one is
+    not finite."""
+    nats = nats.reshape(-1, classes)
+    return np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED)
 
 
 def choices(model, mesh, params, table, asked):

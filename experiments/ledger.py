@@ -48,8 +48,10 @@ class Verdict(NamedTuple):
         """What a report says of it."""
         begun = self.ledger.begun
         committed = sum(map(self.ledger.committed, begun))
+        evaluated = len(self.ledger.evaluated)
+        scores = f"{evaluated} evaluations on records that are kept back charged; " if evaluated else ""
         return (
-            f"{len(begun)} dispatches begun, {committed} committed; {self.ledger.charged_rounds()} rounds charged; "
+            f"{len(begun)} dispatches begun, {committed} committed; {self.ledger.charged_rounds()} rounds charged; {scores}"
             f"the chain holds against {' and '.join(self.anchors)}; its head is {self.head()}"
         )
 
@@ -147,8 +149,8 @@ def show(verdict):
     """Print the dispatches, the clients and the state of the chain."""
     ledger, delta = verdict.ledger, verdict.stored.config.privacy.delta
     print(f"{_dispatches(ledger).text()}\n")
-    clients = ledger.begun[-1]["clients"]
-    spent = ledger.epsilons(delta) if verdict.private else [math.inf] * len(clients)
+    clients = ledger.begun[-1]["clients"] if ledger.begun else []
+    spent = (ledger.epsilons(delta) if verdict.private else [math.inf] * len(clients)) or [0.0]
     names = ["records", "sampling_rate", "capacity", "noise_multiplier"]
     rows = [
         [str(number), *(formats.number(client[name]) for name in names), formats.epsilon(value, DIGITS)]
@@ -160,10 +162,32 @@ def show(verdict):
     if len(clients) > MOST_CLIENTS:
         print(f"the first {MOST_CLIENTS} of {len(clients)} clients")
     print(f"epsilon of the client that spent most: {formats.epsilon(max(spent), DIGITS)}")
+    if ledger.evaluated:
+        _show_evaluations(verdict, max(spent))
     state = "finished" if ledger.ended else "not finished"
     torn = "; its last line is torn, which the next start mends" if ledger.torn else ""
     print(f"run {state}; {len(ledger.entries)} entries: {verdict.words()}{torn}")
     print(f"seals {verdict.seals}")
+
+
+def _show_evaluations(verdict, trained):
+    """Print the evaluations on records that are kept back, and what they cost beside `trained`, the most that training cost."""
+    ledger, delta = verdict.ledger, verdict.stored.config.privacy.delta
+    newest = {entry["round"]: entry for entry in ledger.evaluated}
+    rows = [
+        [
+            str(entry["round"]), str(entry["attempt"]), formats.number(entry["noise_multiplier"]),
+            "paid for" if newest[entry["round"]] is entry else "lost, paid for",
+        ]
+        for entry in ledger.evaluated
+    ]  # fmt: skip
+    print(Table(["evaluation of round", "attempt", "noise_multiplier", "state"], rows).text())
+    tested = ledger.test_epsilon(delta)
+    most = max(tested, trained)
+    print(
+        f"epsilon of a record that is kept back, at delta {delta:g}: {formats.epsilon(tested, DIGITS)}; a record pays for "
+        f"training or for these evaluations, never for both: at most {formats.epsilon(most, DIGITS)}"
+    )
 
 
 def _dispatches(ledger):

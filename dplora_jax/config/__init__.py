@@ -16,6 +16,7 @@ from dplora_jax.config.federation import (
     Lora,
     Optimizer,
     Privacy,
+    PrivateTest,
     Schedule,
 )
 from dplora_jax.config.field import DISPLAY, LAYOUT, METRICS, PROCESS, RESULT
@@ -24,8 +25,8 @@ from dplora_jax.errors import InputError
 
 __all__ = [
     "DISPLAY", "FIELDS", "LAYOUT", "METRICS", "PROCESS", "RESULT", "Aggregation", "Base", "Data", "Evaluation", "Execution",
-    "FederationConfig", "Field", "Lora", "Optimizer", "Output", "Privacy", "RunConfig", "Schedule", "deciding", "field_value",
-    "fields", "from_flat", "from_text", "replace", "to_flat",
+    "FederationConfig", "Field", "Lora", "Optimizer", "Output", "Privacy", "PrivateTest", "RunConfig", "Schedule", "deciding",
+    "field_value", "fields", "from_flat", "from_text", "replace", "to_flat",
 ]  # fmt: skip
 
 

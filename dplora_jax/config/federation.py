@@ -119,6 +119,23 @@ class Privacy:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrivateTest:
+    """Scores on records that clients keep back: they never train, and only noisy counts of them are released."""
+
+    share: float = field(
+        0.0,
+        "share of each client's records that is kept back to be measured on, drawn by its secret: they never train, and only "
+        "noisy counts are released; needs no public test set",
+        least=0.0, below=1.0, flag="private_test", common=True,
+    )  # fmt: skip
+    epsilon: float | None = field(
+        None,
+        "privacy budget of each record that is kept back, over all evaluations, at `delta`; default: `epsilon`, at most 40",
+        above=0.0, most=40.0, flag="private_test_epsilon", common=True,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """How many clients, rounds and local steps, how large their batches, and who is in which round."""
 
@@ -197,7 +214,7 @@ class Execution:
     """Where and in which portions it is computed; none of it changes what is computed."""
 
     dispatch_rounds: int = field(25, "the most rounds in one dispatch of the compiled program", LAYOUT, least=1)
-    eval_every: int = field(5, "rounds between evaluations on the public test set; 0 never evaluates", LAYOUT, least=0)
+    eval_every: int = field(5, "rounds between evaluations; 0 never evaluates", LAYOUT, least=0)
     mesh: str = field(
         "auto", "CLIENTSxMODEL devices, as in 8x1; auto spreads the clients over all devices", LAYOUT, common=True
     )
@@ -245,6 +262,7 @@ class FederationConfig:
 
     lora: Lora = dataclasses.field(default_factory=Lora)
     privacy: Privacy = dataclasses.field(default_factory=Privacy)
+    private_test: PrivateTest = dataclasses.field(default_factory=PrivateTest)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     aggregation: Aggregation = dataclasses.field(default_factory=Aggregation)

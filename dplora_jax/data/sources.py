@@ -249,7 +249,7 @@ def _public_test(source: Source, need_test: bool) -> Path | None:
     if need_test and not has_test and source.test_fraction is None:
         raise InputError(
             f"{source.data_dir} has no public test set to evaluate on; give `test_data` (or test{suffixes[0]} beside "
-            "train), or `test_fraction` to declare a random part of train public, or eval_every=0."
+            "train), or `test_fraction` to declare a random part of train public, or `private_test`, or eval_every=0."
         )
     return Path(source.test_data) if source.test_data else test_path
 

@@ -53,15 +53,15 @@ class Job(NamedTuple):
 
 def check_past(job):
     """Refuse records, a base model or mechanisms that are not those of the ledger: its budget was planned for these alone."""
-    if not job.ledger.begun:
+    if not job.ledger.charged:
         return
-    last = job.ledger.begun[-1]
     for name, words in ("data", "the records are not those"), ("base", "the base model is not the one"):
-        if last["inputs"][name] != job.inputs[name]:
+        if job.ledger.charged[-1]["inputs"][name] != job.inputs[name]:
             raise InputError(
                 f"{words} that {job.storage.directory} began with: restore what was there, or start a new `workdir`."
             )
-    if last["clients"] != [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]:
+    described = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
+    if job.ledger.begun and job.ledger.begun[-1]["clients"] != described:
         raise InputError(
             f"{job.storage.directory}/config.json has other sampling or noise than the ledger: restore it, or start a new "
             "`workdir`."
@@ -121,25 +121,28 @@ def charge(job, done, **more):
     attempt = ledger.next_attempt(rounds)
     _stay_within(job, rounds)
     more |= {"steps": job.steps(rounds).sum(0).tolist()} if participation.scheduled(config) else {}
-    more |= {
-        "trust": config.privacy.trust,
-        "delta": config.privacy.delta,
-        "release": job.description["release"] or "NO PRIVACY",
-    }
-    more["config"] = _same_config(job)
-    if config.privacy.seed is None:
-        # No other history, not even of a disk put back to an earlier state, has the keys of this one.
-        more["nonce"] = os.urandom(16).hex()
+    more |= guarantee(job)
     ledger.begin(
         rounds, attempt, job.prepared.mechanisms, trust.mode(config).steps_per_round(config), job.inputs, **more
     )
     return rounds, attempt
 
 
+def guarantee(job):
+    """What every entry that charges says of the run."""
+    privacy = job.config.privacy
+    said = {"trust": privacy.trust, "delta": privacy.delta, "release": job.description["release"] or "NO PRIVACY"}
+    said["config"] = _same_config(job)
+    if privacy.seed is None:
+        # No other history, not even of a disk put back to an earlier state, has the keys of this one.
+        said["nonce"] = os.urandom(16).hex()
+    return said
+
+
 def _same_config(job):
     """The digest of what the run is kept as being (config.json); InputError where the ledger was charged by another."""
     digest = job.storage.config_digest()
-    if job.ledger.begun and job.ledger.begun[-1].get("config", digest) != digest:
+    if job.ledger.charged and job.ledger.charged[-1].get("config", digest) != digest:
         raise InputError(
             f"{job.storage.directory} says that its run is another than the ledger was charged by: restore its config, or start "
             "a new `workdir`."

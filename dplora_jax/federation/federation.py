@@ -6,7 +6,8 @@
         print(round.number, max(round.epsilon))
     federation.save("adapter")
 
-There is one way through, for every command and every notebook, and one place that charges (`dispatch.charge`).
+There is one way through, for every command and every notebook, and one place that charges rounds (`dispatch.charge`); scores on
+private records are charged where they are made (`private_scores.charge`).
 """
 
 import contextlib
@@ -26,10 +27,12 @@ from dplora_jax.federation import (
     dispatch,
     final_adapter,
     finite,
+    held_out,
     mesh,
     metrics_lines,
     planning,
     preparation,
+    private_scores,
     processes,
     storage,
     trust,
@@ -42,7 +45,7 @@ class Round(NamedTuple):
 
     number: int
     epsilon: list[float]  # what each client has spent, in all
-    metrics: dict  # on the public test set, where this round was evaluated
+    metrics: dict  # on the public test set and on what clients keep back, where this round was evaluated
     line: dict  # its line of metrics.jsonl: these, and seconds, bytes and who took part
 
 
@@ -65,7 +68,7 @@ class Federation:
         self._programs, self._memo = {} if programs is None else programs, memo
         self.base_name, self.stopped, self._released = base_name, False, None
         self.history, self.prepared, self.clock = [], None, None
-        self._state = None
+        self._state = self._held = None
 
     def plan(self, sizes):
         """The Plan for clients of `sizes` records, which are public: nothing runs, and no record is looked at."""
@@ -80,7 +83,9 @@ class Federation:
         wave = preparation.adapter_and_wave(self.config, self.mesh, self.model, self.params, length)[-1]
         return mesh.own_clients(self.mesh, self.config.schedule.clients, wave)
 
-    def fit(self, shards, workdir=None, *, evaluate=None, probe=None, describe=None, stop=lambda: False, closing=None):
+    def fit(
+        self, shards, workdir=None, *, evaluate=None, probe=None, score=None, describe=None, stop=lambda: False, closing=None
+    ):  # fmt: skip
         """Run all rounds, or those that an earlier start in `workdir` left -> an iterator of `Round`, those of earlier starts
         first.
 
@@ -91,10 +96,11 @@ class Federation:
 
         Where the run of `workdir` has ended already, its rounds are yielded as they were. `evaluate(prepared)` gives a function
         (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every `execution.eval_every` rounds;
-        `probe` likewise one that only tells whether a run that is not evaluated still has finite logits. `describe(prepared)`
-        gives what config.json says beyond the configuration. Where `stop()` holds after a dispatch, the run ends there with
-        `stopped` set, and everything saved. Process 0 calls `closing()` when the adapter is saved and before the ledger says
-        that the run has ended: after a kill, it is called again.
+        `probe` likewise one that only tells whether a run that is not evaluated still has finite logits. With `private_test`,
+        noisy scores on what clients keep back (`held_out`) join the metrics, by `score(prepared, held)` (default:
+        `private_scores.of_rows`). `describe(prepared)` gives what config.json says beyond the configuration. Where `stop()` holds
+        after a dispatch, the run ends there with `stopped` set, and everything saved. Process 0 calls `closing()` when the
+        adapter is saved and before the ledger says that the run has ended: after a kill, it is called again.
 
         Raises InputError for records that a run cannot have or is not to go on with, NotFiniteError where training diverged.
         """
@@ -104,13 +110,16 @@ class Federation:
                 self.history = kept.lines()
                 yield from map(_round, self.history)
                 return
-            prepared = self.prepare(shards, kept.stored)
-            evaluated = (
-                self._measuring(prepared, evaluate) if self.config.execution.eval_every and evaluate else _nothing
-            )
+            self._check_count(shards)
+            keys = kept.secrets(trust.mode(self.config).parties(self.config), self.config.privacy.seed)
+            training, held = held_out.split(self.config, shards, keys)
+            prepared = self.prepare(training, kept.stored, held)
+            wanted = evaluate and self.config.execution.eval_every
+            evaluated = self._measuring(prepared, evaluate) if wanted else _nothing
             probed = self._measuring(prepared, probe) if probe else None
-            job = self._job(prepared, kept, describe)
-            yield from self._run(job, evaluated, probed, stop, closing)
+            job = self._job(prepared, kept, keys, describe)
+            score = score or functools.partial(private_scores.of_rows, self.loss)
+            yield from self._run(job, private_scores.beside(evaluated, job, held, score), probed, stop, closing)
 
     def save(self, directory):
         """Write the released adapter to `directory` in PEFT's format (with aggregation=fedsa each client's own beside it).
@@ -128,6 +137,7 @@ class Federation:
         described = description.describe(
             self.config, p.sizes, p.mechanisms, p.model, p.adapter, self.mesh, p.rounds.local.noise
         )
+        described = private_scores.described(described, self.config, self._held)
         more = describe(p) if describe else {}
         return described | more | {"method": [*described["method"], *more.get("method", ())]}
 
@@ -143,13 +153,15 @@ class Federation:
         """The released adapter (a pytree on the host), once `fit` has ended."""
         return self._released and self._released.adapter
 
-    def prepare(self, shards, stored=None):
-        """Calibrate, run the frozen layers, and place everything on the mesh -> Prepared. `stored` is the config.json (a dict)
-        of a run that was charged already, whose mechanisms are kept. Raises InputError."""
+    def prepare(self, shards, stored=None, held=None):
+        """Calibrate, run the frozen layers, and place everything on the mesh -> Prepared. All records of `shards` train; `held`
+        (a `held_out.HeldOut`) is what was kept back of them. `stored` is the config.json (a dict) of a run that was charged
+        already, whose mechanisms are kept. Raises InputError."""
         self._check_count(shards)
-        self.prepared = preparation.prepare(
+        prepared = preparation.prepare(
             self.config, self.model, self.params, self.loss, self.mesh, shards, stored, self._memo
         )
+        self._held, self.prepared = held, private_scores.covered(prepared, held)
         return self.prepared
 
     def _check_count(self, values):
@@ -174,15 +186,14 @@ class Federation:
             workdir.check(self.config)
         yield workdir or storage.InMemory()
 
-    def _job(self, prepared, kept, describe):
-        """The Job of a run that is kept in `kept`: described, its secrets at hand, its ledger sealed."""
+    def _job(self, prepared, kept, keys, describe):
+        """The Job of a run that is kept in `kept`: described, its secrets `keys` at hand, its ledger sealed."""
         config, described = self.config, self.describe(describe)
         if trust.mode(config).private and not all(math.isfinite(client["epsilon"]) for client in described["clients"]):
             raise InputError(
                 f"no finite epsilon holds at delta={config.privacy.delta:g} with this noise: raise delta, or the noise."
             )
         kept.describe(config, described)
-        keys = kept.secrets(trust.mode(config).parties(config), config.privacy.seed)
         if kept.ledger is not None:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()
@@ -219,9 +230,9 @@ class Federation:
             last = done == config.schedule.rounds
             if config.execution.eval_every and (done % config.execution.eval_every == 0 or last):
                 with job.clock.busy():
-                    fresh[-1] |= evaluate(state, ends=last)
+                    fresh[-1] |= evaluate(state, done, ends=last)
             if last:
-                fresh[-1] |= processes.agree(functools.partial(_charged, job))
+                fresh[-1] |= processes.agree(functools.partial(metrics_lines.charged, job))
             self.history = [*self.history, *fresh]
             dispatch.commit(job, done, state, self.history, shown, (rounds, attempt))
             yield from map(_round, fresh)
@@ -238,7 +249,7 @@ class Federation:
             state = jax.tree.map(jax.numpy.copy, job.prepared.state)  # it is donated, and shares the head with the base
             line = metrics_lines.base_line(job.config.schedule.clients)
             with job.clock.busy():
-                line |= evaluate(state, ends=True)
+                line |= evaluate(state, 0, ends=True)
             anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
             done, notes = 0, {"lines": [line], "ledger": anchor}
             job.storage.save(0, state, notes)
@@ -255,9 +266,10 @@ class Federation:
         """Settle the last line, write the adapter, close the ledger and destroy the secrets; yields the last Round once more
         where only now it was evaluated."""
         config, last = self.config, dict(self.history[-1])
-        if config.execution.eval_every and not any(name in last for name in finite.METRICS):
-            last |= evaluate(state, ends=True)  # `eval_every` was 0 until this start, or the budget ended early
-        last |= processes.agree(functools.partial(_charged, job))
+        if config.execution.eval_every and not {*finite.METRICS, private_scores.SPENT} & {*last}:
+            # `eval_every` was 0 until this start, or the budget ended early
+            last |= evaluate(state, last["round"], ends=True)
+        last |= processes.agree(functools.partial(metrics_lines.charged, job))
         changed = last != self.history[-1]
         self.history = [*self.history[:-1], last]
         finite.check(state, self.history, probe)
@@ -282,11 +294,3 @@ def _nothing(state, ends=False):
 def _round(line):
     metrics = {name: value for name, value in line.items() if name not in metrics_lines.FIELDS}
     return Round(line["round"], line.get("epsilon", []), metrics, line)
-
-
-def _charged(job):
-    """What the ledger says that each client has spent, every attempt that was begun included."""
-    if not trust.mode(job.config).private or job.ledger is None or not job.ledger.begun:
-        return {}
-    spent = job.ledger.epsilons(job.config.privacy.delta)
-    return {"epsilon": spent, "epsilon_max": max(spent)}

@@ -17,16 +17,20 @@ def adapter(config, state):
     return state.average.mean if config.aggregation.ema else state.adapter
 
 
+def personal(config, state):
+    """Each client's own adapter in turn, where every client keeps its own B."""
+    method = methods.BY_NAME[config.aggregation.method]
+    for client in range(config.schedule.clients):
+        yield method.begin(state.adapter, jax.tree.map(lambda x, k=client: x[k], state.own))
+
+
 def metrics(config, sizes, evaluate, state):
     """The public metrics of `state` (a `round.State`), by `evaluate(adapter, residual)`; where every client keeps its own B, the
     mean over the clients' own models, by their shares of the mean, and each one's."""
     method = methods.BY_NAME[config.aggregation.method]
     if not method.personal:
         return evaluate(adapter(config, state), state.residual)
-    each = [
-        evaluate(method.begin(state.adapter, jax.tree.map(lambda x, k=client: x[k], state.own)), ())
-        for client in range(config.schedule.clients)
-    ]
+    each = [evaluate(model, ()) for model in personal(config, state)]
     shares = np.array(sizes) / sum(sizes)
     means = (
         {name: float(np.dot(shares, [client_metrics[name] for client_metrics in each])) for name in each[0]}

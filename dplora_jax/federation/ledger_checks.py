@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, participation, trust
+from dplora_jax.federation import calibration, held_out, participation, trust
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import rebuild, steps_of
 
@@ -55,6 +55,7 @@ def check_config(path, stored, ledger):
     flags, and the epsilon that it plans for each client is what these come to."""
     _check_entries(path, stored, ledger)
     _check_flags(path, stored)
+    _check_evaluations(path, stored, ledger)
     _check_planned(path, stored)
 
 
@@ -70,13 +71,7 @@ def _check_entries(path, stored, ledger):
         raise InputError(
             f"{path} does not hold: it says {stored.release!r}, and by its trust and seed the run is {follows}."
         )
-    same = {
-        "release": stored.release,
-        "trust": config.privacy.trust,
-        "delta": config.privacy.delta,
-        "local_steps": trust.mode(config).steps_per_round(config),
-        "config": stored.digest,
-    }
+    same = _said(stored) | {"local_steps": trust.mode(config).steps_per_round(config)}
     checked = None  # the clients of the entry before, which a ledger holds once
     for number, entry in enumerate(ledger.entries, 1):
         if entry["entry"] != "begin":
@@ -95,6 +90,51 @@ def _check_entries(path, stored, ledger):
         if other:
             raise InputError(f"{path} does not agree with the ledger: entry {number} has other {', '.join(other)}.")
         checked = entry["clients"]
+
+
+def _said(stored):
+    """What every entry that charges says of the run."""
+    privacy = stored.config.privacy
+    return {"release": stored.release, "trust": privacy.trust, "delta": privacy.delta, "config": stored.digest}
+
+
+def _check_evaluations(path, stored, ledger):
+    """Every evaluate entry is one that the run's fields allow: as many as were planned, of the noise that these need; and
+    config.json says of them what follows from its fields."""
+    config, planned = stored.config, stored.description["private_test"]
+    if not config.private_test.share:
+        if ledger.evaluated or planned:
+            raise InputError(
+                f"{path} does not agree with the ledger: nothing is kept back, and scores on it are charged."
+            )
+        return
+    if planned is None or len(planned["units"]) != config.schedule.clients:
+        raise InputError(f"{path} does not hold: it does not say what each client keeps back.")
+    everyone = [kept + trained for kept, trained in zip(planned["units"], stored.records, strict=True)]
+    try:
+        cost = held_out.cost(config, held_out.kept_back(config, everyone))
+    except (ArithmeticError, ValueError, MemoryError):
+        raise InputError(f"{path} does not hold: no noise can be made of its `private_test_epsilon`.") from None
+    agrees = (cost.units, cost.evaluations) == (planned["units"], planned["evaluations"])
+    for name in ("noise_multiplier", "epsilon"):
+        agrees &= math.isclose(planned[name], getattr(cost, name), rel_tol=NOISE_SLACK)
+    if not agrees:
+        raise InputError(
+            f"{path} does not hold: what it says of `private_test` does not follow from its fields and sizes."
+        )
+    same = _said(stored) | {"noise_multiplier": planned["noise_multiplier"]}
+    for number, entry in enumerate(ledger.entries, 1):
+        if entry["entry"] != "evaluate":
+            continue
+        other = [name for name, value in same.items() if entry[name] != value]
+        other += ["round"] if entry["round"] > config.schedule.rounds else []
+        if other:
+            raise InputError(f"{path} does not agree with the ledger: entry {number} has other {', '.join(other)}.")
+    if len(ledger.evaluated) > cost.evaluations:
+        raise InputError(
+            f"{path} does not agree with the ledger: it plans {cost.evaluations} evaluations, and "
+            f"{len(ledger.evaluated)} were charged."
+        )
 
 
 def _check_planned(path, stored):
@@ -141,6 +181,8 @@ def _wrong_metrics(stored, ledger, lines):
             return f"has another epsilon_max in round {line.number} than its largest epsilon"
         if line.release not in (None, stored.release):
             return f"says {line.release!r} of round {line.number}, and the ledger {stored.release!r}"
+    if wrong := _uncharged(ledger, lines):
+        return wrong
     if wrong := _understated(stored, _charged_when_shown(ledger, reached, lines), lines):
         return wrong
     if ledger.ended:
@@ -149,6 +191,21 @@ def _wrong_metrics(stored, ledger, lines):
             return f"does not end with round {last}, the run's last"
         if trust.mode(config).private and not _reaches(lines[-1].epsilon, ledger.epsilons(config.privacy.delta)):
             return "shows less epsilon than was charged"
+    return None
+
+
+def _uncharged(ledger, lines):
+    """Which line shows scores on what is kept back that were not charged, or less than they had cost, in words; else None."""
+    spent = {
+        entry["round"]: accounting.full_epsilon([entry["noise_multiplier"]] * charged, entry["delta"])
+        for charged, entry in enumerate(ledger.evaluated, 1)
+    }
+    for line in lines:
+        shown = [name for name in line.values if name.startswith("private_")]
+        if shown and line.number not in spent:
+            return f"shows {shown[0]} of round {line.number}, which was never charged"
+        if shown and not _reaches([line.values.get("private_test_epsilon", -1.0)], [spent[line.number]]):
+            return f"shows less private_test_epsilon in round {line.number} than was charged"
     return None
 
 

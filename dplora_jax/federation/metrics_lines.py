@@ -5,10 +5,10 @@ import numpy as np
 from dplora_jax.federation import dispatch, participation, processes, trust
 from dplora_jax.privacy import accounting
 
-# What a line has beside metrics on the public test set.
+# What a line has beside metrics.
 FIELDS = (
     "round", "epsilon", "epsilon_max", "seconds", "examples_per_second", "release", "bytes_up_per_client",
-    "bytes_down_per_client", "survivors", "void", "finished", "dropped", "clip_norm",
+    "bytes_down_per_client", "survivors", "void", "finished", "dropped", "clip_norm", "private_test_epsilon",
 )  # fmt: skip
 
 
@@ -54,6 +54,14 @@ def dispatch_lines(job, rounds, attempt, seconds, shown):
             }
         )
     return lines
+
+
+def charged(job):
+    """What the ledger says that each client has spent, every attempt that was begun included."""
+    if not trust.mode(job.config).private or job.ledger is None or not job.ledger.begun:
+        return {}
+    spent = job.ledger.epsilons(job.config.privacy.delta)
+    return {"epsilon": spent, "epsilon_max": max(spent)}
 
 
 def _epsilons(job, rounds):

@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from dplora_jax.federation import calibration, participation, trust
+from dplora_jax.federation import calibration, held_out, participation, trust
 from dplora_jax.privacy import accounting
 
 
 class ClientPlan(NamedTuple):
-    """What a run will do with one client's records, and what that costs it."""
+    """What a run will do with one client's records that train, and what that costs each."""
 
     records: int
     sampling_rate: float
@@ -18,10 +18,16 @@ class ClientPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run will cost each client, at `delta`."""
+    """What a run will cost each client, at `delta`; `test` is what scores cost the records that are kept back, if any are."""
 
     clients: list[ClientPlan]
     delta: float
+    test: held_out.Cost | None = None
+
+    @property
+    def epsilon(self):
+        """The most that any record pays: it trains, or it is kept back."""
+        return max([*(client.epsilon for client in self.clients), *([self.test.epsilon] if self.test else [])])
 
     def __str__(self):
         lines = [f"{'client':>6}{'records':>9}{'q':>9}{'capacity':>10}{'sigma':>9}{'rounds':>8}{'epsilon':>9}"]
@@ -29,11 +35,19 @@ class Plan(NamedTuple):
             lines.append(
                 f"{k:6}{c.records:9}{c.sampling_rate:9.4f}{c.capacity:10}{c.noise_multiplier:9.4f}{c.rounds:8}{c.epsilon:9.4f}"
             )
-        return "\n".join([*lines, f"at delta {self.delta:g}"])
+        lines.append(f"at delta {self.delta:g}")
+        if self.test:
+            lines.append(
+                f"{sum(self.test.units)} more records are kept back and never train: {self.test.evaluations} evaluations at "
+                f"sigma {self.test.noise_multiplier:.4f}, epsilon {self.test.epsilon:.4f}; a record pays for one of the two, at "
+                f"most {self.epsilon:.4f}"
+            )
+        return "\n".join(lines)
 
 
 def plan(config, sizes):
-    """The Plan of `config` for clients of `sizes` records (a list)."""
+    """The Plan of `config` for clients of `sizes` records (a list), those that are kept back included."""
+    everyone, sizes = sizes, held_out.training(config, sizes)
     mechanisms, steps = calibration.mechanisms(config, sizes), participation.total_steps(config).tolist()
     clients = [
         ClientPlan(
@@ -42,4 +56,7 @@ def plan(config, sizes):
         )
         for n, m, count in zip(sizes, mechanisms, steps, strict=True)
     ]  # fmt: skip
-    return Plan(clients, config.privacy.delta)
+    share = config.private_test.share
+    return Plan(
+        clients, config.privacy.delta, held_out.cost(config, held_out.kept_back(config, everyone)) if share else None
+    )

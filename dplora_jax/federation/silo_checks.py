@@ -16,6 +16,10 @@ def check(config):
             "silos share one adapter of one rank: leave out `ranks`, and any aggregation that keeps a part of the "
             f"adapter at each client (here {method.name})."
         )
+    if config.private_test.share:
+        raise InputError(
+            "silos send uploads and no scores: leave out `private_test`, and let the coordinator measure on a public test set."
+        )
     if participation.scheduled(config) or config.schedule.dropout:
         raise InputError(
             "silos follow no schedule, since the server asks them for uploads as it goes: leave out `participation` and "

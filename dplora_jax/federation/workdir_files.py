@@ -57,21 +57,32 @@ SENT = {
     "adapter_parameters": COUNT, "full_parameters": COUNT, "bytes_up_per_client_per_round": real(0), "ratio": real(0),
     "bytes_down_per_client_per_round": real(0), "full_bytes_per_client_per_round": real(0),
 }  # fmt: skip
+TEST = {
+    "units": list_of(whole(1, 10**12), 10**6, 1), "evaluations": whole(1, accounting.MOST_STEPS + 1),
+    "noise_multiplier": ledger.MECHANISM["noise_multiplier"], "epsilon": real(0),
+}  # fmt: skip
 # What a run says beyond its fields; what an earlier version did not write reads as None or as nothing.
 DESCRIPTION = {
     "data": record({}, DATA, anything), "communication": record({}, SENT, anything), "trust": list_of(TEXT),
     "method": list_of(TEXT), "accounting": TEXT, "command": text(1 << 20), "environment": record({}, {}, scalar),
     "base_files": record({}, {}, TEXT), "apart": flag, "member": optional(COUNT),
+    "private_test": optional(record(TEST)),
 }  # fmt: skip
 EMPTY = {
     "data": dict.fromkeys(DATA) | {"labels": []}, "communication": dict.fromkeys(SENT), "trust": [], "method": [],
     "accounting": "", "command": "", "environment": {}, "base_files": {}, "apart": False,
-    "member": None,
+    "member": None, "private_test": None,
 }  # fmt: skip
 FEDERATION = record({"clients": list_of(ROW, 10**6, 1), "release": optional(text())}, DESCRIPTION, anything)
 LINE = record(
     {"round": whole(0, accounting.MOST_STEPS), "epsilon": list_of(real(0), 10**6, 1), "epsilon_max": real(0)},
-    {"release": optional(text()), "seconds": real(0), "finished": COUNT, "dropped": list_of(COUNT)},
+    {
+        "release": optional(text()),
+        "seconds": real(0),
+        "finished": COUNT,
+        "dropped": list_of(COUNT),
+        "private_test_epsilon": real(0),
+    },
     anything,
 )
 

@@ -21,7 +21,7 @@ def deal(config):
     """The Dealt of a run. A table that is dealt is read whole by every process; of clients' own folders each process reads
     those that it asks for."""
     source = source_of(config)
-    need_test = config.execution.eval_every > 0
+    need_test = config.execution.eval_every > 0 and not config.private_test.share
     if config.data.partition == partition.FOLDERS:
         folder_names = folders.names(source, config.schedule.clients)
         corpus = sources.load_public(source, need_test)

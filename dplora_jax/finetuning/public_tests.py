@@ -20,7 +20,7 @@ def evaluator(config, objective, corpus, private, tokenizer, test, prepared):
     client's."""
     model, params, grid = prepared.model, prepared.params, prepared.mesh
     regular = _regular(
-        objective, corpus, model, params, grid, None if test is None else prepared.through_frozen_layers(test)
+        config, objective, corpus, model, params, grid, None if test is None else prepared.through_frozen_layers(test)
     )
     closing = _closing(config, objective, corpus, private, prepared.whole_model, params, grid, tokenizer)
 
@@ -47,9 +47,14 @@ def probe(config, classifies, tokenizer, prepared):
     return lambda adapter, residual, ends=False: measure(adapter, residual)
 
 
-def _regular(objective, corpus, model, params, grid, test):
+def _regular(config, objective, corpus, model, params, grid, test):
+    if test is None and config.private_test.share:
+        return lambda adapter, residual: {}
     if test is None:
-        raise InputError("there is no public test set to evaluate on: give `test_data`, or eval_every=0.")
+        raise InputError(
+            "there is no public test set to evaluate on: give `test_data`, `private_test` for noisy scores on a part of the "
+            "clients' own records, or eval_every=0."
+        )
     if objective.kind == objectives.CLASSIFIER:
         return evaluation.classifier(model, grid, params, test)
     if corpus.task.kind == tasks.LABELS:
@@ -65,7 +70,7 @@ def _closing(config, objective, corpus, private, model, params, grid, tokenizer)
         if config.evaluation.benchmarks:
             raise InputError("`benchmarks` needs a language model, and this is a classifier: leave it out.")
         return evaluations
-    if corpus.task.kind == tasks.ANSWERS and config.evaluation.generate:
+    if corpus.task.kind == tasks.ANSWERS and config.evaluation.generate and corpus.test is not None:
         asked = _some(config, tasks.asked(corpus.task, corpus.test, config.data.chat))
         _check_room(config, model)
         evaluations[""] = evaluation.answers(
@@ -84,6 +89,10 @@ def _asked(config, corpus, private, name):
     """The records of a public task as they are asked; of the run's own task, the run's own test set."""
     chat = config.data.chat and sources.known(name).kind == tasks.ANSWERS
     if name == config.data.dataset:
+        if corpus.test is None:
+            raise InputError(
+                f"benchmarks={name} is the run's own task, of which there is no public test set: leave it out."
+            )
         some = records.some(corpus.test, config.evaluation.benchmark_records, config.schedule.split_seed)
         return tasks.asked(corpus.task, some, chat)
     folder = config.evaluation.benchmarks_dir and pathlib.Path(config.evaluation.benchmarks_dir) / name

@@ -67,7 +67,7 @@ def chosen(sizes, clients, epsilon, objective):
 def for_run(config, given):
     """{field: value} that the recipe sets in `config` (a RunConfig as given), but for the fields that `given` names."""
     from dplora_jax.data import partition, tasks
-    from dplora_jax.federation import methods, trust
+    from dplora_jax.federation import held_out, methods, trust
     from dplora_jax.finetuning import dealing, objectives
     from dplora_jax.models import pretrained
 
@@ -86,6 +86,7 @@ def for_run(config, given):
         raise InputError("`auto` needs `epsilon`: give it in place of `noise_multiplier`.")
     dealt = dealing.deal(config)
     sizes = [part.count for part in dealing.by_client(*dealt.read(range(config.schedule.clients)))]
+    sizes = held_out.training(config, sizes)
     private = epsilon if mode.private else None
     kind = objectives.kind(config, dealt.corpus.task)
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:

@@ -12,7 +12,7 @@ from dplora_jax import models
 from dplora_jax.data import encoding
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import dealing, feature_norm, objectives, public_tests
+from dplora_jax.finetuning import dealing, feature_norm, objectives, private_tests, public_tests
 from dplora_jax.models import features, pretrained
 
 
@@ -22,14 +22,15 @@ class FineTuning(NamedTuple):
     federation: Federation
     shards: list  # {name: [n_k, ...]} of each client; None for those that another process holds
     evaluate: Callable
-    probe: Callable | None  # in its place, where nothing is evaluated
+    probe: Callable | None  # in its place, where nothing public is evaluated on
+    score: Callable  # on what is kept back
     describe: Callable
     corpus: Any
     tokenizer: Any
 
     def fit(self, workdir=None, **options):
         """`Federation.fit` of these records, evaluated as the configuration says."""
-        given = {"evaluate": self.evaluate, "probe": self.probe, "describe": self.describe}
+        given = {name: getattr(self, name) for name in ("evaluate", "probe", "score", "describe")}
         return self.federation.fit(self.shards, workdir, **given, **options)
 
 
@@ -54,7 +55,7 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     dealt = dealt or dealing.deal(config)
     base = read_base(config, dealt.corpus, stored, memo)
     model, params, tokenizer, objective, corpus, test, labels = base
-    evaluated = config.execution.eval_every
+    evaluated = config.execution.eval_every and (test is not None or not config.private_test.share)
     federation = Federation(
         model,
         params,
@@ -77,8 +78,9 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
         public_tests.evaluator, config, objective, corpus, private, tokenizer, test if evaluated else None
     )
     probe = None if evaluated else functools.partial(public_tests.probe, config, labels is not None, tokenizer)
+    score = functools.partial(private_tests.scorer, objective, corpus, dict(zip(shares, private, strict=True)))
     describe = functools.partial(_described, config, base, command)
-    return FineTuning(federation, shards, evaluate, probe, describe, corpus, tokenizer)
+    return FineTuning(federation, shards, evaluate, probe, score, describe, corpus, tokenizer)
 
 
 def read_base(config, corpus, stored=None, memo=None):

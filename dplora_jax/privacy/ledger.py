@@ -4,6 +4,9 @@ An entry is {"entry": "begin", "rounds": [a, b], "attempt": n, "local_steps": s,
 "inputs": {name: HMAC of what the run works with}, ...}, then {"entry": "commit", ...} of the same rounds and attempt, and
 at last {"entry": "end"}; `chain` says how entries are kept from being changed. epsilon is recomputed from the begin entries
 alone: what was begun is paid for, whether or not it came back.
+
+{"entry": "evaluate", "round": r, "attempt": n, "noise_multiplier": s, ...} charges, before it is computed, one evaluation on the
+records that never train. They pay for these entries and for no others, and records that train for the begin entries alone.
 """
 
 import bisect
@@ -33,16 +36,22 @@ LATER = {
     "count_noise": real(0, 10**12),
     "bands": whole(1, accounting.MOST_STEPS),
 }  # that the first version did not write
-SEALED = LINK | {"entry": one_of("begin", "commit", "end")}
+SEALED = LINK | {"entry": one_of("begin", "commit", "evaluate", "end")}
 DISPATCH = SEALED | {"rounds": _rounds, "attempt": whole(0, 10**9)}
+GUARANTEE = {"trust": text(), "delta": real(0, 1, above=True), "release": text(), "config": hexadecimal()}
+NONCE = {"nonce": hexadecimal()}
 SCHEMAS = {
     "begin": record(
         DISPATCH | {"local_steps": whole(1, accounting.MOST_STEPS), "clients": list_of(record(MECHANISM, LATER), 10**6, 1),
                     "inputs": mapping_of(hexadecimal())},
-        {"steps": list_of(_steps), "trust": text(), "delta": real(0, 1, above=True), "release": text(), "nonce": hexadecimal(),
-         "config": hexadecimal(), "request": hexadecimal()},
+        GUARANTEE | NONCE | {"steps": list_of(_steps), "request": hexadecimal()},
     ),
     "commit": record(DISPATCH),
+    "evaluate": record(
+        SEALED | GUARANTEE | {"round": _steps, "attempt": whole(0, 10**9), "inputs": mapping_of(hexadecimal()),
+                              "noise_multiplier": MECHANISM["noise_multiplier"]},
+        NONCE,
+    ),
     "end": record(SEALED, {"round": _steps}),
 }  # fmt: skip
 KINDS = {"truncated_poisson_gaussian": accounting.Mechanism}  # kind -> a frozen dataclass that accounting composes
@@ -86,10 +95,10 @@ def _dispatch(entry):
 
 
 class _Begun:
-    """The rounds that were begun under each attempt number, and the dispatches that wait for their commit."""
+    """The rounds that were begun under each attempt number, the dispatches that wait for their commit, and the evaluations."""
 
     def __init__(self):
-        self._of, self.open, self.clients = {}, set(), None
+        self._of, self.open, self.clients, self._evaluated = {}, set(), None, set()
 
     def begin(self, entry):
         """What is wrong with a begin entry, in words, or None."""
@@ -104,6 +113,14 @@ class _Begun:
         if entry["clients"] == self.clients:
             entry["clients"] = self.clients  # held once
         self.clients = entry["clients"]
+        return None
+
+    def evaluate(self, entry):
+        """What is wrong with an evaluate entry, in words, or None."""
+        place = entry["round"], entry["attempt"]
+        if place in self._evaluated:
+            return "evaluates a round under keys that an earlier entry used"
+        self._evaluated.add(place)
         return None
 
     def commit(self, entry):
@@ -122,7 +139,7 @@ class Ledger(Chain):
     def __init__(self, path, mend=True):
         super().__init__(path, mend)
         begun, ended = _Begun(), False
-        follows = {"begin": begun.begin, "commit": begun.commit, "end": lambda _: None}
+        follows = {"begin": begun.begin, "commit": begun.commit, "evaluate": begun.evaluate, "end": lambda _: None}
         for number, entry in enumerate(self.entries, 1):
             wrong = "stands after the end of the run" if ended else follows[entry["entry"]](entry)
             if wrong:
@@ -142,6 +159,16 @@ class Ledger(Chain):
     def begun(self):
         """The begin entries, oldest first."""
         return self._of("begin")
+
+    @property
+    def evaluated(self):
+        """The evaluate entries, oldest first."""
+        return self._of("evaluate")
+
+    @property
+    def charged(self):
+        """The entries that charge someone, oldest first."""
+        return [entry for entry in self.entries if entry["entry"] in ("begin", "evaluate")]
 
     def committed(self, entry):
         """Whether a commit followed the begin entry `entry`."""
@@ -175,6 +202,12 @@ class Ledger(Chain):
         self.append(entry="commit", rounds=list(rounds), attempt=attempt)
         self._committed.add((*rounds, attempt))
 
+    def evaluate(self, number, attempt, noise_multiplier, inputs, **more):
+        """Charge an evaluation after round `number` before it is computed; `inputs` and `more` as for `begin`."""
+        self.append(
+            entry="evaluate", round=number, attempt=attempt, noise_multiplier=noise_multiplier, inputs=inputs, **more
+        )
+
     def charged_rounds(self):
         """How many rounds have been paid for, repeated attempts included."""
         return sum(entry["rounds"][1] - entry["rounds"][0] for entry in self.begun)
@@ -196,6 +229,10 @@ class Ledger(Chain):
         for (client, mechanism), count in steps.items():
             spent.setdefault(client, []).append((mechanism, count))
         return [accounting.composed(tuple(spent[client]), delta) for client in sorted(spent)]
+
+    def test_epsilon(self, delta):
+        """What a record that never trains has paid at `delta`, by all evaluate entries; 0 where there are none."""
+        return accounting.full_epsilon([entry["noise_multiplier"] for entry in self.evaluated], delta)
 
 
 class InMemoryLedger(Ledger):

@@ -31,7 +31,7 @@ CANDIDATES = 32  # random records for each canary that is chosen
 # What an audit reads a client's noisy sums from: its upload, of both halves, in every round, as it was made.
 PLAIN = (
     ("aggregation", "fedavg"), ("robust", "none"), ("participation", "all"), ("ranks", None), ("upload_bits", None),
-    ("proximal", 0.0), ("dropout", None),
+    ("proximal", 0.0), ("dropout", None), ("private_test", 0.0),
 )  # fmt: skip
 SMALL_RATE = 2.0  # the small model's learning rate: its adapter has to move for rounds to differ
 

@@ -20,7 +20,7 @@ from absl import flags as absl_flags
 from dplora_jax import guard
 from dplora_jax.config import RunConfig, field_value, replace
 from dplora_jax.errors import InputError
-from dplora_jax.federation import participation, trust
+from dplora_jax.federation import held_out, participation, trust
 from dplora_jax.files import to_json
 from dplora_jax.privacy import accounting, clippers, noises, paper_bound
 from experiments import cli
@@ -39,12 +39,14 @@ CURVES = 5  # from the fewest records to the most, where there are more distinct
 
 
 class Question(NamedTuple):
-    """The unknown's name, a checked RunConfig of the rest, and each client's size. Where epsilon or noise_multiplier is not the
-    unknown, `config` has it; rounds and expected_batch_size, where unknown, hold values of no meaning."""
+    """The unknown's name, a checked RunConfig of the rest, how many records of each client train, and how many it keeps back.
+    Where epsilon or noise_multiplier is not the unknown, `config` has it; rounds and expected_batch_size, where unknown, hold
+    values of no meaning."""
 
     solve: str
     config: RunConfig
     sizes: tuple
+    kept: list = ()
 
 
 class Answer(NamedTuple):
@@ -99,7 +101,9 @@ def parse(argv):
     given -= {name for name, value in numbers.items() if value is None}
     unknown = _unknown(values.solve, given)
     config = _checked(config, unknown, numbers)
-    return Question(unknown, config, _sizes(values.records, config, "clients" in given)), {
+    sizes = _sizes(values.records, config, "clients" in given)
+    kept = held_out.kept_back(config, sizes) if config.private_test.share else []
+    return Question(unknown, config, tuple(held_out.training(config, sizes)), kept), {
         "plot": plot,
         "json": values.json,
     }
@@ -260,12 +264,14 @@ def tell(question, answer):
                 "paper_reach": paper_bound.reach(m.sampling_rate, steps),
             }
         )
+    test = held_out.cost(config, question.kept)._asdict() if question.kept else None
     names = ("rounds", "local_steps", "expected_batch_size", "epsilon", "noise_multiplier", "delta", "clip_norm")
     return {
         "solved": question.solve,
         "at_end_of_range": answer.bounded,
         **{name: field_value(config, name) for name in names},
         "clients": clients,
+        "private_test": test,
         "curve_rounds": rounds,
         "curves": [
             {

@@ -85,6 +85,9 @@ def notes(result):
     yield f"         set to 1. NO GUARANTEE; claimed only below an unspecified multiple of q^2 T = {reach:.3g}"
     if any(row["renyi_epsilon"] < row["epsilon"] for row in result["clients"]):
         yield f"         RDP below epsilon: a step's loss is so small that its rounding up to a grid of {accounting.GRID:g} tells"
+    if test := result["private_test"]:
+        yield f"kept     {sum(test['units']):,} more records never train: {test['evaluations']} evaluations with"
+        yield f"         sigma {test['noise_multiplier']:.4g} cost each of them epsilon {formats.epsilon(test['epsilon'])} in all"
     yield "noise    standard deviation on each coordinate of a step's mean gradient: sigma clip_norm / (q n)"
 
 

@@ -20,6 +20,7 @@ GROUPS = {  # the sections of a RunConfig, as --help heads them
     "data": "Data",
     "lora": "Adapter",
     "privacy": "Privacy",
+    "private_test": "Scores on private records",
     "schedule": "Clients and rounds",
     "optimizer": "Clients' optimizer",
     "aggregation": "Server",

@@ -12,7 +12,8 @@ from experiments.text import formats
 INK, GRID, SERIES = "#010101", "#020202", tuple(f"#{i:02x}{i:02x}{i:02x}" for i in range(3, 11))
 VARIABLES = {INK: "--soft", GRID: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES)}
 BOOKKEEPING = {"round", "epsilon", "epsilon_max", "bytes_up_per_client", "bytes_down_per_client", "seconds"}
-BOOKKEEPING |= {"examples_per_second", "finished", "survivors"}
+BOOKKEEPING |= {"examples_per_second", "finished", "survivors", "private_test_epsilon"}
+ENDS = ("_low", "_high")  # of a metric's interval
 
 
 class Figure(NamedTuple):
@@ -25,15 +26,24 @@ class Figure(NamedTuple):
 
 
 def by_metric(rows):
-    """Each test metric of the metrics lines (dicts) by name, as its rounds, its values and the epsilon_max that each had cost."""
+    """Each metric of the metrics lines (dicts) by name, as its rounds, its values and the epsilon_max that each had cost."""
     series = {}
     for row in rows:
         for name, value in row.items():
-            if name not in BOOKKEEPING and (value := number(value)) is not None:
+            if name not in BOOKKEEPING and not name.endswith(ENDS) and (value := number(value)) is not None:
                 columns = series.setdefault(name, ([], [], []))
                 for column, entry in zip(columns, (row["round"], value, row["epsilon_max"]), strict=True):
                     column.append(entry)
     return series
+
+
+def spans(rows, name):
+    """(the least, the most) that the metric `name` may be in each of the metrics lines that have it; None where it has no
+    interval."""
+    having = [row for row in rows if number(row.get(name)) is not None]
+    if not having or any(number(row.get(f"{name}{end}")) is None for row in having for end in ENDS):
+        return None
+    return tuple([number(row[f"{name}{end}"]) for row in having] for end in ENDS)
 
 
 def figure(identity, title, series, caption, draw, xlabel="round", broken=None):
@@ -84,13 +94,15 @@ def _svg(identity, label, draw, xlabel):
     )
 
 
-def _plot_metrics(series, against_epsilon):
-    """A drawing of every metric in `series`, per round or against epsilon_max."""
+def _plot_metrics(series, rows, against_epsilon):
+    """A drawing of every metric in `series`, per round or against epsilon_max, with its interval in `rows` where it has one."""
 
     def draw(axes):
-        for i, (rounds, values, epsilons) in enumerate(series.values()):
+        for i, (name, (rounds, values, epsilons)) in enumerate(series.items()):
             x = epsilons if against_epsilon else rounds
             style = "o-" if i == 0 else "s--"
+            if (ends := spans(rows, name)) is not None:
+                axes.fill_between(x, *ends, color=SERIES[i % len(SERIES)], alpha=0.2, linewidth=0)
             axes.plot(x, values, style, color=SERIES[i % len(SERIES)], linewidth=2, markersize=4.2)
 
     return draw
@@ -123,9 +135,10 @@ def for_run(flags, rows, private):
         if flags.aggregation.ema
         else ""
     )
+    bands = " Bands are 95 % intervals." if any(spans(rows, name) for name in metrics) else ""
     charts = [
-        figure(f"utility{i}", "Utility per round", series, f"Round 0 is the base model.{average}",
-               _plot_metrics(series, against_epsilon=False), broken=1)
+        figure(f"utility{i}", "Utility per round", series, f"Round 0 is the base model.{average}{bands}",
+               _plot_metrics(series, rows, against_epsilon=False), broken=1)
         for i, series in enumerate(groups)
     ]  # fmt: skip
     if rows and private and all(math.isfinite(row["epsilon_max"]) for row in rows):
@@ -138,7 +151,7 @@ def for_run(flags, rows, private):
         )
         charts += [
             figure(f"trade{i}", "Utility against epsilon", series, caption,
-                   _plot_metrics(series, against_epsilon=True), "epsilon_max", broken=1)
+                   _plot_metrics(series, rows, against_epsilon=True), "epsilon_max", broken=1)
             for i, series in enumerate(groups)
         ]  # fmt: skip
     return charts

@@ -10,7 +10,7 @@ from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional
 from experiments import communication
 from experiments.report import figures
 from experiments.run.summary import sent_uploads
-from experiments.text import formats
+from experiments.text import formats, scores
 from experiments.text.tables import Table
 
 CLIENT_COLUMNS = {
@@ -56,12 +56,14 @@ def contents(workdir, stored, rows, agreement, sweep):
         "evaluated": bool(metrics),
         "figures": figures.for_run(flags, rows, private),
         "rounds": _rounds(rows, metrics),
+        "kinds": scores.kinds(stored, rows),
         "accuracy_note": formats.accuracy_note(described["data"], metrics["accuracy"][1][-1])
         if "accuracy" in metrics
         else "",
         "trust": described["trust"],
         "epsilon": formats.epsilon(last["epsilon_max"]) if finite else None,
         "delta": formats.number(flags.privacy.delta),
+        "tested": _tested(rows, last) if finite else "",
         "accounting": described["accounting"],
         "ledger": agreement.words,
         "audit": audit(workdir, stored) if private else None,
@@ -77,6 +79,17 @@ def contents(workdir, stored, rows, agreement, sweep):
     }
 
 
+def _tested(rows, last):
+    """What a record pays where some train and others are kept back; nothing where none are."""
+    spent = scores.spent(rows)
+    if spent is None:
+        return ""
+    return (
+        f"A record trains or is kept back: training has cost epsilon {formats.epsilon(last['epsilon_max'])}, scores "
+        f"{formats.epsilon(spent)}, so no record has paid more than {formats.epsilon(max(spent, last['epsilon_max']))}."
+    )
+
+
 def _facts(stored):
     """The run in a few words each."""
     flags, data = stored.config, stored.description["data"]
@@ -87,17 +100,24 @@ def _facts(stored):
     ]
     words += [f"targets {','.join(flags.lora.targets)}", f"trust {flags.privacy.trust}"]
     names = {"train_records": f"train {flags.privacy.unit}s", "test_records": "test records"}
-    return words + [f"{formats.number(data[name])} {title}" for name, title in names.items() if data[name]]
+    words += [f"{formats.number(data[name])} {title}" for name, title in names.items() if data[name]]
+    kept_back = f"{scores.kept_back(stored)} kept back"
+    return words + ([kept_back] if stored.description["private_test"] else [])
 
 
 def _tiles(stored, rows, metrics, private, confirmed):
     """(label, value, note, whether it is an alarm) of the large figures: the last metrics, epsilon, and what a client sends."""
     flags, tiles = stored.config, []
-    for name, (rounds, values, _) in list(metrics.items())[:3]:
+    for name in _large(metrics):
+        rounds, values, _ = metrics[name]
         beside = formats.accuracy_note(stored.description["data"], values[-1]) if name == "accuracy" else ""
+        if name in formats.PRIVATE_METRICS:
+            row = next(row for row in reversed(rows) if name in row)
+            beside = f"{scores.span(row, name)} (95 %), {'noisy' if private else 'EXACT'}"
         base = f"base model {formats.metric(values[0])}" if rounds[0] == 0 and len(rounds) > 1 else ""
         note = f"round {rounds[-1]}" + (f", {beside}" if beside else "") + (f"; {base}" if base else "")
-        tiles.append((f"test {formats.metric_name(name)}", formats.metric(values[-1]), note, False))
+        kind = "" if name in formats.PRIVATE_METRICS else "test "
+        tiles.append((f"{kind}{formats.metric_name(name)}", formats.metric(values[-1]), note, False))
     if not metrics:
         tiles.append(("test metrics", "—", "no round was evaluated on test data", False))
     if not private:
@@ -118,6 +138,12 @@ def _tiles(stored, rows, metrics, private, confirmed):
         note = f"{up} per client and round instead of {full} for full fine-tuning"
         tiles.append(("bytes sent", f"{ratio:,.5g}× less", note, False))
     return tiles
+
+
+def _large(metrics):
+    """The names of the metrics that are shown large: three of the public test set, two of private records."""
+    private = [name for name in metrics if name in formats.PRIVATE_METRICS]
+    return [*[name for name in metrics if name not in private][:3], *private[:2]]
 
 
 def _bands(stored, rows, private, agreement):
@@ -146,11 +172,20 @@ def _rounds(rows, metrics):
     if not rounds:
         return None
     step = max(1, math.ceil((len(rounds) - 1) / (MOST_ROUNDS - 1)))
-    spent, body = {row["round"]: formats.epsilon(row["epsilon_max"]) for row in rows}, []
+    by_round = {row["round"]: row for row in rows}
+    spent, body = {number: formats.epsilon(row["epsilon_max"]) for number, row in by_round.items()}, []
     for number in sorted({*rounds[::step], rounds[-1]}):
+        row = by_round[number]
         values = [dict(zip(numbers, column, strict=True)).get(number) for numbers, column, _ in metrics.values()]
-        body.append([str(number), spent[number], *("" if v is None else formats.metric(v) for v in values)])
+        cells = ["" if v is None else _score(row, name, v) for name, v in zip(metrics, values, strict=True)]
+        body.append([str(number), spent[number], *cells])
     return Table(["round", "epsilon", *map(formats.metric_name, metrics)], body)
+
+
+def _score(row, name, value):
+    """A metric's value in a metrics line, with its interval where it has one."""
+    interval = scores.span(row, name)
+    return formats.metric(value) + (f" ({interval})" if interval else "")
 
 
 def charged(clients, last):

@@ -6,7 +6,7 @@ from dplora_jax.federation import methods
 from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
-from experiments.text import formats
+from experiments.text import formats, scores
 from experiments.text.tables import Table
 
 TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
@@ -121,9 +121,10 @@ def _run_facts(run):
             for k, (records, spent) in enumerate(zip(run.stored.records, last["epsilon"], strict=True))
         ]
         yield Table(["client", "records", f"epsilon at delta {flags.privacy.delta:g}"], rows).markdown()
-    scores = [
-        f"{label} {formats.metric(float(last[key]), key)}" for key, label in formats.METRICS.items() if key in last
-    ]
-    if scores:
+    public, private = scores.public(last), scores.private(last)
+    if public:
         whose = f" {OWN_MODELS}, not of this one." if methods.BY_NAME[flags.aggregation.method].personal else ""
-        yield f"On the public test set: {', '.join(scores)}.{whose}"
+        yield f"On the public test set: {', '.join(public)}.{whose}"
+    if private:
+        kind = "noisy counts" if run.stored.private else "EXACT counts, without privacy,"
+        yield f"By {kind} on {scores.kept_back(run.stored)} records that never train: {', '.join(private)}, 95 % intervals."

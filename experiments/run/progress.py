@@ -6,6 +6,8 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+SHOWN = ("accuracy", "macro_f1", "private_accuracy", "private_macro_f1")
+
 
 @contextlib.contextmanager
 def bar(rounds, quiet=None):
@@ -28,9 +30,7 @@ def bar(rounds, quiet=None):
         task = progress.add_task("compiling", total=rounds)
 
         def show(round):
-            metrics = [
-                f"{name} {round.metrics[name]:.3f}" for name in ("accuracy", "macro_f1") if name in round.metrics
-            ]
+            metrics = [f"{name} {round.metrics[name]:.3f}" for name in SHOWN if name in round.metrics]
             text = "  ".join([f"epsilon {max(round.epsilon):.2f}", *metrics])
             progress.update(task, completed=round.number, description=text)
 

@@ -3,7 +3,7 @@
 from dplora_jax.errors import InputError
 from dplora_jax.federation import trust, workdir_files
 from experiments import ledger
-from experiments.text import formats
+from experiments.text import formats, scores
 
 
 def line(folder):
@@ -12,16 +12,15 @@ def line(folder):
     if not lines:
         raise InputError(f"{folder}/metrics.jsonl does not exist or is empty: restore it.")
     last, flags, sent = lines[-1].values, stored.config, stored.description["communication"]
-    scores = [
-        f"{label} {formats.metric(float(last[name]), name)}" for name, label in formats.METRICS.items() if name in last
-    ]
-    metrics = f"test {', '.join(scores)}" if scores else "not evaluated"
+    metrics, kept_back = scores.of_line(stored, last), scores.spent([line.values for line in lines])
     confirmed = ledger.agreement(folder)
     budget = (
         f"epsilon {formats.epsilon(last['epsilon_max'])} at delta {flags.privacy.delta:g} for {trust.mode(flags).protects(flags)}"
         if stored.private
         else workdir_files.NO_PRIVACY
     )
+    if kept_back is not None and stored.private:
+        budget += f" that train, and {formats.epsilon(kept_back)} for those that are kept back"
     each = sent_uploads([line.values for line in lines], flags.schedule.clients) / flags.schedule.clients
     up, full = (each * sent[f"{name}_per_client_per_round"] for name in ("bytes_up", "full_bytes"))
     kind = " (synthetic data)" if stored.description["data"]["synthetic"] else ""

@@ -107,6 +107,11 @@ def _add(cells, kept, case, settings, more, seed, kind=RUN, say=print):
     """Put one cell into `cells`, by what tells it from others."""
     words = [f"--{flag}={value}" for flag, value in settings if value != ANY]
     config = cli.parse([*kept, *words, *shlex.split(more), f"--seed={seed}", f"--split_seed={seed}"], say)
+    if config.private_test.share:
+        raise InputError(
+            "--private_test cannot be used in a sweep: whoever chooses among cells by scores on private records has them pay for "
+            "every cell. Sweep over public data with a public test set."
+        )
     name = {"case": case, **dict(settings), "seed": int(seed), "config": _digest(config, kind)}
     cells[key(name)] = Cell(name, config, kind)
 

@@ -9,6 +9,10 @@ from dplora_jax.files import to_json
 METRICS = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "perplexity": "perplexity", "token_f1": "token F1", "rouge_l": "ROUGE-L",
 }  # fmt: skip
+# On records that are kept back (`private_test`); not those of the public test set.
+PRIVATE_METRICS = {
+    f"private_{name}": f"{METRICS[name]} on private records" for name in ("accuracy", "macro_f1", "perplexity")
+}
 
 
 def number(value):
@@ -57,7 +61,7 @@ def metric(value, name=""):
 
 def metric_name(name):
     """A metric's name in words."""
-    return METRICS.get(name, name.replace("_", " "))
+    return (METRICS | PRIVATE_METRICS).get(name, name.replace("_", " "))
 
 
 def size(count):

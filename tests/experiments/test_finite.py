@@ -112,7 +112,7 @@ def test_a_run_whose_last_evaluation_is_not_finite_does_not_end_as_done():
     federation = small_federation.federation()
     federation.history = [line(4)]
     with pytest.raises(NotFiniteError):
-        list(federation._finish(JOB, state(), lambda state, ends: {"accuracy": math.nan}, None, None))
+        list(federation._finish(JOB, state(), lambda state, number, ends: {"accuracy": math.nan}, None, None))
 
 
 @pytest.mark.parametrize(("done", "kind"), [(0, InputError), (2, NotFiniteError)])

@@ -15,7 +15,13 @@ SHARED = {"trust": "distributed", "noise": "hardened", "survivors": 3, "colludin
 @pytest.fixture(scope="module")
 def job():
     made = small.federation(**SHARED)
-    return made._job(made.prepare(small.shards()), storage.InMemory(), None)
+    return job_of(made, made.prepare(small.shards()))
+
+
+def job_of(made, prepared):
+    """A Job of `made`, kept in memory."""
+    kept = storage.InMemory()
+    return made._job(prepared, kept, kept.secrets(3, made.config.privacy.seed), None)
 
 
 def test_a_share_has_its_part_of_the_noise_and_not_all_of_it(job):
@@ -42,7 +48,7 @@ def test_the_servers_gradient_is_the_exact_sum_of_the_shares(job):
     """int32 all the way: a sum of their floats would have lost the last digits."""
     made = small.federation(**SHARED)
     prepared = made.prepare(small.shards())
-    own = made._job(prepared, storage.InMemory(), None)
+    own = job_of(made, prepared)
     rounds, attempt = dispatch.charge(own, 0)
     from dplora_jax.federation import mesh
 

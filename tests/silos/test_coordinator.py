@@ -184,7 +184,8 @@ def test_the_integer_total_is_exactly_the_simulations(tmp_path):
     totals.append(coordinator.server.total(uploads))
     whole = Federation(*small.model(), losses.classification, small.config(rounds=3, **small_silos.MASKED))
     prepared = whole.prepare(small_silos.shards())
-    job = whole._job(prepared, storage.InMemory(), None)
+    kept = storage.InMemory()
+    job = whole._job(prepared, kept, kept.secrets(3, whole.config.privacy.seed), None)
     rounds, attempt = dispatch.charge(job, 0)
     keys = dispatch.round_keys(job, (1, 2), attempt)
     from dplora_jax.federation import mesh
