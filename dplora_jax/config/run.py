@@ -63,7 +63,9 @@ class Data:
         None, "share of the table to hold out as the test set; giving it declares that share public"
     )
     train_records: int | None = field(
-        None, "use this many training records, drawn by `split_seed`; default: all", least=1
+        None,
+        "use this many training records (units, with `privacy_unit`), drawn by `split_seed`; default: all",
+        least=1,
     )
     test_records: int | None = field(
         None, "evaluate on this many test records, drawn by `split_seed`; default: all", least=1

@@ -142,33 +142,46 @@ def _kept(values, wanted):
 def split(rows, fraction, seed):
     """A random part of size `fraction` of the Rows `rows` held out as the public test -> (rest, part), in the table's order.
 
-    Of questions and answers whole questions are held out: one that has several answers is in one part with all of them. So are
-    whole units, where there are any: nobody is in both parts.
+    Of questions and answers whole questions are held out: one that has several answers is in one part with all of them. Where
+    there are units, it is that part of the units: which, and how many, follows from their names alone, and not from how many rows
+    each has.
     """
+    if rows.units is not None:
+        chosen = _some_units(rows.units, lambda total: round(total * fraction), seed)
+        if not 0 < chosen.sum() < len(chosen):
+            raise InputError(f"test_fraction={fraction} of the units leaves one part empty; give another.")
+        return _taken(rows, np.flatnonzero(~chosen)), _taken(rows, np.flatnonzero(chosen))
     total = len(rows.texts)
     test_count = round(total * fraction)
     if not 0 < test_count < total:
         raise InputError(f"test_fraction={fraction} of {total} rows leaves one part empty; give another.")
     order = np.random.default_rng(seed).permutation(total)
-    together = rows.units if rows.units is not None else rows.texts if rows.answers is not None else None
-    if together is not None:
+    if rows.answers is not None:
         first = {}
         for rank, index in enumerate(order):
-            first.setdefault(together[index], rank)
-        order = order[np.argsort([first[together[index]] for index in order], kind="stable")]
-        while test_count < total and together[order[test_count]] == together[order[test_count - 1]]:
+            first.setdefault(rows.texts[index], rank)
+        order = order[np.argsort([first[rows.texts[index]] for index in order], kind="stable")]
+        while test_count < total and rows.texts[order[test_count]] == rows.texts[order[test_count - 1]]:
             test_count += 1
-        if test_count == total:
-            raise InputError(f"test_fraction={fraction} leaves nothing to train on, for whole units are held out.")
     return _taken(rows, order[test_count:]), _taken(rows, order[:test_count])
 
 
 def some(table: Records | None, count, seed):
-    """`count` of the Records `table` at random, in the table's order; all where there are no more, or `count` is None."""
-    if table is None or count is None or count >= len(table.texts):
+    """`count` of the Records `table` at random, or of their units with all of their rows, in the table's order; all where there
+    are no more, or `count` is None."""
+    if table is None or count is None or count >= table.count:
         return table
-    chosen = np.sort(np.random.default_rng((seed, 1)).permutation(len(table.texts))[:count])
+    if table.units is not None:
+        chosen = np.flatnonzero(_some_units(table.units, lambda total: count, (seed, 1)))
+    else:
+        chosen = np.sort(np.random.default_rng((seed, 1)).permutation(len(table.texts))[:count])
     return take(table, chosen)._replace(groups=table.groups and tuple(table.groups[i] for i in chosen))
+
+
+def _some_units(units, count, seed):
+    """Whether each row is of one of `count(how many)` units, drawn among their sorted names: bool [N]."""
+    names, numbers = np.unique(np.asarray(units), return_inverse=True)
+    return np.isin(numbers, np.random.default_rng(seed).permutation(len(names))[: count(len(names))])
 
 
 def _taken(rows, indices):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from dplora_jax import evaluation
+from dplora_jax.errors import InputError
 from dplora_jax.federation import fingerprints
 
 CHUNK = 128  # rows at a time
@@ -24,9 +25,11 @@ def fit_in_memory(model, rows, length):
     return 4 * rows * length * model.config.width <= CACHE_BYTES
 
 
-def split(config, model, params, rows, length, memo=None):
+def split(config, model, params, rows, length, memo=None, held=0):
     """The model above the frozen layers, and a function that takes a table {name: [N, ...]} through them, once for each row ->
-    (model, run), where `config` lets `rows` rows of `length` tokens be kept; else (model, what leaves a table as it is).
+    (model, run), where `config` lets `rows` rows of `length` tokens be kept; else (model, what leaves a table as it is). Where
+    rows have no public bound (None), and `held` of them are here, what a step computes is not to tell how many: they are kept, or
+    InputError is raised.
 
     `run` gives a table with `hidden`, which for a classifier takes the place of `input_ids`. `memo`, a dict, carries what was
     made of a table to the next call.
@@ -34,7 +37,9 @@ def split(config, model, params, rows, length, memo=None):
     start = first_adapted(config, model)
     if not start or not config.execution.cache_frozen:
         return model, lambda table: table
-    if not fit_in_memory(model, rows, length):
+    if rows is None and not fit_in_memory(model, held, length):
+        raise InputError("the frozen layers' outputs for all rows would not fit in memory: give cache_frozen=false.")
+    if rows is not None and not fit_in_memory(model, rows, length):
         print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, lambda table: table
     prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))

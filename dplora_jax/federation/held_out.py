@@ -29,11 +29,12 @@ class Part(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """What is kept back: `parts` {client: Part} of the clients that this process trains for, and `units` [K], how many units
-    each of all clients keeps back, which is public."""
+    """What is kept back: `parts` {client: Part} of the clients that this process trains for; `units` [K], how many units each of
+    all clients keeps back, and `rows` [K], how many rows these may have at most, both public."""
 
     parts: dict
     units: list
+    rows: list
 
 
 class Cost(NamedTuple):
@@ -106,7 +107,8 @@ def split(config, shards, keys):
     or (shards as they are, None) where nothing is to be kept back.
 
     A client's rows may carry `unit` (int [n_k]), the number of the unit that each is of; all rows of a unit go one way. Without
-    it each row is a unit. Raises InputError where a client is left without units of either kind.
+    it each row is a unit. Of a unit that is kept back, at most `unit_rows` rows are scored, so that nothing follows how many it
+    has. Raises InputError where a client is left without units of either kind.
     """
     if not config.private_test.share:
         return shards, None
@@ -116,16 +118,22 @@ def split(config, shards, keys):
             units = units_of(shard)
             chosen = np.isin(units, drawn(units, _kept_back(config, len(np.unique(units)), client), keys[client]))
             training[client] = {name: array[~chosen] for name, array in shard.items()}
+            chosen &= _some_rows(units, config.privacy.unit_rows, keys[client])
             rows = {n: array[chosen] for n, array in shard.items() if n != UNIT or not config.privacy.unit_column}
             parts[client] = Part(rows, np.flatnonzero(chosen), units[chosen])
     counts = processes.gather({client: len(np.unique(part.units)) for client, part in parts.items()})
     known = {int(client): count for one in counts for client, count in one.items()}
-    return training, HeldOut(parts, [known[client] for client in range(config.schedule.clients)])
+    kept = [known[client] for client in range(config.schedule.clients)]
+    return training, HeldOut(parts, kept, [count * config.privacy.unit_rows for count in kept])
 
 
 def units_of(shard):
-    """The number of the unit that each row of a client's `shard` is of, int [n_k]."""
-    return np.asarray(shard[UNIT]) if UNIT in shard else np.arange(len(shard["attention_mask"]))
+    """The number of the unit that each row of a client's `shard` is of, int [n_k]; InputError where `unit` is another thing."""
+    count = len(shard["attention_mask"])
+    units = np.asarray(shard.get(UNIT, np.arange(count)))
+    if units.shape != (count,) or units.dtype.kind not in "iu":
+        raise InputError(f"`{UNIT}` must hold one whole number for each row, the number of its unit.")
+    return units
 
 
 def drawn(units, count, secret):
@@ -133,6 +141,15 @@ def drawn(units, count, secret):
     numbers = np.unique(units)
     words = hashlib.shake_256(secrets.digest(secret, "test split")).digest(8 * len(numbers))
     return numbers[np.argsort(np.frombuffer(words, "<u8"), kind="stable")[:count]]
+
+
+def _some_rows(units, most, secret):
+    """Whether each row, of the unit `units` [R], is among `most` of its unit's, drawn by a client's `secret`: bool [R]."""
+    words = hashlib.shake_256(secrets.digest(secret, "test rows")).digest(8 * len(units))
+    order = np.lexsort((np.frombuffer(words, "<u8"), units))
+    chosen = np.zeros(len(units), bool)
+    chosen[order] = np.arange(len(units)) - np.searchsorted(units[order], units[order]) < most
+    return chosen
 
 
 def cost(config, units):

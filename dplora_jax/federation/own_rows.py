@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import evaluation, lora
-from dplora_jax.federation import mesh, processes
+from dplora_jax.federation import mesh
 from dplora_jax.federation.aggregation import CLIENTS
 
 
-def by_client(prepared, tables, compute):
+def by_client(prepared, tables, compute, room):
     """A function (adapter, residual=()) -> {client: [n_k, ...]}: `compute(params, adapter, batch)` -> [B, ...] over the rows of
     each of `tables` {client: {name: [n_k, ...]}}, those of the clients that this process trains for. All processes must call it.
+    Shapes, and how many batches there are, follow `room` [K] alone: the most rows of each of all clients, a public number.
 
     `prepared` is a `preparation.Prepared`, whose frozen layers these rows have been through.
     """
@@ -26,7 +27,7 @@ def by_client(prepared, tables, compute):
     clients_of = {}  # mesh row -> its clients
     for client in tables:
         clients_of.setdefault(client // each, []).append(client)
-    count = max(processes.gather(max(_rows(tables[k] for k in clients) for clients in clients_of.values())))
+    count = max(sum(room[first : first + each]) for first in range(0, len(room), each))
     length = next(iter(tables.values()))["attention_mask"].shape[1]
     size = max(1, min(evaluation.ROWS, evaluation.TOKENS // length, count))
     split = NamedSharding(grid, PartitionSpec(CLIENTS))

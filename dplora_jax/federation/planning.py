@@ -18,11 +18,13 @@ class ClientPlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a run will cost each client, at `delta`; `test` is what scores cost the records that are kept back, if any are."""
+    """What a run will cost each client, at `delta`; `test` is what scores cost the records that are kept back, if any are, and
+    `unit` is what is protected, in a word."""
 
     clients: list[ClientPlan]
     delta: float
     test: held_out.Cost | None = None
+    unit: str = "record"
 
     @property
     def epsilon(self):
@@ -30,17 +32,17 @@ class Plan(NamedTuple):
         return max([*(client.epsilon for client in self.clients), *([self.test.epsilon] if self.test else [])])
 
     def __str__(self):
-        lines = [f"{'client':>6}{'records':>9}{'q':>9}{'capacity':>10}{'sigma':>9}{'rounds':>8}{'epsilon':>9}"]
+        lines = [f"{'client':>6}{self.unit + 's':>9}{'q':>9}{'capacity':>10}{'sigma':>9}{'rounds':>8}{'epsilon':>9}"]
         for k, c in enumerate(self.clients):
             lines.append(
                 f"{k:6}{c.records:9}{c.sampling_rate:9.4f}{c.capacity:10}{c.noise_multiplier:9.4f}{c.rounds:8}{c.epsilon:9.4f}"
             )
         lines.append(f"at delta {self.delta:g}")
         if self.test:
+            sigma, epsilon = f"{self.test.noise_multiplier:.4f}", f"{self.test.epsilon:.4f}"
             lines.append(
-                f"{sum(self.test.units)} more records are kept back and never train: {self.test.evaluations} evaluations at "
-                f"sigma {self.test.noise_multiplier:.4f}, epsilon {self.test.epsilon:.4f}; a record pays for one of the two, at "
-                f"most {self.epsilon:.4f}"
+                f"{sum(self.test.units)} more {self.unit}s are kept back and never train: {self.test.evaluations} evaluations at "
+                f"sigma {sigma}, epsilon {epsilon}; a {self.unit} pays for one of the two, at most {self.epsilon:.4f}"
             )
         return "\n".join(lines)
 
@@ -57,6 +59,5 @@ def plan(config, sizes):
         for n, m, count in zip(sizes, mechanisms, steps, strict=True)
     ]  # fmt: skip
     share = config.private_test.share
-    return Plan(
-        clients, config.privacy.delta, held_out.cost(config, held_out.kept_back(config, everyone)) if share else None
-    )
+    cost = held_out.cost(config, held_out.kept_back(config, everyone)) if share else None
+    return Plan(clients, config.privacy.delta, cost, config.privacy.unit)

@@ -67,13 +67,13 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     adapter, params, lora_config, wave = adapter_and_wave(config, grid, model, params, length)
     _warn_of_delta(config, max(sizes))
     mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
-    total = sum(sizes) if rows is None else sum(processes.gather(sum(rows.counts)))
-    streamed = processes.agree(lambda: streaming.wanted(config, grid, table, total))
+    most = layout.most_rows(sum(sizes))
+    streamed = processes.agree(lambda: streaming.wanted(config, grid, table, most))
     base_digest = fingerprints.digest_base(model, params)
     on_mesh = mesh.put(params, mesh.base_sharding(grid, params))
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
     local = on_mesh if processes.count() == 1 else params
-    model, through = frozen_layers.split(config, model, local, total, length, memo)
+    model, through = frozen_layers.split(config, model, local, most, length, memo, sum(counts.values()))
     table = through(table)
     placed = _shards(table, counts, count)
     parts = trust.mode(config).shares(config, sizes, mechanisms)

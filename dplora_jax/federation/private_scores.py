@@ -39,12 +39,14 @@ def of_rows(loss, prepared, held):
     tables = {k: prepared.through_frozen_layers(table) for k, table in rows.items()}
     model = prepared.model
     if "labels" not in next(iter(tables.values())):
-        run = own_rows.by_client(prepared, tables, lambda based, adapter, batch: loss(model, based)(adapter, batch))
+        run = own_rows.by_client(
+            prepared, tables, lambda based, adapter, batch: loss(model, based)(adapter, batch), held.rows
+        )
         units = {k: part.units for k, part in held.parts.items()}
         return Measure(unit_scores.Losses(math.log(model.config.vocab_size)), units, run)
     classes = model.config.num_labels
     inputs = {k: {n: array for n, array in table.items() if n != "labels"} for k, table in tables.items()}
-    by_row = own_rows.by_client(prepared, inputs, functools.partial(evaluation.label_likelihoods, model))
+    by_row = own_rows.by_client(prepared, inputs, functools.partial(evaluation.label_likelihoods, model), held.rows)
     firsts = {k: evaluation.firsts(part.rows) for k, part in held.parts.items()}
     labels = {k: table["labels"][firsts[k]] for k, table in rows.items()}
 

@@ -130,8 +130,8 @@ class Silo:
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
         self._mesh = mesh.make("1x1", 1, model)
         self._params = mesh.put(params, mesh.base_sharding(self._mesh, params))
-        held = len(rows["attention_mask"])
-        model, through = frozen_layers.split(self.config, model, self._params, held, length)
+        held, most = len(rows["attention_mask"]), units.layout(self.config).most_rows(count)
+        model, through = frozen_layers.split(self.config, model, self._params, most, length, held=held)
         self._placement = mesh.place(
             self._mesh, [through(rows)], [shares[client]], self.config.privacy.clip_norm, 1, sizes=[count], rows=spans
         )

@@ -21,10 +21,10 @@ SHARE = 0.25  # of a device's memory that records may take before they are strea
 
 
 def wanted(config, grid, table, rows):
-    """Whether to stream the `rows` rows of all clients: as configured, else where a device's part of them would take more than
-    SHARE of its memory, if it tells."""
-    if config.execution.stream is not None:
-        return config.execution.stream
+    """Whether to stream the rows of all clients, at most `rows`: as configured, else where a device's part of them would take
+    more than SHARE of its memory, if it tells; not where they have no public bound (None), for the choice would tell of it."""
+    if config.execution.stream is not None or rows is None:
+        return bool(config.execution.stream)
     limit = (grid.local_devices[0].memory_stats() or {}).get("bytes_limit")
     row = sum(array.itemsize * math.prod(array.shape[1:]) for array in table.values())
     return limit is not None and row * rows / len(grid.devices) > SHARE * limit

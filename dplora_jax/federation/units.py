@@ -13,7 +13,7 @@ import numpy as np
 from dplora_jax import losses
 from dplora_jax.data.encoding import UNIT
 from dplora_jax.errors import InputError
-from dplora_jax.federation import client, processes
+from dplora_jax.federation import client, held_out, processes
 from dplora_jax.losses import BROUGHT
 from dplora_jax.privacy import sampling
 
@@ -79,6 +79,10 @@ class RowEach:
         """The tokens of a record, of rows of `length` tokens."""
         return length
 
+    def most_rows(self, records):
+        """The most rows that so many records may have, a public number; None where there is none."""
+        return records
+
     def whole(self, records):
         """Records of one row (dict of [N, ...]) as their loss takes them, with as many rows of the same as they may bring."""
         return records
@@ -105,9 +109,11 @@ ROW_EACH = RowEach()
 
 @dataclasses.dataclass(frozen=True)
 class Units(RowEach):
-    """Records of several rows, of which each brings at most `most` to a step."""
+    """Records of several rows, of which each brings at most `most` to a step; `cut` says that they have no more than that, being
+    texts that were cut."""
 
     most: int
+    cut: bool = False
 
     @property
     def batches(self):
@@ -121,6 +127,10 @@ class Units(RowEach):
     def tokens(self, length):
         """The tokens of the rows that a unit brings."""
         return self.most * length
+
+    def most_rows(self, records):
+        """As many as each may have, where they were cut; how many rows a person has knows no bound."""
+        return records * self.most if self.cut else None
 
     def whole(self, records):
         """Each row so many times, as one unit."""
@@ -148,7 +158,7 @@ class Units(RowEach):
                 continue
             if UNIT not in shard:
                 raise InputError(f"the records have no `{UNIT}`: give each row's unit, or privacy_unit=record.")
-            _, numbers, count = np.unique(shard[UNIT], return_inverse=True, return_counts=True)
+            _, numbers, count = np.unique(held_out.units_of(shard), return_inverse=True, return_counts=True)
             order = np.argsort(numbers, kind="stable")
             rows.append({name: array[order] for name, array in shard.items() if name != UNIT})
             spans.append(np.stack([np.cumsum(count) - count, count], 1).astype(np.int32))
@@ -158,4 +168,5 @@ class Units(RowEach):
 
 def layout(config):
     """How the records of a `config` lie in rows."""
-    return Units(config.privacy.unit_rows) if config.privacy.by_unit else ROW_EACH
+    privacy = config.privacy
+    return Units(privacy.unit_rows, cut=privacy.unit_column is None) if privacy.by_unit else ROW_EACH

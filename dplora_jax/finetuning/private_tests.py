@@ -22,8 +22,9 @@ def scorer(objective, corpus, private, prepared, held):
     tables = {k: objective.test(part) for k, part in kept.items()}  # a row for each word of each record
     counted = {k: table["loss_mask"][:, 1:].sum(1) for k, table in tables.items()}
     through = {k: prepared.through_frozen_layers(table) for k, table in tables.items()}
+    room = [classes * rows for rows in held.rows]
     means = own_rows.by_client(
-        prepared, through, lambda based, adapter, batch: loss(prepared.model, based)(adapter, batch)
+        prepared, through, lambda based, adapter, batch: loss(prepared.model, based)(adapter, batch), room
     )
 
     def run(adapter, residual=()):

@@ -54,6 +54,8 @@ def rates(members, others):
 
 def _tables(config):
     """The run's Objective, and (members, others) as tokens."""
+    if config.privacy.by_unit:
+        raise InputError("--membership tells whether a row was trained on: leave out --privacy_unit and --unit_rows.")
     corpus, shares = dealing.load(config)
     if corpus.test is None:
         raise InputError("--membership needs records outside the training: a test set, or --test_fraction.")

@@ -120,11 +120,12 @@ def _run_facts(run):
             [str(k), formats.number(records), formats.epsilon(spent)]
             for k, (records, spent) in enumerate(zip(run.stored.records, last["epsilon"], strict=True))
         ]
-        yield Table(["client", "records", f"epsilon at delta {flags.privacy.delta:g}"], rows).markdown()
+        yield Table(["client", f"{flags.privacy.unit}s", f"epsilon at delta {flags.privacy.delta:g}"], rows).markdown()
     public, private = scores.public(last), scores.private(last)
     if public:
         whose = f" {OWN_MODELS}, not of this one." if methods.BY_NAME[flags.aggregation.method].personal else ""
         yield f"On the public test set: {', '.join(public)}.{whose}"
     if private:
         kind = "noisy counts" if run.stored.private else "EXACT counts, without privacy,"
-        yield f"By {kind} on {scores.kept_back(run.stored)} records that never train: {', '.join(private)}, 95 % intervals."
+        on = f"{scores.kept_back(run.stored)} {flags.privacy.unit}s that never train"
+        yield f"By {kind} on {on}: {', '.join(private)}, 95 % intervals."

@@ -62,7 +62,7 @@ def kinds(stored, lines):
     shown = [label for name, label in formats.METRICS.items() if f"private_{name}" in names]
     if not shown:
         return sentences
-    on = f"{kept_back(stored)} private records that never train"
+    on = f"{kept_back(stored)} private {stored.config.privacy.unit}s that never train"
     interval = "The interval is the 95 % that {} leave{}"
     if stored.private and math.isfinite(spent(lines) or 0.0):
         cost = f"epsilon {formats.epsilon(spent(lines))} at delta {formats.number(stored.config.privacy.delta)}"

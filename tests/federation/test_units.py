@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import scipy.stats
 
 from dplora_jax import losses
 from dplora_jax.errors import InputError
-from dplora_jax.federation import client, mesh, pool, round, streaming, units
+from dplora_jax.federation import client, frozen_layers, mesh, own_rows, pool, round, streaming, units
 from dplora_jax.federation.silo import Server, Silo
 from dplora_jax.privacy import accounting, group_privacy, sampling, secrets
 from dplora_jax.privacy.clipping import clipped_grad_sum
@@ -315,15 +316,55 @@ def test_streaming_and_the_device_release_the_same_adapter():
     jax.tree.map(close, one.adapter, other.adapter)
 
 
-def test_more_rows_of_a_person_change_no_public_number(tmp_path):
-    """How many rows each person has is in no file that a run shows."""
-    shown = []
+TIMES = ("seconds", "examples_per_second")
+
+
+@pytest.mark.parametrize("fields", [{}, {"private_test": 0.3, "eval_every": 4}], ids=["trained on", "kept back"])
+def test_more_rows_of_a_person_change_no_public_number(tmp_path, fields):
+    """How many rows each person has is in no file that a run shows, and decides no shape of a step or of a score."""
+    shown, shapes = [], []
+    run = own_rows.by_client
     for rows_each in (1, 6):
         workdir = tmp_path / str(rows_each)
-        list(small_federation.federation(**UNITS, eval_every=0).fit(people(rows_each), workdir))
-        lines = [line.split('"seconds"')[0] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        shown.append((lines, (workdir / "config.json").read_text()))
+        made = small_federation.federation(**UNITS, **{"eval_every": 0} | fields)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(own_rows, "_batch", lambda *a, f=own_rows._batch: shapes.append(a[1:]) or f(*a))
+            list(made.fit(people(rows_each), workdir))
+        assert own_rows.by_client is run
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        names = [[name for name in line if "private_" in name] for line in lines]
+        lines = [
+            {n: x for n, x in line.items() if n not in (*TIMES, *own)} for line, own in zip(lines, names, strict=True)
+        ]
+        shown.append((lines, names, (workdir / "config.json").read_text(), made.prepared.model))
     assert shown[0] == shown[1]
+    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :]
+    assert bool(shapes) == bool(fields)
+
+
+@pytest.mark.parametrize("wrong", ["short", "long", "nan", "two axes"])
+def test_units_that_are_no_numbers_of_rows_are_refused(wrong):
+    records = people()
+    own = records[0][UNIT]
+    records[0][UNIT] = {"short": own[:-5], "long": np.append(own, 0), "nan": own * np.nan, "two axes": own[:, None]}[
+        wrong
+    ]
+    with pytest.raises(InputError, match="one whole number for each row"):
+        small_federation.federation(**UNITS).prepare(records)
+
+
+def test_what_a_step_computes_does_not_tell_whether_rows_fit_in_memory(monkeypatch):
+    """Rows of people have no public bound: the frozen layers' outputs are kept or the run is refused; nothing streams unasked."""
+    config, model = small_federation.config(**UNITS), small_federation.model()
+    held = units.layout(config).most_rows(60)
+    assert held is None
+    assert not streaming.wanted(config, None, {}, held)
+    assert units.layout(small_federation.config(unit_rows=4)).most_rows(60) == 240
+    monkeypatch.setattr(frozen_layers, "first_adapted", lambda config, model: 1)
+    monkeypatch.setattr(frozen_layers, "CACHE_BYTES", 4 * 100 * 6 * 8)
+    assert frozen_layers.split(config, *model, held, 6, held=100)[0].start == 1
+    with pytest.raises(InputError, match="would not fit in memory"):
+        frozen_layers.split(config, *model, held, 6, held=101)
 
 
 @pytest.mark.parametrize(
