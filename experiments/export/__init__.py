@@ -31,7 +31,7 @@ STALE = (
     "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*", "chat_template*", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "generation_config.json", "modules.json", "1_Pooling/*", "*_Dense/*",
     "sentence_bert_config.json", "config_sentence_transformers.json", "adapter_config.json", "adapter_model.safetensors",
-    adapters.GGUF_FILE,
+    "config.json", adapters.GGUF_FILE,
 )  # fmt: skip
 UNTOLD = "unknown: nothing beside the adapter tells how it was trained"
 
