@@ -35,7 +35,7 @@ def convert(name, path, added=(), **metadata):
     values = {key: hf[theirs] for key, theirs in SIZES.items() if hf.get(theirs) is not None} | metadata
     for key, value in values.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{architecture}.{key}", value)
+        add(key if key.startswith("tokenizer.") else f"{architecture}.{key}", value)
     kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
     names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
     for tensor, value in safetensors.numpy.load_file(FOLDER / name / "model.safetensors").items():
