@@ -20,7 +20,7 @@ def logits(model, tokens, adapter=None):
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, settings)
     if adapter is not None:
-        given, scale = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        given, scale = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
         assert llama_cpp.llama_set_adapters_lora(context, given, 1, scale) == 0
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)

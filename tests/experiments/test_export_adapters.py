@@ -14,7 +14,7 @@ from dplora_jax.federation import workdir_files
 from dplora_jax.privacy.ledger import Ledger
 from experiments import export
 from experiments.ledger import Agreement
-from experiments.run import card_header
+from experiments.run import card_header, model_card
 from tests import hub_stand_in
 from tests.conftest import GOLDEN
 from tests.experiments.test_export import export_case, refusal
@@ -131,6 +131,7 @@ def test_a_hostile_name_does_not_break_the_header(released, tmp_path):
     assert "license: mit" in found.differential_privacy["unit"]
     assert found.eval_results[0].dataset_type == card_header.plain(HOSTILE)
     assert text.count("\n---") == 1
+    assert "mit" in model_card._guarantee(run).encode().decode(), "a card is a file in UTF-8"
 
 
 @pytest.mark.parametrize(
