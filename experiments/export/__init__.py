@@ -43,7 +43,7 @@ class Run(NamedTuple):
     stored: workdir_files.Stored
     last: dict
     ledger: ledger.Agreement
-    ended: bool = True
+    ended: bool = False
 
 
 class Job(NamedTuple):
