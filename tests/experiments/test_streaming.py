@@ -63,7 +63,7 @@ def test_records_are_streamed_where_they_would_take_too_much_of_a_device():
     grid = lambda limit: types.SimpleNamespace(local_devices=[device(limit)], devices=np.zeros(2))  # noqa: E731
     auto = RunConfig()
     bytes_a_device = 404 * 1000 / 2
-    assert streaming.wanted(auto, grid(4 * bytes_a_device - 1), table, [400, 600])
-    assert not streaming.wanted(auto, grid(4 * bytes_a_device), table, [400, 600])
-    assert not streaming.wanted(auto, grid(None), table, [400, 600])  # a device that does not tell: a CPU
-    assert streaming.wanted(replace(RunConfig(), stream=True), grid(None), table, [1])
+    assert streaming.wanted(auto, grid(4 * bytes_a_device - 1), table, 1000)
+    assert not streaming.wanted(auto, grid(4 * bytes_a_device), table, 1000)
+    assert not streaming.wanted(auto, grid(None), table, 1000)  # a device that does not tell: a CPU
+    assert streaming.wanted(replace(RunConfig(), stream=True), grid(None), table, 1)
