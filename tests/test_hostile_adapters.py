@@ -9,7 +9,7 @@ import pytest
 
 from dplora_jax import models, peft
 from dplora_jax.errors import InputError
-from experiments import export
+from experiments.export import loading
 from tests.conftest import GOLDEN, mostly_slow
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -116,4 +116,4 @@ def test_an_empty_head_does_not_say_how_many_labels_an_export_has(adapter):
         {"base_model.model.score.weight": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}}
     ).encode()
     (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert "not a classifier's head" in refusal(export._head_rows, adapter)
+    assert "not a classifier's head" in refusal(loading.head_rows, adapter)

@@ -24,8 +24,9 @@ class Gguf:
     model and of a layer below `layers`; `biased` are those of its own that may have a bias.
 
     `document(header, common) -> dict` is the config.json, made of what all architectures say (`gguf_file.config`) and of the
-    metadata `reads`, keys that would else be refused. `order(header, name, rows)` says where the file keeps each row of the
-    tensor that Hugging Face calls `name`, or None; `added` is what the converter adds to every norm's scale.
+    metadata `reads`, keys that would else be refused. `order(name, rows, heads, kv_heads)` says where the file keeps each row of
+    the tensor that Hugging Face calls `name` [rows] int, or None where it keeps them as they are; `added` is what the converter
+    adds to every norm's scale. `adapters_only`: adapters are written for it, and its models are not read.
     """
 
     modules: dict[str, str]
@@ -34,8 +35,9 @@ class Gguf:
     biased: tuple[str, ...] = ()
     document: Callable = lambda header, common: common
     reads: tuple[str, ...] = ()
-    order: Callable = lambda header, name, rows: None
+    order: Callable = lambda name, rows, heads, kv_heads: None
     added: float = 0.0
+    adapters_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Family:
     and `build(hf, checkpoint, num_labels, dtype) -> model` of a config.json.
 
     `bare` {model_type: transformers' class of an encoder without a head}; `bidirectional`, whether tokens see what follows them;
-    `gguf` {architecture: Gguf}, what llama.cpp has of it.
+    `gguf` {architecture: Gguf}, what llama.cpp has of it; `gguf_names` {model_type: architecture}, where it has another name.
     """
 
     classes: dict[str, tuple[str, str] | None]
@@ -52,6 +54,7 @@ class Family:
     bare: dict[str, str] = dataclasses.field(default_factory=dict)
     bidirectional: bool = False
     gguf: dict[str, Gguf] = dataclasses.field(default_factory=dict)
+    gguf_names: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,4 +146,5 @@ FAMILY = Family(
     },
     build,
     gguf={"gemma2": GGUF, "gemma3": GGUF},
+    gguf_names={"gemma3_text": "gemma3"},
 )

@@ -41,7 +41,7 @@ class GgufCheckpoint:
 
     def has(self, name):
         """Whether a tensor of that Hugging Face name is there."""
-        return _stored_name(self._names, name) in self._header.tensors
+        return stored_name(self._names, name) in self._header.tensors
 
     def shape(self, name):
         """The shape of the tensor of that Hugging Face name, kernels as [O, I]; InputError where it is missing."""
@@ -55,7 +55,7 @@ class GgufCheckpoint:
         """
         kind, shape, start = self._find(name)
         rows_of_bytes = np.frombuffer(self._header.bytes, np.uint8, length(kind, shape), start).reshape(shape[0], -1)
-        order = self._names.order(self._header, name, shape[0])
+        order = self._order(name, shape[0])
         rows_of_bytes = rows_of_bytes[rows if order is None else order[rows]]
         if kind in AS_STORED:
             value = rows_of_bytes.view(AS_STORED[kind]).reshape(-1, *shape[1:])
@@ -68,10 +68,18 @@ class GgufCheckpoint:
     def refuse_unread(self, idle=""):
         """Nothing to refuse: a tensor without a place stopped the file when it was opened."""
 
+    def _order(self, name, rows):
+        """Where the file keeps each row of the tensor of that Hugging Face name, or None."""
+        heads = self._header.size("attention.head_count")
+        try:
+            return self._names.order(name, rows, heads, self._header.size("attention.head_count_kv", heads))
+        except InputError as error:
+            raise InputError(f"{self.directory}: {error}") from None
+
     def _find(self, name):
         if not self.has(name):
             raise InputError(f"{self.directory}: the checkpoint has no tensor {name}.")
-        return self._header.tensors[_stored_name(self._names, name)]
+        return self._header.tensors[stored_name(self._names, name)]
 
 
 def _family_header(path):
@@ -94,7 +102,7 @@ def _placed(names, tensor, layers):
     return (part == "weight" and module in known.values()) or (part == "bias" and module in names.biased)
 
 
-def _stored_name(names, name):
+def stored_name(names, name):
     """llama.cpp's name of the tensor of a Hugging Face name; the name itself where it has none."""
     module, _, part = name.rpartition(".")
     layer = re.fullmatch(rf"{re.escape(names.layers)}\.(\d+)\.(.+)", module)

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Family, Target, Weight, activation, number, refuse_unsupported, sizes
+from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, split_heads
 
 ALIASES = {  # transformers' second names for sizes
@@ -171,4 +171,8 @@ def build(hf, checkpoint, num_labels, dtype):
     return Gpt2(from_config(hf, num_labels), dtype)
 
 
-FAMILY = Family({"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")}, build)
+LAYER_MODULES = {
+    "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+GGUF = Gguf({}, LAYER_MODULES, layers="transformer.h", adapters_only=True)
+FAMILY = Family({"gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification")}, build, gguf={"gpt2": GGUF})

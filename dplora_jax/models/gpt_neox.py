@@ -7,12 +7,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models import rope
 from dplora_jax.models.decoder import Decoder, remember
-from dplora_jax.models.family import Family, Target, Weight, activation, number, sizes
+from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, number, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, rotate_halves, split_heads
 from dplora_jax.models.rope import Rope
 
@@ -162,4 +163,21 @@ def build(hf, checkpoint, num_labels, dtype):
     return Neox(from_config(hf, num_labels), dtype)
 
 
-FAMILY = Family({"gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification")}, build)
+def _parts(name, rows, heads, kv_heads):
+    """Where llama.cpp keeps the rows of the fused matrix: all heads' q, then k, then v; here they lie head by head."""
+    if not name.endswith("query_key_value.weight"):
+        return None
+    head, part, inside = np.unravel_index(np.arange(rows), (heads, 3, rows // (3 * heads)))
+    return np.ravel_multi_index((part, head, inside), (3, heads, rows // (3 * heads)))
+
+
+LAYER_MODULES = {
+    "attention.query_key_value": "attn_qkv", "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down",
+}  # fmt: skip
+FAMILY = Family(
+    {"gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification")},
+    build,
+    gguf={"gptneox": Gguf({}, LAYER_MODULES, layers="gpt_neox.layers", order=_parts, adapters_only=True)},
+    gguf_names={"gpt_neox": "gptneox"},
+)

@@ -257,16 +257,15 @@ def _mistral(header, common):
     return common | ({"model_type": "mistral"} if common["sliding_window"] else {})
 
 
-def _pairs(header, name, rows):
+def _pairs(name, rows, heads, kv_heads):
     """Where llama.cpp keeps the rows of a Llama's q and k: it pairs neighbours (2i, 2i+1) of a head, the Hugging Face layout the
     halves (i, i + width/2); the converter reorders the rows from one to the other."""
     projection = re.fullmatch(r".*\.self_attn\.([qk])_proj\.\w+", name)
     if not projection:
         return None
-    heads = header.size("attention.head_count")
-    heads = heads if projection[1] == "q" else header.size("attention.head_count_kv", heads)
+    heads = heads if projection[1] == "q" else kv_heads
     if rows % (2 * heads):
-        raise InputError(f"{header.path}: {name} has {rows} rows, which is not {heads} heads of an even width.")
+        raise InputError(f"{name} has {rows} rows, which is not {heads} heads of an even width.")
     head, inside = np.divmod(np.arange(rows), rows // heads)
     half, pair = np.divmod(inside, rows // heads // 2)
     return head * (rows // heads) + 2 * pair + half
@@ -280,4 +279,5 @@ FAMILY = Family(
     },
     build,
     gguf={"llama": dataclasses.replace(GGUF, document=_mistral, order=_pairs), "qwen2": GGUF},
+    gguf_names={"mistral": "llama"},
 )

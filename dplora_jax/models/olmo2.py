@@ -94,4 +94,5 @@ FAMILY = Family(
     },
     build,
     gguf={"olmo2": Gguf(llama.MODULES, {**MATRICES, **NORMS}, document=_document)},
+    gguf_names={"olmo3": "olmo2"},
 )

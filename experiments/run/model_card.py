@@ -6,10 +6,12 @@ from dplora_jax.federation import methods
 from dplora_jax.files import to_json
 from dplora_jax.models import hf_checkpoint
 from dplora_jax.models.pretrained import hub_id
+from experiments.run import card_header
 from experiments.text import formats, scores
 from experiments.text.tables import Table
 
-TITLE = "with a merged LoRA adapter"  # of every README.md that is written here
+# Of every README.md that an export writes: by them the next one knows its folder.
+MERGED, ADAPTER = TITLES = ("with a merged LoRA adapter", "# LoRA adapter for ")
 LABELS = "Labels, in the order of the head's outputs: "  # of an adapter's README.md, before a JSON list
 AVERAGED = (
     "This classifier averages the tokens of a text, and transformers' own classifier reads the first "
@@ -34,7 +36,12 @@ def _reader(model, document):
 
 def adapter_note(model, line, labels=()):
     """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant."""
-    note = f"# LoRA adapter\n\n{line}\n"
+    return f"# LoRA adapter\n\n{line}\n{_remarks(model, labels)}"
+
+
+def _remarks(model, labels):
+    """What an adapter's files have no place for: a classifier's labels, and how it pools."""
+    note = ""
     if labels and model.config.num_labels is not None:  # PEFT's files have no place for them; an export reads this line
         note += f"\n{LABELS}{to_json(list(labels), ensure_ascii=False)}\n"
     if hf_checkpoint.averages(model):
@@ -75,25 +82,39 @@ def closing_line(job, model, document):
 
 def text(job, model, document, config, labels):
     """README.md: the base, the method, each client's budget, the labels and the release mark."""
-    averaged, base = hf_checkpoint.averages(model), hub_id(job.model)
+    averaged = hf_checkpoint.averages(model)
     library = "sentence-transformers" if averaged else "transformers"
-    head = [f"library_name: {library}", f"pipeline_tag: {_reader(model, document)[1]}"]
-    head += [f"base_model: {base}"] if base else []
-    head += ["tags:", "- lora", "- federated-learning"] if job.run else ["tags:", "- lora"]
-    head += ["- differential-privacy"] if job.run and job.run.stored.private and job.run.ledger.holds else []
-    name = base or pathlib.Path(job.model).name
-    parts = [
-        "\n".join(["---", *head, "---"]),
-        f"# {formats.markdown(name)} {TITLE}",
-        f"**Release: {formats.markdown(job.release)}.**",
-    ]
-    parts += [_use(averaged, labels)] if labels else []
+    parts = [_header(job, model, document, library), f"# {_base_name(job)} {MERGED}"]
+    parts += [_release(job), _use(averaged, labels)] if labels else [_release(job)]
+    return "\n\n".join([*parts, *_training(job, config)]) + "\n"
+
+
+def adapter_text(job, model, document, config, labels, library, use):
+    """README.md of an adapter alone, which `library` (the hub's name of it) reads; `use` is how, in Markdown."""
+    parts = [_header(job, model, document, library), f"{ADAPTER}{_base_name(job)}", _release(job), use]
+    remarks = _remarks(model, labels or ()).strip()
+    return "\n\n".join([*parts, *([remarks] if remarks else []), *_training(job, config)]) + "\n"
+
+
+def _header(job, model, document, library):
+    return card_header.text(job, library, _reader(model, document)[1], hub_id(job.model))
+
+
+def _base_name(job):
+    return formats.markdown(hub_id(job.model) or pathlib.Path(job.model).name)
+
+
+def _release(job):
+    return f"**Release: {formats.markdown(job.release)}.** The license is for the person who publishes it to state."
+
+
+def _training(job, config):
+    """The sections on how it was trained and what that guarantees."""
     method = job.run.stored.description["method"] if job.run else []
     matrices = f"LoRA of rank {config.rank}, alpha {config.alpha:g}, on {', '.join(config.targets) or 'no matrix (a head alone)'}"
-    parts.append("## Training\n\n" + "\n".join(f"- {formats.markdown(line)}" for line in method or [matrices]))
+    yield "## Training\n\n" + "\n".join(f"- {formats.markdown(line)}" for line in method or [matrices])
     if job.run:
-        parts += _run_facts(job.run)
-    return "\n\n".join(parts) + "\n"
+        yield from _run_facts(job.run)
 
 
 def _use(averaged, labels):
@@ -106,6 +127,18 @@ def _use(averaged, labels):
     return "\n\n".join(lines)
 
 
+def _guarantee(run):
+    """The guarantee in five lines, and where its full statement is."""
+    said = card_header.privacy(run)
+    budget = f"{formats.epsilon(run.last['epsilon_max'])} at delta {said['delta']:g}, the largest of any client's"
+    rows = {"Epsilon": budget, "Unit": said["unit"], "Neighbours": said["neighbours"], "Trust mode": said["trust"]}
+    if "epsilon_of_scores" in said:
+        rows["Epsilon of records that are kept back, for scores"] = said["epsilon_of_scores"]
+    lines = [f"- **{name}:** {formats.markdown(value)}" for name, value in rows.items()]
+    where = "The full statement is below, in the run's report.md, and with its proof in the PRIVACY.md of dplora_jax."
+    return "\n".join(["## Privacy\n", *lines, "", where])
+
+
 def _run_facts(run):
     """The federation's data, guarantee and metrics, all of it public; no guarantee that the ledger does not confirm."""
     flags, described, last = run.stored.config, run.stored.description, run.last
@@ -113,7 +146,9 @@ def _run_facts(run):
     yield f"Data: {data} Texts were cut to {flags.data.max_length} tokens."
     if not run.ledger.holds:
         yield f"**Do not rely on these figures.** {formats.markdown(run.ledger.words)}"
-    elif described["trust"]:
+    elif run.stored.private and last:
+        yield _guarantee(run)
+    if run.ledger.holds and described["trust"]:
         yield "\n".join(f"- {formats.markdown(line)}" for line in described["trust"])
     if run.stored.private and run.ledger.holds and last:
         rows = [

@@ -27,14 +27,15 @@ CASES = {  # golden folder: llama.cpp's architecture
 }  # fmt: skip
 
 
-def convert(name, path, **metadata):
-    """The golden folder as a GGUF file: norms of Gemma one larger, Llama's queries and keys in its own order."""
+def convert(name, path, added=(), **metadata):
+    """The golden folder as a GGUF file: norms of Gemma one larger, Llama's queries and keys in its own order. `added`, a dict
+    by llama.cpp's names, is added to what is written."""
     hf, architecture = json.loads((FOLDER / name / "config.json").read_text()), CASES[name]
     writer = gguf.GGUFWriter(path, architecture)
     values = {key: hf[theirs] for key, theirs in SIZES.items() if hf.get(theirs) is not None} | metadata
     for key, value in values.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{architecture}.{key}", value)
+        add(key if key.startswith("tokenizer.") else f"{architecture}.{key}", value)
     kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
     names = gguf.get_tensor_name_map(kind, hf["num_hidden_layers"])
     for tensor, value in safetensors.numpy.load_file(FOLDER / name / "model.safetensors").items():
@@ -43,7 +44,8 @@ def convert(name, path, **metadata):
         if architecture == "llama" and (".q_proj" in tensor or ".k_proj" in tensor):
             halves = value.reshape(-1, 2, hf["head_dim"] // 2, value.shape[1])
             value = halves.swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(tensor, (".weight", ".bias")), value)
+        stored = names.get_name(tensor, (".weight", ".bias"))
+        writer.add_tensor(stored, value + added[stored] if stored in added else value)
     for which, factors in (hf.get("rope_parameters") or {}).items():
         if which in ("long_factor", "short_factor"):
             writer.add_tensor(f"rope_factors_{which.split('_')[0]}.weight", np.array(factors, np.float32))
