@@ -62,6 +62,8 @@ def test_all_rows_of_a_unit_go_one_way():
     shards = [shard | {"unit": unit.astype(np.int32)} for shard, unit in zip(small.shards(), units, strict=True)]
     training, held = split(shards, private_test=0.4, privacy_unit="column:who", unit_rows=2)
     assert held.units == [2, 6, 2]
+    assert held.rows == [4, 12, 4], "a public number of rows is scored, whoever has how many"
+    assert all((np.unique(part.units, return_counts=True)[1] <= 2).all() for part in held.parts.values())
     for client, part in held.parts.items():
         assert not set(part.units) & set(training[client]["unit"])
         assert set(part.units) | set(training[client]["unit"]) == set(units[client])

@@ -328,7 +328,9 @@ def test_rows_are_given_back_to_the_client_they_are_of(federation, monkeypatch):
     held = kept(made)
     prepared = made.prepare(held_out.split(made.config, small.shards(), KEYS)[0])
     tables = {k: part.rows for k, part in held.parts.items()}
-    found = own_rows.by_client(prepared, tables, lambda params, adapter, batch: batch["input_ids"].sum(1))(None)
+    found = own_rows.by_client(prepared, tables, lambda params, adapter, batch: batch["input_ids"].sum(1), held.rows)(
+        None
+    )
     assert {k: v.tolist() for k, v in found.items()} == {k: t["input_ids"].sum(1).tolist() for k, t in tables.items()}
 
 

@@ -267,7 +267,9 @@ def test_no_two_steps_rounds_attempts_or_clients_draw_the_same_rows():
 
 
 def test_rows_that_a_unit_has_not_are_its_own_first_one_and_weigh_nothing():
-    rows, spans = units.Units(G).arranged([{"x": np.arange(5), UNIT: np.array([7, 3, 7, 9, 3])}])
+    rows, spans = units.Units(G).arranged(
+        [{"x": np.arange(5), "attention_mask": np.ones((5, 1)), UNIT: np.array([7, 3, 7, 9, 3])}]
+    )
     np.testing.assert_array_equal(rows[0]["x"], [1, 4, 0, 2, 3])
     np.testing.assert_array_equal(spans.spans[0], [[0, 2], [2, 2], [4, 1]])
     batches, data = units.Units(G).batches, {"x": rows[0]["x"], units.SPANS: spans.spans[0]}
