@@ -27,6 +27,7 @@ BATCHES = 8, 256  # the least and the most of that
 HALF = 1700  # n_k epsilon sqrt(K), where half the way is best
 HEAD_HALF = 19_000  # the same of a head on centred features, which can use all the way that there is
 PUBLIC = 20  # public test records, from which on their text tells where the features' centre is
+UNIT_ROWS = 4  # of a person's rows, in a step: how many there are is private, and more cost compute alone
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
@@ -101,6 +102,8 @@ def for_run(config, given):
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
     recipe = chosen(sizes, config.schedule.clients, private, kind)
+    if config.privacy.unit_column:
+        recipe["unit_rows"] = UNIT_ROWS
     recipe["last_layers"] = min(recipe["last_layers"], pretrained.depth(config.base.name))
     if any(refusal.field == "freeze_a" for refusal in methods.BY_NAME[config.aggregation.method].refuses):
         del recipe["freeze_a"]

@@ -129,3 +129,12 @@ def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):
 def test_where_it_knows_nothing_it_says_so(command, more, words, capsys):
     assert run.main([*command, "--epsilon=8", *more.split()]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_people_count_and_not_their_rows(command):
+    """Three banks' rows are three units, of whose rows a step takes a few."""
+    config = cli.parse([*command, "--epsilon=8", "--privacy_unit=column:bank"], lambda _: None)
+    assert config.privacy.unit_rows == recipe.UNIT_ROWS
+    assert config.schedule.expected_batch_size == 1
+    given = cli.parse([*command, "--epsilon=8", "--privacy_unit=column:bank", "--unit_rows=2"], lambda _: None)
+    assert given.privacy.unit_rows == 2
