@@ -204,7 +204,7 @@ TASKS = {
     "alpaca_gpt4": _instructions("vicgalle/alpaca-gpt4", "instruction", "output", **JOINED),
     "fingpt_sentiment": _instructions("FinGPT/fingpt-sentiment-train", "instruction", "output", **JOINED),
     "medical_flashcards": _instructions("medalpaca/medical_meadow_medical_flashcards", "input", "output"),
-    "code_alpaca": _instructions("lucasmccabe-lmi/CodeAlpaca-20k", "instruction", "output", **JOINED),
+    "code_alpaca": _instructions("flwrlabs/code-alpaca-20k", "instruction", "output", **JOINED),
     "oasst1": _instructions("OpenAssistant/oasst1", "prompt", "answer", **PAIRED),
     "aya": _instructions("CohereForAI/aya_dataset", "inputs", "targets"),
     "wikitext2": _text(
