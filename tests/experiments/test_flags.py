@@ -115,8 +115,10 @@ def test_the_papers_federations_have_its_values(name):
     assert config.output.workdir == f"runs/{name.removesuffix('.flags')}"
 
 
-TUNING = sorted(path.name for path in flagfile_reader.SHIPPED.glob("*_qwen2.5_0.5b.flags")) + [
-    "flowertune_general_mistral_7b.flags"
+TUNING = [
+    "flowertune_general_mistral_7b.flags",
+    "flowertune_medical_qwen2.5_0.5b.flags",
+    "oasst_qwen2.5_0.5b.flags",
 ]
 
 
