@@ -102,6 +102,11 @@ def test_dry_runs_print_a_command_that_a_run_accepts(rehearse):
     assert config_of(shlex.split(shlex.split(out[-1])[-1].removeprefix("--command="))).output.workdir == "/mnt/runs/a b"
 
 
+def test_the_gpu_check_hands_on_its_flags_and_exit_code(rehearse):
+    code, _, log = rehearse("gpu_check.sh", "--small", "--parts=noise", code=1)
+    assert (code, log[0]) == (1, "python -m experiments.gpu_check --small --parts=noise")
+
+
 def test_local_script_runs_what_it_prints_and_hands_on_the_exit_code(rehearse):
     code, _, log = rehearse("local.sh", "--seed=3", code=75)
     assert code == 75

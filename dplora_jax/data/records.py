@@ -89,6 +89,15 @@ def rows(table, task, columns, group=None, unit=None, private=False, public=Fals
     return Rows(main, values.get("label"), values.get("answer"), values.get("group"), values.get("unit"))
 
 
+def of_task(table, task):
+    """The `tables.Table` that a public one is to `task`: what its step over whole tables makes of it. Raises InputError."""
+    if task.rows is None:
+        return table
+    _need(table, task.needs)
+    columns = task.rows(table.columns)
+    return table._replace(names=list(dict.fromkeys([*table.names, *columns])), columns=columns)
+
+
 def choices(table, task):
     """{column: cells} of the `tables.Table` of a "choices" task, of which the last column tells the right answer and the others
     are texts. Raises InputError."""

@@ -107,8 +107,9 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
         "answer": source.answer_column,
     }
     columns = {role: given[role] or name for role, name in task.columns}
-    wanted = [*columns.values(), *source.extra_columns]
+    wanted = [*columns.values(), *task.needs, *source.extra_columns]
     split_tables, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
+    split_tables = {split: records.of_task(table, task) for split, table in split_tables.items()}
     if not split_tables:
         raise InputError(
             f"{source.data_dir or task.hub.repository} has no table to train on for dataset={source.dataset}; it needs "
@@ -118,8 +119,9 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     table = split_tables.pop(main)
     train, test = records.rows(table, task, columns, source.group_column, source.unit_column, public=True), None
     if source.test_data is not None:
-        test = _read_test(source, columns, None, source.data_dir and table.where)
-        test = records.rows(test, task, columns, public=True)
+        wanted = columns | {name: name for name in task.needs}
+        test = _read_test(source, wanted, None, source.data_dir and table.where)
+        test = records.rows(records.of_task(test, task), task, columns, public=True)
     elif split_tables:
         test = records.rows(
             split_tables[next(name for name in TEST_SPLITS if name in split_tables)], task, columns, public=True
@@ -168,7 +170,9 @@ def benchmark(
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")
     table = split_tables[split]
-    records.refuse_copy(private, table.columns.values(), f"benchmarks={name}")
+    cells = table.columns.values()
+    table = records.of_task(table, task)
+    records.refuse_copy(private, [*cells, *table.columns.values()], f"benchmarks={name}")
     if task.kind != tasks.CHOICES:
         asked_records = records.rows(table, task, task.column, public=True)
         asked_records = records.corpus(None, asked_records, task, task.codes, name).test

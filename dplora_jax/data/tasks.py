@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dplora_jax.data import instructions
+
 
 class Asked(NamedTuple):
     """A record as a language model meets it: `answers[i]` may follow `prompts[i]`, and `right` is the one that should."""
@@ -45,6 +47,8 @@ class Task:
       label_names: the labels' names, in the order of their numbers.
       read: a cell of the label or answer column as text.
       keep: which of a text's lines are records; all that are not blank, if None.
+      rows: a step over the whole table, from its columns {name: cells} to those of the table that is used in its place.
+      needs: the columns that `rows` reads.
     """
 
     kind: str
@@ -54,6 +58,8 @@ class Task:
     label_names: tuple[str, ...] = ()
     read: Callable[[object], str] | None = None
     keep: Callable[[str], bool] | None = None
+    rows: Callable[[dict[str, list]], dict[str, list]] | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def column(self):
@@ -92,6 +98,14 @@ def question_answer(row):
     return Asked((f"Question: {row['prompt']}\nAnswer:",), (f" {row['answer']}",))
 
 
+def instruction(row):
+    """An instruction and its reply in the words of Alpaca (Taori et al. 2023), as FlowerTune's challenges have them."""
+    opening = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+    return Asked((f"{opening}\n### Instruction:\n{row['prompt']}\n### Response:",), (f" {row['answer']}",))
+
+
 def plain_text(row):
     """Text that follows nothing."""
     return Asked(("",), (row["text"],))
@@ -103,6 +117,10 @@ def _sentiment(hub, text, label, names, **more):
 
 def _questions(hub, prompt, answer, **more):
     return Task(ANSWERS, question_answer, hub, (("prompt", prompt), ("answer", answer)), **more)
+
+
+def _instructions(repository, prompt, answer, **more):
+    return Task(ANSWERS, instruction, Hub(repository), (("prompt", prompt), ("answer", answer)), **more)
 
 
 def _text(hub, **more):
@@ -165,6 +183,8 @@ def winogrande(row):
     return Asked(prompts, (f" {after.strip()}",) * 2, _number(row["answer"]) - 1)
 
 
+JOINED = {"rows": instructions.with_input, "needs": ("instruction", "input")}
+PAIRED = {"rows": instructions.replies, "needs": ("message_id", "parent_id", "role", "text")}
 SENTIMENTS = ("negative", "neutral", "positive")
 TASKS = {
     "financial_phrasebank": _sentiment(
@@ -181,6 +201,12 @@ TASKS = {
         Hub("hyesunyun/liveqa_medical_trec2017"), "NIST_PARAPHRASE", "REFERENCE_ANSWERS", read=_first_answer
     ),
     "mediqa_ans": _questions(None, "question", "answer"),
+    "alpaca_gpt4": _instructions("vicgalle/alpaca-gpt4", "instruction", "output", **JOINED),
+    "fingpt_sentiment": _instructions("FinGPT/fingpt-sentiment-train", "instruction", "output", **JOINED),
+    "medical_flashcards": _instructions("medalpaca/medical_meadow_medical_flashcards", "input", "output"),
+    "code_alpaca": _instructions("flwrlabs/code-alpaca-20k", "instruction", "output", **JOINED),
+    "oasst1": _instructions("OpenAssistant/oasst1", "prompt", "answer", **PAIRED),
+    "aya": _instructions("CohereForAI/aya_dataset", "inputs", "targets"),
     "wikitext2": _text(
         Hub("Salesforce/wikitext", "main", "wikitext-2-raw-v1"), keep=lambda line: not line.strip().startswith("= ")
     ),

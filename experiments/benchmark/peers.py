@@ -8,6 +8,7 @@ as XLA has. Every step ends in an update by SGD.
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 import warnings
@@ -49,14 +50,34 @@ def calls(case):
     return runs
 
 
+def peft_alone(case):
+    """{name: a function without arguments that runs one plain step of PEFT's} in the case's dtype, the adapter in float32, on the
+    GPU where PyTorch sees one; {} where PyTorch or PEFT are not installed, or cannot run this."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "peft")):
+        return {}
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.manual_seed(0)
+        ids = np.random.default_rng(0).integers(0, _hf(case)["vocab_size"], (case.batch, case.length))
+        step = _plain(case, torch.from_numpy(ids).to(device))
+        step()
+    except Exception as error:
+        print(f"PEFT cannot run this: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return {}
+    return {f"PEFT on {device}": step}
+
+
 def _hf(case):
     hf = plan_models.KNOWN[case.model]
     return hf if case.layers is None else hf | {name: case.layers for name in pretrained.DEPTH if name in hf}
 
 
-def _model(case):
-    """A PEFT model of the case's shapes, in training mode without dropout."""
+def _model(case, device="cpu"):
+    """A PEFT model of the case's shapes on `device`, in training mode without dropout."""
     import peft
+    import torch
     import transformers
 
     hf = _hf(case)
@@ -68,7 +89,11 @@ def _model(case):
     else:
         config = transformers.LlamaConfig(**hf, use_cache=False)
     with _quiet():
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, case.dtype))
+        if case.remat:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
         options = peft.LoraConfig(
             r=case.rank,
             lora_alpha=2 * case.rank,
@@ -101,17 +126,20 @@ def _sgd(model):
 
 def _step(model, optimizer, ids):
     """A function that runs one step."""
+    import torch
 
     def step():
         optimizer.zero_grad(set_to_none=True)
         _row_losses(model(input_ids=ids).logits, ids).sum().backward()
         optimizer.step()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
 
     return step
 
 
 def _plain(case, ids):
-    model = _model(case)
+    model = _model(case, ids.device).to(ids.device)
     return _step(model, _sgd(model), ids)
 
 

@@ -36,6 +36,7 @@ class Chip(NamedTuple):
 PEAKS = {
     # NVIDIA H100 SXM datasheet: dense bfloat16, float32, HBM3, and one direction of NVLink.
     "h100": Chip(989e12, 67e12, 3.35e12, 450e9),
+    "h200": Chip(989e12, 67e12, 4.8e12, 450e9),  # its datasheet: an H100 with HBM3e
     # Cloud TPU documentation, "TPU v5e"; a ring uses two of a chip's links, 50 GB/s each.
     "v5e": Chip(197e12, 197e12 / 6, 819e9, 100e9),
 }
@@ -46,10 +47,8 @@ def lines(case, chips):
     estimates = {form: estimate(case, form) for form in ("plain", "auto")}
     body = []
     for chip in chips:
-        for form, (products, exact, traffic, sent) in estimates.items():
-            peak = PEAKS[chip]
-            compute = (products - exact) / peak.bfloat16 + exact / peak.exact
-            times = compute, traffic / peak.bandwidth, sent / peak.link
+        for form, amounts in estimates.items():
+            (products, exact, traffic, _), times = amounts, times_of(amounts, PEAKS[chip])
             body.append(
                 [f"{chip}, {form}", f"{products / 1e12:.2f}", f"{exact / 1e12:.3f}", formats.size(traffic)]
                 + [f"{seconds:.4f}" for seconds in times]
@@ -66,6 +65,12 @@ def lines(case, chips):
         "examples/s",
     ]
     yield from Table(head, body).text().splitlines()
+
+
+def times_of(amounts, peak):
+    """(seconds of compute, of memory, of sending) of what `estimate` gives, at a chip's `peak`."""
+    products, exact, traffic, sent = amounts
+    return (products - exact) / peak.bfloat16 + exact / peak.exact, traffic / peak.bandwidth, sent / peak.link
 
 
 def estimate(case, form):

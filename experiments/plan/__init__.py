@@ -83,6 +83,11 @@ def parse(argv):
     config = cli.settle(config)
     if config.execution.stream:
         raise InputError("--stream cannot be used here: a plan assumes that all records lie on the devices.")
+    if config.privacy.by_unit:
+        raise InputError(
+            "--privacy_unit and --unit_rows cannot be used here: a plan's records have one row each. Leave them out, and "
+            "multiply --expected_batch_size by the rows of a unit."
+        )
     classes = len(config.data.labels) if config.data.labels else values.classes
     names = ("topology", "task", "search", "json")
     return config, {name: values[name].value for name in names} | {

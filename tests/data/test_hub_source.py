@@ -64,6 +64,12 @@ def test_unreachable_hub_is_one_sentence_that_names_the_ways_out(tmp_path):
     assert "dataset=finance_demo" in done.stdout
 
 
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
+    "### Instruction:\n{}\n### Response:"
+)
+ASKED = {"message_id": "a", "parent_id": None, "user_id": "u", "text": "Hi?", "role": "prompter", "lang": "en"}
+REPLY = {"message_id": "b", "parent_id": "a", "user_id": "v", "text": "Hello.", "role": "assistant", "lang": "en"}
 # A row of each public task as the hub's table has it, and what its first prompt and right answer must be.
 ROWS = {
     "financial_phrasebank": ({"sentence": "Profit rose.", "label": 2}, "Profit rose.\nSentiment:", " positive"),
@@ -75,6 +81,23 @@ ROWS = {
     "liveqa": (
         {"NIST_PARAPHRASE": "Why?", "REFERENCE_ANSWERS": [{"ANSWERID": "1", "ANSWER": "So."}, {"ANSWER": "No."}]},
         "Question: Why?\nAnswer:", " So.",
+    ),
+    "alpaca_gpt4": (
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is"},
+        ALPACA.format("Add. 1 and 2"), " 3",
+    ),
+    "fingpt_sentiment": (
+        {"input": "Profit rose.", "output": "positive", "instruction": "What is the sentiment of this news?"},
+        ALPACA.format("What is the sentiment of this news? Profit rose."), " positive",
+    ),
+    "medical_flashcards": (
+        {"input": "Why?", "output": "So.", "instruction": "Answer this question truthfully"}, ALPACA.format("Why?"), " So.",
+    ),
+    "code_alpaca": ({"instruction": "Sort.", "input": "", "output": "sorted(x)"}, ALPACA.format("Sort."), " sorted(x)"),
+    "oasst1": ([ASKED, *[REPLY] * 5], ALPACA.format("Hi?"), " Hello."),
+    "aya": (
+        {"inputs": "Wer?", "targets": "Du.", "language": "German", "language_code": "deu", "user_id": "u"},
+        ALPACA.format("Wer?"), " Du.",
     ),
     "wikitext2": ({"text": " A line . \n"}, "", " A line . \n"),
     "slimpajama": ({"text": "A document."}, "", "A document."),
@@ -99,7 +122,7 @@ def served(tmp_path_factory):
     """{task: [rows, first prompt, its right answer]} as one process reads them all from a hub."""
     folder, tables = tmp_path_factory.mktemp("hub"), {}
     for name, (row, _, _) in ROWS.items():
-        pq.write_table(pa.Table.from_pylist([row] * 5), folder / "x.parquet")
+        pq.write_table(pa.Table.from_pylist(row if isinstance(row, list) else [row] * 5), folder / "x.parquet")
         place = TASKS[name].hub.folder
         file = f"{place}/test/0000.parquet" if place else "data/test-00000-of-00001.parquet"
         tables[name] = {file: (folder / "x.parquet").read_bytes()}

@@ -135,7 +135,7 @@ def test_a_roofline_takes_no_weights_and_exact_products_are_the_noisy_steps_alon
     [
         (["--forms=quick"], "--forms=quick is not known: auto, vmap, broadcast, ghost"),
         (["--vary=speed=1|2"], "needs FLAG=VALUE"),
-        (["--chips=abacus", "--measure=roofline", "--model=gpt2"], "--chips=abacus is not known: h100, v5e"),
+        (["--chips=abacus", "--measure=roofline", "--model=gpt2"], "--chips=abacus is not known: h100, h200, v5e"),
         (["--model=gpt2", "--layers=1", "--batch=1", "--length=4", "--peers", "--targets=o"], "--peers"),
         (["--repeats=1"], "repeats"),
     ],

@@ -113,3 +113,34 @@ def test_the_papers_federations_have_its_values(name):
     assert config.data.dataset in tasks.TRAINABLE
     assert all(benchmark in tasks.TASKS for benchmark in config.evaluation.benchmarks)
     assert config.output.workdir == f"runs/{name.removesuffix('.flags')}"
+
+
+TUNING = [
+    "flowertune_general_mistral_7b.flags",
+    "flowertune_medical_qwen2.5_0.5b.flags",
+    "oasst_qwen2.5_0.5b.flags",
+]
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_instruction_tuning_is_of_a_chat_on_a_public_task(name):
+    config = cli.parse([f"--flagfile={name}"])
+    assert config.data.chat
+    assert tasks.TASKS[config.data.dataset].kind == tasks.ANSWERS
+    assert config.privacy.epsilon == 8
+    assert config.output.workdir == f"runs/{name.removesuffix('.flags')}"
+
+
+@pytest.mark.parametrize("name", [name for name in TUNING if name.startswith("flowertune")])
+def test_flowertunes_challenges_have_its_values(name):
+    config = cli.parse([f"--flagfile={name}"])
+    theirs = {
+        "clients": 20, "participation": "fixed:2", "rounds": 200, "local_steps": 10, "expected_batch_size": 16, "rank": 32,
+        "alpha": 64, "max_length": 512, "client_lr": 5e-5, "lr_decay": 0.02,
+    }  # fmt: skip
+    assert {flag: field_value(config, flag) for flag in theirs} == theirs
+
+
+def test_openassistant_is_private_by_user():
+    config = cli.parse(["--flagfile=oasst_qwen2.5_0.5b.flags"])
+    assert (config.privacy.unit_column, config.privacy.unit_rows) == ("user_id", 4)

@@ -168,6 +168,12 @@ def test_what_cannot_hold_its_arguments_is_not_compiled(small):
     assert (measured.fits, measured.total) == (False, 30.5 * 2**30)
 
 
+@pytest.mark.parametrize("unit", ["--privacy_unit=column:patient_id", "--unit_rows=4"])
+def test_a_plan_with_units_of_several_rows_is_refused(unit, capsys):
+    assert plan.main(["--topology=v5e:2x2", "--model=gpt2", "--noise_multiplier=1", unit]) == 2
+    assert "--privacy_unit and --unit_rows cannot be used here" in capsys.readouterr().err
+
+
 def test_a_plan_with_streamed_records_is_refused(capsys):
     assert plan.main(["--topology=v5e:2x2", "--model=gpt2", "--noise_multiplier=1", "--stream"]) == 2
     assert "--stream cannot be used here" in capsys.readouterr().err

@@ -1,0 +1,5 @@
+import sys
+
+from experiments.gpu_check import main
+
+sys.exit(main())
