@@ -1,16 +1,14 @@
 """Secrets in one client's text: they are found where training remembers them, and not where it never saw them."""
 
 import json
-import shutil
 import string
 
 import numpy as np
 import pytest
-import tokenizers
 
 from dplora_jax.finetuning import dealing, recipe
 from experiments.attacks import memorisation
-from tests.conftest import GOLDEN
+from tests import letters
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -18,21 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A golden Llama whose tokens are single characters."""
-    place = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(GOLDEN / "llama_tiny", place)
-    words = ["<pad>", "<unk>", "<s>", *string.ascii_letters, *string.digits, " ", "."]
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    made.decoder = tokenizers.decoders.Fuse()
-    made.save(str(place / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "bos_token": "<s>",
-    }
-    (place / "tokenizer_config.json").write_text(json.dumps(settings))
-    return place
+    return letters.write(tmp_path_factory.mktemp("base") / "model", [*string.ascii_letters, *string.digits, " ", "."])
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import string
 
 import numpy as np
 import pytest
-import tokenizers
 
 from dplora_jax import evaluation, losses
 from dplora_jax.data import encoding, partition, records, tasks
@@ -15,7 +14,8 @@ from dplora_jax.finetuning import setup
 from dplora_jax.models.tokenizer import load_tokenizer
 from experiments import cli
 from experiments.run import main
-from tests.conftest import GOLDEN, write_table
+from tests import letters as of_letters
+from tests.conftest import write_table
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -103,21 +103,8 @@ def test_a_classifiers_rows_are_the_texts_tokens_in_order(tiny_bert, most):
 
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
-    """A golden Llama whose tokens are single letters."""
-    place = tmp_path_factory.mktemp("letters") / "model"
-    shutil.copytree(GOLDEN / "llama_tiny", place)
-    words = ["<pad>", "<unk>", "<s>", *string.ascii_lowercase]
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    made.save(str(place / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "bos_token": "<s>",
-    }
-    (place / "tokenizer_config.json").write_text(json.dumps(settings))
-    return place
+    """A Llama whose tokens are single letters."""
+    return of_letters.write(tmp_path_factory.mktemp("letters") / "model", string.ascii_lowercase)
 
 
 @pytest.mark.parametrize(("length", "most"), [(1, 3), (6, 3), (7, 3), (11, 3), (12, 3), (26, 3), (26, 9)])
