@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dplora_jax import generation, lora, losses
-from dplora_jax.data import encoding, scores
+from dplora_jax.data import encoding, records, scores
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.federation.mesh import put
 from dplora_jax.models import tokenizer as tokenizers
@@ -39,9 +39,9 @@ def classifier(model, mesh, params, test):
 
     A residual is a change of the base's kernels (`lora.shifted`). `params` lie on the mesh already; the test's rows are split
     over the clients axis, and compiled once; every process gets all predictions. Where a record has several rows (`unit` [N]
-    numbers each row's), its label is the one with the highest mean log-likelihood over them.
+    numbers each row's), its label is the likeliest of all of them together.
     """
-    inputs = {name: value for name, value in test.items() if name not in ("labels", encoding.UNIT)}
+    inputs = {name: value for name, value in test.items() if name not in ("labels", records.UNIT)}
     first_rows = firsts(test)
     labels = test["labels"][first_rows]
     by_row = _over_rows(model, mesh, params, inputs, functools.partial(label_likelihoods, model))
@@ -59,8 +59,8 @@ def label_likelihoods(model, params, adapter, batch):
 
 
 def label_said(by_row, first_rows):
-    """The label that a classifier says of each record, int [I], of the `label_likelihoods` [N, num_labels] of all rows, a
-    record's own side by side from its first on (`firsts`); UNDECIDED where one is not finite."""
+    """The label that a classifier says of each record, int [I]: the likeliest by the sum over its rows of `label_likelihoods`
+    [N, num_labels], a record's rows standing side by side from its first on (`firsts`); UNDECIDED where one is not finite."""
     by_record = np.add.reduceat(by_row, first_rows)
     return np.where(np.isfinite(by_record).all(-1), by_record.argmax(-1), UNDECIDED)
 
@@ -68,9 +68,9 @@ def label_said(by_row, first_rows):
 def firsts(table):
     """The first row of each record of `table`, whose rows stand side by side; each row is one without `unit`."""
     count = len(next(iter(table.values())))
-    if encoding.UNIT not in table:
+    if records.UNIT not in table:
         return np.arange(count)
-    return np.flatnonzero(np.diff(table[encoding.UNIT], prepend=-1))
+    return np.flatnonzero(np.diff(table[records.UNIT], prepend=-1))
 
 
 def on(test):

@@ -2,10 +2,9 @@
 
 import numpy as np
 
+from dplora_jax.data.records import UNIT
 from dplora_jax.errors import InputError
 from dplora_jax.models import tokenizer as tokenizers
-
-UNIT = "unit"  # the number of each row's record, where one may have several rows
 
 
 def classification(tokenizer, records, max_length, most_rows=1):
@@ -17,7 +16,9 @@ def classification(tokenizer, records, max_length, most_rows=1):
     """
     names = ("input_ids", "attention_mask")
     if not len(records.texts):
-        return {name: np.zeros((0, max_length), np.int32) for name in names} | {"labels": np.zeros(0, np.int32)}
+        of_rows = ("labels", UNIT) if most_rows > 1 else ("labels",)
+        nothing = np.zeros((0, max_length), np.int32)
+        return dict.fromkeys(names, nothing) | dict.fromkeys(of_rows, nothing[:, 0])
     options = {"padding": "max_length", "truncation": True, "max_length": max_length, "return_tensors": "np"}
     if most_rows > 1 and not tokenizer.is_fast:
         raise InputError("`unit_rows` cuts texts by a fast tokenizer, and this model's is none: give unit_rows=1.")

@@ -19,9 +19,8 @@ def _joined(instruction, text):
         return instruction
     if isinstance(instruction, str) and isinstance(text, str):
         return f"{instruction} {text}" if text.strip() else instruction
-    return (
-        text if isinstance(instruction, str) else instruction
-    )  # what is no text is refused later, by its column's name
+    # What is no text is refused later, by its column's name.
+    return text if isinstance(instruction, str) else instruction
 
 
 def replies(columns):

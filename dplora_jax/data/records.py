@@ -14,6 +14,7 @@ from dplora_jax.data.cells import NoText
 from dplora_jax.errors import InputError, Refused
 
 HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+UNIT = "unit"  # of arrays made of records: the number of each row's unit, where a unit may have several rows
 FEW = 8  # different records of a client, fewer of which a public table may hold by chance
 
 

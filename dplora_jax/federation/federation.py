@@ -90,9 +90,10 @@ class Federation:
         first.
 
         `shards` has for each client a dict of [n_k, ...] arrays: `input_ids` and `attention_mask` [n_k, T] int32, and what the
-        loss reads (`labels` [n_k]; `loss_mask` [n_k, T]); None for a client whose records another process holds. Each dispatch
-        of rounds is charged before it runs, saved, committed, and only then yielded. Without a `workdir` (a path, or a
-        `storage.Workdir`) the run is kept in memory, and a warning says that nothing of it is durable.
+        loss reads (`labels` [n_k]; `loss_mask` [n_k, T]); None for a client whose records another process holds. Where units
+        may have several rows (`privacy_unit`, `unit_rows`), there is one entry for each row, and `unit` int numbers its unit.
+        Each dispatch of rounds is charged before it runs, saved, committed, and only then yielded. Without a `workdir` (a path,
+        or a `storage.Workdir`) the run is kept in memory, and a warning says that nothing of it is durable.
 
         Where the run of `workdir` has ended already, its rounds are yielded as they were. `evaluate(prepared)` gives a function
         (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every `execution.eval_every` rounds;
@@ -266,7 +267,7 @@ class Federation:
         """Settle the last line, write the adapter, close the ledger and destroy the secrets; yields the last Round once more
         where only now it was evaluated."""
         config, last = self.config, dict(self.history[-1])
-        if config.execution.eval_every and not {*finite.METRICS, private_scores.SPENT} & {*last}:
+        if config.execution.eval_every and not {*finite.METRICS, held_out.SPENT} & {*last}:
             # `eval_every` was 0 until this start, or the budget ended early
             last |= evaluate(state, last["round"], ends=True)
         last |= processes.agree(functools.partial(metrics_lines.charged, job))

@@ -37,9 +37,10 @@ def split(config, model, params, rows, length, memo=None, held=0):
     start = first_adapted(config, model)
     if not start or not config.execution.cache_frozen:
         return model, lambda table: table
-    if rows is None and not fit_in_memory(model, held, length):
+    fit = fit_in_memory(model, held if rows is None else rows, length)
+    if not fit and rows is None:
         raise InputError("the frozen layers' outputs for all rows would not fit in memory: give cache_frozen=false.")
-    if rows is not None and not fit_in_memory(model, rows, length):
+    if not fit:
         print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, lambda table: table
     prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))

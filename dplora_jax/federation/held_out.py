@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dplora_jax.config import FIELDS
+from dplora_jax.data.records import UNIT
 from dplora_jax.errors import InputError
 from dplora_jax.federation import processes, trust
 from dplora_jax.privacy import accounting, secrets
 
-UNIT = "unit"  # of a client's rows: the number of each row's unit
+SPENT = "private_test_epsilon"  # in a line of metrics: what scores have cost a record that is kept back, so far
 
 
 class Part(NamedTuple):

@@ -133,45 +133,54 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None, str
     that are not `own_clients` are not looked at. With `streamed`, records stay where they are, and `data` is empty. Where a
     record has several of the shards' rows, `rows` (`units.Rows`) says which, and n_k counts records.
     """
-    devices, count = mesh.shape[CLIENTS], len(shards)
     sizes = [len(next(iter(shard.values()))) for shard in shards] if sizes is None else sizes
-    each = per_device(mesh, count, wave)
+    each, sharding = per_device(mesh, len(shards), wave), NamedSharding(mesh, PartitionSpec(CLIENTS))
+    data = {}
+    if rows is None and not streamed:
+        data = {name: _laid(mesh, [shard[name] for shard in shards], sizes, each) for name in shards[0]}
+    elif not streamed:
+        room = rows.room(each)
+        data = {name: _laid(mesh, [shard[name] for shard in shards], rows.counts, each, room) for name in shards[0]}
+        data[SPANS] = _laid(mesh, rows.spans_from(_starts(rows.counts, each)), sizes, each)
+    padding = each * mesh.shape[CLIENTS] - len(shards)
+    clients = _clients(sizes, mechanisms, clip_norm, ranks, _starts(sizes, each), padding)
+    largest = (max(getattr(m, name) for m in mechanisms) for name in ("records", "capacity"))
+    return Placement(put(clients, sharding), data, *largest, sizes)
 
-    def places(counts):
-        """(each client's first place on its device, how many places the fullest device has), for clients of `counts`."""
-        room = max(sum(counts[start : start + each]) for start in range(0, devices * each, each))
-        return [sum(counts[client - client % each : client]) for client in range(count)], room
 
-    def laid(parts, counts, starts, room):
-        """The clients' arrays `parts` (a list of [counts_k, ...]) on the devices, `room` places on each."""
+def _starts(counts, each):
+    """Each client's first place on its device, where `each` consecutive clients share one and take `counts` places."""
+    return [sum(counts[client - client % each : client]) for client in range(len(counts))]
 
-        def block(device):
-            out = np.zeros((room, *parts[0].shape[1:]), parts[0].dtype)
-            for client in range(device * each, min((device + 1) * each, count)):
-                out[starts[client] : starts[client] + counts[client]] = parts[client]
-            return out
 
-        if jax.process_count() == 1:
-            return jax.device_put(np.concatenate([block(device) for device in range(devices)]), sharding)
-        shape = (devices * room, *parts[0].shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: block((index[0].start or 0) // room))
+def _laid(mesh, parts, counts, each, room=None):
+    """The clients' arrays `parts` (a list of [counts_k, ...]) on their devices, `room` places on each: by default, as many as the
+    fullest device takes."""
+    devices, starts = mesh.shape[CLIENTS], _starts(counts, each)
+    if room is None:
+        room = max(sum(counts[first : first + each]) for first in range(0, len(counts), each))
 
-    def on_devices():
-        if rows is None:
-            return {name: laid([shard[name] for shard in shards], sizes, offsets, room) for name in shards[0]}
-        starts, _ = places(rows.counts)
-        of_rows = rows.counts, starts, rows.room(each)
-        return {name: laid([shard[name] for shard in shards], *of_rows) for name in shards[0]} | {
-            SPANS: laid(rows.spans_from(starts), sizes, offsets, room)
-        }
+    def block(device):
+        out = np.zeros((room, *parts[0].shape[1:]), parts[0].dtype)
+        for client in range(device * each, min((device + 1) * each, len(parts))):
+            out[starts[client] : starts[client] + counts[client]] = parts[client]
+        return out
 
-    offsets, room = places(sizes)
+    sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
+    if jax.process_count() == 1:
+        return jax.device_put(np.concatenate([block(device) for device in range(devices)]), sharding)
+    shape = (devices * room, *parts[0].shape[1:])
+    return jax.make_array_from_callback(shape, sharding, lambda index: block((index[0].start or 0) // room))
+
+
+def _clients(sizes, mechanisms, clip_norm, ranks, offsets, padding):
+    """The Client of all clients, fields [K'], on the host: their own, and those of `padding` clients who have nothing."""
 
     def padded(values, dtype, fill=0):
-        return np.array([*values, *[fill] * (devices * each - count)], dtype)
+        return np.array([*values, *[fill] * padding], dtype)
 
     total = sum(sizes)
-    clients = Client(
+    return Client(
         offset=padded(offsets, np.int32),
         size=padded(sizes, np.int32),
         population=padded([m.records for m in mechanisms], np.int32),
@@ -181,12 +190,8 @@ def place(mesh, shards, mechanisms, clip_norm, wave, ranks=None, sizes=None, str
         noise_std=padded([m.noise_multiplier * clip_norm if m.noise_multiplier else 0 for m in mechanisms], np.float32),
         weight=padded([size / total for size in sizes], np.float32),
         count_std=padded([m.count_noise for m in mechanisms], np.float32),
-        rank=padded(ranks or [0] * count, np.int32),
+        rank=padded(ranks or [0] * len(sizes), np.int32),
     )
-    sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
-    data = {} if streamed else on_devices()
-    largest = (max(getattr(m, name) for m in mechanisms) for name in ("records", "capacity"))
-    return Placement(put(clients, sharding), data, *largest, sizes)
 
 
 def place_keys(mesh, keys, clients):

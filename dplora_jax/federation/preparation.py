@@ -59,7 +59,7 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     shards, rows = layout.arranged(shards)
     held = {k: shard for k, shard in enumerate(shards) if shard is not None}
     counts = {k: len(shard["attention_mask"]) for k, shard in held.items()}
-    sizes = _all_sizes(counts if rows is None else {k: len(rows.spans[k]) for k in held}, count)
+    sizes = _all_sizes(units.sizes(shards, rows), count)
     if not held:
         raise InputError("this process holds no client's records: start fewer processes than there are clients.")
     table = {name: np.concatenate([shard[name] for shard in held.values()]) for name in next(iter(held.values()))}

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dplora_jax import evaluation
+from dplora_jax.data import records
 from dplora_jax.federation import dispatch, final_adapter, fingerprints, held_out, methods, own_rows, processes, trust
 from dplora_jax.privacy import secrets, unit_scores
 
 PREFIX = "private_"  # of the names of these scores in a line of metrics
-SPENT = "private_test_epsilon"  # what they have cost a record that is kept back, up to this line
 
 
 class Measure(NamedTuple):
@@ -35,7 +35,7 @@ def of_rows(loss, prepared, held):
     A text in several rows has one label, as on a public test set, and a mean of its rows' losses. What has no finite logits
     counts as a wrong label, or as the largest loss: that of guessing among all tokens.
     """
-    rows = {k: {n: x for n, x in part.rows.items() if n != held_out.UNIT} for k, part in held.parts.items()}
+    rows = {k: {n: x for n, x in part.rows.items() if n != records.UNIT} for k, part in held.parts.items()}
     tables = {k: prepared.through_frozen_layers(table) for k, table in rows.items()}
     model = prepared.model
     if "labels" not in next(iter(tables.values())):
@@ -134,7 +134,7 @@ def scorer(job, held, score):
             key = secrets.digest(keys[client], "test noise", number, attempt)
             total += unit_scores.noisy(summed, shares[client].noise_multiplier, bits, key)
         total = np.sum(processes.gather(total.tolist()), 0) / 2.0**bits
-        line = {SPENT: spent}
+        line = {held_out.SPENT: spent}
         for name, values in measure.kind.metrics(total, sum(held.units), std).items():
             line |= {f"{PREFIX}{name}{end}": value for end, value in zip(("", "_low", "_high"), values, strict=True)}
         return line

@@ -119,9 +119,9 @@ class Silo:
         self.config, self.client = _settled(config, sizes), client
         if not 0 <= client < len(sizes):
             raise InputError(f"client={client} must lie between 0 and {len(sizes) - 1}.")
-        (rows,), spans = units.layout(self.config).arranged([records])
-        length = records["attention_mask"].shape[1]
-        count = len(rows["attention_mask"]) if spans is None else len(spans.spans[0])
+        layout = units.layout(self.config)
+        (rows,), spans = layout.arranged([records])
+        (held, length), count = rows["attention_mask"].shape, units.sizes([rows], spans)[0]
         if count != sizes[client]:
             raise InputError(f"client {client} has {count} records, and the plan is for {sizes[client]}.")
         mechanisms = _mechanisms(self.config, sizes, mechanisms)
@@ -130,7 +130,7 @@ class Silo:
         digests = fingerprints.digest_base(model, params), fingerprints.digest_arrays(records)
         self._mesh = mesh.make("1x1", 1, model)
         self._params = mesh.put(params, mesh.base_sharding(self._mesh, params))
-        held, most = len(rows["attention_mask"]), units.layout(self.config).most_rows(count)
+        most = layout.most_rows(count)
         model, through = frozen_layers.split(self.config, model, self._params, most, length, held=held)
         self._placement = mesh.place(
             self._mesh, [through(rows)], [shares[client]], self.config.privacy.clip_norm, 1, sizes=[count], rows=spans

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dplora_jax import losses
-from dplora_jax.data.encoding import UNIT
+from dplora_jax.data.records import UNIT
 from dplora_jax.errors import InputError
 from dplora_jax.federation import client, held_out, processes
 from dplora_jax.losses import BROUGHT
@@ -151,19 +151,25 @@ class Units(RowEach):
 
     def arranged(self, shards):
         """The rows in the order of their units, without `unit`, and the `Rows` of the units."""
-        rows, spans, counts = [], [], []
-        for shard in shards:
-            if shard is None:
-                rows.append(None), spans.append(None), counts.append(0)
-                continue
-            if UNIT not in shard:
-                raise InputError(f"the records have no `{UNIT}`: give each row's unit, or privacy_unit=record.")
-            _, numbers, count = np.unique(held_out.units_of(shard), return_inverse=True, return_counts=True)
-            order = np.argsort(numbers, kind="stable")
-            rows.append({name: array[order] for name, array in shard.items() if name != UNIT})
-            spans.append(np.stack([np.cumsum(count) - count, count], 1).astype(np.int32))
-            counts.append(len(order))
+        if any(shard is not None and UNIT not in shard for shard in shards):
+            raise InputError(f"the records have no `{UNIT}`: give each row's unit, or privacy_unit=record.")
+        parts = [(None, None, 0) if shard is None else _sorted(shard) for shard in shards]
+        rows, spans, counts = map(list, zip(*parts, strict=True))
         return rows, Rows(spans, counts)
+
+
+def _sorted(shard):
+    """A client's rows in the order of their units, without `unit`, its `Rows.spans`, and how many rows there are."""
+    _, numbers, count = np.unique(held_out.units_of(shard), return_inverse=True, return_counts=True)
+    order = np.argsort(numbers, kind="stable")
+    rows = {name: array[order] for name, array in shard.items() if name != UNIT}
+    return rows, np.stack([np.cumsum(count) - count, count], 1).astype(np.int32), len(order)
+
+
+def sizes(rows_of, rows):
+    """{client: how many records it has} of what `RowEach.arranged` gave, for the clients that are held here."""
+    held = {k: shard for k, shard in enumerate(rows_of) if shard is not None}
+    return {k: len(shard["attention_mask"] if rows is None else rows.spans[k]) for k, shard in held.items()}
 
 
 def layout(config):

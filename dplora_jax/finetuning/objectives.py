@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dplora_jax import losses
-from dplora_jax.data import encoding, tasks
+from dplora_jax.data import encoding, records, tasks
 from dplora_jax.errors import InputError
 from dplora_jax.models import pretrained
 
@@ -62,16 +62,16 @@ def make(config, task, tokenizer):
         )
 
     def rows(encode, **options):
-        return lambda records: encode(
+        return lambda table: encode(
             tokenizer,
-            tasks.asked(task, records, config.data.chat),
+            tasks.asked(task, table, config.data.chat),
             config.data.max_length,
             chat=config.data.chat,
             **options,
         )
 
-    def in_rows(records):
-        return encoding.documents(tokenizer, tasks.asked(task, records), config.data.max_length, documents)
+    def in_rows(table):
+        return encoding.documents(tokenizer, tasks.asked(task, table), config.data.max_length, documents)
 
     right = rows(encoding.right_answers, ends=task.kind == tasks.ANSWERS) if documents == 1 else in_rows
     if task.kind != tasks.LABELS:
@@ -93,11 +93,11 @@ def cuts_texts(config):
 
 
 def _with_units(arrays):
-    """`arrays(records)` with `unit` [N], the number of each row's unit, where records have units."""
+    """`arrays(table)` of Records with `unit` [N], the number of each row's unit, where records have units."""
 
-    def made(records):
-        if records.units is None:
-            return arrays(records)
-        return arrays(records) | {encoding.UNIT: np.unique(records.units, return_inverse=True)[1].astype(np.int32)}
+    def made(table):
+        if table.units is None:
+            return arrays(table)
+        return arrays(table) | {records.UNIT: np.unique(table.units, return_inverse=True)[1].astype(np.int32)}
 
     return made

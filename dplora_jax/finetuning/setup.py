@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dplora_jax import models
-from dplora_jax.data import encoding
+from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.federation import Federation
 from dplora_jax.finetuning import dealing, feature_norm, objectives, private_tests, public_tests
@@ -68,9 +68,12 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     # No other client's text is looked at.
     table, shares = dealt.read(federation.local_clients(config.data.max_length))
     train = objective.train(table)
-    record = train[encoding.UNIT] if objectives.cuts_texts(config) else np.arange(len(table.texts))
+    if objectives.cuts_texts(config):  # from a client's records to their rows
+        rows = {k: np.flatnonzero(np.isin(train[records.UNIT], share)) for k, share in shares.items()}
+    else:
+        rows = shares
     shards = [
-        {name: array[np.isin(record, shares[k])] for name, array in train.items()} if k in shares else None
+        {name: array[rows[k]] for name, array in train.items()} if k in rows else None
         for k in range(config.schedule.clients)
     ]
     private = dealing.by_client(table, shares)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from dplora_jax.errors import InputError
 from dplora_jax.models import chatglm2, chatglm_shared
 from dplora_jax.models.chatglm_shared import Chatglm, frequencies
-from dplora_jax.models.decoder import remember
+from dplora_jax.models.decoder import OwnHeads, remember
 from dplora_jax.models.family import Family, Weight, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, rotate_halves, rotation, split_heads
 
@@ -20,7 +20,7 @@ RESIDUAL_SCALE = (2 * 28) ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class GlmConfig:
+class GlmConfig(OwnHeads):
     """Sizes and choices of one ChatGLM-6B; `start_token` ends the prefix that all attend to, and `gmask_token` (or, in a row
     without one, `mask_token`) gives what follows its first position."""
 
@@ -37,16 +37,6 @@ class GlmConfig:
     tied: bool = False
     num_labels: int | None = None
     remat: bool = False
-
-    @property
-    def num_kv_heads(self):
-        """Every head has keys and values of its own."""
-        return self.num_heads
-
-    @property
-    def head_width(self):
-        """Numbers in one head's query."""
-        return self.width // self.num_heads
 
 
 class GlmBlock(nn.Module):

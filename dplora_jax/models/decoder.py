@@ -25,6 +25,20 @@ class Cache(NamedTuple):
     used: Any
 
 
+class OwnHeads:
+    """Of a config with `width` and `num_heads`: every head has a query, a key and a value of its own, all of one width."""
+
+    @property
+    def num_kv_heads(self):
+        """Heads of keys and values."""
+        return self.num_heads
+
+    @property
+    def head_width(self):
+        """Numbers in one head's query."""
+        return self.width // self.num_heads
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A causal language model (`config.num_labels` None), or a classifier on its last attended token, as pure functions.

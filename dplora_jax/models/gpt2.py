@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from dplora_jax.errors import InputError
-from dplora_jax.models.decoder import Decoder, remember
+from dplora_jax.models.decoder import Decoder, OwnHeads, remember
 from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, number, refuse_unsupported, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, split_heads
 
@@ -22,7 +22,7 @@ ALIASES = {  # transformers' second names for sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class Gpt2Config:
+class Gpt2Config(OwnHeads):
     """Sizes and choices of one GPT-2; `scale_by_layer` divides the scores of layer i by i + 1."""
 
     vocab_size: int
@@ -38,16 +38,6 @@ class Gpt2Config:
     tied: bool = True
     num_labels: int | None = None
     remat: bool = False
-
-    @property
-    def num_kv_heads(self):
-        """Every head has keys and values of its own."""
-        return self.num_heads
-
-    @property
-    def head_width(self):
-        """Numbers in one head's query."""
-        return self.width // self.num_heads
 
 
 class Block(nn.Module):

@@ -12,14 +12,14 @@ from flax import linen as nn
 
 from dplora_jax.errors import InputError
 from dplora_jax.models import rope
-from dplora_jax.models.decoder import Decoder, remember
+from dplora_jax.models.decoder import Decoder, OwnHeads, remember
 from dplora_jax.models.family import Family, Gguf, Target, Weight, activation, number, sizes
 from dplora_jax.models.layers import ACTIVATIONS, Dense, LayerNorm, attention, rotate_halves, split_heads
 from dplora_jax.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True)
-class NeoxConfig:
+class NeoxConfig(OwnHeads):
     """Sizes and choices of one GPT-NeoX; with `parallel`, both parts of a layer read the same input."""
 
     vocab_size: int
@@ -36,16 +36,6 @@ class NeoxConfig:
     tied: bool = False
     num_labels: int | None = None
     remat: bool = False
-
-    @property
-    def num_kv_heads(self):
-        """Every head has keys and values of its own."""
-        return self.num_heads
-
-    @property
-    def head_width(self):
-        """Numbers in one head's query."""
-        return self.width // self.num_heads
 
 
 class Block(nn.Module):

@@ -49,11 +49,8 @@ class Olmo2(Llama):
 def from_config(hf, num_labels):
     """LlamaConfig from Hugging Face's `config.json` (a dict) of an olmo2 or olmo3; refuses by name what is not implemented."""
     refuse_unsupported(hf, {"partial_rotary_factor": (None, 1, 1.0), "clip_qkv": (None,), "mlp_bias": (False, None)})
-    fields, third, bias = (
-        llama.shared({"rms_norm_eps": 1e-5} | hf),
-        hf["model_type"] == "olmo3",
-        bool(hf.get("attention_bias")),
-    )
+    fields = llama.shared({"rms_norm_eps": 1e-5} | hf)
+    third, bias = hf["model_type"] == "olmo3", bool(hf.get("attention_bias"))
     layers, width = fields["num_layers"], fields["head_width"]
     if third:
         theta = hf.get("rope_theta") or 500000.0

@@ -20,8 +20,8 @@ def epsilon(rate, noise_multiplier, steps, delta, records):
     """epsilon at `delta` of somebody with `records` records, after `steps` steps of plain Poisson sampling at `rate` (an upper
     bound; a fixed batch capacity is not reckoned with).
 
-    >>> round(epsilon(0.1, 1.5, 40, 1e-5, 1), 2), round(epsilon(0.1, 1.5, 40, 1e-5, 4), 2)
-    (2.1, 9.8)
+    >>> round(epsilon(0.1, 4.0, 20, 1e-5, 1), 2), round(epsilon(0.1, 4.0, 20, 1e-5, 4), 2)
+    (0.43, 1.99)
     """
     loss = _step(rate, noise_multiplier, records, GRID).self_compose(steps)
     return float(loss.get_epsilon_for_delta(delta - accounting.ROUNDING * steps))
@@ -31,7 +31,7 @@ def least_noise(rate, steps, target, delta, records):
     """The least noise multiplier that keeps somebody with `records` records within (target, delta); InputError as of
     `accounting.calibrate`."""
     accounting.check_delta(delta, steps)
-    return noise_search.least(lambda noise: epsilon(rate, noise, steps, delta, records), target, 1.0 * records, 5e-4)
+    return noise_search.least(lambda noise: epsilon(rate, noise, steps, delta, records), target, float(records), 5e-4)
 
 
 @functools.lru_cache(maxsize=16)

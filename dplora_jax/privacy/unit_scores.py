@@ -20,9 +20,7 @@ from dplora_jax.privacy import host_noise, integers, intervals
 
 MOST_BITS = 20
 CHUNK = 1024  # units at a time
-MOMENT = (
-    0.5  # the weight of the second moment beside a loss: its noise is then twice the mean's, and the mean's 3 % more
-)
+MOMENT = 0.5  # the second moment's weight beside a loss: its noise is then twice the mean's, and the mean's 3 % more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,12 +149,10 @@ def with_canaries(dealt, inserted, copies):
     owners = tuple(f"canary {number}" for number in range(len(inserted))) * copies
 
     def read(clients):
-        nonlocal extra
         table, places = dealt.read(clients)
-        extra = extra if table.units is None else extra._replace(units=owners)
         if 0 in places:
             places = places | {0: np.concatenate([places[0], len(table.texts) + np.arange(len(extra.texts))])}
-            table = records.together([table, extra])
+            table = records.together([table, extra._replace(units=table.units and owners)])
         return table, places
 
     return dealt._replace(read=read)

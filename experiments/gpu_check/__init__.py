@@ -83,10 +83,8 @@ def tell(config):
     try:
         for line in functions[config.part](config.small, pathlib.Path(config.folder or ".")):
             print(files.to_json(line), flush=True)
-    except (
-        Exception
-    ) as error:  # whatever a device's compiler raises: the last line of stderr is what the report says of it
-        traceback.print_exc()
+    except Exception as error:  # whatever a device's compiler raises
+        traceback.print_exc()  # of which the report shows the last line
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

@@ -1,3 +1,5 @@
+"""Runs the command."""
+
 import sys
 
 from experiments.gpu_check import main

@@ -128,9 +128,8 @@ def _gpt2_run(dtype, form, small):
     model, params = _model(small, 1, dtype)
     adapter = lora.init(jax.random.key(1), model, params, lora.LoraConfig(8, 16.0))
     keys = iter(jax.random.split(jax.random.key(2), 99))
-    adapter = jax.tree.map(
-        lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape), adapter
-    )  # B is not zero any more
+    # No B is zero, so that every A has a gradient.
+    adapter = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape), adapter)
     rows, length = 4, 8 if small else 64
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
     batch = {"input_ids": jnp.asarray(ids, jnp.int32), "attention_mask": jnp.ones((rows, length), jnp.int32)}

@@ -1,31 +1,17 @@
 """What a report says of a run: one dict of texts, tables and figures, which both templates show."""
 
 import math
-import statistics
 
 from dplora_jax.config import RESULT, deciding
 from dplora_jax.federation import trust
 from dplora_jax.federation.workdir_files import with_defaults
 from dplora_jax.json_files import Unfit, anything, flag, list_of, load, optional, real, record, whole
 from experiments import communication
-from experiments.report import figures
+from experiments.report import clients, figures
 from experiments.run.summary import sent_uploads
 from experiments.text import formats, scores
 from experiments.text.tables import Table
 
-CLIENT_COLUMNS = {
-    "client": "client",
-    "records": "records (n)",
-    "sampling_rate": "sampling_rate (q)",
-    "capacity": "capacity",
-    "noise_multiplier": "noise_multiplier (σ)",
-    "epsilon": "epsilon",
-    "weight": "weight",
-    "rounds": "rounds taken part in",
-    "bytes_up": "bytes up a round",
-}
-VARIED = ("rounds", "bytes_up")  # shown where clients differ
-MOST_CLIENTS, FIRST_CLIENTS = 50, 20
 MOST_ROUNDS = 12  # evaluated rounds in the table of metrics
 # Fields that an audit must have as the run has them.
 AUDITED = set(deciding(RESULT)) - {"seed", "auto", "data_dir", "test_data"}
@@ -63,13 +49,13 @@ def contents(workdir, stored, rows, agreement, sweep):
         "trust": described["trust"],
         "epsilon": formats.epsilon(last["epsilon_max"]) if finite else None,
         "delta": formats.number(flags.privacy.delta),
-        "tested": _tested(rows, last) if finite else "",
+        "tested": _tested(flags.privacy.unit, rows, last) if finite else "",
         "accounting": described["accounting"],
         "ledger": agreement.words,
         "audit": audit(workdir, stored) if private else None,
         "sweep": sweep,
-        "clients": clients_table(charged(described["clients"], last), flags.privacy.unit),
-        "clients_note": _clients_note(described["clients"]),
+        "clients": clients.table(clients.charged(described["clients"], last), flags.privacy.unit),
+        "clients_note": clients.note(described["clients"]),
         "communication": communication_table(stored, rows),
         "ranks": _ranks(stored),
         "method": described["method"],
@@ -79,14 +65,14 @@ def contents(workdir, stored, rows, agreement, sweep):
     }
 
 
-def _tested(rows, last):
-    """What a record pays where some train and others are kept back; nothing where none are."""
+def _tested(unit, rows, last):
+    """What a record, or a unit, pays where some train and others are kept back; nothing where none are."""
     spent = scores.spent(rows)
     if spent is None:
         return ""
     return (
-        f"A record trains or is kept back: training has cost epsilon {formats.epsilon(last['epsilon_max'])}, scores "
-        f"{formats.epsilon(spent)}, so no record has paid more than {formats.epsilon(max(spent, last['epsilon_max']))}."
+        f"A {unit} trains or is kept back: training has cost epsilon {formats.epsilon(last['epsilon_max'])}, scores "
+        f"{formats.epsilon(spent)}, so no {unit} has paid more than {formats.epsilon(max(spent, last['epsilon_max']))}."
     )
 
 
@@ -125,7 +111,9 @@ def _tiles(stored, rows, metrics, private, confirmed):
     elif rows:
         note = f"epsilon_max over {formats.number(flags.schedule.clients)} clients, "
         if stored.member is not None:
-            note = f"of {_who(stored.description['clients'][stored.member], stored.member)}, whose ledger this is, "
+            note = (
+                f"of {clients.who(stored.description['clients'][stored.member], stored.member)}, whose ledger this is, "
+            )
         note += f"at delta {formats.number(flags.privacy.delta)}, "
         note += f"after round {rows[-1]['round']} of {formats.number(flags.schedule.rounds)}"
         note += "" if flags.privacy.epsilon is None else f"; budget {formats.epsilon(flags.privacy.epsilon)}"
@@ -186,49 +174,6 @@ def _score(row, name, value):
     """A metric's value in a metrics line, with its interval where it has one."""
     interval = scores.span(row, name)
     return formats.metric(value) + (f" ({interval})" if interval else "")
-
-
-def charged(clients, last):
-    """The clients with the epsilon that they have spent by the `last` line, in place of the one that was planned."""
-    spent = last.get("epsilon", []) if last.get("round") else []
-    if len(spent) != len(clients):
-        return clients
-    return [client | {"epsilon": value} for client, value in zip(clients, spent, strict=True)]
-
-
-def clients_table(clients, unit="record"):
-    """A row a client, or the first ones and the spread of all; `unit` is what is protected, in a word."""
-    names = [name for name in CLIENT_COLUMNS if name not in VARIED or len({client.get(name) for client in clients}) > 1]
-    rows_shown = clients if len(clients) <= MOST_CLIENTS else clients[:FIRST_CLIENTS]
-    body = [
-        [_cell(client.get(name), name) if name != "client" else _who(client, index) for name in names]
-        for index, client in enumerate(rows_shown)
-    ]
-    foot = []
-    for title, reduced in (("min", min), ("median", statistics.median), ("max", max)):
-        columns = [[client[name] for client in clients if client.get(name) is not None] for name in names[1:]]
-        cells = [
-            _cell(reduced(values) if values else None, name) for name, values in zip(names[1:], columns, strict=True)
-        ]
-        foot.append([title, *cells])
-    heads = CLIENT_COLUMNS | {"records": f"{unit}s (n)"}
-    return Table([heads[name] for name in names], body, foot if len(rows_shown) < len(clients) else [])
-
-
-def _who(client, index):
-    """A client's name, where parties have some, else its number."""
-    name = client.get("name")
-    return name if isinstance(name, str) else _cell(client.get("client", index), "client")
-
-
-def _cell(value, name):
-    return formats.epsilon(value) if name == "epsilon" else formats.number(value)
-
-
-def _clients_note(clients):
-    if len(clients) <= MOST_CLIENTS:
-        return ""
-    return f"The first {FIRST_CLIENTS} of {len(clients):,} clients; min, median and max are over all."
 
 
 def communication_table(stored, rows):

@@ -5,8 +5,8 @@ Its keys: https://huggingface.co/docs/hub/model-cards. `license` is left to the 
 
 import math
 
-from dplora_jax.federation import methods, trust
-from experiments.text import formats, scores
+from dplora_jax.federation import held_out, methods, trust
+from experiments.text import formats
 
 # The hub's name of each metric.
 METRIC_TYPES = {
@@ -49,7 +49,7 @@ def privacy(run):
         "neighbours": f"one {_whole(flags)} is replaced by a null {_whole(flags)}, which contributes nothing",
         "trust": flags.privacy.trust,
         "release": plain(run.stored.release),
-        **({"epsilon_of_scores": _number(run.last[scores.SPENT])} if scores.SPENT in run.last else {}),
+        **({"epsilon_of_scores": _number(run.last[held_out.SPENT])} if held_out.SPENT in run.last else {}),
     }
 
 

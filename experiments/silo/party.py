@@ -6,6 +6,7 @@ import numpy as np
 
 from dplora_jax import config_checks, models
 from dplora_jax.errors import InputError
+from dplora_jax.federation import held_out
 from dplora_jax.finetuning import parties, setup
 from dplora_jax.silos import draft, keys, plan, vectors
 from experiments import cli
@@ -46,7 +47,7 @@ def opened(made, values, workdir):
         _check_features(made.body["features"])
         base = parties.public(config, {"federation": {"features": made.body["features"]}})
         rows = base.objective.train(parties.own_records(config))
-    count = len(np.unique(rows["unit"])) if "unit" in rows else len(rows["attention_mask"])
+    count = len(np.unique(held_out.units_of(rows)))
     if count != made.sizes[number]:
         raise InputError(f"{card['name']} has {count} records, and the plan is for {made.sizes[number]}.")
     about, bits, adapter = draft.describe(config, base.model, base.params, made.sites, made.mechanisms)

@@ -2,10 +2,9 @@
 
 import math
 
+from dplora_jax.federation.held_out import SPENT
 from dplora_jax.files import number
 from experiments.text import formats
-
-SPENT = "private_test_epsilon"  # what scores on records that are kept back have cost one of them, in a metrics line
 
 
 def public(line):
@@ -35,7 +34,7 @@ def of_line(stored, line):
     words = [f"test {', '.join(public(line))}"] if public(line) else []
     if private(line):
         kind = "noisy" if stored.private else "EXACT"
-        words.append(f"{', '.join(private(line))}, {kind}, {kept_back(stored)} records")
+        words.append(f"{', '.join(private(line))}, {kind}, {kept_back(stored)} {stored.config.privacy.unit}s")
     return "; ".join(words) or "not evaluated"
 
 

@@ -1,7 +1,5 @@
 """Dealing records to clients."""
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,7 +92,3 @@ def test_a_record_that_two_clients_would_have_or_none_stops_the_run(dealt, monke
     monkeypatch.setattr(module, "_by_group", lambda *_: [np.array(part) for part in dealt])
     with pytest.raises(RuntimeError, match="to two clients, or to none"):
         partition("column:bank", np.zeros(3), "aab", 2, 0)
-
-
-def test_docstring_example_is_true():
-    assert doctest.testmod(module).failed == 0

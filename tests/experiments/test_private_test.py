@@ -8,7 +8,7 @@ import math
 import pytest
 
 from dplora_jax.errors import InputError
-from dplora_jax.federation import calibration, held_out, private_scores
+from dplora_jax.federation import calibration, held_out
 from dplora_jax.federation.workdir_files import write_config
 from dplora_jax.privacy import accounting
 from dplora_jax.privacy.ledger import Ledger, describe
@@ -165,7 +165,7 @@ def scored_run(folder):
         spent = [accounting.epsilon(m, steps, made.DELTA) for m in mechanisms]
         lines.append(
             {"round": number, "epsilon": spent, "epsilon_max": max(spent), "private_accuracy": 0.6}
-            | {private_scores.SPENT: kept.test_epsilon(made.DELTA)}
+            | {held_out.SPENT: kept.test_epsilon(made.DELTA)}
         )
         if number:
             kept.commit((number - 1, number + 1), 0)

@@ -1,6 +1,5 @@
 """What comes from a user or from a model's maker reads as itself in Markdown: it opens no tag, code, link, cell or line."""
 
-import doctest
 import html
 import json
 import re
@@ -82,7 +81,3 @@ def test_the_page_escapes_the_same():
     table = tables.Table([HOSTILE], [[HOSTILE, HOSTILE]])
     assert "<img" not in table.html()
     assert html.unescape(formats.markdown("a < b & c")) == "a < b & c"
-
-
-def test_examples_run():
-    assert doctest.testmod(formats).failed == doctest.testmod(tables).failed == 0

@@ -5,17 +5,14 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
 
 from dplora_jax import losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import client, frozen_layers, mesh, own_rows, pool, round, streaming, units
 from dplora_jax.federation.silo import Server, Silo
-from dplora_jax.privacy import accounting, group_privacy, sampling, secrets
-from dplora_jax.privacy.clipping import clipped_grad_sum
+from dplora_jax.privacy import secrets
 from tests.conftest import mostly_slow
 from tests.federation import small, small_federation
 
@@ -124,146 +121,6 @@ def test_a_unit_made_null_is_one_record_made_null(fields):
     few = [*many]
     few[2] = {name: array[kept] for name, array in many[2].items()}
     jax.tree.map(close, run(setup, many), run(setup, few))
-
-
-@functools.cache
-def batch(units_=4, rows=G, seed=0):
-    """Units of 1 to `rows` rows, as the device gathers them."""
-    rng = np.random.default_rng(seed)
-    shape = units_, rows
-    brought = (np.arange(rows) < rng.integers(1, rows + 1, (units_, 1))).astype(np.float32)
-    return {
-        "input_ids": rng.integers(0, 20, (*shape, 6)).astype(np.int32),
-        "attention_mask": np.ones((*shape, 6), np.int32),
-        "labels": rng.integers(0, 3, shape).astype(np.int32),
-        "scale": rng.uniform(0.2, 30, shape).astype(np.float32),
-        losses.BROUGHT: brought,
-    }
-
-
-@functools.cache
-def clipped(form, mode="flat", **options):
-    model, params = small.model_and_params()
-    loss = losses.of_units(small.loss, model, params)
-    return jax.jit(
-        lambda adapter, batch, clip: clipped_grad_sum(loss, adapter, batch, clip, form=form, mode=mode, **options)
-    )
-
-
-def norm(tree):
-    return np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree)))
-
-
-@functools.cache
-def by_definition():
-    """Each unit's gradient, float64, and loss: of the mean of its rows' losses, one row of the model at a time."""
-    model, params = small.model_and_params()
-    one = jax.jit(jax.value_and_grad(lambda a, row: small.loss(model, params)(a, row)[0]))
-    grads, values = [], []
-    for u in range(4):
-        brought = int(batch()[losses.BROUGHT][u].sum())
-        parts = [
-            one(small.adapter(), {n: x[u, g : g + 1] for n, x in batch().items() if n != losses.BROUGHT})
-            for g in range(brought)
-        ]
-        grads.append(
-            jax.tree.map(lambda *x: np.mean([np.asarray(y, np.float64) for y in x], 0), *(g for _, g in parts))
-        )
-        values.append(np.mean([v for v, _ in parts]))
-    return grads, values
-
-
-@pytest.mark.parametrize("form", ["vmap", "broadcast", "ghost"])
-def test_every_form_clips_the_mean_gradient_of_a_units_rows(form):
-    grads, values = by_definition()
-    norms = np.array([norm(g) for g in grads])
-    clip = float(np.sort(norms)[1])
-    total, shown, of_units = clipped(form)(small.adapter(), batch(), clip)
-    close(shown, norms, rtol=1e-4)
-    close(of_units, values)
-    factors = np.minimum(1, clip / norms)
-    expected = jax.tree.map(lambda *x: sum(f * y for f, y in zip(factors, x, strict=True)), *grads)
-    jax.tree.map(functools.partial(close, atol=1e-4 * clip), total, expected)
-
-
-@pytest.mark.parametrize("mode", ["flat", "per_layer", "automatic"])
-@pytest.mark.parametrize("form", mostly_slow(["ghost"], ["vmap", "broadcast", "ghost"]))
-def test_a_unit_moves_the_sum_by_no_more_than_the_clip_norm(form, mode):
-    """Whatever its rows are: other rows, huge ones, rows that agree, more or fewer of them."""
-    clip, rng = 0.1, np.random.default_rng(1)
-    run = clipped(form, mode)
-    null = {name: array.copy() for name, array in batch().items()}
-    null[losses.BROUGHT][1] = 0
-    without = run(small.adapter(), null, clip)[0]
-    moved = []
-    for attempt in range(20):
-        changed = {name: array.copy() for name, array in batch().items()}
-        changed["input_ids"][1] = rng.integers(0, 20, (1, 6)) if attempt % 2 else rng.integers(0, 20, (G, 6))
-        changed["scale"][1] = 10.0 ** rng.uniform(-3, 6)
-        changed[losses.BROUGHT][1] = np.arange(G) < rng.integers(1, G + 1)
-        after = run(small.adapter(), changed, clip)[0]
-        moved.append(norm(jax.tree.map(jnp.subtract, after, without)))
-    assert max(moved) <= clip * (1 + 1e-5)
-    assert max(moved) > 0.9 * clip
-
-
-def test_integer_sums_clip_units_too():
-    total, _, _ = clipped("auto", bits=12)(small.adapter(), batch(), 0.1)
-    plain, _, _ = clipped("broadcast")(small.adapter(), batch(), 0.1)
-    jax.tree.map(lambda i, x: close(i * 0.1 * 2.0**-12, x, atol=4 * 0.1 * 2.0**-11), total, plain)
-
-
-@pytest.mark.parametrize("broken", [np.inf, np.nan])
-def test_a_row_that_is_not_finite_silences_its_unit_alone(broken):
-    hurt = batch() | {"scale": batch()["scale"].copy()}
-    hurt["scale"][1, 0] = broken
-    null = batch() | {losses.BROUGHT: batch()[losses.BROUGHT].copy()}
-    null[losses.BROUGHT][1] = 0
-    for form in ("vmap", "broadcast", "ghost"):
-        jax.tree.map(close, *(clipped(form)(small.adapter(), rows, 0.5)[0] for rows in (hurt, null)))
-
-
-def test_a_loss_of_ones_own_is_taken_by_unit():
-    """Not a ModelLoss: each unit as a batch of one."""
-    own = lambda model, params: lambda a, rows: (rows["x"] @ a["head"]).sum(-1)  # noqa: E731
-    loss = losses.of_units(own, None, None)
-    rows = {
-        "x": np.arange(12.0, dtype=np.float32).reshape(2, 3, 2),
-        losses.BROUGHT: np.array([[1, 1, 0], [1, 0, 0]], np.float32),
-    }
-    total, shown, _ = clipped_grad_sum(loss, {"head": np.ones((2, 2), np.float32)}, rows, 1e3)
-    means = np.array([rows["x"][0, :2].mean(0), rows["x"][1, 0]])
-    close(total["head"], np.broadcast_to(means.sum(0)[:, None], (2, 2)))
-    close(shown, [np.sqrt(2) * np.linalg.norm(m) for m in means])
-
-
-@functools.cache
-def drawn(counts, most, draws=4000):
-    """`sampling.subsets` of units of `counts` rows in so many steps -> (places, brought)."""
-    keys = secrets.keys_of(small.SECRETS[:1], "rows", [1], 0)[0, 0]
-    one = lambda step: sampling.subsets(keys, step, jnp.array(counts), most)  # noqa: E731
-    return jax.device_get(jax.vmap(one)(jnp.arange(draws)))
-
-
-def test_a_unit_brings_all_of_its_rows_or_a_uniform_subset_of_them():
-    """Chi-square over the ten subsets of three of five rows, wrong once in 10^4."""
-    places, brought = drawn((1, 3, 5), 3)
-    assert (brought.sum(-1) == [1, 3, 3]).all()
-    assert (np.sort(places[:, 1]) == [0, 1, 2]).all()
-    assert (places[:, 0] == 0).all()
-    subsets, counts = np.unique(np.sort(places[:, 2]), axis=0, return_counts=True)
-    assert len(subsets) == 10
-    assert (np.diff(subsets) > 0).all()
-    assert scipy.stats.chisquare(counts).pvalue > 1e-4
-
-
-def test_no_two_steps_rounds_attempts_or_clients_draw_the_same_rows():
-    keys = np.concatenate(
-        [secrets.keys_of(small.SECRETS, "rows", [1, 2], attempt).reshape(-1, 4, 2) for attempt in (0, 1)]
-    )
-    steps = jax.vmap(lambda keys: jax.vmap(lambda t: sampling.subsets(keys, t, jnp.array([1000]), 8)[0])(jnp.arange(2)))
-    rows = np.array(steps(keys)).reshape(-1, 8)
-    assert len(np.unique(rows, axis=0)) == len(rows)
 
 
 def test_rows_that_a_unit_has_not_are_its_own_first_one_and_weigh_nothing():
@@ -401,10 +258,3 @@ OTHERS = [{"noise": "hardened"}, {"trust": "none", "epsilon": None}]
 def test_other_noises_and_none_take_units(fields):
     made = small_federation.federation(**UNITS, **fields)
     assert list(made.fit(people()))[-1].number == 4
-
-
-def test_group_privacy_of_one_record_is_the_accountants_and_of_more_is_more():
-    """The control: what rows in place of units cost a person with four of them, less than the rule for groups of rows says."""
-    one, four = (group_privacy.epsilon(0.1, 4.0, 20, 1e-5, count) for count in (1, 4))
-    assert one == pytest.approx(accounting.epsilon(accounting.Mechanism(400, 0.1, 400, 4.0), 20, 1e-5), rel=2e-2)
-    assert 3 * one < four < 6 * one

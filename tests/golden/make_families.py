@@ -1,7 +1,7 @@
 """Makes the reference values of `families/`, with PyTorch, transformers and PEFT, none of which the project needs.
 
-    python -m venv /tmp/reference && /tmp/reference/bin/pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2
-    /tmp/reference/bin/python tests/golden/make_families.py [NAME ...]
+    python -m venv reference && reference/bin/pip install torch==2.13.0 transformers==5.24.0 peft==0.21.2
+    reference/bin/python tests/golden/make_families.py [NAME ...]
 
 Takes a minute. README.md says what the files hold.
 """

@@ -1,15 +1,19 @@
 """Poisson sampling of fixed capacity. Keys are fixed; the stated false-alarm rates are over another choice of keys."""
 
 import fractions
+import functools
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import strategies
 
-from dplora_jax.privacy import sampling
+from dplora_jax.privacy import sampling, secrets
+
+SECRETS = secrets.from_seed(7, 5)
 
 DRAWS = 20_000
 KEYS = jax.random.split(jax.random.key(11), DRAWS)
@@ -106,3 +110,30 @@ def test_threshold_is_exact_at_zero_and_one():
     assert sampling.threshold(1.0) == 2**30
     assert sampling.threshold(0.5) == 2**29
     assert sampling.threshold(0.0) == 0
+
+
+@functools.cache
+def drawn(counts, most, draws=4000):
+    """`sampling.subsets` of units of `counts` rows in so many steps -> (places, brought)."""
+    keys = secrets.keys_of(SECRETS[:1], "rows", [1], 0)[0, 0]
+    one = lambda step: sampling.subsets(keys, step, jnp.array(counts), most)  # noqa: E731
+    return jax.device_get(jax.vmap(one)(jnp.arange(draws)))
+
+
+def test_a_unit_brings_all_of_its_rows_or_a_uniform_subset_of_them():
+    """Chi-square over the ten subsets of three of five rows, wrong once in 10^4."""
+    places, brought = drawn((1, 3, 5), 3)
+    assert (brought.sum(-1) == [1, 3, 3]).all()
+    assert (np.sort(places[:, 1]) == [0, 1, 2]).all()
+    assert (places[:, 0] == 0).all()
+    subsets, counts = np.unique(np.sort(places[:, 2]), axis=0, return_counts=True)
+    assert len(subsets) == 10
+    assert (np.diff(subsets) > 0).all()
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_no_two_steps_rounds_attempts_or_clients_draw_the_same_rows():
+    keys = np.concatenate([secrets.keys_of(SECRETS, "rows", [1, 2], attempt).reshape(-1, 4, 2) for attempt in (0, 1)])
+    steps = jax.vmap(lambda keys: jax.vmap(lambda t: sampling.subsets(keys, t, jnp.array([1000]), 8)[0])(jnp.arange(2)))
+    rows = np.array(steps(keys)).reshape(-1, 8)
+    assert len(np.unique(rows, axis=0)) == len(rows)
