@@ -1,14 +1,17 @@
 """Tables of instructions and of conversations, in the hub's columns, as records."""
 
 import json
+import string
 
 import numpy as np
 import pytest
+import tokenizers
 
 from dplora_jax.data import encoding, partition, sources, tasks
 from dplora_jax.data.sources import Source, benchmark, load
 from dplora_jax.errors import InputError
 from dplora_jax.models import load_tokenizer
+from tests import letters
 
 # Ann asks twice, Ben once; replies without a question, replies to replies and questions without a reply are no pair.
 MESSAGES = [
@@ -100,16 +103,35 @@ def test_a_public_table_that_holds_the_private_instructions_is_refused_with_and_
             benchmark("code_alpaca", str(tmp_path), private=private)
 
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(place):
+    """A model's folder whose tokenizer knows printable characters and speaks ChatML -> its tokenizer."""
+    letters.write(place, "\n" + string.printable[:95])
+    marks = ("<|im_start|>", "<|im_end|>")
+    made = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    made.add_special_tokens([tokenizers.AddedToken(mark, special=True) for mark in marks])
+    made.save(str(place / "tokenizer.json"))
+    path = place / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"eos_token": marks[1], "chat_template": CHATML}
+    path.write_text(json.dumps(settings))
+    return load_tokenizer(place)
+
+
 def test_the_loss_is_on_the_reply_alone_in_the_chat_template(tmp_path):
-    """SmolLM2's own template opens the reply before it, and its end of turn stands behind it."""
-    place = "SmolLM2-135M-Instruct"
-    tokenizer = load_tokenizer(place)
+    """The template opens the reply before it, and its end of turn stands behind it."""
+    tokenizer = chat_tokenizer(tmp_path / "model")
     write(tmp_path, "train.jsonl", messages())
     corpus = load(Source("oasst1", str(tmp_path), test_fraction=0.25))
     asked = tasks.asked(corpus.task, corpus.train, chat=True)
-    rows = encoding.right_answers(tokenizer, asked, 64, ends=True, chat=True)
+    rows = encoding.right_answers(tokenizer, asked, 96, ends=True, chat=True)
     for number, answer in enumerate(corpus.train.answers):
         kept = rows["input_ids"][number][rows["loss_mask"][number] == 1]
-        assert tokenizer.decode(kept) == answer + tokenizer.eos_token
+        assert tokenizer.decode(kept) == answer + "<|im_end|>"
         before = rows["input_ids"][number][: int(np.argmax(rows["loss_mask"][number]))]
         assert tokenizer.decode(before).endswith(f"{corpus.train.texts[number]}<|im_end|>\n<|im_start|>assistant\n")
