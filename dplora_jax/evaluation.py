@@ -48,7 +48,10 @@ def classifier(model, mesh, params, test):
 
     def evaluate(adapter, residual=()):
         predicted = label_said(by_row(adapter, residual), first_rows)
-        return _of_labels(predicted, labels, model.config.num_labels)
+        if (predicted == UNDECIDED).any():
+            return dict.fromkeys(("accuracy", "macro_f1"), math.nan)
+        macro_f1 = scores.macro_f1(predicted, labels, model.config.num_labels)
+        return {"accuracy": scores.accuracy(predicted, labels), "macro_f1": macro_f1}
 
     return evaluate
 
@@ -76,10 +79,14 @@ def firsts(table):
 def on(test):
     """What `Federation.fit` takes as `evaluate`: accuracy and macro-F1 on the public rows `test` (a dict of [N, ...] arrays)
     where they have `labels`, else perplexity over the tokens that `loss_mask` marks."""
-    make = classifier if "labels" in test else perplexity
 
     def measure(prepared):
-        evaluate = make(prepared.model, prepared.mesh, prepared.params, prepared.through_frozen_layers(test))
+        rows = prepared.through_frozen_layers(test)
+        if "labels" in test:
+            reader = losses.reader(prepared.rounds.loss, prepared.model, prepared.params)
+            evaluate = classifier(reader, prepared.mesh, prepared.params, rows)
+        else:
+            evaluate = perplexity(prepared.model, prepared.mesh, prepared.params, rows)
         return lambda adapter, residual=(), ends=False: evaluate(adapter, residual)
 
     return measure
@@ -107,24 +114,6 @@ def perplexity(model, mesh, params, table):
             return {"perplexity": float(np.exp(-measure(adapter, residual).sum() / max(1, counted)))}
 
     return evaluate
-
-
-def label_words(model, mesh, params, table, labels, classes):
-    """A function (adapter, residual=()) -> {"accuracy", "macro_f1"} by the likeliest of `classes` words, the I * classes rows of
-    `table` (`encoding.all_answers`), against `labels` [I]."""
-    measure = likelihoods(model, mesh, params, table)
-
-    def evaluate(adapter, residual=()):
-        return _of_labels(likeliest(measure(adapter, residual), classes), labels, classes)
-
-    return evaluate
-
-
-def likeliest(nats, classes):
-    """Which of `classes` words is the likeliest, of the log-likelihoods `nats` [I * classes] -> int [I]; UNDECIDED where one is
-    not finite."""
-    nats = nats.reshape(-1, classes)
-    return np.where(np.isfinite(nats).all(1), nats.argmax(1), UNDECIDED)
 
 
 def choices(model, mesh, params, table, asked):
@@ -180,12 +169,6 @@ ANSWER_SCORES = {"token_f1": scores.token_f1, "rouge_l": scores.rouge_l}
 
 def _cut(tokenizer, text, tokens):
     return tokenizer.decode(tokenizers.tokens(tokenizer, text, add_special_tokens=False).input_ids[:tokens])
-
-
-def _of_labels(predicted, labels, classes):
-    if (predicted == UNDECIDED).any():
-        return dict.fromkeys(("accuracy", "macro_f1"), math.nan)
-    return {"accuracy": scores.accuracy(predicted, labels), "macro_f1": scores.macro_f1(predicted, labels, classes)}
 
 
 def _over_rows(model, mesh, params, table, compute):

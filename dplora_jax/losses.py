@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dplora_jax import next_token
+from dplora_jax.models.label_words import LabelWords
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +50,17 @@ class LanguageModelLoss(ModelLoss):
         vocabulary = self.model.vocabulary(self.params).astype(hidden_BxTxD.dtype)
         cap = getattr(self.model, "logit_cap", None)
         return next_token.loss(hidden_BxTxD, vocabulary, *next_token.targets(batch), self.max_targets, cap=cap)
+
+
+def reader(loss, model, params):
+    """The model whose logits `loss(model, params)` reads: of a `ModelLoss` its own, which may be another view of `model`
+    (`label_words`), else `model`."""
+    return getattr(loss(model, params), "model", model)
+
+
+def label_words(words):
+    """`classification` by a language model, whose labels are the tokens `words`, one each (`models.label_words.LabelWords`)."""
+    return lambda model, params: classification(LabelWords(model, words), params)
 
 
 def language_model(model, params, max_targets=None):

@@ -1,5 +1,7 @@
 """From records to arrays of tokens. Letters: N records, T tokens of a row."""
 
+import itertools
+
 import numpy as np
 
 from dplora_jax.data.records import UNIT
@@ -79,6 +81,35 @@ def prompts(tokenizer, asked, max_length, chat=False):
         rows.append((_shortened(tokenizer, ids, max_length), 0, False))
     table = _table(rows, max_length)
     return {name: table[name] for name in ("input_ids", "attention_mask")}
+
+
+def questions(tokenizer, asked, max_length, shared=(), chat=False):
+    """The prompts of `asked` with the tokens `shared` behind them (`label_words`), for a model whose next token is the label ->
+    dict of int32 `input_ids`, `attention_mask` [N, T = max_length], `labels` [N]: which answer is right."""
+    prompts = [tokenizers.continuation(tokenizer, one.prompts[one.right], chat=chat)[0] for one in asked]
+    table = _table([(_shortened(tokenizer, [*ids, *shared], max_length), 0, False) for ids in prompts], max_length)
+    del table["loss_mask"]
+    return table | {"labels": np.array([one.right for one in asked], np.int32)}
+
+
+def label_words(tokenizer, asked, chat=False):
+    """How the answers of one `Asked` differ: (the tokens that they all begin with, the token of each that follows these).
+
+    Raises InputError where two of them go on alike.
+    """
+    pairs = zip(asked.prompts, asked.answers, strict=True)
+    split = [tokenizers.split(tokenizer, prompt, answer, chat) for prompt, answer in pairs]
+    answers = [ids[start:] for ids, start in split]
+    together = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*answers, strict=False))
+    shared = tuple(tokens[0] for tokens in together)
+    words = [next(iter(ids[len(shared) :]), None) for ids in answers]
+    for (one, word), (other, its) in itertools.combinations(zip(asked.answers, words, strict=True), 2):
+        if None in (word, its) or word == its:
+            raise InputError(
+                f"the labels {one.strip()!r} and {other.strip()!r} begin with the same token, and this model is to say one of "
+                "them by its next token: rename one, or give objective=classifier."
+            )
+    return shared, tuple(words)
 
 
 def most_tokens(tokenizer, asked, chat=False):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dplora_jax import evaluation
+from dplora_jax import evaluation, losses
 from dplora_jax.data import records
 from dplora_jax.federation import dispatch, final_adapter, fingerprints, held_out, methods, own_rows, processes, trust
 from dplora_jax.privacy import secrets, unit_scores
@@ -44,9 +44,10 @@ def of_rows(loss, prepared, held):
         )
         units = {k: part.units for k, part in held.parts.items()}
         return Measure(unit_scores.Losses(math.log(model.config.vocab_size)), units, run)
-    classes = model.config.num_labels
+    reader = losses.reader(loss, model, prepared.params)
+    classes = reader.config.num_labels
     inputs = {k: {n: array for n, array in table.items() if n != "labels"} for k, table in tables.items()}
-    by_row = own_rows.by_client(prepared, inputs, functools.partial(evaluation.label_likelihoods, model), held.rows)
+    by_row = own_rows.by_client(prepared, inputs, functools.partial(evaluation.label_likelihoods, reader), held.rows)
     firsts = {k: evaluation.firsts(part.rows) for k, part in held.parts.items()}
     labels = {k: table["labels"][firsts[k]] for k, table in rows.items()}
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Objective(NamedTuple):
     train: Callable
     test: Callable
     loss: Callable  # (model, params) -> losses.ModelLoss
+    words: tuple = ()  # of a language model that says a label: the token of each
+    blank: Any = None  # and the row that asks for one without a text
 
 
 def kind(config, task):
@@ -73,18 +75,24 @@ def make(config, task, tokenizer):
     def in_rows(table):
         return encoding.documents(tokenizer, tasks.asked(task, table), config.data.max_length, documents)
 
+    if task.kind == tasks.LABELS:
+        return _label_words(config, task, tokenizer, rows)
     right = rows(encoding.right_answers, ends=task.kind == tasks.ANSWERS) if documents == 1 else in_rows
-    if task.kind != tasks.LABELS:
-        return Objective(LANGUAGE_MODEL, _with_units(right), right, losses.language_model)
-    words = task.ask({"text": "", "label": 0})
-    bound, least = encoding.most_tokens(tokenizer, [words], config.data.chat)  # public, as the labels are
-    if least > config.data.max_length:
+    return Objective(LANGUAGE_MODEL, _with_units(right), right, losses.language_model)
+
+
+def _label_words(config, task, tokenizer, rows):
+    """The Objective of a language model that says a label by the token behind a prompt; `rows` as in `make`."""
+    most, chat, blank = config.data.max_length, config.data.chat, task.ask({"text": "", "label": 0})
+    shared, words = encoding.label_words(tokenizer, blank, chat)
+    _, least = encoding.most_tokens(tokenizer, [blank], chat)
+    if least > most:
         raise InputError(
-            f"max_length={config.data.max_length} leaves no room for a text: a prompt without text has {least} tokens. "
-            "Raise it."
+            f"max_length={most} leaves no room for a text: a prompt without text has {least} tokens. Raise it."
         )
-    loss = functools.partial(losses.language_model, max_targets=bound)
-    return Objective(LANGUAGE_MODEL, _with_units(right), rows(encoding.all_answers), loss)
+    prompts = rows(encoding.questions, shared=shared)
+    empty = encoding.questions(tokenizer, [blank], most, shared, chat)
+    return Objective(LANGUAGE_MODEL, _with_units(prompts), prompts, losses.label_words(words), words, empty)
 
 
 def cuts_texts(config):

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from dplora_jax import evaluation
+from dplora_jax import evaluation, losses
 from dplora_jax.data import encoding, partition, records, sources, tables, tasks
 from dplora_jax.errors import InputError
 from dplora_jax.finetuning import objectives
@@ -19,9 +19,8 @@ def evaluator(config, objective, corpus, private, tokenizer, test, prepared):
     `private` is a list of Records, those of each client that this process trains for: no public task may hold them all, or one
     client's."""
     model, params, grid = prepared.model, prepared.params, prepared.mesh
-    regular = _regular(
-        config, objective, corpus, model, params, grid, None if test is None else prepared.through_frozen_layers(test)
-    )
+    rows = None if test is None else prepared.through_frozen_layers(test)
+    regular = _regular(config, objective, model, params, grid, rows)
     closing = _closing(config, objective, corpus, private, prepared.whole_model, params, grid, tokenizer)
 
     def evaluate(adapter, residual, ends=False):
@@ -47,7 +46,7 @@ def probe(config, classifies, tokenizer, prepared):
     return lambda adapter, residual, ends=False: measure(adapter, residual)
 
 
-def _regular(config, objective, corpus, model, params, grid, test):
+def _regular(config, objective, model, params, grid, test):
     if test is None and config.private_test.share:
         return lambda adapter, residual: {}
     if test is None:
@@ -55,11 +54,8 @@ def _regular(config, objective, corpus, model, params, grid, test):
             "there is no public test set to evaluate on: give `test_data`, `private_test` for noisy scores on a part of the "
             "clients' own records, or eval_every=0."
         )
-    if objective.kind == objectives.CLASSIFIER:
-        return evaluation.classifier(model, grid, params, test)
-    if corpus.task.kind == tasks.LABELS:
-        labels = np.asarray(corpus.test.labels)
-        return evaluation.label_words(model, grid, params, test, labels, len(corpus.label_names))
+    if "labels" in test:
+        return evaluation.classifier(losses.reader(objective.loss, model, params), grid, params, test)
     return evaluation.perplexity(model, grid, params, test)
 
 

@@ -5,14 +5,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dplora_jax import models
 from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import dealing, feature_norm, objectives, private_tests, public_tests
+from dplora_jax.finetuning import dealing, objectives, public_tests, public_text
 from dplora_jax.models import features, pretrained
 
 
@@ -23,14 +22,13 @@ class FineTuning(NamedTuple):
     shards: list  # {name: [n_k, ...]} of each client; None for those that another process holds
     evaluate: Callable
     probe: Callable | None  # in its place, where nothing public is evaluated on
-    score: Callable  # on what is kept back
     describe: Callable
     corpus: Any
     tokenizer: Any
 
     def fit(self, workdir=None, **options):
         """`Federation.fit` of these records, evaluated as the configuration says."""
-        given = {name: getattr(self, name) for name in ("evaluate", "probe", "score", "describe")}
+        given = {name: getattr(self, name) for name in ("evaluate", "probe", "describe")}
         return self.federation.fit(self.shards, workdir, **given, **options)
 
 
@@ -81,9 +79,8 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
         public_tests.evaluator, config, objective, corpus, private, tokenizer, test if evaluated else None
     )
     probe = None if evaluated else functools.partial(public_tests.probe, config, labels is not None, tokenizer)
-    score = functools.partial(private_tests.scorer, objective, corpus, dict(zip(shares, private, strict=True)))
     describe = functools.partial(_described, config, base, command)
-    return FineTuning(federation, shards, evaluate, probe, score, describe, corpus, tokenizer)
+    return FineTuning(federation, shards, evaluate, probe, describe, corpus, tokenizer)
 
 
 def read_base(config, corpus, stored=None, memo=None):
@@ -100,9 +97,9 @@ def read_base(config, corpus, stored=None, memo=None):
     encoding.check_ids(model, tokenizer)
     finite.check_weights(name, params)
     objective = objectives.make(config, corpus.task, tokenizer)
-    wanted = config.execution.eval_every or config.base.feature_norm
+    wanted = config.execution.eval_every or config.base.feature_norm or objective.words
     test = objective.test(corpus.test) if wanted and corpus.test else None
-    params = feature_norm.with_features(config, model, params, test, memo, stored)
+    params = public_text.with_measured(config, model, params, objective, test, memo, stored)
     return Base(model, params, tokenizer, objective, corpus, test, labels)
 
 
@@ -133,9 +130,14 @@ def describe(config, base, train_records, command):
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)
-    if features.KEY in params:
-        normalisation = jax.device_get(params[features.KEY])
-        described["features"] = {name: np.asarray(value).tolist() for name, value in normalisation.items()}
+    if base.objective.words:
+        described["label_words"] = base.tokenizer.convert_ids_to_tokens(base.objective.words)
+        described["method"].append(
+            f"a label said by the token that follows the prompt: the logits of {len(base.objective.words)} tokens alone, less "
+            "their mean log-probabilities on public text (its labels unused)"
+        )
+    if (measured := public_text.said(params)) is not None:
+        described[features.KEY] = measured
     return described
 
 

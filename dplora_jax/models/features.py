@@ -8,7 +8,7 @@ What is trained is another head for the same functions; `outward` says it as one
 import jax.numpy as jnp
 import numpy as np
 
-KEY = "features"  # of a base's params, where they are centred
+KEY = "measured"  # of a base's params: what public text told of it
 
 
 def prepared(pooled, params):

@@ -10,11 +10,11 @@ from dplora_jax.files import plain
 from dplora_jax.silos import plan, vectors
 
 
-def draft(config, model, params, cards, coordinator, base_files, described=None, features=None):
+def draft(config, model, params, cards, coordinator, base_files, described=None, measured=None):
     """(the body of the plan of `config`, a RunConfig, for parties with these `cards`; the adapter before round 1, float32 [D]).
 
     `model` and `params` are the base, `base_files` the digests of its files, `coordinator` its card; `described` is what
-    config.json is to say besides, `features` how a head's features are centred. Raises InputError.
+    config.json is to say besides, `measured` what public text told of the base (`finetuning.public_text`). Raises InputError.
     """
     config = config_checks.settle(replace(config, clients=len(cards), partition=FOLDERS, mesh="1x1"))
     silo_checks.check(config)
@@ -32,7 +32,7 @@ def draft(config, model, params, cards, coordinator, base_files, described=None,
         "sites": cards,
         "coordinator": coordinator,
         "federation": plain(about),
-        "features": features,
+        "measured": measured,
     }
     return body, start
 

@@ -36,7 +36,7 @@ BODY = record({
     "sites": list_of(keys.CARD_SCHEMA, messages.MOST_SITES, 2),
     "coordinator": keys.CARD_SCHEMA,
     "federation": workdir_files.FEDERATION,
-    "features": optional(record({}, {}, anything)),
+    "measured": optional(record({}, {}, anything)),
 })  # fmt: skip
 SCHEMA = record({"plan": BODY, "signature": hexadecimal(128, 128)})
 APPROVED = record({"site": text(), "plan": DIGEST, "signature": hexadecimal(128, 128)})

@@ -75,7 +75,12 @@ class Scaled(losses.ModelLoss):
 @functools.cache
 def scaled(loss):
     """The run's own `loss` ((model, params) -> ModelLoss) with records' scales."""
-    return lambda model, params: Scaled(model, params, None, loss(model, params))
+
+    def made(model, params):
+        inner = loss(model, params)
+        return Scaled(inner.model, inner.params, None, inner)
+
+    return made
 
 
 def small(epsilon, delta=1e-5, clients=1200, records=2, rate=1.0, rounds=4, layout=units.ROW_EACH):
@@ -130,7 +135,8 @@ def from_config(config):
 def canary_records(subject, count, rng):
     """`count` records of random tokens (and labels, for a classifier) whose gradients are loud and point as far apart as greed
     finds -> {name: [C, ...]}."""
-    pool, classes = count * CANDIDATES, subject.federation.model.config.num_labels
+    pool, federation = count * CANDIDATES, subject.federation
+    classes = losses.reader(federation.loss, federation.model, subject.params).config.num_labels
     records = {
         "input_ids": rng.integers(0, subject.vocabulary, (pool, subject.length)).astype(np.int32),
         "attention_mask": np.ones((pool, subject.length), np.int32),

@@ -97,10 +97,11 @@ def _evaluator(made, values):
         return None
     from dplora_jax.federation import program
     from dplora_jax.finetuning import parties
+    from dplora_jax.models import features
     from dplora_jax.silos import vectors
 
     config = plan.config_of(made, own)
-    base = parties.public(config, {"federation": {"features": made.body["features"]}})
+    base = parties.public(config, {"federation": {features.KEY: made.body["measured"]}})
     adapter, params, _ = program.adapter(config, base.model, base.params)
     measure = parties.evaluator(config, base._replace(params=params))
     return lambda vector, ends: measure(vectors.tree(vector, adapter), ends)

@@ -8,6 +8,7 @@ from dplora_jax import config_checks, models
 from dplora_jax.errors import InputError
 from dplora_jax.federation import held_out
 from dplora_jax.finetuning import parties, setup
+from dplora_jax.models import features
 from dplora_jax.silos import draft, keys, plan, vectors
 from experiments import cli
 from experiments.silo import options
@@ -44,8 +45,8 @@ def opened(made, values, workdir):
         files = models.file_digests(config.base.name)
         if files != made.body["model"]:
             raise InputError(f"the base model {config.base.name} here has other files than the plan's: use the same.")
-        _check_features(made.body["features"])
-        base = parties.public(config, {"federation": {"features": made.body["features"]}})
+        _check_measured(made.body["measured"])
+        base = parties.public(config, {"federation": {features.KEY: made.body["measured"]}})
         rows = base.objective.train(parties.own_records(config))
     count = len(np.unique(held_out.units_of(rows)))
     if count != made.sizes[number]:
@@ -61,13 +62,13 @@ def opened(made, values, workdir):
     return Party(number, own_keys, config, base, rows, epsilon, about | described | {"environment": {}})
 
 
-def _check_features(measured):
-    """InputError where a plan's centre and scale of features are no finite numbers."""
+def _check_measured(measured):
+    """InputError where what a plan says was measured on public text is no finite numbers."""
     if measured is None:
         return
     try:
-        numbers = np.concatenate([np.ravel(np.asarray(measured[name], np.float64)) for name in ("center", "scale")])
-    except (KeyError, TypeError, ValueError):
+        numbers = np.concatenate([np.ravel(np.asarray(value, np.float64)) for value in measured.values()])
+    except (AttributeError, TypeError, ValueError):
         numbers = np.array([np.nan])
     if not np.isfinite(numbers).all():
-        raise InputError("the plan's features are no numbers.")
+        raise InputError("what the plan says was measured on public text is no numbers.")

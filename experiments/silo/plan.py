@@ -17,6 +17,7 @@ def main(arguments):
     """Run the command line -> exit code."""
     from dplora_jax import models
     from dplora_jax.finetuning import parties, setup
+    from dplora_jax.models import features
     from dplora_jax.silos import draft
 
     values = flags.FlagValues()
@@ -39,7 +40,7 @@ def main(arguments):
             config = replace(config, labels=tuple(base.labels))
         files = models.file_digests(config.base.name)
         body, start = draft.draft(
-            config, base.model, base.params, cards, own, files, described, described.pop("features", None)
+            config, base.model, base.params, cards, own, files, described, described.pop(features.KEY, None)
         )
     content = io.BytesIO()
     np.save(content, start)

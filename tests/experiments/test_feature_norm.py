@@ -71,7 +71,7 @@ def test_a_resumed_run_keeps_the_centre_that_its_head_was_trained_on(command, fi
     resumed, fresh = (
         setup.prepare(cli.parse(own), stored).federation.params[features.KEY]["center"] for stored in (kept, None)
     )
-    np.testing.assert_array_equal(resumed, np.float32(kept["federation"]["features"]["center"]))
+    np.testing.assert_array_equal(resumed, np.float32(kept["federation"]["measured"]["center"]))
     assert np.abs(fresh - resumed).max() > 1e-3
 
 

@@ -111,9 +111,9 @@ def test_the_adapter_is_a_causal_language_models_in_pefts_format_and_learned(kin
 
 @functools.cache
 def loaded(base, workdir):
-    """(tokenizer, function of token ids that gives the logits of the whole model) of a finished run."""
+    """(tokenizer, function of token ids that gives the logits of the whole model) of a finished run, or of the base."""
     model, params = models.from_pretrained(base)
-    adapter, _ = peft.load(workdir / "adapter", model, params)
+    adapter = peft.load(workdir / "adapter", model, params)[0] if workdir else None
     return models.load_tokenizer(base), jax.jit(lambda ids: model.apply(params, {"input_ids": ids}, adapter))
 
 
@@ -141,10 +141,19 @@ def test_perplexity_is_that_of_the_answers_tokens_alone(kind, base, tables, done
     assert metrics(done(kind))[-1]["perplexity"] == pytest.approx(math.exp(-nats / tokens), rel=1e-4)
 
 
-def test_a_label_is_the_likeliest_of_the_labels_words(base, tables, done):
+def words_of(base, workdir, row):
+    """The log-probabilities of the labels' words, among them, behind a row's prompt: the plain way."""
+    nats = [log_likelihood(base, workdir, f"{row['words']}\nLabel:", f" {verb}")[0] for verb in VERBS]
+    return np.asarray(jax.nn.log_softmax(np.array(nats)))
+
+
+def test_a_label_is_the_likeliest_word_less_how_likely_it_is_on_public_text(base, tables, done):
     rows = read(tables / "labels" / "test.jsonl")
-    asked = [[(f"{row['words']}\nLabel:", f" {verb}") for verb in VERBS] for row in rows]
-    best = [int(np.argmax([log_likelihood(base, done("labels"), *pair)[0] for pair in four])) for four in asked]
+    described = json.loads((done("labels") / "config.json").read_text())["federation"]
+    bias = np.mean([words_of(base, None, row) for row in rows], 0)
+    np.testing.assert_allclose(described["measured"]["bias"], bias, atol=1e-5)
+    assert described["label_words"] == list(VERBS)
+    best = [int(np.argmax(words_of(base, done("labels"), row) - bias)) for row in rows]
     right = np.mean([VERBS[index] == row["way"] for index, row in zip(best, rows, strict=True)])
     assert metrics(done("labels"))[-1]["accuracy"] == pytest.approx(right)
 

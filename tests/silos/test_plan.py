@@ -142,7 +142,10 @@ CHANGES = {
         of(("sites", 2, "x25519"), "0" * 64),
         "its keys or its certificate are none",
     ),
-    "features that are no numbers": (of(("features",), {"center": ["nan"], "scale": 1.0}), "features are no numbers"),
+    "a measure that is no number": (
+        of(("measured",), {"center": ["nan"], "scale": 1.0}),
+        "measured on public text is no",
+    ),
     "no grid": (of(("bits",), None), "grid of integers does not fit"),
 }
 

@@ -1,0 +1,47 @@
+"""A language model as a classifier: the label is the word that follows a prompt.
+
+Letters: B rows, K labels, T tokens, D width.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from dplora_jax.models import features
+from dplora_jax.models.layers import attended, soft_cap
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelWords:
+    """`model`, a `decoder.Decoder`, as a classifier of K labels by what it says after each row's last attended token.
+
+    Of all its next-token logits it keeps those of `words`, one token for each label, so that a record's gradient speaks of which
+    label it has, and not of how to answer. A model likes some words better than others whatever the text says:
+    `params["measured"]["bias"]` [K], the words' mean log-probabilities over public text, is taken off (contextual
+    calibration, Zhao et al. 2021, arXiv 2102.09690; over text of the task's kind, Fei et al. 2023, arXiv 2305.19148).
+    """
+
+    model: Any
+    words: tuple[int, ...]
+
+    @property
+    def config(self):
+        """The model's own, with how many labels there are."""
+        return dataclasses.replace(self.model.config, num_labels=len(self.words))
+
+    @property
+    def dtype(self):
+        """Of activations."""
+        return self.model.dtype
+
+    def apply(self, params, batch, adapter=None):
+        """Logits [B, K] float32 of a batch as `model` takes it."""
+        hidden_BxTxD = self.model.hidden(params, batch, adapter)
+        mask = attended(batch)
+        last_B = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+        last_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        words_KxD = self.model.vocabulary(params)[jnp.array(self.words)].astype(last_BxD.dtype)
+        logits = jnp.einsum("bd,kd->bk", last_BxD, words_KxD, preferred_element_type=jnp.float32)
+        logits = soft_cap(logits, self.model.logit_cap)
+        return logits - params[features.KEY]["bias"] if features.KEY in params else logits
