@@ -13,7 +13,7 @@ GPU and TPU.
 --peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps. Other
 measures: --measure=round, a whole federated round beside its local steps (rounds.py); roofline, what the step should
 take on chips that are not at hand (roofline.py); memory (memory.py); clients, many of them (scale.py); mailbox, what it adds to
-a round between machines (mailbox.py).
+a round between machines (mailbox.py); correlated_noise, what it would leave in the released average (correlated_noise.py).
 """
 
 import itertools
@@ -30,7 +30,7 @@ from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
 from experiments import cli
-from experiments.benchmark import memory, roofline, scale
+from experiments.benchmark import correlated_noise, memory, roofline, scale
 from experiments.benchmark import rounds as benchmark_rounds
 from experiments.benchmark import steps as benchmark_steps
 from experiments.benchmark import table as benchmark_table
@@ -38,7 +38,7 @@ from experiments.cli import exits
 from experiments.plan import models as plan_models
 from experiments.text import formats
 
-MEASURES = ("step", "round", "roofline", "memory", "clients", "mailbox")
+MEASURES = ("step", "round", "roofline", "memory", "clients", "mailbox", "correlated_noise")
 
 
 def define():
@@ -97,6 +97,8 @@ def chosen(config):
     if config.measure == "memory":
         parts = memory.loading(config.gigabytes), memory.next_token_loss(8, 512, 64), memory.frozen_base(config.frozen)
         return itertools.chain(*parts)
+    if config.measure == "correlated_noise":
+        return correlated_noise.tables()
     if config.measure == "mailbox":
         from experiments.benchmark import mailbox  # here, since it needs the extra `silo`
 
