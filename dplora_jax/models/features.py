@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 KEY = "measured"  # of a base's params: what public text told of it
+DIRECTIONS = "directions"  # of that: A for each adapted matrix (`public_directions`)
 
 
 def prepared(pooled, params):
     """`pooled` [B, D] float32 as the head of `params` takes it: centred and scaled where `measure` says so, else as it is."""
-    if KEY not in params:
+    if "center" not in params.get(KEY, {}):
         return pooled
     return (pooled - params[KEY]["center"]) * params[KEY]["scale"]
 
