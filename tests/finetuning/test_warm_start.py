@@ -1,6 +1,7 @@
 """A start from public text: what it trains, what it depends on, and that it costs nothing; mistakes are one sentence each."""
 
 import json
+import string
 import warnings
 
 import jax
@@ -16,6 +17,7 @@ from dplora_jax.federation.federation import Federation
 from dplora_jax.finetuning import setup, warm_start
 from experiments import cli, run
 from experiments.sweep import _trained
+from tests import letters
 from tests.conftest import mostly_slow
 from tests.experiments.small_runs import adapter_of, crash_before, fit, lines_of
 
@@ -81,6 +83,30 @@ def test_the_loss_on_public_records_falls_in_what_the_federation_trains(warm, wa
     assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(fresh), strict=True))
     table = job.start.args[1].train(job.start.args[2])
     assert mean_loss(job, start, table) < mean_loss(job, fresh, table) - 0.05
+
+
+COLUMNS = {
+    "answers": ["--prompt_column=text", "--answer_column=other"],
+    "text": ["--text_column=other"],
+    "label words": ["--text_column=text", "--label_column=label", "--labels=good,bad"],
+}
+
+
+@pytest.mark.parametrize("kind", mostly_slow(["answers"], COLUMNS))
+def test_a_language_model_starts_from_answers_text_and_label_words_alike(tmp_path, kind):
+    model = letters.write(tmp_path / "model", string.ascii_letters + " :?\n")
+    for name in ("train", "test", "public"):
+        rows = [f"{name} {'st'[i % 2] * 6},{name} {'xyz'[i % 3] * 9},{('good', 'bad')[i % 2]}" for i in range(12)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,other,label", *rows]))
+    job, start = started([
+        f"--model={model}", "--dataset=csv", f"--data_dir={tmp_path}", *COLUMNS[kind], "--max_length=40", "--clients=2",
+        "--rounds=1", "--expected_batch_size=4", "--rank=2", "--epsilon=8", "--delta=1e-3",
+        f"--public_data={tmp_path / 'public.csv'}", "--public_lr=0.05", "--public_batch_size=6", "--public_epochs=10",
+    ])  # fmt: skip
+    prepared, objective, public = job.federation.prepared, *job.start.args[1:3]
+    loss = objective.loss(job.federation.model, mesh.fetch(prepared.params))
+    before, after = (float(loss(one, objective.train(public)).mean()) for one in (prepared.adapter, start))
+    assert after < before - 0.02
 
 
 def test_two_steps_are_adams(warm):
