@@ -214,6 +214,15 @@ def _records(config):
         data.parties is None or (data.parties >= clients and data.partition != FOLDERS),
         f"parties={data.parties} must be at least clients={clients}, and cannot be used with partition=folders.",
     )
+    names = [entry.partition(":") for entry in config.public.labels]
+    yield (
+        all(old and new for old, _, new in names) and len({old for old, _, _ in names}) == len(names),
+        f"public_labels={','.join(config.public.labels)} is malformed: write OLD:NEW for each label whose name differs.",
+    )
+    yield (
+        not names or config.public.data,
+        "`public_labels` names labels of `public_data`: give that too, or leave it out.",
+    )
 
 
 def _processes(execution):
