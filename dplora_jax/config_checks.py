@@ -7,7 +7,7 @@ import math
 import numbers
 
 from dplora_jax.config import FIELDS, RunConfig, field_value, fields, replace
-from dplora_jax.config.federation import PUBLIC, RECORD
+from dplora_jax.config.federation import RECORD
 from dplora_jax.data.partition import FOLDERS
 from dplora_jax.errors import InputError
 from dplora_jax.federation import aggregation_checks, held_out, methods, trust
@@ -174,8 +174,8 @@ def _budget(config):
         "`targets` is empty: name matrices, or give `head_only` to train the head alone.",
     )
     yield (
-        config.lora.init != PUBLIC or not config.lora.head_only,
-        "lora_init=public is for matrices, and `head_only` trains none: leave one of them out.",
+        not config.lora.core or not (config.lora.head_only or config.lora.freeze_a),
+        "`core` trains neither A nor B: leave out `freeze_a` and `head_only`.",
     )
 
 

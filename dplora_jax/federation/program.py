@@ -41,18 +41,30 @@ def lora_config(config):
 
 
 def adapter(config, model, params):
-    """(adapter, params, LoraConfig); the adapter's start is public, so a fixed key serves when there is no seed, and A is as
-    public text has it where that was asked."""
+    """(adapter, params, LoraConfig); the adapter's start is public, so a fixed key serves when there is no seed. With `core`,
+    what is trained lies between an A and a B that public text gave (`features.BASES` of `params`)."""
     wanted = lora_config(config)
     try:
         fresh = lora.init(jax.random.key(config.privacy.seed or 0), model, params, wanted)
     except ValueError as error:
         raise InputError(str(error)) from None
-    for name, a in params.get(features.KEY, {}).get(features.DIRECTIONS, {}).items():
-        fresh["layers"][name] = fresh["layers"][name].replace(a=jax.numpy.asarray(a))
-    if config.lora.freeze_a:
+    if config.lora.core:
+        params, fresh = lora.between(params, fresh, _bases(params, fresh))
+    elif config.lora.freeze_a:
         params, fresh = lora.freeze_a(params, fresh)
     return fresh, params, wanted
+
+
+def _bases(params, fresh):
+    """{target: (a, b)} that public text gave; those of `fresh`, where shapes alone are asked for. Raises InputError."""
+    measured = params.get(features.KEY, {}).get(features.BASES)
+    if measured is None and isinstance(next(iter(jax.tree.leaves(fresh))), jax.core.Tracer):
+        return {name: (pair.a, pair.b) for name, pair in fresh["layers"].items()}
+    if measured is None:
+        raise InputError(
+            "`core` needs an A and a B from public text (`models.public_bases`) in the base's params: see docs/core.md."
+        )
+    return {name: tuple(jax.numpy.asarray(base[letter]) for letter in "ab") for name, base in measured.items()}
 
 
 def federation(config, model, loss, mechanisms, adapter, placement, length, wave=1, streamed=False):

@@ -1,5 +1,5 @@
 """What public text tells of a base model before training: where a head's features lie, which label's word it prefers, and by what
-directions texts differ (LoRA's A)."""
+directions texts differ."""
 
 import base64
 
@@ -7,13 +7,12 @@ import jax
 import numpy as np
 
 from dplora_jax import evaluation, losses
-from dplora_jax.config.federation import PUBLIC
 from dplora_jax.errors import InputError
 from dplora_jax.federation import frozen_layers, processes, program
-from dplora_jax.models import features, public_directions
+from dplora_jax.models import features, public_bases
 
-FEATURE_ROWS, WORD_ROWS, DIRECTION_ROWS = 512, 64, 96  # of public text that are looked at, evenly spaced
-OUTPUTS = 4  # of a classifier or of label words, by whose gradients A is chosen, at most
+FEATURE_ROWS, WORD_ROWS, BASES_ROWS = 512, 64, 96  # of public text that are looked at, evenly spaced
+OUTPUTS = 4  # of a classifier or of label words, by whose gradients bases are chosen, at most
 
 
 def with_measured(config, model, params, objective, test, memo, stored):
@@ -63,15 +62,15 @@ def _measured(config, model, params, objective, test, memo):
         measured |= _features(config, model, params, test, memo)
     if objective.words:
         measured |= _bias(objective, model, params, test)
-    if config.lora.init == PUBLIC:
-        measured |= {features.DIRECTIONS: _directions(config, model, params, objective, test)}
+    if config.lora.core:
+        measured[features.BASES] = _bases(config, model, params, objective, test)
     return measured
 
 
-def _directions(config, model, params, objective, test):
-    """A for each adapted matrix, by the gradients of the labels' words, or of random outputs of a classifier's features."""
+def _bases(config, model, params, objective, test):
+    """A and B for each adapted matrix, by the gradients of the labels' words, or of random outputs of a classifier's features."""
     if test is None or "labels" not in test:
-        raise InputError("`lora_init=public` needs a public test set whose texts have labels: give `test_data`.")
+        raise InputError("`core` needs a public test set whose texts have labels: give `test_data`.")
     draws = np.random.default_rng(0)
     if objective.words:
         head = {}
@@ -85,12 +84,11 @@ def _directions(config, model, params, objective, test):
     def outputs(params, pairs, batch):
         return reader.apply(params, batch, {"layers": pairs, **head}) @ np.float32(mix)
 
-    rows = _some(test, DIRECTION_ROWS)
+    rows = _some(test, BASES_ROWS)
     try:
-        found = public_directions.directions(outputs, model, params, program.lora_config(config), rows)
+        return _plain(public_bases.bases(outputs, model, params, program.lora_config(config), rows))
     except ValueError as error:
-        raise InputError(f"lora_init=public: {error}") from None
-    return _plain(found)
+        raise InputError(f"core: {error}") from None
 
 
 def _features(config, model, params, test, memo):

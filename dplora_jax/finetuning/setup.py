@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dplora_jax import models
-from dplora_jax.config.federation import PUBLIC
 from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.federation import Federation
@@ -102,7 +101,7 @@ def read_base(config, corpus, stored=None, memo=None):
     encoding.check_ids(model, tokenizer)
     finite.check_weights(name, params)
     objective = objectives.make(config, corpus.task, tokenizer)
-    wanted = config.execution.eval_every or config.base.feature_norm or config.lora.init == PUBLIC or objective.words
+    wanted = config.execution.eval_every or config.base.feature_norm or config.lora.core or objective.words
     test = objective.test(corpus.test) if wanted and corpus.test else None
     params = public_text.with_measured(config, model, params, objective, test, memo, stored)
     return Base(model, params, tokenizer, objective, corpus, test, labels)
@@ -136,10 +135,10 @@ def describe(config, base, train_records, command, public=None):
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)
-    if config.lora.init == PUBLIC:
+    if config.lora.core:
         described["method"].append(
-            "LoRA's A from the text of the public test set that the metrics are of (its labels unused): the directions that tell "
-            "its texts apart, centred and whitened"
+            "a core trained between an A and a B from the text of the public test set that the metrics are of (its labels "
+            "unused): the directions that tell its texts apart, centred and whitened"
         )
     if base.objective.words:
         described["label_words"] = base.tokenizer.convert_ids_to_tokens(base.objective.words)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 KEY = "measured"  # of a base's params: what public text told of it
-DIRECTIONS = "directions"  # of that: A for each adapted matrix (`public_directions`)
+BASES = "bases"  # of that: A and B for each adapted matrix (`public_bases`)
 
 
 def prepared(pooled, params):
