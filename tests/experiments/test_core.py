@@ -133,7 +133,7 @@ def test_bases_are_of_public_text_alone(command, finance_table, tmp_path):
     [
         (["--freeze_a"], "trains neither A nor B"),
         (["--aggregation=rolora"], "core=True cannot be used with --aggregation=rolora"),
-        (["--ranks=1,2"], "`ranks` cannot be used with"),
+        (["--ranks=1,2"], "--ranks cannot be used with"),
     ],
 )
 def test_what_a_core_does_not_go_with_is_one_sentence(command, more, sentence):
