@@ -115,8 +115,9 @@ def for_run(config, given):
             kind = WORDS
         else:
             warnings.warn(
-                "`auto` knows how a language model says labels by aggregation=fedavg and with a public test set. What it sets here "
-                "was tuned on answers; of labels it learned little more than which label is common (docs/results/language.md).",
+                "`auto` knows how a language model says labels by aggregation=fedavg and with a public test set. What it sets "
+                "here was tuned on answers; of labels it learned little more than which label is common "
+                "(docs/results/language.md).",
                 InputWarning,
                 stacklevel=1,
             )
