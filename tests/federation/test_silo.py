@@ -135,6 +135,15 @@ def test_any_round_but_the_next_charges_nothing(number):
     assert party._job.ledger.entries == []
 
 
+def test_a_share_without_masks_never_leaves_a_silo():
+    """It has a part of the noise alone; nothing is computed, and nothing charged."""
+    fields = {"trust": "distributed", "noise": "hardened", "survivors": 2, "colluding": 1}
+    party = silo(0, **fields)
+    with pytest.raises(InputError, match="has to be masked before it is sent"):
+        party.fit(party.template, 1)
+    assert party._job.ledger.entries == []
+
+
 def test_no_round_is_run_past_the_epsilon():
     """Four rounds are planned: a fourth attempt of the first leaves one, and then the budget is spent."""
     party, start = silo(2, seed=None), server(seed=None).adapter

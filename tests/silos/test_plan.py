@@ -1,6 +1,7 @@
 """A plan is whole, signed and the same for all; a party holds it against its own house before it approves."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -105,6 +106,15 @@ def swapped(name):
     return change
 
 
+def alike(name):
+    """The last site has this in its card as the first one has it."""
+
+    def change(body):
+        body["sites"][2][name] = body["sites"][0][name]
+
+    return change
+
+
 def of(path, value):
     """A change of one value of the plan."""
 
@@ -120,6 +130,9 @@ def of(path, value):
 CHANGES = {
     "a swapped signing key": (swapped("ed25519"), "another ed25519 key of north"),
     "a swapped key for masks": (swapped("x25519"), "another x25519 key of north"),
+    "two sites of one name": (alike("name"), "two sites have one name or one key"),
+    "two sites of one signing key": (alike("ed25519"), "two sites have one name or one key"),
+    "two sites of one key for masks": (alike("x25519"), "two sites have one name or one key"),
     "another model": (of(("model", "model.safetensors"), "0" * 64), "other files than the plan's"),
     "less noise": (
         of(("federation", "clients", 0, "noise_multiplier"), lambda x: x / 2),
@@ -136,7 +149,7 @@ CHANGES = {
     "noise that is not whole": (of(("config", "noise"), "independent"), "use --noise=hardened"),
     "no secret at all": (of(("config", "trust"), "client"), "trust=client"),
     "a coarser grid": (of(("bits",), 1), "grid of integers is 2^-1"),
-    "a seed of its own": (of(("config", "seed"), 7), "has no privacy"),
+    "a seed of its own": (of(("config", "seed"), 7), "has a seed, by which anyone can draw its noise"),
     "a schedule": (of(("config", "dropout"), 0.2), "leave out"),
     "a key for masks that everyone knows": (
         of(("sites", 2, "x25519"), "0" * 64),
@@ -173,6 +186,11 @@ def test_what_a_site_keeps_and_prints_of_a_plan_is_reckoned_at_the_site(house, c
     said = check(house, capsys, path=path, code=0)
     assert "NOTHING IS SEEN" not in said
     assert "costs north epsilon 7.99" in said
+
+
+def test_noise_of_a_seed_is_worth_nothing(house, tmp_path):
+    made = plan.read(edited(house, tmp_path, of(("config", "seed"), 7)))
+    assert [plan.own_epsilon(made, number) for number in range(3)] == [math.inf] * 3
 
 
 @pytest.mark.parametrize("change", [of(("config", "rounds"), 2), of(("start",), "0" * 64), swapped("certificate")])

@@ -129,6 +129,18 @@ def test_sites_that_were_shown_different_adapters_find_out_in_the_next_round(loc
         assert charged(local) == 1
 
 
+def test_an_older_rounds_signatures_do_not_stand_for_the_round_before(local):
+    """Of the round before, in which sites may have been shown different adapters, they say nothing."""
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        asker.ask(1)
+        asker.go_on(local.start)
+        assert asker.ask(2, adapter=local.start + 1).code is Code.OK
+        assert asker.ask(3, before_round=1).code is Code.STALE
+        assert asker.ask(3).code is Code.SPLIT
+        assert charged(local) == 2
+
+
 @pytest.mark.parametrize("forger", [1, 2])
 def test_a_signature_that_is_missing_or_another_sites_is_no_witness(local, forger):
     with local.site(0) as site:
