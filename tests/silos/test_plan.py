@@ -5,11 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
+from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import integers
 from dplora_jax.silos import keys, plan
 from experiments import silo
+from experiments.silo import check as check_command
 from tests.silos import small_silos
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -96,6 +99,30 @@ def test_a_plan_that_fits_is_approved_and_its_epsilon_recomputed(house, capsys):
 )
 def test_a_party_keeps_its_own_limits(house, capsys, flags, words):
     assert words in check(house, capsys, *flags)
+
+
+def limits(*flags):
+    """What a party agrees to, as `check` reads it."""
+    values = absl_flags.FlagValues()
+    check_command.define(values)
+    values(["check", "--most_epsilon=8", *flags])
+    return values
+
+
+def test_a_plan_without_privacy_is_for_a_rehearsal_alone(house):
+    made = plan.read(house / "coordinator" / plan.FILE)
+    with pytest.raises(InputError, match="the plan has no privacy"):
+        check_command._within(made, 0, math.inf, limits())
+    check_command._within(made, 0, math.inf, limits("--rehearsal"))
+
+
+@pytest.mark.parametrize(("records", "delta", "most"), [(20, 2e-3, "0.001"), (2000, 1e-3, "0.0005")])
+def test_a_party_that_gives_no_limit_of_delta_has_one(house, records, delta, most):
+    made = plan.read(house / "coordinator" / plan.FILE)
+    check_command._within(made, 0, 7.9, limits())
+    made.sizes[0], made.config = records, replace(made.config, delta=delta)
+    with pytest.raises(InputError, match=f"agrees to --most_delta={most}"):
+        check_command._within(made, 0, 7.9, limits())
 
 
 def swapped(name):
