@@ -131,6 +131,7 @@ def test_a_language_models_losses_are_measured_on_the_rows_that_it_would_train_o
     assert measure.kind == unit_scores.Losses(math.log(1000))
     for client, found in measure.run(prepared.adapter).items():
         assert np.allclose(found, loss(prepared.adapter, held.parts[client].rows), atol=1e-5)
+        assert np.array_equal(measure.units[client], held.parts[client].units), "by unit, and not by row"
 
 
 def by_unit(sizes=(5, 7, 4)):

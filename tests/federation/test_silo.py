@@ -25,10 +25,10 @@ def shards():
     return [small.rows(size, seed) for seed, size in enumerate(SIZES)]
 
 
-def silo(client, workdir=None, **fields):
-    config = small.config(**fields)
+def silo(client, workdir=None, records=None, **fields):
+    config, records = small.config(**fields), records or shards()[client]
     return Silo(
-        *small.model(), losses.classification, config, client=client, records=shards()[client], sizes=SIZES, workdir=workdir,
+        *small.model(), losses.classification, config, client=client, records=records, sizes=SIZES, workdir=workdir,
         programs=PROGRAMS.setdefault(replace(config, seed=None), {}),
     )  # fmt: skip
 
@@ -132,6 +132,15 @@ def test_any_round_but_the_next_charges_nothing(number):
     party = silo(0)
     with pytest.raises(InputError, match="does not follow round 0"):
         party.fit(server().adapter, number)
+    assert party._job.ledger.entries == []
+
+
+def test_a_share_without_masks_never_leaves_a_silo():
+    """It has a part of the noise alone; nothing is computed, and nothing charged."""
+    fields = {"trust": "distributed", "noise": "hardened", "survivors": 2, "colluding": 1}
+    party = silo(0, **fields)
+    with pytest.raises(InputError, match="has to be masked before it is sent"):
+        party.fit(party.template, 1)
     assert party._job.ledger.entries == []
 
 
@@ -244,3 +253,10 @@ def test_a_workdir_of_another_plan_is_refused(tmp_path):
         silo(0, tmp_path / "silo", clip_norm=2.0)
     with pytest.raises(InputError, match="was not written by this run"):  # by a seed, another client has another secret
         silo(1, tmp_path / "silo")
+
+
+def test_other_records_than_those_that_were_charged_are_refused(tmp_path):
+    with silo(0, tmp_path / "silo") as party:
+        party.fit(party.template, 1)
+    with pytest.raises(InputError, match="the records are not those"):
+        silo(0, tmp_path / "silo", records=shards()[1])

@@ -109,7 +109,9 @@ def test_the_ghost_form_is_refused():
         clipped_grad_sum(loss_of(model, params), adapter, batch, 1.0, form="ghost", bits=BITS)
 
 
-@pytest.mark.parametrize(("capacity", "sigma"), [(110, 0.743), (1900, 8.5), (2046, 0.1), (2048, 0.1), (100_000, 2.0)])
+@pytest.mark.parametrize(
+    ("capacity", "sigma"), [(110, 0.743), (1900, 8.5), (2000, 8.5), (2046, 0.1), (2048, 0.1), (100_000, 2.0)]
+)
 def test_the_grid_is_the_finest_on_which_int32_cannot_overflow(capacity, sigma):
     bits = integers.bits_for([[accounting.Mechanism(10**6, 0.1, c, sigma)] for c in (1, capacity)])
     assert (capacity + 17 * sigma) * 2**bits < 2**31
@@ -137,3 +139,5 @@ def test_what_integers_cannot_hold_is_refused():
         integers.bits_for([[accounting.Mechanism(10**7, 0.1, 10**6, 1.0)]])
     with pytest.raises(InputError, match="lower `rank`"):
         integers.check_size({"a": jax.ShapeDtypeStruct((2**13, 2**13), jnp.float32)})
+    with pytest.raises(InputError, match="lower `rank`"):
+        jax.eval_shape(cut, *(jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in ((), (2**13, 2**13))))

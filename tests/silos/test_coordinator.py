@@ -8,8 +8,9 @@ import pytest
 
 from dplora_jax.errors import InputError
 from dplora_jax.silos import coordinator as coordinators
-from dplora_jax.silos import messages
-from dplora_jax.silos.coordinator import Coordinator
+from dplora_jax.silos import keys, messages
+from dplora_jax.silos.coordinator import Coordinator, Stopped
+from dplora_jax.silos.messages import Code, Reply
 from dplora_jax.silos.office import Office
 from tests.silos import small_silos
 from tests.silos.small_silos import MODES, charges
@@ -62,7 +63,7 @@ def test_replies_that_are_doubled_lost_forged_and_late_change_nothing(expected, 
         if seen[site] % 4 == 1:
             return b""  # lost
         if seen[site] % 4 == 2:
-            return reply[:-1] + bytes([reply[-1] ^ 1])  # forged
+            return reply[:-70] + bytes([reply[-70] ^ 1]) + reply[-69:]  # forged, where the upload is
         if seen[site] % 4 == 3 and earlier:
             return old.get((site + 1) % 3) or earlier  # another site's, or an earlier one
         return reply
@@ -139,6 +140,26 @@ def test_a_coordinator_that_died_before_it_showed_a_round_shows_it(tmp_path):
         made.run(show=show)
     made.run(show=show)
     assert shown == [0, 1, 2, "killed", 3]
+
+
+def test_a_reply_counts_that_its_own_site_signed_about_this_very_request(tmp_path):
+    made, digest = small_silos.Federation(tmp_path), b"d" * 32
+    coordinator, good = made.coordinator(), Reply(Code.LOST, made.plan.digest, digest, 1, 1, 0, b"e" * 16, b"w" * 64)
+
+    def signed(name="south", **fields):
+        return messages.pack_reply(good._replace(**fields), keys.load(made.folder / name).sign)
+
+    assert coordinator._checked(1, signed(), digest) == good
+    wrong = [signed("north"), signed(site=0), signed(digest=b"f" * 32), signed(plan=b"p" * 32), signed()[:-1]]
+    assert [coordinator._checked(1, data, digest) for data in wrong] == [None] * len(wrong)
+    assert coordinator._checked(0, signed(), digest) is None
+
+
+def test_a_site_that_signed_another_adapter_stops_the_run(tmp_path):
+    made = small_silos.Federation(tmp_path)
+    witness = keys.load(made.folder / "south").sign.sign(b"of another adapter")
+    with pytest.raises(Stopped, match="south signed another adapter"):
+        made.coordinator()._step(b"of this adapter", {}, {1: witness})
 
 
 def test_a_hello_is_never_the_same(tmp_path):

@@ -122,6 +122,7 @@ import socket, threading
 from dplora_jax.silos import frames
 for length in (1001, 2**31, 2**32 - 1):
     left, right = socket.socketpair()
+    right.settimeout(5)  # what waits for the rest of such a frame has not refused it
     threading.Thread(target=left.sendall, args=(frames.LENGTH.pack(length) + b"x" * 1000,), daemon=True).start()
     try:
         frames.receive(right, 1000)

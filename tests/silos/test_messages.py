@@ -72,6 +72,19 @@ def test_whatever_comes_is_a_message_or_a_message_error(unpack, noise, cut, spli
                 unpack(data)
 
 
+def test_a_requests_digest_is_another_whatever_field_is():
+    """What is kept of a request, and what its masks are made of, go by the digest: two requests with one would share masks."""
+    other = {
+        "kind": Kind.END, "plan": b"q" * 32, "round": 8, "attempt": 3, "peers": frozenset({0, 1, 2}), "before": frozenset({2}),
+        "before_round": 5, "statement": b"t" * 32, "epochs": (b"e" * 16, b"e" * 16, b"f" * 16),
+        "witnesses": (b"w" * 64, b"w" * 64, b"v" * 64), "adapter": ADAPTER * np.array([1, 1, 1, 1, 2], np.float32),
+    }  # fmt: skip
+    assert set(other) == set(Request._fields)
+    requests = [REQUEST, *(REQUEST._replace(**{name: value}) for name, value in other.items())]
+    digests = {messages.digest(messages.pack_request(request, KEY)) for request in requests}
+    assert len(digests) == 1 + len(other)
+
+
 def test_a_statement_is_bound_to_plan_round_adapter_and_the_one_before():
     made = lambda plan=b"p", number=1, adapter=ADAPTER, before=b"b": messages.statement(plan, number, adapter, before)  # noqa: E731
     others = [made(plan=b"q"), made(number=2), made(adapter=-ADAPTER), made(before=b"c")]

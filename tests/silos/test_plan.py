@@ -1,14 +1,18 @@
 """A plan is whole, signed and the same for all; a party holds it against its own house before it approves."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
+from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import integers
 from dplora_jax.silos import keys, plan
 from experiments import silo
+from experiments.silo import check as check_command
 from tests.silos import small_silos
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -119,10 +123,43 @@ def test_a_party_keeps_its_own_limits(house, capsys, flags, words):
     assert words in check(house, capsys, *flags)
 
 
+def limits(*flags):
+    """What a party agrees to, as `check` reads it."""
+    values = absl_flags.FlagValues()
+    check_command.define(values)
+    values(["check", "--most_epsilon=8", *flags])
+    return values
+
+
+def test_a_plan_without_privacy_is_for_a_rehearsal_alone(house):
+    made = plan.read(house / "coordinator" / plan.FILE)
+    with pytest.raises(InputError, match="the plan has no privacy"):
+        check_command._within(made, 0, math.inf, limits())
+    check_command._within(made, 0, math.inf, limits("--rehearsal"))
+
+
+@pytest.mark.parametrize(("records", "delta", "most"), [(20, 2e-3, "0.001"), (2000, 1e-3, "0.0005")])
+def test_a_party_that_gives_no_limit_of_delta_has_one(house, records, delta, most):
+    made = plan.read(house / "coordinator" / plan.FILE)
+    check_command._within(made, 0, 7.9, limits())
+    made.sizes[0], made.config = records, replace(made.config, delta=delta)
+    with pytest.raises(InputError, match=f"agrees to --most_delta={most}"):
+        check_command._within(made, 0, 7.9, limits())
+
+
 def swapped(name):
     def change(body):
         other = body["sites"][1][name]
         body["sites"][1][name], body["sites"][0][name] = body["sites"][0][name], other
+
+    return change
+
+
+def alike(name):
+    """The last site has this in its card as the first one has it."""
+
+    def change(body):
+        body["sites"][2][name] = body["sites"][0][name]
 
     return change
 
@@ -142,6 +179,9 @@ def of(path, value):
 CHANGES = {
     "a swapped signing key": (swapped("ed25519"), "another ed25519 key of north"),
     "a swapped key for masks": (swapped("x25519"), "another x25519 key of north"),
+    "two sites of one name": (alike("name"), "two sites have one name or one key"),
+    "two sites of one signing key": (alike("ed25519"), "two sites have one name or one key"),
+    "two sites of one key for masks": (alike("x25519"), "two sites have one name or one key"),
     "another model": (of(("model", "model.safetensors"), "0" * 64), "other files than the plan's"),
     "less noise": (
         of(("federation", "clients", 0, "noise_multiplier"), lambda x: x / 2),
@@ -158,7 +198,7 @@ CHANGES = {
     "noise that is not whole": (of(("config", "noise"), "independent"), "use --noise=hardened"),
     "no secret at all": (of(("config", "trust"), "client"), "trust=client"),
     "a coarser grid": (of(("bits",), 1), "grid of integers is 2^-1"),
-    "a seed of its own": (of(("config", "seed"), 7), "has no privacy"),
+    "a seed of its own": (of(("config", "seed"), 7), "has a seed, by which anyone can draw its noise"),
     "a schedule": (of(("config", "dropout"), 0.2), "leave out"),
     "a key for masks that everyone knows": (
         of(("sites", 2, "x25519"), "0" * 64),
@@ -195,6 +235,11 @@ def test_what_a_site_keeps_and_prints_of_a_plan_is_reckoned_at_the_site(house, c
     said = check(house, capsys, path=path, code=0)
     assert "NOTHING IS SEEN" not in said
     assert "costs north epsilon 7.99" in said
+
+
+def test_noise_of_a_seed_is_worth_nothing(house, tmp_path):
+    made = plan.read(edited(house, tmp_path, of(("config", "seed"), 7)))
+    assert [plan.own_epsilon(made, number) for number in range(3)] == [math.inf] * 3
 
 
 @pytest.mark.parametrize("change", [of(("config", "rounds"), 2), of(("start",), "0" * 64), swapped("certificate")])

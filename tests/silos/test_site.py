@@ -6,6 +6,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dplora_jax.silos import keys, masks, messages
 from dplora_jax.silos.messages import Code, Kind
 from tests.silos import small_silos
 from tests.silos.asking import Asker, charged
@@ -120,6 +121,20 @@ def test_two_attempts_share_neither_noise_nor_masks(made):
     assert equal < 0.01
 
 
+def test_a_share_is_under_the_masks_of_its_request_and_its_peers(masked):
+    """Without these masks it is a share's integers again; without any others it would be 32 bits of nothing."""
+    own = keys.load(masked.folder / "north").agree
+    with masked.site(0) as site:
+        asker = Asker(masked, site)
+        for attempt, peers in enumerate(({0, 1, 2}, {0, 2})):
+            data = asker.request(1, attempt, peers=frozenset(peers))
+            upload = np.frombuffer(asker.reply(data).payload, "<u4")
+            others = {k: keys.agreement(masked.plan.sites[k]["x25519"]) for k in peers - {0}}
+            words = masks.mask(own, 0, others, masked.plan.digest, messages.digest(data), len(upload))
+            sizes = [np.abs(x.view(np.int32).astype(float)).mean() for x in (upload - words, upload)]
+            assert 0 < sizes[0] < 2**24 < 2**28 < sizes[1]
+
+
 def test_sites_that_were_shown_different_adapters_find_out_in_the_next_round(local):
     with local.site(0) as site:
         asker = Asker(local, site)
@@ -127,6 +142,18 @@ def test_sites_that_were_shown_different_adapters_find_out_in_the_next_round(loc
         asker.go_on(local.start + 1)  # what the others signed is not what this site was sent
         assert asker.ask(2).code is Code.SPLIT
         assert charged(local) == 1
+
+
+def test_an_older_rounds_signatures_do_not_stand_for_the_round_before(local):
+    """Of the round before, in which sites may have been shown different adapters, they say nothing."""
+    with local.site(0) as site:
+        asker = Asker(local, site)
+        asker.ask(1)
+        asker.go_on(local.start)
+        assert asker.ask(2, adapter=local.start + 1).code is Code.OK
+        assert asker.ask(3, before_round=1).code is Code.STALE
+        assert asker.ask(3).code is Code.SPLIT
+        assert charged(local) == 2
 
 
 @pytest.mark.parametrize("forger", [1, 2])
