@@ -1,7 +1,5 @@
 """A run with --core: its bases are of public text alone, and what is released is an adapter like any other."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,11 @@ import pytest
 from dplora_jax import lora, losses, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, program
-from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import setup
-from dplora_jax.models import features
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from experiments import cli
 from tests.conftest import GOLDEN
-from tests.experiments.small_runs import crash_before, fit
+from tests.experiments.public_measures import measured, measured_anew, relabelled
+from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -92,40 +88,22 @@ def test_the_released_adapter_is_one_of_lora_and_says_the_same(command, tiny_ber
     np.testing.assert_allclose(model.apply(base, rows, adapter), expected, rtol=2e-3, atol=2e-3)
 
 
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
 def test_a_resumed_run_keeps_the_bases_that_its_core_was_trained_between(command, finance_table, tmp_path):
-    for name in ("train.csv", "test.csv"):
-        (tmp_path / name).write_text((finance_table / name).read_text())
-    own = [*command, f"--data_dir={tmp_path}", "--test_data=" + str(tmp_path / "test.csv")]
-    with pytest.MonkeyPatch.context() as patch:
-        crash_before(patch, Federation, "_finish")
-        with pytest.raises(KeyboardInterrupt):
-            fit(own)
-    kept = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text().replace("profit", "sales"))
-    resumed, fresh = (setup.prepare(cli.parse(own), stored).federation for stored in (kept, None))
-    first = setup.prepare(cli.parse([*own[:-1], f"--test_data={finance_table / 'test.csv'}"]), None).federation
-    of = lambda made: np.concatenate([np.ravel(x) for x in jax.tree.leaves(made.params[features.KEY])])  # noqa: E731
-    np.testing.assert_array_equal(of(resumed), of(first))
-    assert np.abs(of(fresh) - of(first)).max() > 1e-3
+    _, before, resumed, fresh = measured_anew(command, finance_table, tmp_path)
+    np.testing.assert_array_equal(flat(resumed), flat(before))
+    assert np.abs(flat(fresh) - flat(before)).max() > 1e-3
 
 
 def test_bases_are_of_public_text_alone(command, finance_table, tmp_path):
-    def bases(train=lambda rows: rows, test=lambda rows: rows):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        for name, change in (("train.csv", train), ("test.csv", test)):
-            (folder / name).write_text(change((finance_table / name).read_text()))
-        made = setup.prepare(cli.parse([*command, f"--data_dir={folder}"])).federation
-        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(made.params[features.KEY])])
-
-    flipped = {"good": "bad", "bad": "good"}
-    relabelled = lambda rows: "\n".join(  # noqa: E731
-        ",".join(flipped.get(cell, cell) for cell in row.split(",")) for row in rows.split("\n")
-    )
-    plain = bases()
-    np.testing.assert_array_equal(bases(train=lambda rows: rows.replace("profit", "sales")), plain)
-    np.testing.assert_array_equal(bases(test=relabelled), plain)
-    assert np.abs(bases(test=lambda rows: rows.replace("profit", "sales")) - plain).max() > 1e-3
+    bases = lambda name, **changes: flat(measured(command, finance_table, tmp_path / name, **changes))  # noqa: E731
+    plain, sales = bases("plain"), lambda rows: rows.replace("profit", "sales")
+    np.testing.assert_array_equal(bases("train", train=sales), plain)
+    np.testing.assert_array_equal(bases("labels", test=relabelled), plain)
+    assert np.abs(bases("test", test=sales) - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A run with --feature_norm: measured on public text alone, and gone from what is released."""
 
-import json
 import pathlib
 import shutil
 
@@ -9,12 +8,11 @@ import pytest
 
 from dplora_jax import lora, models, peft
 from dplora_jax.federation import mesh, methods
-from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import setup
 from dplora_jax.models import features
-from experiments import cli, run
+from experiments import run
 from tests.conftest import write_tokenizer
-from tests.experiments.small_runs import crash_before, fit
+from tests.experiments.public_measures import measured, measured_anew, relabelled
+from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -59,39 +57,20 @@ def test_the_released_adapter_says_the_same_of_plain_features(command, tiny_bert
 
 
 def test_a_resumed_run_keeps_the_centre_that_its_head_was_trained_on(command, finance_table, tmp_path):
-    for name in ("train.csv", "test.csv"):
-        (tmp_path / name).write_text((finance_table / name).read_text())
-    own = [*command, f"--data_dir={tmp_path}", "--test_data=" + str(tmp_path / "test.csv")]
-    with pytest.MonkeyPatch.context() as patch:
-        crash_before(patch, Federation, "_finish")
-        with pytest.raises(KeyboardInterrupt):
-            fit(own)
-    kept = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text().replace("profit", "sales"))
-    resumed, fresh = (
-        setup.prepare(cli.parse(own), stored).federation.params[features.KEY]["center"] for stored in (kept, None)
-    )
-    np.testing.assert_array_equal(resumed, np.float32(kept["federation"]["measured"]["center"]))
-    assert np.abs(fresh - resumed).max() > 1e-3
+    kept, _, resumed, fresh = measured_anew(command, finance_table, tmp_path)
+    np.testing.assert_array_equal(resumed["center"], np.float32(kept["federation"]["measured"]["center"]))
+    assert np.abs(fresh["center"] - resumed["center"]).max() > 1e-3
 
 
 def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
-    def center(train=lambda rows: rows, test=lambda rows: rows):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        for name, change in (("train.csv", train), ("test.csv", test)):
-            (folder / name).write_text(change((finance_table / name).read_text()))
-        found = setup.prepare(cli.parse([*command, f"--data_dir={folder}"])).federation.params[features.KEY]
+    def center(name, **changes):
+        found = measured(command, finance_table, tmp_path / name, **changes)
         return np.append(found["center"], found["scale"])
 
-    plain = center()
-    np.testing.assert_array_equal(center(train=lambda rows: rows.replace("profit", "sales")), plain)
-    assert np.abs(center(test=lambda rows: rows.replace("profit", "sales")) - plain).max() > 1e-3
-    flipped = {"good": "bad", "bad": "good"}
-    relabelled = lambda rows: "\n".join(  # noqa: E731
-        ",".join(flipped.get(cell, cell) for cell in row.split(",")) for row in rows.split("\n")
-    )
-    np.testing.assert_array_equal(center(test=relabelled), plain)
+    plain, sales = center("plain"), lambda rows: rows.replace("profit", "sales")
+    np.testing.assert_array_equal(center("train", train=sales), plain)
+    np.testing.assert_array_equal(center("labels", test=relabelled), plain)
+    assert np.abs(center("test", test=sales) - plain).max() > 1e-3
 
 
 def test_where_nothing_can_be_centred_it_is_refused(command, finance_table, golden, tmp_path, capsys):
