@@ -52,7 +52,7 @@ BY_OBJECTIVE = {
         "client_lr": 60.0,
         "head_lr": None,
         "last_layers": 8,
-        "rounds": 16,
+        "rounds": 8,
         "core": True,
         "freeze_a": False,
         "rank": 16,
