@@ -184,9 +184,9 @@ def _affordable(job, done):
         return done + config.schedule.rounds - job.ledger.charged_rounds()
     planned = job.steps().sum(0)
     # A block that ends here is paid for to the end of its turns, and what was calibrated for is whole turns.
-    following = {"rounds": (done + 1, done + 1), "steps": [0] * len(planned), "clients": [*map(ledgers.describe, mechanisms)]}
-    left = planned + [-steps % m.bands for steps, m in zip(planned.tolist(), mechanisms, strict=True)]
-    left = left - job.ledger.charged_steps(len(planned), [following])
+    nothing = {"rounds": (done + 1, done + 1), "local_steps": 0, "clients": [*map(ledgers.describe, mechanisms)]}
+    whole = [steps + -steps % m.bands for steps, m in zip(planned.tolist(), mechanisms, strict=True)]
+    left = np.array(whole) - job.ledger.charged_steps(len(planned), [nothing])
     needed = np.cumsum(job.steps((done + 1, config.schedule.rounds + 1)), 0)
     return done + int(np.logical_and.accumulate((needed <= left).all(1)).sum())
 
