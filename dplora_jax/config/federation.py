@@ -94,8 +94,8 @@ class Privacy:
     bands: int | None = field(
         None,
         "noise=banded: over how many steps the noise is correlated; default: `local_steps`. noise=banded_rounds: over how many "
-        "rounds, each of which samples one of as many parts of a client's records; best near records / `expected_batch_size`, and "
-        "at most that",
+        "rounds, each of which samples from one of as many parts of a client's records; at most records / "
+        "`expected_batch_size`, near which it is best",
     )
     survivors: int | None = field(
         None, "trust=distributed: how many clients surely send their sum; with fewer the round is void; default: all"

@@ -10,8 +10,8 @@ from dplora_jax.privacy import clippers
 class Kind(NamedTuple):
     """What a configuration has to know of a kind of noise: the `module` and the `name` of its class, whether it is `gaussian`, of
     the standard deviation that `accounting.Mechanism` accounts in every coordinate, whether its draws are `correlated` over
-    steps or rounds, which fields belong to it alone, {field: value} of what is not given, and `checks(config, mode)`: (holds, what to say
-    if not) for a config whose defaults are filled in, under the trust mode `mode` (`trust.mode.Mode`)."""
+    steps or rounds, which fields belong to it, {field: value} of what is not given, and `checks(config, mode)`: (holds, what to
+    say if not) for a config whose defaults are filled in, under the trust mode `mode` (`trust.mode.Mode`)."""
 
     module: str
     name: str
