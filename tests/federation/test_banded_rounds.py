@@ -101,47 +101,50 @@ def _mechanisms(book):
     return [rebuild(client) for client in book.begun[-1]["clients"]]
 
 
-def test_after_a_loss_all_noise_is_new_and_turns_begin_anew_within_the_budget(federation, tmp_path, seen):
-    """Of five rounds, which are three turns, the third's loss has spent two: the last turn has two rounds."""
-    lost = seen(fails=1)
-    made = federation(seed=None, dispatch_rounds=2)
+@pytest.mark.parametrize(
+    ("dispatch_rounds", "begun"), [(2, [[1, 3], [3, 5], [3, 5]]), (3, [[1, 4], [1, 3]])], ids=["even", "odd"]
+)
+def test_after_a_loss_all_noise_is_new_and_turns_begin_anew_within_the_budget(
+    federation, tmp_path, seen, dispatch_rounds, begun
+):
+    """Five rounds are three turns. Four rounds or three of a lost block are two of them, and the last turn has two rounds."""
+    lost = seen(fails=len(begun) - 2)
     with pytest.raises(KeyboardInterrupt):
-        run(made, tmp_path / "run")
+        run(federation(seed=None, dispatch_rounds=dispatch_rounds), tmp_path / "run")
     calls = seen()
-    rounds = run(federation(seed=None), tmp_path / "run")
-    assert rounds[-1].number == 4
+    rounds = run(federation(seed=None, dispatch_rounds=dispatch_rounds), tmp_path / "run")
+    assert rounds[-1].number == begun[-1][1] - 1
     assert max(rounds[-1].epsilon) <= 8
-    (again,) = (call["noise"] for call in calls)
-    assert again["place"][:, 0].tolist() == [0, 1]
-    assert calls[0]["sampling"]["place"][:, 0].tolist() == [0, 1]
-    block = again["keys"][0]
+    (again,) = calls
+    assert again["noise"]["place"][:, 0].tolist() == again["sampling"]["place"][:, 0].tolist() == [0, 1]
+    block = again["noise"]["keys"][0]
     assert not block[:, 2:].any()
-    assert not np.isin(block[:, :2], lost[-1]["noise"]["keys"]).any()
+    assert not np.isin(block[:, :2], lost[-1]["noise"]["keys"][lost[-1]["noise"]["keys"] > 0]).any()
     book = Ledger(tmp_path / "run" / "privacy_ledger.jsonl", mend=False)
-    assert [entry["rounds"] for entry in book.begun] == [[1, 3], [3, 5], [3, 5]]
+    assert [entry["rounds"] for entry in book.begun] == begun
     assert book.charged_steps(3) == [6] * 3
 
 
 def test_with_noise_that_is_given_a_loss_makes_epsilon_larger_and_the_ledger_holds(federation, tmp_path, seen):
-    """Rounds 1 to 3 and the lost 4 and 5 are three turns, the second attempt's two rounds one more: verify says the same."""
+    """Three lost rounds are two turns, and the five of the next block three more: `verify` reckons so too, round by round."""
     given = {"seed": None, "epsilon": None, "noise_multiplier": 2.0, "dispatch_rounds": 3}
-    seen(fails=1)
+    seen(fails=0)
     with pytest.raises(KeyboardInterrupt):
         run(federation(**given), tmp_path / "run")
     seen()
     rounds = run(federation(**given), tmp_path / "run")
     book = Ledger(tmp_path / "run" / "privacy_ledger.jsonl", mend=False)
-    assert book.charged_steps(3) == [8] * 3
-    planned, spent = ([accounting.epsilon(m, steps, 1e-3) for m in _mechanisms(book)] for steps in (5, 8))
-    assert rounds[-1].epsilon == spent == book.epsilons(1e-3)
-    assert all(less < more for less, more in zip(planned, spent, strict=True))
+    assert book.charged_steps(3) == [4 + 5] * 3
+    spent = {steps: [accounting.epsilon(m, steps, 1e-3) for m in _mechanisms(book)] for steps in (5, 6, 7, 9)}
+    assert rounds[-1].epsilon == spent[9] == book.epsilons(1e-3)
+    assert rounds[3].epsilon == spent[7]
+    assert all(less < more for less, more in zip(spent[5], spent[9], strict=True))
     ledger_command.verify(tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    told = json.loads(lines[-1])
-    (tmp_path / "run" / "metrics.jsonl").write_text(
-        "\n".join([*lines[:-1], json.dumps(told | {"epsilon": planned, "epsilon_max": max(planned)})]) + "\n"
-    )
-    with pytest.raises(InputError, match="less epsilon"):
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[3] |= {"epsilon": spent[6], "epsilon_max": max(spent[6])}  # as if lost rounds and new ones shared a turn
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="less epsilon than was charged up to round 3"):
         ledger_command.verify(tmp_path / "run")
 
 

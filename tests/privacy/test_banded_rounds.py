@@ -94,6 +94,13 @@ def test_parts_are_disjoint_and_cover_all_records_within_the_bands_of_a_block():
     assert seen == [list(range(place % BANDS, records, BANDS)) for place in range(ROUNDS)]
 
 
+def test_a_dispatch_has_room_for_its_keys():
+    """Each of its rounds has those of its whole block."""
+    assert NOISE.most_rounds(3, 10**6, None) > 10**5
+    assert BandedRounds(1000, BANDS).most_rounds(1000, 9, None) * 32 * 10**6 <= 64 << 20
+    assert BandedRounds(10**6, BANDS).most_rounds(1000, 9, None) == 1
+
+
 def charged(*dispatches, bands=BANDS):
     """The ledger of one client that began these [a, b) rounds."""
     ledger = InMemoryLedger()
