@@ -173,6 +173,10 @@ def _budget(config):
         config.lora.trained_targets or config.lora.head_only,
         "`targets` is empty: name matrices, or give `head_only` to train the head alone.",
     )
+    yield (
+        not config.lora.core or not (config.lora.head_only or config.lora.freeze_a),
+        "`core` trains neither A nor B: leave out `freeze_a` and `head_only`.",
+    )
 
 
 def _combinations(config):
@@ -209,6 +213,15 @@ def _records(config):
     yield (
         data.parties is None or (data.parties >= clients and data.partition != FOLDERS),
         f"parties={data.parties} must be at least clients={clients}, and cannot be used with partition=folders.",
+    )
+    names = [entry.partition(":") for entry in config.public.labels]
+    yield (
+        all(old and new for old, _, new in names) and len({old for old, _, _ in names}) == len(names),
+        f"public_labels={','.join(config.public.labels)} is malformed: write OLD:NEW for each label whose name differs.",
+    )
+    yield (
+        not names or config.public.data,
+        "`public_labels` names labels of `public_data`: give that too, or leave it out.",
     )
 
 

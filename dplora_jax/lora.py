@@ -42,16 +42,20 @@ class LoraConfig:
 
 @struct.dataclass
 class Pair:
-    """One adapted matrix, stacked over layers: a [L, R, I] (None when frozen), b [L, O, R]; the scale is not a leaf."""
+    """One adapted matrix, stacked over layers: a [L, R, I], b [L, O, R], each None when frozen; the scale is not a leaf. Where a
+    core [L, R, R] is trained between the two (LoRA-XS, Balazy et al. 2024, arXiv 2405.17604), both are frozen."""
 
     a: Any
     b: Any
     scale: float = struct.field(pytree_node=False)
+    core: Any = None
 
 
 def product(x, pair):
-    """The adapter's part of an adapted dense layer, scale * B A x: x [B, T, I] -> [B, T, O] (Hu et al. 2021, eq. 3)."""
-    return pair.scale * linear(linear(x, pair.a), pair.b)
+    """The adapter's part of an adapted dense layer, scale * B A x: x [B, T, I] -> [B, T, O] (Hu et al. 2021, eq. 3); with a core,
+    scale * B core A x."""
+    inner = linear(x, pair.a)
+    return pair.scale * linear(inner if pair.core is None else linear(inner, pair.core), pair.b)
 
 
 def head(x, params):
@@ -148,6 +152,30 @@ def freeze_a(params, adapter):
     return freeze(params, adapter, "a")
 
 
+def between(params, adapter, bases):
+    """Put a core of zeros between an A and a B that are frozen: `bases` {target: (a [L, R, I], b [L, O, R])} -> (params,
+    adapter)."""
+    pairs = {name: adapter["layers"][name].replace(a=a, b=b) for name, (a, b) in bases.items()}
+    for letter in FROZEN:
+        params, adapter = freeze(params, {**adapter, "layers": pairs}, letter)
+        pairs = adapter["layers"]
+    cores = {name: jnp.zeros((len(a), a.shape[1], a.shape[1]), jnp.float32) for name, (a, _) in bases.items()}
+    return params, {**adapter, "layers": {name: pair.replace(core=cores[name]) for name, pair in pairs.items()}}
+
+
+def without_cores(adapter):
+    """`adapter`, whole, with each core multiplied into its B, as files have it."""
+    if "layers" not in adapter:
+        return adapter
+
+    def one(pair):
+        if pair.core is None:
+            return pair
+        return pair.replace(b=jnp.einsum("lor,lrs->los", pair.b, pair.core, precision=EXACT), core=None)
+
+    return {**adapter, "layers": {name: one(pair) for name, pair in adapter["layers"].items()}}
+
+
 def with_frozen(params, adapter):
     """The adapter with the matrices that `freeze` moved into `params` put back, and the head with its frozen dense layer, for
     `apply` and for files."""
@@ -187,7 +215,7 @@ def merge(model, params, adapter, config):
     `config` is the adapter's own LoraConfig; kernels keep their dtype. Raises ValueError where they are quantised: rounded
     again, they would lose much of what was learned.
     """
-    adapter = with_frozen(params, adapter)
+    adapter = without_cores(with_frozen(params, adapter))
     merged = {name: value for name, value in params.items() if name not in FROZEN.values()}
     if "head" in adapter:
         head, dtype = dict(adapter["head"]), params["head"]["kernel"].dtype

@@ -20,13 +20,13 @@ from dplora_jax.config.federation import (
     Schedule,
 )
 from dplora_jax.config.field import DISPLAY, LAYOUT, METRICS, PROCESS, RESULT
-from dplora_jax.config.run import Base, Data, Evaluation, Output, RunConfig
+from dplora_jax.config.run import Base, Data, Evaluation, Output, Public, RunConfig
 from dplora_jax.errors import InputError
 
 __all__ = [
     "DISPLAY", "FIELDS", "LAYOUT", "METRICS", "PROCESS", "RESULT", "Aggregation", "Base", "Data", "Evaluation", "Execution",
-    "FederationConfig", "Field", "Lora", "Optimizer", "Output", "Privacy", "PrivateTest", "RunConfig", "Schedule", "deciding",
-    "field_value", "fields", "from_flat", "from_text", "replace", "to_flat",
+    "FederationConfig", "Field", "Lora", "Optimizer", "Output", "Privacy", "PrivateTest", "Public", "RunConfig", "Schedule",
+    "deciding", "field_value", "fields", "from_flat", "from_text", "replace", "to_flat",
 ]  # fmt: skip
 
 

@@ -15,6 +15,11 @@ class Lora:
     targets: tuple[str, ...] = field(("q", "v"), "comma-separated matrices to adapt, or all-linear")
     last_layers: int | None = field(None, "adapt only this many layers nearest the output", least=1)
     freeze_a: bool = field(False, "train B alone (FFA-LoRA)")
+    core: bool = field(
+        False,
+        "train a core of rank x rank alone, between an A and a B that tell the texts of the public test set apart, not their "
+        "labels (LoRA-XS; docs/core.md); learning rates are then of another size",
+    )
     head_only: bool = field(False, "train the classification head alone, no LoRA: a control")
     ranks: tuple[int, ...] | None = field(
         None, "comma-separated LoRA ranks, one for each client, up to `rank`; default: `rank` for all"

@@ -91,6 +91,37 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Public:
+    """Public records that the adapter and the head are trained on before the first round, without noise."""
+
+    data: str | None = field(
+        None,
+        "train on these public records first, without noise (docs/warm_start.md): a file with the columns of the training "
+        "table, or a task of docs/data.md as TASK=FOLDER, or TASK for the hub's",
+        flag="public_data",
+    )
+    labels: tuple[str, ...] = field(
+        (),
+        "what the public records' labels are called here, where the names differ: bearish:negative,bullish:positive",
+        flag="public_labels",
+    )
+    epochs: int = field(3, "passes over the public records; 0 trains on none", flag="public_epochs", least=0)
+    lr: float = field(
+        1e-3,
+        "learning rate on public records, of Adam; it falls to 0 over their passes",
+        flag="public_lr",
+        above=0,
+        below=math.inf,
+    )
+    batch_size: int = field(32, "public records in a step", flag="public_batch_size", least=1)
+
+    @property
+    def trains(self):
+        """Whether anything is trained before the first round."""
+        return self.data is not None and self.epochs > 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What is measured beyond the task's own metrics."""
 
@@ -134,5 +165,6 @@ class RunConfig(FederationConfig):
 
     base: Base = dataclasses.field(default_factory=Base)
     data: Data = dataclasses.field(default_factory=Data)
+    public: Public = dataclasses.field(default_factory=Public)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     output: Output = dataclasses.field(default_factory=Output)

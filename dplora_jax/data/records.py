@@ -228,11 +228,11 @@ def corpus(train, test, task, codes, about):
     return Corpus(*encoded, task, about, synthetic=False)
 
 
-def refuse_copy(parts, columns, what: str = "the test table"):
+def refuse_copy(parts, columns, what: str = "the test table", role="a public test set"):
     """Raise Refused, whose message does not say why, where `columns` (lists of cells of one table, of which messages speak as
-    `what`) hold every record of `parts` (a list of Records, one a client), or of one of them that has FEW different ones or more:
-    each text in one column, and each answer too where there are some. Labels may have other numbers there: metrics on it would be
-    exact statistics of what is private all the same."""
+    `what`, and which is to be `role`) hold every record of `parts` (a list of Records, one a client), or of one of them that has
+    FEW different ones or more: each text in one column, and each answer too where there are some. Labels may have other numbers
+    there: metrics on it would be exact statistics of what is private all the same."""
     public_cells = [{_plain(cell) for cell in column if isinstance(cell, str)} for column in columns]
     wanted = [[set(map(_plain, column)) for column in (part.texts, part.answers or ())] for part in parts]
     whole = [set().union(*sets) for sets in zip(*wanted, strict=True)]
@@ -242,7 +242,7 @@ def refuse_copy(parts, columns, what: str = "the test table"):
             not column_texts or any(column_texts <= cells for cells in public_cells) for column_texts in sets
         ):
             raise Refused(
-                f"{what} is refused as a public test set: give another.",
+                f"{what} is refused as {role}: give another.",
                 f"{what} holds every training record{whose}, and these are private.",
             )
 

@@ -108,7 +108,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     }
     columns = {role: given[role] or name for role, name in task.columns}
     wanted = [*columns.values(), *task.needs, *source.extra_columns]
-    split_tables, origin = _tables(source.dataset, task, source.data_dir, wanted, form=source.form)
+    split_tables, origin = public_tables(source.dataset, task, source.data_dir, wanted, form=source.form)
     split_tables = {split: records.of_task(table, task) for split, table in split_tables.items()}
     if not split_tables:
         raise InputError(
@@ -136,7 +136,7 @@ def _load_benchmark(source: Source, task: tasks.Task) -> Corpus:
     return records.corpus(train, test, task, task.codes, description)
 
 
-def _tables(name, task, folder, wanted, every=False, form=tables.PLAIN):
+def public_tables(name, task, folder, wanted, every=False, form=tables.PLAIN):
     """({split: Table}, what reports say of where it is from) of a public table, from a folder or the hub."""
     if folder is not None:
         paths = {split: tables.find(folder, split, tables.SUFFIXES) for split in SPLITS}
@@ -165,7 +165,7 @@ def benchmark(
     `private` records, or of one client's (`records.refuse_copy`).
     """
     task = known(name)
-    split_tables, _ = _tables(name, task, folder, task.column.values(), every=True, form=form)
+    split_tables, _ = public_tables(name, task, folder, task.column.values(), every=True, form=form)
     split = next((s for s in (CHOICE_SPLITS if task.kind == tasks.CHOICES else TEST_SPLITS) if s in split_tables), None)
     if split is None:
         raise InputError(f"{folder or task.hub.repository} has no table of {name}: test.*, validation.* or train.*.")

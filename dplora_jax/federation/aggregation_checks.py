@@ -58,8 +58,8 @@ def _factors(config):
         f"{config.schedule.clients} clients.",
     )
     yield (
-        not config.lora.freeze_a and not config.lora.head_only,
-        "`ranks` cannot be used with `freeze_a` or `head_only`: a client's rank needs a trained A and a trained B.",
+        not (config.lora.freeze_a or config.lora.head_only or config.lora.core),
+        "`ranks` cannot be used with `freeze_a`, `core` or `head_only`: a client's rank needs a trained A and a trained B.",
     )
 
 

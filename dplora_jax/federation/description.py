@@ -57,7 +57,8 @@ def _method(config, noise, apart):
         "head alone, no LoRA"
         if config.lora.head_only
         else f"LoRA rank {config.lora.rank} on {','.join(config.lora.targets)}"
-        + (", A frozen (FFA-LoRA)" if config.lora.freeze_a else ""),
+        + (", A frozen (FFA-LoRA)" if config.lora.freeze_a else "")
+        + (", a core alone between a frozen A and B (LoRA-XS)" if config.lora.core else ""),
     ]
     method += noise.words()
     return method + (

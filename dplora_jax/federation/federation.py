@@ -17,8 +17,6 @@ import pathlib
 import warnings
 from typing import NamedTuple
 
-import jax
-
 from dplora_jax import config_checks
 from dplora_jax.config import FederationConfig
 from dplora_jax.errors import InputError, InputWarning
@@ -41,7 +39,7 @@ from dplora_jax.federation.clock import Clock
 
 
 class Round(NamedTuple):
-    """A finished round; number 0 is the base model. All of it is public."""
+    """A finished round; number 0 is the base model, or the start that `fit` was given. All of it is public."""
 
     number: int
     epsilon: list[float]  # what each client has spent, in all
@@ -84,7 +82,8 @@ class Federation:
         return mesh.own_clients(self.mesh, self.config.schedule.clients, wave)
 
     def fit(
-        self, shards, workdir=None, *, evaluate=None, probe=None, score=None, describe=None, stop=lambda: False, closing=None
+        self, shards, workdir=None, *, evaluate=None, probe=None, score=None, describe=None, start=None, stop=lambda: False,
+        closing=None,
     ):  # fmt: skip
         """Run all rounds, or those that an earlier start in `workdir` left -> an iterator of `Round`, those of earlier starts
         first.
@@ -99,9 +98,10 @@ class Federation:
         (adapter, residual, ends) -> metrics on public records (`evaluation.on`), called every `execution.eval_every` rounds;
         `probe` likewise one that only tells whether a run that is not evaluated still has finite logits. With `private_test`,
         noisy scores on what clients keep back (`held_out`) join the metrics, by `score(prepared, held)` (default:
-        `private_scores.of_rows`). `describe(prepared)` gives what config.json says beyond the configuration. Where `stop()` holds
-        after a dispatch, the run ends there with `stopped` set, and everything saved. Process 0 calls `closing()` when the
-        adapter is saved and before the ledger says that the run has ended: after a kill, it is called again.
+        `private_scores.of_rows`). `describe(prepared)` gives what config.json says beyond the configuration. `start(prepared)`
+        gives the adapter before round 1, by public data alone (default: a fresh one). Where `stop()` holds after a dispatch, the
+        run ends there with `stopped` set, and everything saved. Process 0 calls `closing()` when the adapter is saved and before
+        the ledger says that the run has ended: after a kill, it is called again.
 
         Raises InputError for records that a run cannot have or is not to go on with, NotFiniteError where training diverged.
         """
@@ -120,7 +120,8 @@ class Federation:
             probed = self._measuring(prepared, probe) if probe else None
             job = self._job(prepared, kept, keys, describe)
             score = score or functools.partial(private_scores.of_rows, self.loss)
-            yield from self._run(job, private_scores.beside(evaluated, job, held, score), probed, stop, closing)
+            begin = functools.partial(preparation.begun, prepared, start)
+            yield from self._run(job, begin, private_scores.beside(evaluated, job, held, score), probed, stop, closing)
 
     def save(self, directory):
         """Write the released adapter to `directory` in PEFT's format (with aggregation=fedsa each client's own beside it).
@@ -209,11 +210,11 @@ class Federation:
             self.config, prepared.sizes, functools.partial(measure, ends=ends), state
         )
 
-    def _run(self, job, evaluate, probe, stop, closing):
+    def _run(self, job, begin, evaluate, probe, stop, closing):
         """Dispatch after dispatch until the rounds, or the budget, are at their end; yields each finished Round."""
         config = self.config
         processes.agree(lambda: dispatch.check_past(job))
-        done, state, self.history = self._restored(job, evaluate)
+        done, state, self.history = self._restored(job, begin, evaluate)
         yield from map(_round, self.history)
         self._state = state
         while True:
@@ -242,14 +243,14 @@ class Federation:
         if not self.stopped:
             yield from self._finish(job, state, evaluate, probe, closing)
 
-    def _restored(self, job, evaluate):
-        """(rounds done, state, metrics lines) of the newest checkpoint, or of the base model, which is evaluated and saved."""
+    def _restored(self, job, begin, evaluate):
+        """(rounds done, state, metrics lines) of the newest checkpoint, or of `begin()`, which is evaluated and saved."""
         processes.at("the newest checkpoint")
         restored = job.storage.restore(job.prepared.state)
         if restored is None:
-            state = jax.tree.map(jax.numpy.copy, job.prepared.state)  # it is donated, and shares the head with the base
             line = metrics_lines.base_line(job.config.schedule.clients)
             with job.clock.busy():
+                state = begin()
                 line |= evaluate(state, 0, ends=True)
             anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
             done, notes = 0, {"lines": [line], "ledger": anchor}

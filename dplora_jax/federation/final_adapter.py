@@ -56,10 +56,9 @@ def fetched(config, params, state):
 
 def whole(params, adapter):
     """`adapter` as files hold it, on the host: with every A, its head on features as the base model makes them."""
-    held = mesh.fetch(lora.with_frozen(params, adapter))
-    if features.KEY not in params or "head" not in held:
-        return held
-    return held | {"head": features.outward(held["head"], mesh.fetch(params[features.KEY]))}
+    held = mesh.fetch(lora.without_cores(lora.with_frozen(params, adapter)))
+    measured = params.get(features.KEY, {})
+    return held | {"head": features.outward(held["head"], mesh.fetch(measured))} if "center" in measured else held
 
 
 def save(folder, config, model, lora_config, parts, base):

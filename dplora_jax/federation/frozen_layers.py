@@ -6,9 +6,10 @@ import sys
 import jax
 import numpy as np
 
-from dplora_jax import evaluation
+from dplora_jax import evaluation, lora
 from dplora_jax.errors import InputError
 from dplora_jax.federation import fingerprints
+from dplora_jax.models import features
 
 CHUNK = 128  # rows at a time
 CACHE_BYTES = 4 << 30  # of their outputs, at most
@@ -43,7 +44,8 @@ def split(config, model, params, rows, length, memo=None, held=0):
         print("warning: the frozen layers' outputs would not fit in memory; they run at each step.", file=sys.stderr)
         return model, lambda table: table
     prefix = jax.jit(lambda params, batch: model.prefix(params, batch, start))
-    base = None if memo is None else fingerprints.digest_base(model, params)
+    own = {name: part for name, part in params.items() if name not in (*lora.FROZEN.values(), features.KEY)}
+    base = None if memo is None else fingerprints.digest_base(model, own)  # nothing else passes through these layers
 
     def run(table):
         inputs = {name: table[name] for name in ("input_ids", "attention_mask")}

@@ -13,7 +13,7 @@ FIELDS = (
 
 
 def base_line(clients):
-    """The line of round 0, the base model, before it is evaluated."""
+    """The line of round 0, before anything private is trained on, and before it is evaluated."""
     return {
         "round": 0,
         "epsilon": [0.0] * clients,

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -95,6 +96,22 @@ def adapter_and_wave(config, grid, model, params, length):
     time) for rows of `length` tokens."""
     adapter, params, lora_config = program.adapter(config, model, params)
     return adapter, params, lora_config, program.wave(config, grid, model, adapter, length)
+
+
+def begun(prepared, start=None):
+    """The state before round 1 of a Prepared, for the rounds to use up: with the adapter that `start(prepared)` gives, where it
+    gives one like `prepared.adapter`, else the fresh one. All processes must call it, and have process 0's."""
+    if start is None:
+        state = prepared.state
+    else:
+        adapter = processes.first(start(prepared))
+        shapes = [jax.tree.map(np.shape, tree) for tree in (adapter, prepared.adapter)]
+        if shapes[0] != shapes[1]:
+            raise InputError("`start` gave an adapter of another form than the federation's: return one like it.")
+        state = mesh.put(
+            prepared.rounds.init(adapter, len(prepared.sizes)), NamedSharding(prepared.mesh, PartitionSpec())
+        )
+    return jax.tree.map(jax.numpy.copy, state)  # it is donated, and shares the head with the base
 
 
 def _warn_of_delta(config, largest):

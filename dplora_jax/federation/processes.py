@@ -184,6 +184,15 @@ def agree(make):
     return gather(make() if primary() else None)[0]
 
 
+def first(tree):
+    """Process 0's `tree` of arrays, for all, who have one of the same shapes."""
+    if _group is None:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(tree)
+
+
 def once(paid):
     """Raise where this process was told before to draw from the ledger entry `paid` (its hash): whoever speaks for process 0
     might have two transcripts made under one set of keys, whose difference has no noise."""

@@ -25,6 +25,7 @@ from dplora_jax.federation import (
     units,
 )
 from dplora_jax.federation.client import APART, LocalConfig, whole
+from dplora_jax.models import features
 from dplora_jax.privacy import clippers, clipping, noises
 from dplora_jax.privacy.noise import NoNoise
 from dplora_jax.privacy.unclipped import Unclipped
@@ -34,18 +35,36 @@ MOST_POOLED, POOLED_BYTES = 8, 256 << 20  # clients of a wave, and bytes of thei
 MOMENTS = (0.9, 0.99, 1e-3)
 
 
+def lora_config(config):
+    """The LoraConfig of a configuration."""
+    return lora.LoraConfig(config.lora.rank, config.lora.alpha, config.lora.trained_targets, config.lora.last_layers)
+
+
 def adapter(config, model, params):
-    """(adapter, params, LoraConfig); the adapter's start is public, so a fixed key serves when there is no seed."""
-    lora_config = lora.LoraConfig(
-        config.lora.rank, config.lora.alpha, config.lora.trained_targets, config.lora.last_layers
-    )
+    """(adapter, params, LoraConfig); the adapter's start is public, so a fixed key serves when there is no seed. With `core`,
+    what is trained lies between an A and a B that public text gave (`features.BASES` of `params`)."""
+    wanted = lora_config(config)
     try:
-        fresh = lora.init(jax.random.key(config.privacy.seed or 0), model, params, lora_config)
+        fresh = lora.init(jax.random.key(config.privacy.seed or 0), model, params, wanted)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if config.lora.freeze_a:
+    if config.lora.core:
+        params, fresh = lora.between(params, fresh, _bases(params, fresh))
+    elif config.lora.freeze_a:
         params, fresh = lora.freeze_a(params, fresh)
-    return fresh, params, lora_config
+    return fresh, params, wanted
+
+
+def _bases(params, fresh):
+    """{target: (a, b)} that public text gave; those of `fresh`, where shapes alone are asked for. Raises InputError."""
+    measured = params.get(features.KEY, {}).get(features.BASES)
+    if measured is None and isinstance(next(iter(jax.tree.leaves(fresh))), jax.core.Tracer):
+        return {name: (pair.a, pair.b) for name, pair in fresh["layers"].items()}
+    if measured is None:
+        raise InputError(
+            "`core` needs an A and a B from public text (`models.public_bases`) in the base's params: see docs/core.md."
+        )
+    return {name: tuple(jax.numpy.asarray(base[letter]) for letter in "ab") for name, base in measured.items()}
 
 
 def federation(config, model, loss, mechanisms, adapter, placement, length, wave=1, streamed=False):

@@ -5,8 +5,8 @@ import types
 
 from dplora_jax.data import records, sources
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh
-from dplora_jax.finetuning import dealing, public_tests, setup
+from dplora_jax.federation import frozen_layers, mesh, program
+from dplora_jax.finetuning import dealing, public_tests, setup, warm_start
 
 
 def public(config, stored=None):
@@ -39,6 +39,18 @@ def evaluator(config, base):
     )
     measure = public_tests.evaluator(config, base.objective, base.corpus, [], base.tokenizer, base.test, whole)
     return lambda adapter, ends: measure(adapter, (), ends=ends)
+
+
+def trained_first(config, base, public):
+    """The adapter before round 1, trained on the Records `public` (`warm_start.trained`), on the host. Raises InputError."""
+    adapter, params, _ = program.adapter(config, base.model, base.params)
+    grid = mesh.make("1x1", 1, base.model)
+    model, through = frozen_layers.split(config, base.model, params, len(public.texts), config.data.max_length)
+    whole = types.SimpleNamespace(
+        model=model, whole_model=base.model, params=mesh.put(params, mesh.base_sharding(grid, params)), mesh=grid,
+        adapter=adapter, through_frozen_layers=through,
+    )  # fmt: skip
+    return warm_start.trained(config, base.objective, public, None, whole)
 
 
 def _check(config):

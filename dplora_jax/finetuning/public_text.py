@@ -1,52 +1,102 @@
-"""What public text tells of a base model before training: where a head's features lie, and which label's word it prefers."""
+"""What public text tells of a base model before training: where a head's features lie, which label's word it prefers, and by what
+directions texts differ."""
 
-import functools
+import base64
 
 import jax
 import numpy as np
 
 from dplora_jax import evaluation, losses
 from dplora_jax.errors import InputError
-from dplora_jax.federation import frozen_layers, processes
-from dplora_jax.models import features
+from dplora_jax.federation import frozen_layers, processes, program
+from dplora_jax.models import features, public_bases
 
-FEATURE_ROWS, WORD_ROWS = 512, 64  # of public text that are looked at, evenly spaced
+FEATURE_ROWS, WORD_ROWS, BASES_ROWS = 512, 64, 96  # of public text that are looked at, evenly spaced
+OUTPUTS = 4  # of a classifier or of label words, by whose gradients bases are chosen, at most
 
 
 def with_measured(config, model, params, objective, test, memo, stored):
     """`params` with what is measured, if anything is, under `features.KEY`: as an earlier start had it (its checkpoints go with
     it), else as process 0 measures it on `test`, the rows of the public test set, whose labels are not used. `stored` and `memo`
-    as for `setup.prepare`."""
-    if config.base.feature_norm:
-        measure = functools.partial(_features, config, model, params, test, memo)
-    elif objective.words:
-        measure = functools.partial(_bias, objective, model, params, test)
-    else:
+    as for `setup.prepare`. Raises InputError."""
+    measured = stored["federation"].get(features.KEY) if stored else None
+    if measured is None:
+        measured = processes.agree(lambda: _measured(config, model, params, objective, test, memo))
+    if not measured:
         return params
-    kept = stored["federation"].get(features.KEY) if stored else None
-    if config.base.feature_norm:
-        _check_features(params, kept or test)
-    measured = {name: np.asarray(value, np.float32) for name, value in (kept or processes.agree(measure)).items()}
+    measured = arrays(measured)
     head = {"head": features.inward(params["head"], measured)} if config.base.feature_norm else {}
     return params | {features.KEY: measured} | head
 
 
 def said(params):
-    """What was measured, for config.json: {name: number or list}; None where nothing was."""
+    """What was measured, for config.json; None where nothing was."""
     if features.KEY not in params:
         return None
-    return {name: np.asarray(value).tolist() for name, value in jax.device_get(params[features.KEY]).items()}
+    return _plain(jax.device_get(params[features.KEY]))
 
 
-def _check_features(params, source):
-    if "bias" not in params.get("head", {}):
-        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
-    if source is None:
-        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
+def arrays(measured):
+    """float32 arrays of what config.json or a plan says was measured. Raises TypeError or ValueError where these are none."""
+    if not isinstance(measured, dict):
+        return np.asarray(measured, np.float32)
+    if set(measured) == {"shape", "float32"}:
+        return np.frombuffer(base64.b64decode(measured["float32"]), "<f4").reshape(measured["shape"])
+    return {name: arrays(part) for name, part in measured.items()}
+
+
+def _plain(tree):
+    """A dict of arrays as JSON: matrices as their shape and their bytes in base64, the rest as numbers."""
+    if isinstance(tree, dict):
+        return {name: _plain(part) for name, part in tree.items()}
+    array = np.asarray(tree, "<f4")
+    if array.ndim < 2:
+        return array.tolist()
+    return {"shape": list(array.shape), "float32": base64.b64encode(array.tobytes()).decode()}
+
+
+def _measured(config, model, params, objective, test, memo):
+    """All that `config` asks for, as JSON."""
+    measured = {}
+    if config.base.feature_norm:
+        measured |= _features(config, model, params, test, memo)
+    if objective.words:
+        measured |= _bias(objective, model, params, test)
+    if config.lora.core:
+        measured[features.BASES] = _bases(config, model, params, objective, test)
+    return measured
+
+
+def _bases(config, model, params, objective, test):
+    """A and B for each adapted matrix, by the gradients of the labels' words, or of random outputs of a classifier's features."""
+    if test is None or "labels" not in test:
+        raise InputError("`core` needs a public test set whose texts have labels: give `test_data`.")
+    draws = np.random.default_rng(0)
+    if objective.words:
+        head = {}
+        reader = losses.reader(objective.loss, model, params)
+        mix = draws.standard_normal((len(objective.words), min(OUTPUTS, len(objective.words) - 1)))
+    else:
+        reader, mix = model, np.eye(OUTPUTS)
+        shapes = {"kernel": (params["head"]["kernel"].shape[0], OUTPUTS), "bias": (OUTPUTS,)}
+        head = {"head": {part: np.float32(draws.standard_normal(shapes[part])) for part in params["head"]}}
+
+    def outputs(params, pairs, batch):
+        return reader.apply(params, batch, {"layers": pairs, **head}) @ np.float32(mix)
+
+    rows = _some(test, BASES_ROWS)
+    try:
+        return _plain(public_bases.bases(outputs, model, params, program.lora_config(config), rows))
+    except ValueError as error:
+        raise InputError(f"core: {error}") from None
 
 
 def _features(config, model, params, test, memo):
-    """`features.measure` of some public rows, as JSON."""
+    """`features.measure` of some public rows, as JSON. Raises InputError."""
+    if "bias" not in params.get("head", {}):
+        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
+    if test is None:
+        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
     named = (features.KEY, config.base.name, config.base.dtype, config.base.quantize)
     pooled = frozen_layers.remembered(memo, named, jax.jit(model.features), params, _some(test, FEATURE_ROWS))
     try:

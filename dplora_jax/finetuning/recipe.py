@@ -11,6 +11,7 @@
   centred features takes x / (x + HEAD_HALF) of a longer one, which fits what was measured.
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
 - A head's features are centred and scaled by public text, where there is some: of what noise leaves, more then tells texts apart.
+- A language model that says labels trains a core between bases from public text (docs/core.md), on a way x / (x + WORDS_HALF).
 - The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled); a
   language model's, of a mean over tokens, near a tenth.
 - Momentum 0.9 at the server and an average of the released adapters, both free.
@@ -32,6 +33,8 @@ COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
 }  # fmt: skip
 CENTRED = "classifier with `feature_norm`"
+WORDS = "language model by label words"
+WORDS_HALF = 14_000  # the same of a core between public bases (docs/core.md)
 CLASSIFIER = {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3}
 BY_OBJECTIVE = {
     "classifier": CLASSIFIER,
@@ -43,6 +46,18 @@ BY_OBJECTIVE = {
         "last_layers": 6,
         "rounds": 10,
         "ema": 0.5,
+    },
+    WORDS: {
+        "clip_norm": 1.0,
+        "client_lr": 60.0,
+        "head_lr": None,
+        "last_layers": 8,
+        "rounds": 16,
+        "core": True,
+        "freeze_a": False,
+        "rank": 16,
+        "alpha": 16.0,
+        "targets": ("q", "o"),
     },
 }
 
@@ -59,7 +74,7 @@ def chosen(sizes, clients, epsilon, objective):
     recipe["expected_batch_size"] = float(min(max(round(SHARE * records), least), most, min(sizes)))
     if epsilon is not None and math.isfinite(epsilon):
         x = records * epsilon * math.sqrt(clients)
-        way = 1 / (1 + (HALF / x) ** 2)
+        way = x / (x + WORDS_HALF) if objective == WORDS else 1 / (1 + (HALF / x) ** 2)
         ways = {"client_lr": way, "head_lr": x / (x + HEAD_HALF) if objective == CENTRED else way}
         recipe |= {name: float(f"{recipe[name] * ways[name]:.3g}") for name in ways if recipe[name] is not None}
     return recipe
@@ -90,21 +105,25 @@ def for_run(config, given):
     sizes = held_out.training(config, sizes)
     private = epsilon if mode.private else None
     kind = objectives.kind(config, dealt.corpus.task)
-    if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
-        warnings.warn(
-            "`auto` knows language models that write answers or text; by label words SmolLM2-135M learned little more than which "
-            "label is common (docs/results/language.md).",
-            InputWarning,
-            stacklevel=1,
-        )
+    refused = {refusal.field for refusal in methods.BY_NAME[config.aggregation.method].refuses}
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
     able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.bidirectional(config.base.name)
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
+    if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
+        if public >= PUBLIC and "core" not in refused:
+            kind = WORDS
+        else:
+            warnings.warn(
+                "`auto` knows how a language model says labels by aggregation=fedavg and with a public test set. What it sets here "
+                "was tuned on answers; of labels it learned little more than which label is common (docs/results/language.md).",
+                InputWarning,
+                stacklevel=1,
+            )
     recipe = chosen(sizes, config.schedule.clients, private, kind)
     if config.privacy.unit_column:
         recipe["unit_rows"] = UNIT_ROWS
     recipe["last_layers"] = min(recipe["last_layers"], pretrained.depth(config.base.name))
-    if any(refusal.field == "freeze_a" for refusal in methods.BY_NAME[config.aggregation.method].refuses):
+    if "freeze_a" in refused:
         del recipe["freeze_a"]
     return {name: value for name, value in recipe.items() if name not in given}

@@ -11,24 +11,26 @@ from dplora_jax import models
 from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import dealing, objectives, public_tests, public_text
+from dplora_jax.finetuning import dealing, objectives, public_tests, public_text, warm_start
 from dplora_jax.models import features, pretrained
 
 
 class FineTuning(NamedTuple):
-    """A federation with what it is fitted on: `federation.fit(shards, workdir, evaluate=..., probe=..., describe=...)`."""
+    """A federation with what it is fitted on: `federation.fit(shards, workdir, evaluate=..., probe=..., describe=...,
+    start=...)`."""
 
     federation: Federation
     shards: list  # {name: [n_k, ...]} of each client; None for those that another process holds
     evaluate: Callable
     probe: Callable | None  # in its place, where nothing public is evaluated on
     describe: Callable
+    start: Callable | None  # where public records are trained on first
     corpus: Any
     tokenizer: Any
 
     def fit(self, workdir=None, **options):
         """`Federation.fit` of these records, evaluated as the configuration says."""
-        given = {name: getattr(self, name) for name in ("evaluate", "probe", "describe")}
+        given = {name: getattr(self, name) for name in ("evaluate", "probe", "describe", "start")}
         return self.federation.fit(self.shards, workdir, **given, **options)
 
 
@@ -79,8 +81,10 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
         public_tests.evaluator, config, objective, corpus, private, tokenizer, test if evaluated else None
     )
     probe = None if evaluated else functools.partial(public_tests.probe, config, labels is not None, tokenizer)
-    describe = functools.partial(_described, config, base, command)
-    return FineTuning(federation, shards, evaluate, probe, describe, corpus, tokenizer)
+    public = warm_start.read(config, corpus, private)
+    describe = functools.partial(_described, config, base, command, public)
+    start = public and functools.partial(warm_start.trained, config, objective, public, memo)
+    return FineTuning(federation, shards, evaluate, probe, describe, start, corpus, tokenizer)
 
 
 def read_base(config, corpus, stored=None, memo=None):
@@ -97,18 +101,19 @@ def read_base(config, corpus, stored=None, memo=None):
     encoding.check_ids(model, tokenizer)
     finite.check_weights(name, params)
     objective = objectives.make(config, corpus.task, tokenizer)
-    wanted = config.execution.eval_every or config.base.feature_norm or objective.words
+    wanted = config.execution.eval_every or config.base.feature_norm or config.lora.core or objective.words
     test = objective.test(corpus.test) if wanted and corpus.test else None
     params = public_text.with_measured(config, model, params, objective, test, memo, stored)
     return Base(model, params, tokenizer, objective, corpus, test, labels)
 
 
-def _described(config, base, command, prepared):
-    return describe(config, base, sum(prepared.sizes), command)
+def _described(config, base, command, public, prepared):
+    return describe(config, base, sum(prepared.sizes), command, public)
 
 
-def describe(config, base, train_records, command):
-    """What config.json says beyond the federation itself, of a Base and of how many records all clients have."""
+def describe(config, base, train_records, command, public=None):
+    """What config.json says beyond the federation itself, of a Base, of how many records all clients have, and of the `public`
+    records that were trained on first, where they were read here."""
     corpus, labels, params = base.corpus, base.labels, base.params
     described = {
         "data": {
@@ -130,12 +135,18 @@ def describe(config, base, train_records, command):
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)
+    if config.lora.core:
+        described["method"].append(
+            "a core trained between an A and a B from the text of the public test set that the metrics are of (its labels "
+            "unused): the directions that tell its texts apart, centred and whitened"
+        )
     if base.objective.words:
         described["label_words"] = base.tokenizer.convert_ids_to_tokens(base.objective.words)
         described["method"].append(
             f"a label said by the token that follows the prompt: the logits of {len(base.objective.words)} tokens alone, less "
             "their mean log-probabilities on public text (its labels unused)"
         )
+    described["method"] += warm_start.words(config, public)
     if (measured := public_text.said(params)) is not None:
         described[features.KEY] = measured
     return described

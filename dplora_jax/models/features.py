@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 KEY = "measured"  # of a base's params: what public text told of it
+BASES = "bases"  # of that: A and B for each adapted matrix (`public_bases`)
 
 
 def prepared(pooled, params):
     """`pooled` [B, D] float32 as the head of `params` takes it: centred and scaled where `measure` says so, else as it is."""
-    if KEY not in params:
+    if "center" not in params.get(KEY, {}):
         return pooled
     return (pooled - params[KEY]["center"]) * params[KEY]["scale"]
 

@@ -44,4 +44,4 @@ class LabelWords:
         words_KxD = self.model.vocabulary(params)[jnp.array(self.words)].astype(last_BxD.dtype)
         logits = jnp.einsum("bd,kd->bk", last_BxD, words_KxD, preferred_element_type=jnp.float32)
         logits = soft_cap(logits, self.model.logit_cap)
-        return logits - params[features.KEY]["bias"] if features.KEY in params else logits
+        return logits - params.get(features.KEY, {}).get("bias", 0.0)

@@ -10,17 +10,18 @@ from dplora_jax.files import plain
 from dplora_jax.silos import plan, vectors
 
 
-def draft(config, model, params, cards, coordinator, base_files, described=None, measured=None):
+def draft(config, model, params, cards, coordinator, base_files, described=None, measured=None, start=None):
     """(the body of the plan of `config`, a RunConfig, for parties with these `cards`; the adapter before round 1, float32 [D]).
 
     `model` and `params` are the base, `base_files` the digests of its files, `coordinator` its card; `described` is what
-    config.json is to say besides, `measured` what public text told of the base (`finetuning.public_text`). Raises InputError.
+    config.json is to say besides, `measured` what public text told of the base (`finetuning.public_text`), and `start` that
+    adapter as a tree where it is not a fresh one (`finetuning.warm_start`). Raises InputError.
     """
     config = config_checks.settle(replace(config, clients=len(cards), partition=FOLDERS, mesh="1x1"))
     silo_checks.check(config)
     mechanisms = calibration.mechanisms(config, [card["records"] for card in cards])
     about, bits, adapter = describe(config, model, params, cards, mechanisms)
-    start = vectors.flat(adapter)
+    start = vectors.flat(adapter if start is None else start)
     about = about | (described or {}) | {"environment": {}, "base_files": base_files}
     body = {
         "format": plan.FORMAT,

@@ -26,7 +26,7 @@ def attack(config, seed=None):
         if (field_value(config, name) or None) != (attacked or None):
             raise InputError(f"--{name}={field_value(config, name)} cannot be attacked yet, only {attacked}.")
     job = setup.prepare(replace(config, eval_every=0, seed=config.privacy.seed if seed is None else seed))
-    collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
+    collections.deque(job.federation.fit(job.shards, storage.InMemory(), start=job.start), maxlen=0)
     objective, tables = _tables(config)
 
     def losses(prepared):

@@ -185,7 +185,7 @@ def results(config, options):
         if name == "no privacy":
             job.federation.prepare(job.shards)
             yield "base model", job.federation.evaluate(measure) | {"epsilon": "-"}
-        *_, last = job.federation.fit(job.shards, storage.InMemory())
+        *_, last = job.federation.fit(job.shards, storage.InMemory(), start=job.start)
         spent = f"{max(last.epsilon):.3f}" if trust.mode(one).private else "inf"
         yield name, job.federation.evaluate(measure) | {"epsilon": spent}
 

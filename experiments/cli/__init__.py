@@ -18,6 +18,7 @@ from experiments.cli import flagfile_reader
 GROUPS = {  # the sections of a RunConfig, as --help heads them
     "base": "Model",
     "data": "Data",
+    "public": "Public records to train on first",
     "lora": "Adapter",
     "privacy": "Privacy",
     "private_test": "Scores on private records",

@@ -135,9 +135,10 @@ def for_run(flags, rows, private):
         if flags.aggregation.ema
         else ""
     )
+    begins = "the base model" + (", trained on public records" if flags.public.trains else "")
     bands = " Bands are 95 % intervals." if any(spans(rows, name) for name in metrics) else ""
     charts = [
-        figure(f"utility{i}", "Utility per round", series, f"Round 0 is the base model.{average}{bands}",
+        figure(f"utility{i}", "Utility per round", series, f"Round 0 is {begins}.{average}{bands}",
                _plot_metrics(series, rows, against_epsilon=False), broken=1)
         for i, series in enumerate(groups)
     ]  # fmt: skip

@@ -100,7 +100,8 @@ def _tiles(stored, rows, metrics, private, confirmed):
         if name in formats.PRIVATE_METRICS:
             row = next(row for row in reversed(rows) if name in row)
             beside = f"{scores.span(row, name)} (95 %), {'noisy' if private else 'EXACT'}"
-        base = f"base model {formats.metric(values[0])}" if rounds[0] == 0 and len(rounds) > 1 else ""
+        begins = "before round 1" if flags.public.trains else "base model"
+        base = f"{begins} {formats.metric(values[0])}" if rounds[0] == 0 and len(rounds) > 1 else ""
         note = f"round {rounds[-1]}" + (f", {beside}" if beside else "") + (f"; {base}" if base else "")
         kind = "" if name in formats.PRIVATE_METRICS else "test "
         tiles.append((f"{kind}{formats.metric_name(name)}", formats.metric(values[-1]), note, False))

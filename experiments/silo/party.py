@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dplora_jax import config_checks, models
 from dplora_jax.errors import InputError
 from dplora_jax.federation import held_out
-from dplora_jax.finetuning import parties, setup
+from dplora_jax.finetuning import parties, public_text, setup
 from dplora_jax.models import features
 from dplora_jax.silos import draft, keys, plan, vectors
 from experiments import cli
@@ -67,8 +68,8 @@ def _check_measured(measured):
     if measured is None:
         return
     try:
-        numbers = np.concatenate([np.ravel(np.asarray(value, np.float64)) for value in measured.values()])
-    except (AttributeError, TypeError, ValueError):
-        numbers = np.array([np.nan])
-    if not np.isfinite(numbers).all():
+        finite = all(np.isfinite(array).all() for array in jax.tree.leaves(public_text.arrays(measured)))
+    except (TypeError, ValueError):
+        finite = False
+    if not finite:
         raise InputError("what the plan says was measured on public text is no numbers.")

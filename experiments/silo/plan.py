@@ -16,7 +16,7 @@ from experiments.silo import options
 def main(arguments):
     """Run the command line -> exit code."""
     from dplora_jax import models
-    from dplora_jax.finetuning import parties, setup
+    from dplora_jax.finetuning import parties, setup, warm_start
     from dplora_jax.models import features
     from dplora_jax.silos import draft
 
@@ -35,12 +35,14 @@ def main(arguments):
         if not (workdir / "private" / keys.FILE).exists():
             keys.create(workdir, "coordinator", 0)
         own = keys.read_card(workdir / keys.CARD)
-        described = setup.describe(config, base, sum(card["records"] for card in cards), "")
+        public = warm_start.read(config, base.corpus)
+        described = setup.describe(config, base, sum(card["records"] for card in cards), "", public)
+        trained = public and parties.trained_first(config, base, public)
         if base.labels is not None:
             config = replace(config, labels=tuple(base.labels))
         files = models.file_digests(config.base.name)
         body, start = draft.draft(
-            config, base.model, base.params, cards, own, files, described, described.pop(features.KEY, None)
+            config, base.model, base.params, cards, own, files, described, described.pop(features.KEY, None), trained
         )
     content = io.BytesIO()
     np.save(content, start)

@@ -175,5 +175,5 @@ def _trained(config, kind, memo, programs):
         job.federation.prepare(job.shards)
     else:
         with contextlib.suppress(errors.NotFiniteError):  # its metrics are nan, and its row says so
-            collections.deque(job.federation.fit(job.shards, storage.InMemory()), maxlen=0)
+            collections.deque(job.federation.fit(job.shards, storage.InMemory(), start=job.start), maxlen=0)
     return job.federation.evaluate(job.evaluate), job.federation.describe(job.describe)

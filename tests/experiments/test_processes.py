@@ -88,6 +88,15 @@ def test_streamed_records_are_the_same_over_processes(starts, alone):
     assert ledger.main(["verify", str(streamed)]) == 0
 
 
+def test_two_processes_begin_where_one_does_after_public_records(starts, finance_table):
+    path = starts.folder / "public.csv"
+    path.write_text((finance_table / "test.csv").read_text())
+    more = ["--seed=1", f"--public_data={path}", "--public_lr=0.02", "--client_lr=0.001", "--head_lr=0.001"]
+    one, two = (starts.run(f"warm{count}", count, 2 // count, *more) for count in (1, 2))
+    assert differences(one, two) < 1e-6
+    assert ledger.main(["verify", str(two)]) == 0
+
+
 def test_diagnostics_of_all_clients_come_from_all_processes(two):
     lines = several.lines_of(two / "private" / "diagnostics.jsonl")
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))

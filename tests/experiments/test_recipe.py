@@ -107,10 +107,19 @@ def test_it_goes_by_what_the_run_will_be(command):
     assert cli.parse([*deep, "--epsilon=8"]).lora.last_layers == 2  # as many as the model has
 
 
-def test_what_it_was_not_measured_on_is_said(command, monkeypatch):
+def test_a_language_model_that_says_labels_trains_a_core_where_there_is_public_text(command, monkeypatch):
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
-    with pytest.warns(UserWarning, match="by label words"):
-        cli.parse([*command, "--epsilon=8"])
+    monkeypatch.setattr(recipe, "PUBLIC", 1)
+    config = cli.parse([*command, "--epsilon=8"])
+    assert (config.lora.core, config.lora.freeze_a, config.lora.targets) == (True, False, ("q", "o"))
+
+
+@pytest.mark.parametrize("more", [["--aggregation=rolora", "--local_steps=1"], []])
+def test_what_it_was_not_measured_on_is_said(command, monkeypatch, more):
+    monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
+    monkeypatch.setattr(recipe, "PUBLIC", 1 if more else 10**6)
+    with pytest.warns(UserWarning, match="which label is common"):
+        assert not cli.parse([*command, "--epsilon=8", *more]).lora.core
 
 
 def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):

@@ -70,6 +70,28 @@ def edited(house, tmp_path, change, sign=True):
     return path
 
 
+def test_a_plan_may_begin_with_what_public_records_taught(house, tiny_bert, finance_table, tmp_path, capsys):
+    """The sites need no public records: they hold the adapter that they are sent against the plan's digest."""
+    path = tmp_path / "news.csv"
+    path.write_text((finance_table / "test.csv").read_text().replace("good", "bullish"))
+    cards = ",".join(str(house / name / keys.CARD) for name in small_silos.NAMES)
+    settings = [
+        f"--sites={cards}", "--dataset=csv", "--labels=bad,good", f"--model={tiny_bert}", "--rank=2", "--last_layers=1",
+        "--rounds=3", "--epsilon=8", "--delta=1e-3", "--max_length=8", "--expected_batch_size=8",
+    ]  # fmt: skip
+    run("plan", *settings, f"--workdir={tmp_path / 'cold'}")
+    public = [f"--public_data={path}", "--public_labels=bullish:good"]
+    run("plan", *settings, *public, f"--workdir={tmp_path / 'warm'}")
+    cold, warm = (np.load(tmp_path / name / plan.START) for name in ("cold", "warm"))
+    assert cold.shape == warm.shape
+    assert np.abs(warm - cold).max() > 1e-3
+    made = plan.read(tmp_path / "warm" / plan.FILE)
+    assert made.start == plan.hashlib.sha256(warm.astype("<f4")).hexdigest()
+    assert "trained first on 30 public records of news.csv" in str(made.body["federation"]["method"])
+    path.unlink()
+    assert "costs north epsilon 7.99" in check(house, capsys, path=tmp_path / "warm" / plan.FILE, code=0)
+
+
 def test_a_plan_that_fits_is_approved_and_its_epsilon_recomputed(house, capsys):
     said = check(house, capsys, code=0)
     assert "costs north epsilon 7.99" in said

@@ -20,6 +20,7 @@ class Refusal(NamedTuple):
 FACTORS = (
     Refusal("head_only", False, "it averages LoRA matrices"),
     Refusal("freeze_a", False, "with A frozen the mean of B is exact already"),
+    Refusal("core", False, "the mean of cores is exact already"),
 )
 ONE_RANK = (Refusal("ranks", None, "its halves have one rank"),)
 # Of those that take the mean product as it is.

@@ -1,0 +1,151 @@
+"""A run with --core: its bases are of public text alone, and what is released is an adapter like any other."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dplora_jax import lora, losses, models, peft
+from dplora_jax.errors import InputError
+from dplora_jax.federation import mesh, program
+from dplora_jax.federation.federation import Federation
+from dplora_jax.finetuning import setup
+from dplora_jax.models import features
+from dplora_jax.privacy.clipping import clipped_grad_sum
+from experiments import cli
+from tests.conftest import GOLDEN
+from tests.experiments.small_runs import crash_before, fit
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture
+def command(tiny_bert, finance_table, tmp_path):
+    return [
+        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
+        "--max_length=8", "--clients=2", "--rounds=2", "--expected_batch_size=8", "--rank=2", "--last_layers=1", "--delta=1e-3",
+        "--epsilon=8", "--client_lr=0.3", "--head_lr=1", "--core", "--eval_every=1", f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def cored():
+    """(model, params, adapter with a random core between a random A and B, batch of three rows)."""
+    model, params = models.from_pretrained(GOLDEN / "bert_tiny_classifier")
+    config, rng = lora.LoraConfig(3, 6, ("q", "down"), last_layers=1), np.random.default_rng(0)
+    normal = lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32)  # noqa: E731
+    fresh = lora.init(jax.random.key(0), model, params, config)
+    bases = {name: (normal(pair.a), normal(pair.b)) for name, pair in fresh["layers"].items()}
+    params, adapter = lora.between(params, fresh, bases)
+    with np.load(GOLDEN / "bert_tiny_classifier" / "golden.npz") as file:
+        batch = {name: file[name].astype(np.int32) for name in ("input_ids", "attention_mask")}
+    return model, params, adapter, batch | {"labels": np.array([0, 1, 2], np.int32)}
+
+
+def moved(adapter):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + rng.normal(0, 0.5, x.shape).astype(np.float32), adapter)
+
+
+def test_a_core_of_zeros_changes_nothing_and_is_all_that_is_trained():
+    model, params, adapter, batch = cored()
+    assert {leaf.shape for leaf in jax.tree.leaves(adapter["layers"])} == {(1, 3, 3)}
+    run = jax.jit(model.apply)
+    np.testing.assert_array_equal(run(params, batch, adapter), run(params, batch, {"head": adapter["head"]}))
+
+
+def test_multiplied_into_b_a_core_says_the_same_merged_or_not():
+    model, params, adapter, batch = cored()
+    adapter = moved(adapter)
+    expected = jax.jit(model.apply)(params, batch, adapter)
+    plain = lora.without_cores(lora.with_frozen(params, adapter))
+    assert all(pair.core is None for pair in plain["layers"].values())
+    np.testing.assert_allclose(jax.jit(model.apply)(params, batch, plain), expected, atol=1e-4)
+    merged = lora.merge(model, params, adapter, lora.LoraConfig(3, 6))
+    np.testing.assert_allclose(jax.jit(model.apply)(merged, batch), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["broadcast", "ghost"])
+def test_rows_are_clipped_alike_in_every_form(form):
+    model, params, adapter, batch = cored()
+    loss, adapter = losses.classification(model, params), moved(adapter)
+    run = jax.jit(
+        lambda form: clipped_grad_sum(loss, adapter, batch, 0.3, np.ones(3, np.float32), form), static_argnums=0
+    )
+    for found, expected in zip(jax.tree.leaves(run(form)), jax.tree.leaves(run("vmap")), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_released_adapter_is_one_of_lora_and_says_the_same(command, tiny_bert, tmp_path):
+    federation = fit(command).federation
+    model, base = models.from_pretrained(tiny_bert, num_labels=2)
+    rows = {"input_ids": np.arange(40, dtype=np.int32).reshape(8, 5) % 20, "attention_mask": np.ones((8, 5), bool)}
+    adapter, config = peft.load(tmp_path / "run" / "adapter", model, base)
+    assert config.rank == 2
+    prepared = federation.prepared
+    within = prepared.model.prefix(base, rows, prepared.model.start)
+    expected = prepared.model.apply(
+        mesh.fetch(prepared.params), {**rows, "hidden": within}, mesh.fetch(federation._state.adapter)
+    )
+    assert np.abs(np.asarray(federation._state.adapter["layers"]["query"].core)).max() > 0
+    np.testing.assert_allclose(model.apply(base, rows, adapter), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_resumed_run_keeps_the_bases_that_its_core_was_trained_between(command, finance_table, tmp_path):
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text((finance_table / name).read_text())
+    own = [*command, f"--data_dir={tmp_path}", "--test_data=" + str(tmp_path / "test.csv")]
+    with pytest.MonkeyPatch.context() as patch:
+        crash_before(patch, Federation, "_finish")
+        with pytest.raises(KeyboardInterrupt):
+            fit(own)
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text().replace("profit", "sales"))
+    resumed, fresh = (setup.prepare(cli.parse(own), stored).federation for stored in (kept, None))
+    first = setup.prepare(cli.parse([*own[:-1], f"--test_data={finance_table / 'test.csv'}"]), None).federation
+    of = lambda made: np.concatenate([np.ravel(x) for x in jax.tree.leaves(made.params[features.KEY])])  # noqa: E731
+    np.testing.assert_array_equal(of(resumed), of(first))
+    assert np.abs(of(fresh) - of(first)).max() > 1e-3
+
+
+def test_bases_are_of_public_text_alone(command, finance_table, tmp_path):
+    def bases(train=lambda rows: rows, test=lambda rows: rows):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, change in (("train.csv", train), ("test.csv", test)):
+            (folder / name).write_text(change((finance_table / name).read_text()))
+        made = setup.prepare(cli.parse([*command, f"--data_dir={folder}"])).federation
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(made.params[features.KEY])])
+
+    flipped = {"good": "bad", "bad": "good"}
+    relabelled = lambda rows: "\n".join(  # noqa: E731
+        ",".join(flipped.get(cell, cell) for cell in row.split(",")) for row in rows.split("\n")
+    )
+    plain = bases()
+    np.testing.assert_array_equal(bases(train=lambda rows: rows.replace("profit", "sales")), plain)
+    np.testing.assert_array_equal(bases(test=relabelled), plain)
+    assert np.abs(bases(test=lambda rows: rows.replace("profit", "sales")) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--freeze_a"], "trains neither A nor B"),
+        (["--aggregation=rolora"], "core=True cannot be used with --aggregation=rolora"),
+        (["--ranks=1,2"], "--ranks cannot be used with"),
+    ],
+)
+def test_what_a_core_does_not_go_with_is_one_sentence(command, more, sentence):
+    with pytest.raises(InputError, match=sentence):
+        cli.parse([*command, *more])
+
+
+def test_without_bases_a_federation_is_refused():
+    model, params = models.from_pretrained(GOLDEN / "bert_tiny_classifier")
+    config = cli.parse(["--core", "--rank=2", "--epsilon=8"])
+    with pytest.raises(InputError, match="needs an A and a B from public text"):
+        program.adapter(config, model, params)
+    shapes = jax.eval_shape(lambda params: program.adapter(config, model, params)[0], params)
+    assert all(leaf.shape[-2:] == (2, 2) for leaf in jax.tree.leaves(shapes["layers"]))
+    assert jnp.float32 == jax.tree.leaves(shapes)[0].dtype
