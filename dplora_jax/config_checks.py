@@ -185,7 +185,7 @@ def _combinations(config):
         for name, record in registry.items():
             for own in record.fields:
                 yield (
-                    record is chosen or field_value(config, own) is None,
+                    own in chosen.fields or field_value(config, own) is None,
                     f"`{own}` belongs to {field}={name}: leave it out with {field}={field_value(config, field)}.",
                 )
     config = _filled(config)

@@ -92,10 +92,16 @@ class Privacy:
     )
     noise: str = field(
         "independent",
-        "independent: fresh in each local step; banded: correlated over the local steps of a round; hardened: independent, "
-        "drawn on the host by a cryptographic generator and added as integers, which needs per-row gradients",
+        "independent: fresh in each local step; banded: correlated over the local steps of a round; banded_rounds: correlated "
+        "over rounds of one step; hardened: independent, drawn on the host by a cryptographic generator and added as integers, "
+        "which needs per-row gradients",
     )
-    bands: int | None = field(None, "noise=banded: over how many steps the noise is correlated; default: `local_steps`")
+    bands: int | None = field(
+        None,
+        "noise=banded: over how many steps the noise is correlated; default: `local_steps`. noise=banded_rounds: over how many "
+        "rounds, each of which samples from one of as many parts of a client's records; at most records / "
+        "`expected_batch_size`, near which it is best",
+    )
     survivors: int | None = field(
         None, "trust=distributed: how many clients surely send their sum; with fewer the round is void; default: all"
     )

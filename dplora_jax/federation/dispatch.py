@@ -11,7 +11,7 @@ import numpy as np
 
 from dplora_jax.config import FIELDS, to_flat
 from dplora_jax.errors import InputError
-from dplora_jax.federation import mesh, participation, processes, round, streaming, trust
+from dplora_jax.federation import budgets, mesh, participation, processes, round, streaming, trust
 from dplora_jax.privacy import ledger as ledgers
 from dplora_jax.privacy import secrets
 
@@ -26,7 +26,8 @@ ARGUMENTS = (
 class Job(NamedTuple):
     """A run under way: its configuration, what was prepared of it, where it is kept, the parties' secrets, the digests of what it
     works with, and the programs that are compiled already {shapes: program}. `paid` is the hash of the entry that paid for the
-    dispatch under way (None: the ledger's last)."""
+    dispatch under way (None: the ledger's last), and `earlier` are the dispatches that its noise goes on from, (rounds, attempt,
+    hash) each (None: as the ledger has them)."""
 
     config: Any
     prepared: Any
@@ -38,6 +39,7 @@ class Job(NamedTuple):
     programs: dict
     members: list | None = None  # the clients whose ledger this is; None: all
     paid: str | None = None
+    earlier: list | None = None
 
     def steps(self, rounds=None):
         """int [rounds, clients of this ledger]: the steps of the private mechanism of each in each of `rounds` [a, b), or in
@@ -76,17 +78,26 @@ def keyed_inputs(keys, base_digest, record_digest):
 
 
 def agreed_charge(job, done):
-    """What process 0 charges next, for all: (rounds, attempt, the hash of the entry that pays for it), or None at the end."""
+    """What process 0 charges next, for all: (rounds, attempt, the hash of the entry that pays for it, the earlier dispatches that
+    its noise goes on from), or None at the end."""
     processes.at(f"charging round {done + 1}")
 
     def make():
         todo = charge(job, done)
-        return todo and [*todo, job.ledger.head_of(job.ledger.begun[-1])]
+        return todo and [*todo, job.ledger.head_of(job.ledger.begun[-1]), earlier(job)]
 
     todo = processes.agree(make)
     if todo:
         processes.once(todo[2])
     return todo and (tuple(todo[0]), *todo[1:])
+
+
+def earlier(job):
+    """The dispatches that the noise of the one that was charged last goes on from, by the ledger: [(rounds, attempt, hash of its
+    begin entry)]."""
+    if not job.prepared.rounds.local.noise.over_rounds:
+        return []
+    return [(entry["rounds"], entry["attempt"], job.ledger.head_of(entry)) for entry in job.ledger.block()[:-1]]
 
 
 def charge(job, done, **more):
@@ -114,12 +125,12 @@ def charge(job, done, **more):
         last = min(last, (done // config.execution.eval_every + 1) * config.execution.eval_every)
     # Sigma is calibrated to `rounds` rounds, and beyond them the budget is spent. A party on its own agreed to no more either.
     if config.privacy.epsilon is not None or job.members is not None:
-        last = min(last, _affordable(job, done))
+        last = min(last, budgets.affordable(job, done))
     if last <= done:
         return None
     rounds = (done + 1, last + 1)
     attempt = ledger.next_attempt(rounds)
-    _stay_within(job, rounds)
+    budgets.stay_within(job, rounds)
     more |= {"steps": job.steps(rounds).sum(0).tolist()} if participation.scheduled(config) else {}
     more |= guarantee(job)
     ledger.begin(
@@ -150,33 +161,6 @@ def _same_config(job):
     return digest
 
 
-def _stay_within(job, rounds):
-    """Refuse rounds that would take a client past its epsilon, by what the ledger would then say."""
-    config = job.config
-    if config.privacy.epsilon is None:
-        return
-    mechanisms = [ledgers.describe(mechanism) for mechanism in job.prepared.mechanisms]
-    planned = {"rounds": rounds, "clients": mechanisms, "local_steps": trust.mode(config).steps_per_round(config)}
-    planned["steps"] = job.steps(rounds).sum(0).tolist()
-    spent = max(job.ledger.epsilons(config.privacy.delta, [planned]))
-    if spent > config.privacy.epsilon:
-        raise InputError(
-            f"rounds {rounds[0]} to {rounds[1] - 1} would take a client to epsilon {spent:.4g}, past {config.privacy.epsilon:g}; "
-            "start a new `workdir`."
-        )
-
-
-def _affordable(job, done):
-    """The last round that no client has to pay more for than was planned: lost attempts have been paid for too."""
-    config = job.config
-    if not participation.scheduled(config):
-        return done + config.schedule.rounds - job.ledger.charged_rounds()
-    planned = job.steps().sum(0)
-    left = planned - job.ledger.charged_steps(len(planned))
-    needed = np.cumsum(job.steps((done + 1, config.schedule.rounds + 1)), 0)
-    return done + int(np.logical_and.accumulate((needed <= left).all(1)).sum())
-
-
 def paid_secrets(job):
     """The clients' secrets for the dispatch that was charged last, derived from the begin entry that paid for it and from all
     before it.
@@ -198,6 +182,11 @@ def round_keys(job, rounds, attempt):
     keys = local.noise.round_keys(
         parties, numbers, attempt, config.schedule.clients, rate, local, prepared.shares, prepared.state.adapter
     )
+    before = [
+        secrets.keys_of(paid_secrets(job._replace(paid=paid))[: config.schedule.clients], "noise", range(*of), tried)
+        for of, tried, paid in (earlier(job) if job.earlier is None else job.earlier)
+    ]
+    keys = local.noise.going_on(keys, before)
     if config.privacy.by_unit:
         keys["rows"] = secrets.keys_of(parties[: config.schedule.clients], "rows", numbers, attempt)
     if participation.partial(config):

@@ -222,8 +222,8 @@ class Federation:
             self.stopped = processes.any_of(stop())
             if self.stopped or (todo := dispatch.agreed_charge(job, done)) is None:
                 break
-            *(rounds, attempt), paid = todo
-            job = job._replace(paid=paid)
+            rounds, attempt, paid, earlier = todo
+            job = job._replace(paid=paid, earlier=earlier)
             state, shown, seconds = dispatch.execute(job, state, rounds, attempt)
             self._state, done = state, rounds[1] - 1
             fresh = metrics_lines.dispatch_lines(job, rounds, attempt, seconds, shown)

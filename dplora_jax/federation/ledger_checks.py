@@ -8,7 +8,7 @@ import numpy as np
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, held_out, participation, trust
 from dplora_jax.privacy import accounting
-from dplora_jax.privacy.ledger import rebuild, steps_of
+from dplora_jax.privacy.ledger import charges, rebuild, steps_of
 
 # By which a recomputed epsilon may exceed the one shown: another version of the accountant, another machine.
 SLACK = 1e-3
@@ -222,12 +222,12 @@ def _charged_when_shown(ledger, reached, lines):
     """int [K] for each of the lines of rounds 0, 1, ...: the steps that each client had been charged when the round was first
     committed. (A charge that came later, for a round lost and run again, is in the last line alone.)"""
     charged, total = [reached[0].astype(np.int64)], np.zeros(reached.shape[1], np.int64)
-    for entry in ledger.begun:
+    for entry, steps in zip(ledger.begun, charges(ledger.begun), strict=True):
         first, end = entry["rounds"]
         if ledger.committed(entry) and first <= len(charged):
             fresh = range(len(charged), min(end, len(lines)))
             charged += [total + reached[number] - reached[first - 1] for number in fresh]
-        total = total + reached[end - 1] - reached[first - 1]
+        total = total + steps
     return charged
 
 

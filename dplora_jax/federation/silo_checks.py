@@ -20,6 +20,11 @@ def check(config):
         raise InputError(
             "silos send uploads and no scores: leave out `private_test`, and let the coordinator measure on a public test set."
         )
+    if config.privacy.noise == "banded_rounds":
+        raise InputError(
+            "silos may be asked for a round again, or not at all, and noise=banded_rounds takes each round once: use another "
+            "noise."
+        )
     if participation.scheduled(config) or config.schedule.dropout:
         raise InputError(
             "silos follow no schedule, since the server asks them for uploads as it goes: leave out `participation` and "

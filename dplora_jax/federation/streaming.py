@@ -70,7 +70,7 @@ class Stream:
     def round(self, keys):
         """One round's keys [1, K, ...] as `mesh.place_keys` puts them, with "batch" {name: [1, K', S, C, ...]} and "weights"
         [1, K', S, C] in place of those that `source` draws from."""
-        drawn = {name: self._padded(keys[name][0]) for name in self.source.keys}
+        drawn = jax.tree.map(lambda x: self._padded(x[0]), {name: keys[name] for name in self.source.keys})
         with jax.default_device(self.host):
             picked, weights = jax.device_get(self.draw(self.clients, drawn))
         gathered = {

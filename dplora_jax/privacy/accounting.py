@@ -231,7 +231,7 @@ def _step(members, expected_batch_size, bands):
     rate = sampling_rate(smallest, expected_batch_size)
     if bands > 1 and rate * bands > 1 + 1e-9:
         raise InputError(
-            f"noise=banded samples each step from one of {bands} parts of a client's records: {smallest} records have too "
+            f"bands={bands} samples each step from one of as many parts of a client's records: {smallest} records have too "
             f"small parts for an expected batch of {expected_batch_size:g}; lower `bands` or `expected_batch_size`."
         )
     return Mechanism(largest, rate, 0, 0.0, bands=bands)

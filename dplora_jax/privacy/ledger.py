@@ -11,6 +11,8 @@ records that never train. They pay for these entries and for no others, and reco
 
 import bisect
 import dataclasses
+import itertools
+import operator
 
 from dplora_jax.errors import InputError
 from dplora_jax.json_files import Unfit, hexadecimal, list_of, mapping_of, one_of, real, record, text, whole
@@ -78,6 +80,27 @@ def steps_of(entry):
     """How many steps a begin entry charges each client for: all its rounds', or by "steps" those of the rounds that it is in."""
     rounds = entry["rounds"][1] - entry["rounds"][0]
     return entry.get("steps", [rounds * entry["local_steps"]] * len(entry["clients"]))
+
+
+def follows(entry, before):
+    """Whether the begin entry `entry` goes on where `before` ended: then both are of one block, and noise that is correlated over
+    rounds goes on too. One that does not, after a lost dispatch say, begins a block, whose noise is new."""
+    return entry["rounds"][0] == before["rounds"][1] and entry["clients"] == before["clients"]
+
+
+def charges(entries):
+    """What each of the begin entries `entries` charges each client: a list of steps, one list an entry. The last entry of a block
+    that another followed charges whole turns of the parts (`accounting.Mechanism.bands`), so that of all steps together
+    `Mechanism.charged` makes the sum of what it makes of each block."""
+    made, block = [], None
+    for entry, following in itertools.zip_longest(entries, entries[1:]):
+        steps = steps_of(entry)
+        block = steps if block is None else list(map(operator.add, block, steps))
+        if following is not None and not follows(following, entry):
+            lacking = [-count % client.get("bands", 1) for count, client in zip(block, entry["clients"], strict=True)]
+            steps, block = list(map(operator.add, steps, lacking)), None
+        made.append(steps)
+    return made
 
 
 def _entry(value):
@@ -170,6 +193,13 @@ class Ledger(Chain):
         """The entries that charge someone, oldest first."""
         return [entry for entry in self.entries if entry["entry"] in ("begin", "evaluate")]
 
+    def block(self):
+        """The begin entries of the newest block (`follows`), oldest first."""
+        begun, first = self.begun, len(self.begun)
+        while first and (first == len(begun) or follows(begun[first], begun[first - 1])):
+            first -= 1
+        return begun[first:]
+
     def committed(self, entry):
         """Whether a commit followed the begin entry `entry`."""
         return _dispatch(entry) in self._committed
@@ -212,16 +242,16 @@ class Ledger(Chain):
         """How many rounds have been paid for, repeated attempts included."""
         return sum(entry["rounds"][1] - entry["rounds"][0] for entry in self.begun)
 
-    def charged_steps(self, clients):
-        """How many steps each of `clients` clients has paid for, repeated attempts included."""
-        return [sum(column) for column in zip([0] * clients, *map(steps_of, self.begun), strict=True)]
+    def charged_steps(self, clients, planned=()):
+        """How many steps each of `clients` clients has paid for, repeated attempts included, and by begin entries `planned`."""
+        return [sum(column) for column in zip([0] * clients, *charges([*self.begun, *planned]), strict=True)]
 
     def epsilons(self, delta, planned=()):
         """Each client's epsilon at `delta`, recomputed from every begin entry, and from `planned` ones: the composition of all
         their steps."""
         steps = {}
-        for entry in (*self.begun, *planned):
-            charged = steps_of(entry)
+        entries = [*self.begun, *planned]
+        for entry, charged in zip(entries, charges(entries), strict=True):
             for client, description in enumerate(entry["clients"]):
                 key = client, rebuild(description)
                 steps[key] = steps.get(key, 0) + charged[client]

@@ -48,13 +48,15 @@ class Noise(abc.ABC):
     """What a kind of noise is to the rounds, and what most kinds have in common; `noises` lists the kinds.
 
     `sampler` draws which records join a step, `bits` is the grid of integer sums (None: sums are float32), `one_scale` whether
-    the noise is accounted as of one clip norm for all of a round's steps, `pools` whether clients' rows may be clipped together.
+    the noise is accounted as of one clip norm for all of a round's steps, `pools` whether clients' rows may be clipped together,
+    `over_rounds` whether a round's noise hangs together with that of the rounds before it in its block (`ledger.Ledger.block`).
     """
 
     sampler = sampling.ByKeys()
     bits = None
     one_scale = False
     pools = True
+    over_rounds = False
 
     @classmethod
     def from_config(cls, config, mechanisms, sums, adapter):
@@ -91,9 +93,14 @@ class Noise(abc.ABC):
         the noise that each of them adds."""
         return secrets.round_keys(party_secrets, numbers, attempt, clients, rate)
 
+    def going_on(self, keys, earlier):
+        """`keys` (`round_keys`) of a dispatch as its rounds take them, where it goes on from the dispatches of the noise keys
+        `earlier` (uint32 [rounds, K, 4, 2] of each; none unless `over_rounds`)."""
+        return keys
+
     def key_shapes(self, parties, clients, rate, local, adapter):
-        """One round's `round_keys` as jax.ShapeDtypeStruct; `parties` have a secret, of whom the first `clients` are clients."""
-        keys = secrets.round_keys(secrets.from_seed(0, parties), range(1, 2), 0, clients, rate)
+        """One round's keys as jax.ShapeDtypeStruct; `parties` have a secret, of whom the first `clients` are clients."""
+        keys = self.going_on(secrets.round_keys(secrets.from_seed(0, parties), range(1, 2), 0, clients, rate), [])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), keys)
 
     def most_rounds(self, clients, parameters, local):

@@ -69,7 +69,7 @@ def test_combinations_that_hardened_noise_does_not_serve_are_refused(command, ex
 
 
 def test_an_unknown_noise_is_refused_by_the_known_ones(command):
-    with pytest.raises(InputError, match="independent, banded or hardened"):
+    with pytest.raises(InputError, match="independent, banded, banded_rounds or hardened"):
         cli.parse([*command, "--noise=loud"])
 
 

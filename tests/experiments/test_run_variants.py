@@ -62,7 +62,7 @@ def test_banded_run_spends_its_budget_and_says_how(command, tmp_path):
         (["--clipping=adaptive", "--count_noise_multiplier=0"], "--count_noise_multiplier"),
         (["--count_noise_multiplier=3"], "belongs to --clipping=adaptive"),
         (["--clipping=automatic", "--clip_norm=inf", "--epsilon=inf"], "finite --clip_norm"),
-        (["--noise=pink"], "independent, banded or hardened"),
+        (["--noise=pink"], "independent, banded, banded_rounds or hardened"),
         (["--noise=banded"], "--local_steps"),
         (["--noise=banded", "--local_steps=4", "--bands=3"], "dividing --local_steps=4"),
         (["--noise=banded", "--local_steps=4", "--bands=1"], "--bands of 2 or more"),

@@ -24,6 +24,7 @@ from dplora_jax.models import bert
 from dplora_jax.privacy import accounting, clipping, secrets
 from dplora_jax.privacy.adaptive import Adaptive
 from dplora_jax.privacy.banded import Banded
+from dplora_jax.privacy.banded_rounds import BandedRounds
 from dplora_jax.privacy.noise import INDEPENDENT, NoNoise
 from dplora_jax.privacy.unclipped import Unclipped
 
@@ -106,6 +107,7 @@ class Setup(NamedTuple):
 
     clipping: str = "flat"
     bands: int = 1
+    planned: int | None = None  # rounds, over which the noise is correlated
     method: str = "fedavg"
     robust: str | None = None
     partial: bool = False
@@ -136,7 +138,7 @@ def federation(setup):
         max(SIZES),
         max(CAPACITIES),
         Unclipped() if plain else clipper(setup.clipping),
-        NoNoise() if plain else Banded(setup.local_steps, setup.bands) if setup.bands > 1 else INDEPENDENT,
+        NoNoise() if plain else own_noise(setup),
         upload=compression.Rounded(setup.upload_bits) if setup.upload_bits else compression.EXACT,
         cut=ranks.cut if setup.ranks else whole,
         microbatch=setup.microbatch,
@@ -154,6 +156,13 @@ def federation(setup):
         attendance.Some() if setup.partial else attendance.EVERYONE,
         pool.Pooled(setup.pool) if setup.pool else APART,
     )
+
+
+def own_noise(setup):
+    """What clients add themselves."""
+    if setup.planned:
+        return BandedRounds(setup.planned, setup.bands, MOMENTUM)
+    return Banded(setup.local_steps, setup.bands) if setup.bands > 1 else INDEPENDENT
 
 
 def clipper(name):
@@ -175,10 +184,10 @@ def compiled(setup, rounds):
 
 
 def keys_of(setup, rounds, attempt=0):
-    """`secrets.round_keys` of the setup's trust mode."""
+    """The keys of a setup's first dispatch, as its trust mode and its noise have them."""
     rate = {"local": 1.0 if setup.partial else None, "distributed": 1.0, "client": CLIENT_RATE}[setup.trust]
     holders = SECRETS + SERVER if setup.trust == "client" else SECRETS
-    return secrets.round_keys(holders, rounds, attempt, len(SECRETS), rate)
+    return federation(setup).local.noise.going_on(secrets.round_keys(holders, rounds, attempt, len(SECRETS), rate), [])
 
 
 def mechanisms(trust):

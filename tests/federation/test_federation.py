@@ -150,7 +150,7 @@ def test_a_dispatch_is_charged_run_saved_and_committed_and_only_then_shown(feder
 
 def test_in_memory_too_no_client_goes_past_its_epsilon(federation, monkeypatch):
     """The ledger in memory refuses as the one on disk does."""
-    monkeypatch.setattr(dispatch, "_affordable", lambda job, done: 10**6)
+    monkeypatch.setattr(dispatch.budgets, "affordable", lambda job, done: 10**6)
     monkeypatch.setattr(accounting, "calibrate", accounting_that_plans_too_little_noise(accounting.calibrate))
     with pytest.raises(InputError, match="would take a client to epsilon"):
         run(federation())

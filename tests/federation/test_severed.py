@@ -11,6 +11,7 @@ import pytest
 from dplora_jax.federation import pool, round
 from dplora_jax.federation.trusted_server import TrustedServer
 from dplora_jax.privacy.banded import Banded
+from dplora_jax.privacy.banded_rounds import BandedRounds
 from dplora_jax.privacy.noise import Independent
 from tests.conftest import mostly_slow
 from tests.federation import small
@@ -21,6 +22,8 @@ ALONE = small.Setup(local_steps=1, diagnostics=False)
 SETUPS = {
     "adaptive": ALONE._replace(local_steps=2, clipping="adaptive"),
     "banded": ALONE._replace(local_steps=4, bands=2, microbatch=3),
+    "banded over rounds": ALONE._replace(bands=2, planned=3),
+    "banded over rounds, pooled": ALONE._replace(bands=2, planned=3, wave=5, pool=pool.rows(small.MECHANISMS)),
     "rolora": ALONE._replace(method="rolora"),
     "fedsa, rounded": ALONE._replace(method="fedsa", upload_bits=8),
     "fedex, ranks": ALONE._replace(method="fedex", ranks=(1, 2, 2, 1, 2)),
@@ -47,7 +50,7 @@ def other_records():
 def severed(patch):
     """Make each place that adds noise do so to zeros."""
     nothing = lambda tree: jax.tree.map(jnp.zeros_like, tree)  # noqa: E731
-    for kind, name in ((Independent, "add"), (Banded, "add"), (TrustedServer, "noisy_mean")):
+    for kind, name in ((Independent, "add"), (Banded, "add"), (BandedRounds, "add"), (TrustedServer, "noisy_mean")):
         real = getattr(kind, name)
         patch.setattr(kind, name, lambda self, sums, *rest, real=real: real(self, nothing(sums), *rest))
 

@@ -104,6 +104,7 @@ MODES = [
     {"clipping": "automatic"},
     {"clipping": "adaptive"},
     {"bands": 2},
+    {"bands": 2, "planned": 3, "local_steps": 1},
     {"trust": "distributed", "local_steps": 1},
 ]
 
