@@ -1,6 +1,7 @@
 """Per-example losses over a model. Letters: B rows, T tokens, V vocabulary."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,11 @@ def reader(loss, model, params):
 
 def label_words(words):
     """`classification` by a language model, whose labels are the tokens `words`, one each (`models.label_words.LabelWords`)."""
-    return lambda model, params: classification(LabelWords(model, words), params)
+    return functools.partial(_by_words, tuple(words))
+
+
+def _by_words(words, model, params):
+    return classification(LabelWords(model, words), params)
 
 
 def language_model(model, params, max_targets=None):

@@ -32,7 +32,8 @@ def split(config, model, params, rows, length, memo=None, held=0):
     rows have no public bound (None), and `held` of them are here, what a step computes is not to tell how many: they are kept, or
     InputError is raised.
 
-    `run` gives a table with `hidden` besides. `memo`, a dict, carries what was made of a table to the next call.
+    `run` gives a table with `hidden`, which for labels takes the place of `input_ids`. `memo`, a dict, carries what was made of a
+    table to the next call.
     """
     start = first_adapted(config, model)
     if not start or not config.execution.cache_frozen:
@@ -53,7 +54,10 @@ def split(config, model, params, rows, length, memo=None, held=0):
             hidden = remembered(memo, (base, start), prefix, params, inputs)
         else:
             hidden = np.zeros((0, length, model.config.width), model.dtype)
-        return {"hidden": hidden, **table}
+        above = {"hidden": hidden, **table}
+        if "labels" in table and not getattr(model, "reads_ids", False):  # a language model's targets are its tokens
+            del above["input_ids"]
+        return above
 
     return dataclasses.replace(model, start=start), run
 

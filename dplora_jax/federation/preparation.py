@@ -104,10 +104,13 @@ def begun(prepared, start=None):
     if start is None:
         state = prepared.state
     else:
-        adapter = processes.first(start(prepared))
+        adapter = start(prepared)
         shapes = [jax.tree.map(np.shape, tree) for tree in (adapter, prepared.adapter)]
         if shapes[0] != shapes[1]:
             raise InputError("`start` gave an adapter of another form than the federation's: return one like it.")
+        adapter = processes.first(jax.tree.map(lambda x: np.asarray(x, np.float32), adapter))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapter)):
+            raise InputError("`start` gave an adapter with numbers that are not finite.")
         state = mesh.put(
             prepared.rounds.init(adapter, len(prepared.sizes)), NamedSharding(prepared.mesh, PartitionSpec())
         )

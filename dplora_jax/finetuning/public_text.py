@@ -6,7 +6,7 @@ import base64
 import jax
 import numpy as np
 
-from dplora_jax import evaluation, losses
+from dplora_jax import evaluation, lora, losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import frozen_layers, processes, program
 from dplora_jax.models import features, public_bases
@@ -19,12 +19,13 @@ def with_measured(config, model, params, objective, test, memo, stored):
     """`params` with what is measured, if anything is, under `features.KEY`: as an earlier start had it (its checkpoints go with
     it), else as process 0 measures it on `test`, the rows of the public test set, whose labels are not used. `stored` and `memo`
     as for `setup.prepare`. Raises InputError."""
-    measured = stored["federation"].get(features.KEY) if stored else None
-    if measured is None:
-        measured = processes.agree(lambda: _measured(config, model, params, objective, test, memo))
+    if stored:
+        measured = _fitting(stored["federation"].get(features.KEY), config, model, params, objective)
+    else:
+        processes.at("measuring public text")
+        measured = arrays(processes.agree(lambda: _measured(config, model, params, objective, test, memo)))
     if not measured:
         return params
-    measured = arrays(measured)
     head = {"head": features.inward(params["head"], measured)} if config.base.feature_norm else {}
     return params | {features.KEY: measured} | head
 
@@ -37,12 +38,38 @@ def said(params):
 
 
 def arrays(measured):
-    """float32 arrays of what config.json or a plan says was measured. Raises TypeError or ValueError where these are none."""
+    """float32 arrays of what `said` made of them. Raises TypeError or ValueError where that is something else."""
     if not isinstance(measured, dict):
         return np.asarray(measured, np.float32)
     if set(measured) == {"shape", "float32"}:
         return np.frombuffer(base64.b64decode(measured["float32"]), "<f4").reshape(measured["shape"])
     return {name: arrays(part) for name, part in measured.items()}
+
+
+def _fitting(measured, config, model, params, objective):
+    """Arrays of what config.json, or a plan that another party wrote, says was measured. Raises InputError where that is not all
+    that `config` asks for, of the model's shapes and finite."""
+    expected = {}
+    if config.base.feature_norm:
+        expected |= {"center": params["head"]["kernel"].shape[:1], "scale": ()}
+    if objective.words:
+        expected["bias"] = (len(objective.words),)
+    if config.lora.core:
+        pairs = jax.eval_shape(lambda p: lora.init(jax.random.key(0), model, p, program.lora_config(config)), params)[
+            "layers"
+        ]
+        expected[features.BASES] = {name: {"a": pair.a.shape, "b": pair.b.shape} for name, pair in pairs.items()}
+    try:
+        found = arrays(measured or {})
+        fits = jax.tree.map(np.shape, found) == expected and all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(
+            "what is said to be measured on public text does not fit this model and these settings, or is no numbers: let the "
+            "plan, or the run, be made anew."
+        )
+    return found
 
 
 def _plain(tree):
@@ -69,8 +96,10 @@ def _measured(config, model, params, objective, test, memo):
 
 def _bases(config, model, params, objective, test):
     """A and B for each adapted matrix, by the gradients of the labels' words, or of random outputs of a classifier's features."""
-    if test is None or "labels" not in test:
-        raise InputError("`core` needs a public test set whose texts have labels: give `test_data`.")
+    if test is None:
+        raise InputError("`core` needs a public test set, whose text gives its A and B: give `test_data`.")
+    if "labels" not in test:
+        raise InputError("`core` needs a task with labels, whose logits tell texts apart: leave it out.")
     draws = np.random.default_rng(0)
     if objective.words:
         head = {}

@@ -111,11 +111,18 @@ def for_run(config, given):
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
-        if public >= PUBLIC and "core" not in refused:
+        own = given & {
+            "core",
+            "freeze_a",
+            "ranks",
+            "client_lr",
+            "clip_norm",
+        }  # which go with an adapter, or with a core
+        if public >= PUBLIC and "core" not in refused and (not own or ("core" in given and config.lora.core)):
             kind = WORDS
         else:
             warnings.warn(
-                "`auto` knows how a language model says labels by aggregation=fedavg and with a public test set. What it sets "
+                "`auto` knows how a language model says labels by a core, aggregation=fedavg and a public test set. What it sets "
                 "here was tuned on answers; of labels it learned little more than which label is common "
                 "(docs/results/language.md).",
                 InputWarning,

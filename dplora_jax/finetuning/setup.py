@@ -141,15 +141,25 @@ def describe(config, base, train_records, command, public=None):
             "unused): the directions that tell its texts apart, centred and whitened"
         )
     if base.objective.words:
-        described["label_words"] = base.tokenizer.convert_ids_to_tokens(base.objective.words)
-        described["method"].append(
-            f"a label said by the token that follows the prompt: the logits of {len(base.objective.words)} tokens alone, less "
-            "their mean log-probabilities on public text (its labels unused)"
-        )
+        described["label_reading"] = _label_reading(base)
+        described["method"].append(described["label_reading"])
     described["method"] += warm_start.words(config, public)
     if (measured := public_text.said(params)) is not None:
         described[features.KEY] = measured
     return described
+
+
+def _label_reading(base):
+    """How the labels of a language model are read, in words: a person who has the adapter alone needs the numbers."""
+    prompt = base.corpus.task.ask({"text": "TEXT", "label": 0}).prompts[0]
+    tokens = base.tokenizer.convert_ids_to_tokens(base.objective.words)
+    bias = np.asarray(base.params[features.KEY]["bias"]).tolist()
+    three = zip(tokens, base.corpus.label_names, bias, strict=True)
+    each = ", ".join(f"{token} ({name}) less {taken_off:.4g}" for token, name, taken_off in three)
+    return (
+        f"a label said by the token behind the prompt {prompt!r}: the largest of the logits of {each}; what is taken off is the "
+        "token's mean log-probability among these on public text, its labels unused"
+    )
 
 
 def _commonest(corpus):

@@ -72,6 +72,8 @@ class Glm(Chatglm):
     without a start token is causal from its beginning.
     """
 
+    reads_ids = True
+
     def last_norm(self):
         """The norm above the last layer."""
         return LayerNorm(self.config.norm_eps)

@@ -59,6 +59,7 @@ class Decoder:
     tied_name = "lm_head"  # the output matrix's module, where it is not the embedding
     head_module = "score"  # what PEFT trains and saves whole of a classifier
     head_dense = None
+    reads_ids = False  # whether layers above the first read `input_ids`, for positions or masks
     idle = ""  # tensors that another task's model has: a pattern for the whole name
     carried = ()  # tensors that no logit depends on, and that the class of a checkpoint has; {} for the layer
 

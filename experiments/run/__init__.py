@@ -80,11 +80,13 @@ def _on_sigterm():
 
 def _write_documents(config, folder, job):
     """A model card beside each adapter, and the report."""
+    from dplora_jax import files
     from dplora_jax.privacy import chain
     from experiments import report
     from experiments.run import model_card, summary
 
     labels = list(job.corpus.label_names)
-    for adapter, note in model_card.adapter_notes(config, job.federation.model, summary.line(folder), labels):
+    reading = files.read_json(folder / "config.json")["federation"].get("label_reading", "")
+    for adapter, note in model_card.adapter_notes(config, job.federation.model, summary.line(folder), labels, reading):
         chain.replace_durably(folder / "adapter" / adapter / "README.md", note)
     report.write(folder)

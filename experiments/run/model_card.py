@@ -34,9 +34,11 @@ def _reader(model, document):
     return next((classes for end, classes in AUTO_CLASSES.items() if name.endswith(end)), (None, "text-generation"))
 
 
-def adapter_note(model, line, labels=()):
-    """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant."""
-    return f"# LoRA adapter\n\n{line}\n{_remarks(model, labels)}"
+def adapter_note(model, line, labels=(), reading=""):
+    """README.md of a run's own adapter files: what the run ends with, its labels, and what reads them as they are meant;
+    `reading` is how a language model's labels are read."""
+    said = f"\nRead as {formats.markdown(reading)}.\n" if reading else ""
+    return f"# LoRA adapter\n\n{line}\n{_remarks(model, labels)}{said}"
 
 
 def _remarks(model, labels):
@@ -53,10 +55,10 @@ def _remarks(model, labels):
     return note
 
 
-def adapter_notes(config, model, line, labels=()):
+def adapter_notes(config, model, line, labels=(), reading=""):
     """(folder below adapter/, its README.md) of a run's files: one, and where every client keeps its own B (FedSA-LoRA), one a
     client."""
-    note = adapter_note(model, line, labels)
+    note = adapter_note(model, line, labels, reading)
     if not methods.BY_NAME[config.aggregation.method].personal:
         return [(".", note)]
     shared = f"{note}\nThis is the shared A with the mean of the clients' B. {OWN_MODELS}, which lie in `clients/`.\n"

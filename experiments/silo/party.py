@@ -2,13 +2,12 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dplora_jax import config_checks, models
 from dplora_jax.errors import InputError
 from dplora_jax.federation import held_out
-from dplora_jax.finetuning import parties, public_text, setup
+from dplora_jax.finetuning import parties, setup
 from dplora_jax.models import features
 from dplora_jax.silos import draft, keys, plan, vectors
 from experiments import cli
@@ -46,7 +45,6 @@ def opened(made, values, workdir):
         files = models.file_digests(config.base.name)
         if files != made.body["model"]:
             raise InputError(f"the base model {config.base.name} here has other files than the plan's: use the same.")
-        _check_measured(made.body["measured"])
         base = parties.public(config, {"federation": {features.KEY: made.body["measured"]}})
         rows = base.objective.train(parties.own_records(config))
     count = len(np.unique(held_out.units_of(rows)))
@@ -61,15 +59,3 @@ def opened(made, values, workdir):
         raise InputError(f"the plan's grid of integers is 2^-{made.bits}, and 2^-{bits} follows from its noise.")
     described = setup.describe(config, base, sum(made.sizes), "")
     return Party(number, own_keys, config, base, rows, epsilon, about | described | {"environment": {}})
-
-
-def _check_measured(measured):
-    """InputError where what a plan says was measured on public text is no finite numbers."""
-    if measured is None:
-        return
-    try:
-        finite = all(np.isfinite(array).all() for array in jax.tree.leaves(public_text.arrays(measured)))
-    except (TypeError, ValueError):
-        finite = False
-    if not finite:
-        raise InputError("what the plan says was measured on public text is no numbers.")

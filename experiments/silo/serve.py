@@ -102,4 +102,6 @@ def save(workdir, own, adapter):
         f"Made by {config.schedule.clients} parties that share no machine, in {config.schedule.rounds} planned rounds."
     )
     labels = list(base.corpus.label_names)
-    replace_durably(folder / "README.md", model_card.adapter_note(base.model, line, labels))
+    replace_durably(
+        folder / "README.md", model_card.adapter_note(base.model, line, labels, own.about.get("label_reading", ""))
+    )

@@ -206,7 +206,7 @@ CHANGES = {
     ),
     "a measure that is no number": (
         of(("measured",), {"center": ["nan"], "scale": 1.0}),
-        "measured on public text is no",
+        "measured on public text does not fit",
     ),
     "no grid": (of(("bits",), None), "grid of integers does not fit"),
 }
