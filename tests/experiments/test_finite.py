@@ -94,7 +94,7 @@ def test_nothing_is_charged_once_no_metric_is_finite(monkeypatch, done, metrics,
     """Before the first charge, and, started again, before the next."""
     federation = begun(monkeypatch, done, **metrics)
     with pytest.raises(kind):
-        list(federation._run(JOB, None, None, lambda: False, None))
+        list(federation._run(JOB, None, None, None, lambda: False, None))
 
 
 JOB = types.SimpleNamespace(config=small_federation.config(), ledger=None)
@@ -120,7 +120,7 @@ def test_without_a_test_set_a_public_sentence_decides_before_each_charge(monkeyp
     """An adapter may be finite, and too large for any logit."""
     federation = begun(monkeypatch, done)
     with pytest.raises(kind, match="of a public sentence is finite"):
-        list(federation._run(JOB, None, lambda state: {"accuracy": math.nan}, lambda: False, None))
+        list(federation._run(JOB, None, None, lambda state: {"accuracy": math.nan}, lambda: False, None))
 
 
 def bert_with(tiny_bert, folder, change):
