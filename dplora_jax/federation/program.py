@@ -49,17 +49,15 @@ def adapter(config, model, params):
     except ValueError as error:
         raise InputError(str(error)) from None
     if config.lora.core:
-        params, fresh = lora.between(params, fresh, _bases(params, fresh))
+        params, fresh = lora.between(params, fresh, _bases(params))
     elif config.lora.freeze_a:
         params, fresh = lora.freeze_a(params, fresh)
     return fresh, params, wanted
 
 
-def _bases(params, fresh):
-    """{target: (a, b)} that public text gave; those of `fresh`, where shapes alone are asked for. Raises InputError."""
+def _bases(params):
+    """{target: (a, b)} that public text gave. Raises InputError."""
     measured = params.get(features.KEY, {}).get(features.BASES)
-    if measured is None and isinstance(next(iter(jax.tree.leaves(fresh))), jax.core.Tracer):
-        return {name: (pair.a, pair.b) for name, pair in fresh["layers"].items()}
     if measured is None:
         raise InputError(
             "`core` needs an A and a B from public text (`models.public_bases`) in the base's params: see docs/core.md."

@@ -6,9 +6,9 @@ import base64
 import jax
 import numpy as np
 
-from dplora_jax import evaluation, lora, losses
+from dplora_jax import evaluation, losses
 from dplora_jax.errors import InputError
-from dplora_jax.federation import frozen_layers, processes, program
+from dplora_jax.federation import fingerprints, frozen_layers, processes, program
 from dplora_jax.models import features, public_bases
 
 FEATURE_ROWS, WORD_ROWS, BASES_ROWS = 512, 64, 96  # of public text that are looked at, evenly spaced
@@ -51,18 +51,17 @@ def _fitting(measured, config, model, params, objective):
     that `config` asks for, of the model's shapes and finite."""
     expected = {}
     if config.base.feature_norm:
+        _check_head(params)
         expected |= {"center": params["head"]["kernel"].shape[:1], "scale": ()}
     if objective.words:
         expected["bias"] = (len(objective.words),)
     if config.lora.core:
-        pairs = jax.eval_shape(lambda p: lora.init(jax.random.key(0), model, p, program.lora_config(config)), params)[
-            "layers"
-        ]
-        expected[features.BASES] = {name: {"a": pair.a.shape, "b": pair.b.shape} for name, pair in pairs.items()}
+        shapes = public_bases.shapes(model, params, program.lora_config(config))
+        expected[features.BASES] = jax.tree.map(lambda base: base.shape, shapes)
     try:
         found = arrays(measured or {})
         fits = jax.tree.map(np.shape, found) == expected and all(np.isfinite(x).all() for x in jax.tree.leaves(found))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
         raise InputError(
@@ -88,18 +87,38 @@ def _measured(config, model, params, objective, test, memo):
     if config.base.feature_norm:
         measured |= _features(config, model, params, test, memo)
     if objective.words:
-        measured |= _bias(objective, model, params, test)
+        rows = _some(objective.blank if test is None else test, WORD_ROWS)
+        named = (*_base(config), objective.words)
+        measured |= _once(memo, named, rows, lambda: _bias(objective, model, params, rows))
     if config.lora.core:
-        measured[features.BASES] = _bases(config, model, params, objective, test)
+        if test is None:
+            raise InputError("`core` needs a public test set, whose text gives its A and B: give `test_data`.")
+        if "labels" not in test:
+            raise InputError("`core` needs a task with labels, whose logits tell texts apart: leave it out.")
+        texts = _some(test, BASES_ROWS)
+        named = (*_base(config), objective.words, program.lora_config(config))
+        measured |= _once(memo, named, texts, lambda: _bases(config, model, params, objective, texts))
     return measured
 
 
-def _bases(config, model, params, objective, test):
+def _base(config):
+    """What says which base model it is, in this process."""
+    return config.base.name, config.base.dtype, config.base.quantize
+
+
+def _once(memo, named, rows, make):
+    """`make()`, a dict as JSON, of public `rows` {name: [N, ...]}; `memo` (a dict, or None) keeps it for the next call with the
+    same rows and the same `named`."""
+    if memo is None:
+        return make()
+    key = ("public text", named, fingerprints.digest_arrays(rows))
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
+
+
+def _bases(config, model, params, objective, texts):
     """A and B for each adapted matrix, by the gradients of the labels' words, or of random outputs of a classifier's features."""
-    if test is None:
-        raise InputError("`core` needs a public test set, whose text gives its A and B: give `test_data`.")
-    if "labels" not in test:
-        raise InputError("`core` needs a task with labels, whose logits tell texts apart: leave it out.")
     draws = np.random.default_rng(0)
     if objective.words:
         head = {}
@@ -113,21 +132,20 @@ def _bases(config, model, params, objective, test):
     def outputs(params, pairs, batch):
         return reader.apply(params, batch, {"layers": pairs, **head}) @ np.float32(mix)
 
-    rows = _some(test, BASES_ROWS)
     try:
-        return _plain(public_bases.bases(outputs, model, params, program.lora_config(config), rows))
+        found = public_bases.bases(outputs, model, params, program.lora_config(config), texts)
     except ValueError as error:
         raise InputError(f"core: {error}") from None
+    return {features.BASES: _plain(found)}
 
 
 def _features(config, model, params, test, memo):
     """`features.measure` of some public rows, as JSON. Raises InputError."""
-    if "bias" not in params.get("head", {}):
-        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
+    _check_head(params)
     if test is None:
         raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
-    named = (features.KEY, config.base.name, config.base.dtype, config.base.quantize)
-    pooled = frozen_layers.remembered(memo, named, jax.jit(model.features), params, _some(test, FEATURE_ROWS))
+    named, rows = (features.KEY, *_base(config)), _some(test, FEATURE_ROWS)
+    pooled = frozen_layers.remembered(memo, named, jax.jit(model.features), params, rows)
     try:
         measured = features.measure(pooled, config.base.feature_norm)
     except ValueError as error:
@@ -135,13 +153,16 @@ def _features(config, model, params, test, memo):
     return {name: value.tolist() for name, value in measured.items()}
 
 
-def _bias(objective, model, params, test):
-    """{"bias": [K]}: the mean log-probability of each label's word among them, on some public rows, or on a prompt without text
-    where there are none."""
-    rows = _some(objective.blank if test is None else test, WORD_ROWS)
+def _check_head(params):
+    if "bias" not in params.get("head", {}):
+        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
+
+
+def _bias(objective, model, params, rows):
+    """{"bias": [K]}: the mean log-probability of each label's word among them, on public rows."""
     reader = losses.reader(objective.loss, model, params)
-    words = jax.jit(lambda params, rows: evaluation.label_likelihoods(reader, params, None, rows))(params, rows)
-    return {"bias": np.asarray(words).mean(0, dtype=np.float64).tolist()}
+    likelihoods = jax.jit(lambda params, rows: evaluation.label_likelihoods(reader, params, None, rows))(params, rows)
+    return {"bias": np.asarray(likelihoods).mean(0, dtype=np.float64).tolist()}
 
 
 def _some(table, most):

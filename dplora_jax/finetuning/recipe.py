@@ -111,13 +111,7 @@ def for_run(config, given):
     if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
         kind = CENTRED
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
-        own = given & {
-            "core",
-            "freeze_a",
-            "ranks",
-            "client_lr",
-            "clip_norm",
-        }  # which go with an adapter, or with a core
+        own = given & {"core", "freeze_a", "ranks", "client_lr", "clip_norm"}  # each fits an adapter, or a core
         if public >= PUBLIC and "core" not in refused and (not own or ("core" in given and config.lora.core)):
             kind = WORDS
         else:

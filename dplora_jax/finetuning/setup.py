@@ -137,8 +137,8 @@ def describe(config, base, train_records, command, public=None):
         described["method"].append(start)
     if config.lora.core:
         described["method"].append(
-            "a core trained between an A and a B from the text of the public test set that the metrics are of (its labels "
-            "unused): the directions that tell its texts apart, centred and whitened"
+            "the core's A and B from the text of the public test set that the metrics are of (its labels unused): the "
+            "directions that tell its texts apart, centred and whitened"
         )
     if base.objective.words:
         described["label_reading"] = _label_reading(base)

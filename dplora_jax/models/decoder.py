@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dplora_jax import lora
 from dplora_jax.models.family import Weight
-from dplora_jax.models.layers import attended, run_layers, soft_cap
+from dplora_jax.models.layers import at_last, attended, run_layers, soft_cap
 
 
 class Cache(NamedTuple):
@@ -87,10 +87,7 @@ class Decoder:
         x = self.hidden(params, batch, adapter)
         if self.config.num_labels is None:
             return self.logits(params, x)
-        mask = attended(batch)
-        last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-        pooled = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return lora.head(pooled, adapter.get("head", params.get("head")))
+        return lora.head(at_last(x, attended(batch)), adapter.get("head", params.get("head")))
 
     def hidden(self, params, batch, adapter=None):
         """What the last norm puts out: [B, T, D] in the model's dtype; `logits` of it are the model's."""
@@ -108,9 +105,9 @@ class Decoder:
         """The matrix [V, D] whose product with `hidden` is the logits: the embedding's own where they are tied."""
         return params["embed"]["word"] if self.config.tied else params["lm_head"]
 
-    def logits(self, params, hidden):
-        """Next-token logits [..., V] float32 of hidden states [..., D]."""
-        vocabulary = self.vocabulary(params).astype(hidden.dtype)
+    def logits(self, params, hidden, tokens=slice(None)):
+        """Next-token logits [..., V] float32 of hidden states [..., D]; of some `tokens` (their ids [V']) alone, if given."""
+        vocabulary = self.vocabulary(params)[tokens].astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.logit_cap)
 
@@ -145,8 +142,7 @@ class Decoder:
         places = order[:, :tokens]
         positions, mask = self.positions(batch, places), self.mask(batch, places, order, wide)
         x, cache = self._cached(params, batch["input_ids"], positions, mask, cache, adapter)
-        last = jnp.max(jnp.where(valid, jnp.arange(tokens), 0), axis=1)
-        return self.logits(params, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]), cache
+        return self.logits(params, at_last(x, valid)), cache
 
     def extend(self, params, batch, token_B, place_B, cache, adapter=None):
         """One more token a row, at place `place` of its row -> (logits [B, V], Cache). `batch` holds the prompts, without

@@ -1,6 +1,6 @@
 """A language model as a classifier: the label is the word that follows a prompt.
 
-Letters: B rows, K labels, T tokens, D width.
+Letters: B rows, K labels, D width.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dplora_jax.models import features
-from dplora_jax.models.layers import attended, soft_cap
+from dplora_jax.models.layers import at_last, attended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,6 @@ class LabelWords:
 
     def apply(self, params, batch, adapter=None):
         """Logits [B, K] float32 of a batch as `model` takes it."""
-        hidden_BxTxD = self.model.hidden(params, batch, adapter)
-        mask = attended(batch)
-        last_B = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-        last_BxD = jnp.take_along_axis(hidden_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-        words_KxD = self.model.vocabulary(params)[jnp.array(self.words)].astype(last_BxD.dtype)
-        logits = jnp.einsum("bd,kd->bk", last_BxD, words_KxD, preferred_element_type=jnp.float32)
-        logits = soft_cap(logits, self.model.logit_cap)
+        last_BxD = at_last(self.model.hidden(params, batch, adapter), attended(batch))
+        logits = self.model.logits(params, last_BxD, jnp.array(self.words))
         return logits - params.get(features.KEY, {}).get("bias", 0.0)

@@ -162,6 +162,12 @@ def _span(body, params, x, adapter, states, span):
     return x, jax.tree.map(lambda *s: jnp.stack(s), *out)
 
 
+def at_last(x_BxTxD, mask_BxT):
+    """`x` at the last token of each row that `mask` attends to: [B, D]."""
+    last_B = jnp.max(jnp.where(mask_BxT, jnp.arange(mask_BxT.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+
+
 def attended(batch):
     """The mask [B, T] of `batch`, True where a token is attended; all of them when it carries none."""
     mask = batch.get("attention_mask")

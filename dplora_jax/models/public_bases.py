@@ -23,6 +23,12 @@ CHUNK = 8  # rows at a time
 FLOOR = 1e-2  # of the largest spread: directions with less count as this much
 
 
+def shapes(model, params, config):
+    """What `bases` gives, as jax.ShapeDtypeStruct."""
+    pairs = jax.eval_shape(lambda params: lora.init(jax.random.key(0), model, params, config)["layers"], params)
+    return {name: {"a": pair.a, "b": pair.b} for name, pair in pairs.items()}
+
+
 def bases(outputs, model, params, config, rows, seed=0):
     """A and B for each matrix that `config` (a `lora.LoraConfig`) adapts -> {target: {"a": [L, R, I], "b": [L, O, R]}}, float32.
 
@@ -36,13 +42,13 @@ def bases(outputs, model, params, config, rows, seed=0):
     draws = np.random.default_rng(seed)
 
     def probe(pair):
-        layers, inputs, outputs_ = pair.a.shape[0], pair.a.shape[2], pair.b.shape[1]
-        b = jnp.asarray(draws.standard_normal((layers, outputs_, PROBES)), jnp.float32)
-        return pair.replace(a=jnp.zeros((layers, PROBES, inputs)), b=b)
+        (layers, _, size_in), size_out = pair.a.shape, pair.b.shape[1]
+        b = jnp.asarray(draws.standard_normal((layers, size_out, PROBES)), jnp.float32)
+        return pair.replace(a=jnp.zeros((layers, PROBES, size_in)), b=b)
 
     probes = {name: probe(pair) for name, pair in fresh.items()}
     a = {
-        name: np.stack([_apart(layer, config.rank) for layer in layers])
+        name: np.stack([_whitened(layer, config.rank) for layer in layers])
         for name, layers in _gradients(outputs, params, probes, "a", rows).items()
     }
     halves = {name: pair.replace(a=jnp.asarray(a[name]), b=jnp.zeros_like(pair.b)) for name, pair in fresh.items()}
@@ -50,7 +56,7 @@ def bases(outputs, model, params, config, rows, seed=0):
     for name, layers in _gradients(outputs, params, halves, "b", rows).items():
         by_layer = []
         for layer in layers:
-            by_layer.append(_apart(np.swapaxes(layer, -1, -2), config.rank))
+            by_layer.append(_whitened(np.swapaxes(layer, -1, -2), config.rank))
             cores = np.einsum("so,nmor->nmsr", by_layer[-1], layer)
             square += np.square(cores).sum((-1, -2)).mean()
         b[name] = np.swapaxes(np.stack(by_layer), 1, 2)
@@ -77,7 +83,7 @@ def _gradients(outputs, params, pairs, letter, rows):
     return {name: np.moveaxis(gradients, 2, 0) for name, gradients in together.items()}
 
 
-def _apart(gradients, rank):
+def _whitened(gradients, rank):
     """[R, I]: the directions in which gradients [N, M, P, I] of one layer differ, each divided by its spread."""
     gradients = gradients.reshape(len(gradients), -1, gradients.shape[-1])
     mean = gradients.mean(0)

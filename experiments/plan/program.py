@@ -18,6 +18,7 @@ from dplora_jax import losses
 from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, frozen_layers, mesh, participation, program, round, trust
 from dplora_jax.federation.aggregation import CLIENTS
+from dplora_jax.models import features, public_bases
 from experiments.plan import collectives as plan_collectives
 from experiments.plan import flops
 from experiments.plan import models as plan_models
@@ -68,6 +69,8 @@ def abstract(config, devices, sizes, task, classes):
         )
     grid = mesh.make(config.execution.mesh, config.schedule.clients, model, devices)
     mechanisms = calibration.mechanisms(config, sizes)
+    if config.lora.core:
+        params |= {features.KEY: {features.BASES: public_bases.shapes(model, params, program.lora_config(config))}}
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
     wave = program.wave(config, grid, model, adapter, config.data.max_length)

@@ -13,6 +13,15 @@ from tests.experiments.small_runs import crash_before, fit
 FLIPPED = {"good": "bad", "bad": "good"}
 
 
+def arguments(tiny_bert, finance_table, tmp_path):
+    """The flags of a small run of a classifier, with a public test set."""
+    return [
+        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
+        "--max_length=8", "--clients=2", "--rounds=2", "--expected_batch_size=8", "--rank=2", "--last_layers=1", "--delta=1e-3",
+        "--epsilon=8", "--client_lr=0.3", "--head_lr=1", "--eval_every=1", f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
 def measured(command, finance_table, folder, train=lambda rows: rows, test=lambda rows: rows):
     """What public text tells of the base model of `command`, where the tables' texts are changed by these functions."""
     folder.mkdir()

@@ -1,7 +1,6 @@
 """A run with --core: its bases are of public text alone, and what is released is an adapter like any other."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,8 +9,9 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, program
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from experiments import cli
+from experiments.plan import program as plan
 from tests.conftest import GOLDEN
-from tests.experiments.public_measures import measured, measured_anew, relabelled
+from tests.experiments.public_measures import arguments, measured, measured_anew, relabelled
 from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -19,11 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture
 def command(tiny_bert, finance_table, tmp_path):
-    return [
-        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
-        "--max_length=8", "--clients=2", "--rounds=2", "--expected_batch_size=8", "--rank=2", "--last_layers=1", "--delta=1e-3",
-        "--epsilon=8", "--client_lr=0.3", "--head_lr=1", "--core", "--eval_every=1", f"--workdir={tmp_path / 'run'}",
-    ]  # fmt: skip
+    return [*arguments(tiny_bert, finance_table, tmp_path), "--core"]
 
 
 def cored():
@@ -124,6 +120,17 @@ def test_without_bases_a_federation_is_refused():
     config = cli.parse(["--core", "--rank=2", "--epsilon=8"])
     with pytest.raises(InputError, match="needs an A and a B from public text"):
         program.adapter(config, model, params)
-    shapes = jax.eval_shape(lambda params: program.adapter(config, model, params)[0], params)
-    assert all(leaf.shape[-2:] == (2, 2) for leaf in jax.tree.leaves(shapes["layers"]))
-    assert jnp.float32 == jax.tree.leaves(shapes)[0].dtype
+
+
+def test_a_plan_knows_the_cores_shapes_without_bases(tiny_bert):
+    flags = [
+        "--core",
+        "--rank=2",
+        "--targets=q,o",
+        "--epsilon=8",
+        "--clients=2",
+        "--max_length=8",
+        f"--model={tiny_bert}",
+    ]
+    made = plan.abstract(cli.parse(flags), jax.devices()[:1], [40, 40], "classification", 3)
+    assert {leaf.shape for leaf in jax.tree.leaves(made.arguments[0].adapter["layers"])} == {(2, 2, 2)}

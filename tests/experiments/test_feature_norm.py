@@ -11,7 +11,7 @@ from dplora_jax.federation import mesh, methods
 from dplora_jax.models import features
 from experiments import run
 from tests.conftest import write_tokenizer
-from tests.experiments.public_measures import measured, measured_anew, relabelled
+from tests.experiments.public_measures import arguments, measured, measured_anew, relabelled
 from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -19,11 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture
 def command(tiny_bert, finance_table, tmp_path):
-    return [
-        f"--model={tiny_bert}", "--dataset=csv", f"--data_dir={finance_table}", "--text_column=text", "--label_column=label",
-        "--max_length=8", "--clients=2", "--rounds=2", "--expected_batch_size=8", "--rank=2", "--last_layers=1", "--delta=1e-3",
-        "--epsilon=8", "--client_lr=0.3", "--head_lr=1", "--feature_norm=4", "--eval_every=1", f"--workdir={tmp_path / 'run'}",
-    ]  # fmt: skip
+    return [*arguments(tiny_bert, finance_table, tmp_path), "--feature_norm=4"]
 
 
 @pytest.mark.parametrize(

@@ -173,14 +173,6 @@ def test_secrets_in_memory_are_new_in_each_run(federation):
     assert not any(np.array_equal(x, y) for x, y in leaves)
 
 
-def test_federations_of_other_rates_share_no_program(federation):
-    """Of one shape and with one seed: with the other's program, they would come to the same."""
-    whole, other = federation(), federation(head_lr=0.1)
-    run(whole)
-    run(other)
-    assert np.abs(whole.adapter["head"]["bias"] - other.adapter["head"]["bias"]).max() > 1e-3
-
-
 def test_the_saved_adapter_is_the_released_one(federation, tmp_path):
     made = federation()
     run(made)
@@ -227,34 +219,6 @@ def test_other_records_than_the_workdirs_are_refused(federation, tmp_path):
 def test_the_number_of_shards_is_the_number_of_clients(federation):
     with pytest.raises(InputError, match="records of 2 clients are given, and clients=3"):
         list(federation().fit(small.shards()[:2], storage.InMemory()))
-
-
-class Compiled(Exception):
-    """A program is to be compiled."""
-
-
-@pytest.fixture
-def compiling_fails(federation, monkeypatch):
-    """Once the module's own program is compiled, the next one raises Compiled."""
-    run(federation())
-
-    def make(*_, **__):
-        raise Compiled
-
-    monkeypatch.setattr(dispatch.round, "make", make)
-
-
-def test_federations_of_other_budgets_share_a_program(federation, compiling_fails):
-    """A budget reaches it as its arguments."""
-    assert max(run(federation(epsilon=4.0))[-1].epsilon) <= 4
-
-
-@pytest.mark.parametrize(
-    "fields", [{"server_lr": 0.5}, {"client_lr": 0.4}, {"ema": 0.0}, {"private_diagnostics": True}, {"mesh": "3x1"}]
-)
-def test_federations_of_other_programs_do_not(federation, compiling_fails, fields):
-    with pytest.raises(Compiled):
-        run(federation(**fields))
 
 
 def test_a_workdir_that_was_opened_for_another_run_is_refused(federation, tmp_path):

@@ -30,11 +30,12 @@ class Linear:
 
 
 def vectors(rows, size, seed):
-    """[N, 1, size] that share a long vector and differ along three directions of unlike spread."""
+    """[N, 1, size] that share a long vector and differ along three directions of unlike spread, and by a little noise in all."""
     rng = np.random.default_rng(seed)
     shared, *apart = rng.standard_normal((1 + APART, size))
     spread = np.array([3.0, 1.0, 0.3])
-    return (20 * shared + (rng.standard_normal((rows, APART)) * spread) @ np.array(apart))[:, None]
+    differ = (rng.standard_normal((rows, APART)) * spread) @ np.array(apart)
+    return (20 * shared + differ + 0.02 * rng.standard_normal((rows, size)))[:, None]
 
 
 def texts(rows):

@@ -3,7 +3,7 @@
 import pytest
 
 from dplora_jax.silos import coordinator as coordinators
-from tests.silos import small_silos
+from tests.silos import plan_house, small_silos
 
 
 @pytest.fixture(params=["local", "masked"])
@@ -25,3 +25,11 @@ def masked(tmp_path):
 def soon(monkeypatch):
     """Who is gone at the end is not waited for long."""
     monkeypatch.setattr(coordinators, "END_SECONDS", 3.0)
+
+
+@pytest.fixture(scope="module")
+def house(tiny_bert, finance_table, tmp_path_factory):
+    """A folder as `plan_house.make` fills it."""
+    folder = tmp_path_factory.mktemp("house")
+    plan_house.make(folder, tiny_bert, finance_table)
+    return folder

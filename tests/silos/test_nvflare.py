@@ -18,11 +18,10 @@ import pytest
 from dplora_jax.privacy.ledger import Ledger
 from dplora_jax.silos import frames, office_socket
 from tests.conftest import write_bert, write_table
+from tests.silos import nvflare_edits
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = ROOT / "launch" / "nvflare"
 VENV = os.environ.get("NVFLARE_VENV")
-PLAIN_LAUNCHER = "nvflare.app_common.job_launcher.client_process_launcher.ClientProcessJobLauncher"
 NAMES = "east", "north", "south"
 with_nvflare = [
     pytest.mark.slow,
@@ -34,7 +33,7 @@ with_nvflare = [
 
 
 @contextlib.contextmanager
-def engine(workdir, files=FILES):
+def engine(workdir, files=nvflare_edits.FILES):
     """launch/silos_nvflare.sh on `workdir` -> its log's path; nothing that it started is left."""
     log = workdir / "nvflare.log"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NVFLARE_FILES": str(files)}
@@ -97,91 +96,20 @@ def kits(workdir):
     return workdir / "nvflare" / "made" / "dplora_jax" / "prod_00"
 
 
-def copied(tmp_path, edit):
-    """launch/nvflare, of which `edit(folder)` changed something."""
-    shutil.copytree(FILES, tmp_path / "files")
-    edit(tmp_path / "files")
-    return tmp_path / "files"
-
-
-def replaced(path, *pairs):
-    text = path.read_text()
-    for old, new in pairs:
-        assert old in text
-        text = text.replace(old, new)
-    path.write_text(text)
-
-
-def any_server(files):
-    """A coordinator that allows itself everything: what a site refuses, it refuses itself."""
-    replaced(files / "server" / "authorization.json", ('"none"', '"any"'))
-    replaced(files / "server" / "resources.json", ("dplora_jax.silos.nvflare_relay.OfficeController", "*"))
-
-
-def own_code(files):
-    any_server(files)
-    (files / "job" / "app" / "custom").mkdir()
-    (files / "job" / "app" / "custom" / "own.py").write_text("")
-
-
-def own_code_of_a_super_user(files):
-    """NVFLARE 2.9 lets a role of this name do everything, past every site's policy."""
-    own_code(files)
-    replaced(files / "project.yml", ("role: project_admin", "role: super"))
-
-
-def other_class(files):
-    any_server(files)
-    replaced(
-        files / "job" / "app" / "config" / "config_fed_client.json",
-        ("dplora_jax.silos.nvflare_relay.SiteRelay", "nvflare.app_common.np.np_trainer.NPTrainer"),
-    )
-
-
-def other_class_without_launcher(files):
-    other_class(files)
-    replaced(
-        files / "site" / "resources.json",
-        ("dplora_jax.silos.nvflare_relay.SiteLauncher", PLAIN_LAUNCHER),
-    )
-
-
-def uploading(files):
-    """NVFLARE's own default: logs of jobs go to the server."""
-    site, server = files / "site" / "resources.json", files / "server" / "resources.json"
-    streamer = {
-        "id": "site_log_streamer", "path": "nvflare.app_common.logging.site_log_streamer.SiteLogStreamer",
-        "args": {"log_file_name": "error_log.txt"},
-    }  # fmt: skip
-    for path, component in (
-        (site, streamer),
-        (server, {"id": "log_receiver", "path": "nvflare.app_common.logging.job_log_receiver.JobLogReceiver"}),
-    ):
-        resources = json.loads(path.read_text())
-        resources["components"].append(component)
-        resources["class_allow_list"] = ["*"]
-        path.write_text(json.dumps(resources))
-    replaced(
-        site,
-        ('"allow_log_streaming": false', '"allow_log_streaming": true'),
-        ("dplora_jax.silos.nvflare_relay.SiteLauncher", PLAIN_LAUNCHER),
-    )
-
-
 class TestNvflare:
     pytestmark = with_nvflare
 
     @pytest.mark.parametrize(
         ("edit", "refusal"),
         [
-            (own_code, "BYOC not permitted"),
-            (own_code_of_a_super_user, "the job has files of its own: custom/own.py"),
-            (other_class, "the job's configuration is another than this site runs"),
-            (other_class_without_launcher, "is not in allow_list"),
+            (nvflare_edits.own_code, "BYOC not permitted"),
+            (nvflare_edits.own_code_of_a_super_user, "the job has files of its own: custom/own.py"),
+            (nvflare_edits.other_class, "the job's configuration is another than this site runs"),
+            (nvflare_edits.other_class_without_launcher, "is not in allow_list"),
         ],
     )
     def test_a_site_refuses_code_of_a_job_and_a_class_that_is_not_listed(self, tmp_path, edit, refusal):
-        files, workdir = copied(tmp_path, edit), tmp_path / "run"
+        files, workdir = nvflare_edits.copied(tmp_path, edit), tmp_path / "run"
 
         def refused():
             site = "".join(path.read_text(errors="replace") for path in kits(workdir).glob("north/**/*.txt"))
@@ -196,7 +124,7 @@ class TestNvflare:
     )
     def test_no_line_of_a_sites_log_reaches_the_server(self, tmp_path, uploads):
         workdir, marker = tmp_path / "run", "a line of this site alone"
-        files = copied(tmp_path, uploading) if uploads else FILES
+        files = nvflare_edits.copied(tmp_path, nvflare_edits.uploading) if uploads else nvflare_edits.FILES
 
         def logs():
             return [path for name in NAMES for path in kits(workdir).glob(f"{name}/*/*log*.txt")]

@@ -5,73 +5,15 @@ import math
 
 import numpy as np
 import pytest
-from absl import flags as absl_flags
 
-from dplora_jax.config import replace
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import integers
 from dplora_jax.silos import keys, plan
 from experiments import silo
-from experiments.silo import check as check_command
 from tests.silos import small_silos
+from tests.silos.plan_house import check, edited, run, table
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(scope="module")
-def house(tiny_bert, finance_table, tmp_path_factory):
-    """A folder with the keys of three sites, the coordinator's plan, and each site's own table."""
-    folder = tmp_path_factory.mktemp("house")
-    rows = (finance_table / "train.csv").read_text().splitlines()
-    for number, name in enumerate(small_silos.NAMES):
-        (folder / "data" / name).mkdir(parents=True)
-        own = [rows[0], *rows[1 + number :: 3]]
-        (folder / "data" / name / "train.csv").write_text("\n".join(own) + "\n")
-        run("keys", f"--name={name}", f"--workdir={folder / name}", *table(folder, name), "--labels=bad,good")
-    cards = ",".join(str(folder / name / keys.CARD) for name in small_silos.NAMES)
-    settings = [
-        "--dataset=csv", "--labels=bad,good", f"--model={tiny_bert}", "--rank=2", "--rounds=3", "--epsilon=8", "--delta=1e-3",
-        "--max_length=8", "--expected_batch_size=8", "--trust=distributed", "--noise=hardened", "--survivors=3", "--colluding=1",
-    ]  # fmt: skip
-    run("plan", f"--sites={cards}", f"--workdir={folder / 'coordinator'}", *settings)
-    return folder
-
-
-def table(folder, name):
-    return ["--dataset=csv", f"--data_dir={folder / 'data' / name}", "--text_column=text", "--label_column=label"]
-
-
-def run(*arguments):
-    assert silo.main(list(arguments)) == 0
-
-
-def check(house, capsys, *flags, path=None, name="north", code=2, rehearsal=True):
-    """What `check` says, on stdout or on stderr."""
-    own = [word for word in table(house, name) if not word.startswith("--dataset")]
-    path = path or house / "coordinator" / plan.FILE
-    arguments = [
-        "check",
-        str(path),
-        f"--workdir={house / name}",
-        *own,
-        *(flags or ["--most_epsilon=8"]),
-        *(["--rehearsal"] if rehearsal else []),
-    ]
-    assert silo.main(arguments) == code
-    said = capsys.readouterr()
-    return said.err if code else said.out
-
-
-def edited(house, tmp_path, change, sign=True):
-    """The plan after `change(body)`, signed by the coordinator again unless not."""
-    document = json.loads((house / "coordinator" / plan.FILE).read_text())
-    change(document["plan"])
-    path = tmp_path / plan.FILE
-    if sign:
-        digest = plan.hashlib.sha256(plan.canonical(document["plan"])).digest()
-        document["signature"] = keys.load(house / "coordinator").sign.sign(b"dplora_jax plan" + digest).hex()
-    path.write_text(json.dumps(document))
-    return path
 
 
 def test_a_plan_may_begin_with_what_public_records_taught(house, tiny_bert, finance_table, tmp_path, capsys):
@@ -106,45 +48,6 @@ def test_a_plan_that_fits_is_approved_and_its_epsilon_recomputed(house, capsys):
         made.number("west")
     shares = made.mode.shares(made.config, made.sizes, made.mechanisms)
     assert made.bits == integers.bits_for([shares])
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--most_epsilon=7"], "past --most_epsilon=7"),
-        (["--most_epsilon=8", "--least_survivors=4"], "below --least_survivors=4"),
-        (["--most_epsilon=8", "--least_colluding=2"], "colluding=1, below --least_colluding=2"),
-        (["--most_epsilon=8", "--most_delta=1e-5"], "delta is 0.001, and this party agrees to --most_delta=1e-05"),
-        (["--most_epsilon=8", "--rounds=2"], "--rounds is the plan's to decide"),
-        (["--text_column=text"], "--most_epsilon is missing"),
-    ],
-)
-def test_a_party_keeps_its_own_limits(house, capsys, flags, words):
-    assert words in check(house, capsys, *flags)
-
-
-def limits(*flags):
-    """What a party agrees to, as `check` reads it."""
-    values = absl_flags.FlagValues()
-    check_command.define(values)
-    values(["check", "--most_epsilon=8", *flags])
-    return values
-
-
-def test_a_plan_without_privacy_is_for_a_rehearsal_alone(house):
-    made = plan.read(house / "coordinator" / plan.FILE)
-    with pytest.raises(InputError, match="the plan has no privacy"):
-        check_command._within(made, 0, math.inf, limits())
-    check_command._within(made, 0, math.inf, limits("--rehearsal"))
-
-
-@pytest.mark.parametrize(("records", "delta", "most"), [(20, 2e-3, "0.001"), (2000, 1e-3, "0.0005")])
-def test_a_party_that_gives_no_limit_of_delta_has_one(house, records, delta, most):
-    made = plan.read(house / "coordinator" / plan.FILE)
-    check_command._within(made, 0, 7.9, limits())
-    made.sizes[0], made.config = records, replace(made.config, delta=delta)
-    with pytest.raises(InputError, match=f"agrees to --most_delta={most}"):
-        check_command._within(made, 0, 7.9, limits())
 
 
 def swapped(name):
@@ -217,15 +120,6 @@ def test_a_plan_that_does_not_fit_is_refused_though_the_coordinator_signed_it(ho
     change, words = CHANGES[what]
     assert words in check(house, capsys, path=edited(house, tmp_path, change), rehearsal=False)
     assert not (tmp_path / plan.APPROVAL).exists()
-
-
-def test_nobody_approves_before_the_sites_have_compared_the_plans_digest(house, capsys):
-    """Each knows its own keys in the plan: if all have one plan, all its keys are right."""
-    digest = plan.read(house / "coordinator" / plan.FILE).digest.hex()
-    for flags in ([], [f"--digest={'0' * 32}"]):
-        said = check(house, capsys, "--most_epsilon=8", *flags, rehearsal=False)
-        assert f"give --digest={digest[:32]}" in said
-    assert "Approved" in check(house, capsys, "--most_epsilon=8", f"--digest={digest[:32]}", rehearsal=False, code=0)
 
 
 def test_what_a_site_keeps_and_prints_of_a_plan_is_reckoned_at_the_site(house, capsys, tmp_path):
