@@ -7,6 +7,8 @@ import pytest
 from dplora_jax import lora, losses, models, peft
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, program
+from dplora_jax.finetuning import setup
+from dplora_jax.models import public_bases
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from experiments import cli
 from experiments.plan import program as plan
@@ -100,6 +102,42 @@ def test_bases_are_of_public_text_alone(command, finance_table, tmp_path):
     np.testing.assert_array_equal(bases("train", train=sales), plain)
     np.testing.assert_array_equal(bases("labels", test=relabelled), plain)
     assert np.abs(bases("test", test=sales) - plain).max() > 1e-3
+
+
+def test_a_sweep_measures_once_what_its_cells_share(command, monkeypatch):
+    counted, bases = [], public_bases.bases
+    monkeypatch.setattr(public_bases, "bases", lambda *given: counted.append(1) or bases(*given))
+    memo = {}
+    for more in ([], ["--epsilon=2"], ["--client_lr=1"], ["--rank=3"]):
+        setup.prepare(cli.parse([*command, *more]), memo=memo)
+    assert len(counted) == 2
+
+
+A, B = np.ones((1, 2, 16)).tolist(), np.ones((1, 16, 2)).tolist()
+BASES = {"query": {"a": A, "b": B}, "value": {"a": A, "b": B}}
+CHANGES = {
+    "nothing": None,
+    "a number": 5,
+    "no bases": {"bases": {}},
+    "a matrix less": {"bases": {"query": BASES["query"]}},
+    "no b": {"bases": BASES | {"value": {"a": A}}},
+    "another size": {"bases": BASES | {"value": {"a": np.ones((1, 2, 15)).tolist(), "b": B}}},
+    "no number": {"bases": BASES | {"value": {"a": [[["x"] * 16] * 2], "b": B}}},
+    "one that is infinite": {"bases": BASES | {"value": {"a": [[[1e39] * 16] * 2], "b": B}}},
+    "one that is huge": {"bases": BASES | {"value": {"a": [[[10**400] * 16] * 2], "b": B}}},
+    "more than was asked for": {"bases": BASES, "bias": [0.0]},
+}
+
+
+def test_what_was_measured_before_is_taken(command):
+    made = setup.prepare(cli.parse(command), {"federation": {"measured": {"bases": BASES}}}).federation
+    np.testing.assert_array_equal(made.params["measured"]["bases"]["value"]["b"], B)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_another_party_says_was_measured_is_held_against_the_model(command, what):
+    with pytest.raises(InputError, match="does not fit this model and these settings"):
+        setup.prepare(cli.parse(command), {"federation": {"measured": CHANGES[what]}})
 
 
 @pytest.mark.parametrize(

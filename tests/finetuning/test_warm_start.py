@@ -269,7 +269,14 @@ def test_a_mistake_is_one_sentence(warm, finance_table, tmp_path, more, words, c
     assert words.replace("\\", "") in said[-1]
 
 
-def test_a_start_of_another_form_is_refused(warm):
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (lambda prepared: {"head": prepared.adapter["head"]}, "another form"),
+        (lambda prepared: jax.tree.map(lambda x: x + np.nan, prepared.adapter), "not finite"),
+    ],
+)
+def test_a_start_that_is_no_adapter_of_this_federation_is_refused(warm, start, words):
     job = setup.prepare(cli.parse(warm, lambda _: None))
-    with pytest.warns(InputWarning, match="no workdir"), pytest.raises(InputError, match="another form"):
-        list(job.federation.fit(job.shards, start=lambda prepared: {"head": prepared.adapter["head"]}))
+    with pytest.warns(InputWarning, match="no workdir"), pytest.raises(InputError, match=words):
+        list(job.federation.fit(job.shards, start=start))

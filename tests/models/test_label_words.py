@@ -10,6 +10,7 @@ import pytest
 from dplora_jax import lora, losses, models
 from dplora_jax.data import encoding, tasks
 from dplora_jax.errors import InputError
+from dplora_jax.federation import dispatch
 from dplora_jax.models import features, load_tokenizer
 from dplora_jax.models.label_words import LabelWords
 from dplora_jax.privacy.clipping import clipped_grad_sum
@@ -83,6 +84,11 @@ def test_of_a_loss_without_a_view_of_its_own_the_reader_is_the_model():
     assert losses.reader(losses.label_words(WORDS), model, params) == LabelWords(model, WORDS)
     assert losses.reader(losses.language_model, model, params) is model
     assert losses.reader(lambda model, params: lambda adapter, batch: 0, model, params) is model
+
+
+def test_runs_of_one_set_of_words_may_share_a_program():
+    one, same, other = (dispatch._comparable(losses.label_words(words)) for words in (WORDS, WORDS, WORDS[::-1]))
+    assert one == same != other
 
 
 @pytest.fixture(scope="module")
