@@ -1,5 +1,7 @@
 """A run with --core: its bases are of public text alone, and what is released is an adapter like any other."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from dplora_jax.models import public_bases
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from experiments import cli
 from experiments.plan import program as plan
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, write_tokenizer
 from tests.experiments.public_measures import arguments, measured, measured_anew, relabelled
 from tests.experiments.small_runs import fit
 
@@ -102,6 +104,47 @@ def test_bases_are_of_public_text_alone(command, finance_table, tmp_path):
     np.testing.assert_array_equal(bases("train", train=sales), plain)
     np.testing.assert_array_equal(bases("labels", test=relabelled), plain)
     assert np.abs(bases("test", test=sales) - plain).max() > 1e-3
+
+
+def learned(job):
+    """Whether every core of a run has moved, and is finite."""
+    cores = [np.asarray(pair.core) for pair in job.federation._state.adapter["layers"].values()]
+    return all(core.any() and np.isfinite(core).all() for core in cores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [["--dtype=bfloat16"], ["--quantize=int8"], ["--trust=distributed", "--noise=hardened"], ["--clipping=adaptive"]],
+)
+def test_a_core_goes_with_other_numbers_trust_and_clipping(command, more):
+    assert learned(fit([*command, *more]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "modernbert"])
+def test_a_core_of_encoders_whose_head_has_more_layers(finance_table, tmp_path, name):
+    shutil.copytree(GOLDEN / "families" / f"{name}_classifier", tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    with pytest.warns(UserWarning, match="other labels"):
+        assert learned(fit([*arguments(tmp_path / "model", finance_table, tmp_path), "--core"]))
+
+
+def test_a_language_model_that_says_labels_trains_a_core(finance_table, tmp_path):
+    shutil.copytree(GOLDEN / "variants/llama_mqa", tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    for name in ("train.csv", "test.csv"):
+        rows = (finance_table / name).read_text().replace(",good", ",rose").replace(",bad", ",fell")
+        (tmp_path / name).write_text(rows)
+    own = [
+        f"--data_dir={tmp_path}",
+        "--labels=rose,fell",
+        "--max_length=12",
+        "--head_lr=0.3",
+        "--targets=q,o",
+        "--core",
+    ]
+    assert learned(fit([*arguments(tmp_path / "model", finance_table, tmp_path), *own]))
 
 
 def test_a_sweep_measures_once_what_its_cells_share(command, monkeypatch):
