@@ -4,7 +4,8 @@
 
 needs one GPU of 80 GB, this project with JAX for CUDA, and neither the hub nor weights: models have real shapes and random
 weights. Each of PARTS is a process with a time limit of its own; what it has found is in the JSON file, part by part, also where
-it fails or its time is up, and the other parts go on. --small rehearses all of it at small shapes on a CPU.
+it fails or its time is up, and the other parts go on. --small rehearses all of it at small shapes on a CPU,
+with five times as long for each part.
 
 Exit codes: 0 every part ended and every check passed, 1 not so, 2 bad input, 74 a file cannot be written.
 """
@@ -39,6 +40,7 @@ PARTS = {
     "llama": (125, {}),
 }
 SETTINGS = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # PyTorch needs room beside JAX
+REHEARSAL = 5  # times as long: a CPU compiles, and another process may have half of it
 
 
 def define():
@@ -47,7 +49,7 @@ def define():
     flags.DEFINE_string("out", "gpu_check.json", "file for everything that is found", flag_values=values)
     flags.DEFINE_boolean("small", False, "a rehearsal on a CPU at small shapes", flag_values=values)
     flags.DEFINE_list("parts", list(PARTS), "what to do", flag_values=values)
-    flags.DEFINE_integer("limit", 480, "seconds in all", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("limit", 480, "seconds in all, five times as long with --small", lower_bound=1, flag_values=values)
     flags.DEFINE_string("part", None, "do this part alone, in this process: its lines of JSON", flag_values=values)
     flags.DEFINE_string("folder", None, "with --part: where parts leave files for each other", flag_values=values)
     return values
@@ -63,7 +65,7 @@ def main(argv=None):
         raise InputError(f"--parts={','.join(sorted(unknown))} is not known: {', '.join(PARTS)}.")
     if config.part:
         return tell(config)
-    found, end = {}, time.monotonic() + config.limit
+    found, end = {}, time.monotonic() + config.limit * (REHEARSAL if config.small else 1)
     with tempfile.TemporaryDirectory() as folder:
         for name in config.parts:
             found[name] = run(name, config.small, folder, end - time.monotonic())
@@ -93,7 +95,7 @@ def tell(config):
 def run(name, small, folder, left):
     """{"ended", "seconds", "lines"} of the part `name` in a process of its own, which has `left` seconds at most."""
     limit, settings = PARTS[name]
-    limit, began = min(limit, left), time.monotonic()
+    limit, began = min(limit * (REHEARSAL if small else 1), left), time.monotonic()
     if limit <= 0:
         return {"ended": "left out: the time is up", "seconds": 0.0, "lines": []}
     command = [sys.executable, "-m", "experiments.gpu_check", f"--part={name}", f"--folder={folder}"]
