@@ -1,29 +1,55 @@
-"""How long devices work, and how long they wait."""
+"""Where the time of a run goes, and how long its devices wait."""
 
 import contextlib
 import time
 
+BUSY = "compiling", "rounds", "evaluating"  # what keeps the devices at work, or is no waiting
+
 
 class Clock:
-    """How long the devices waited: all time from the start to `stop` but that in `busy` blocks."""
+    """Seconds by part. A `part` within a part counts for itself alone.
+
+    The devices wait in all time between `begin` (when the rounds are prepared) and `stop` but that in parts of BUSY.
+    """
 
     def __init__(self):
-        self.start, self.end, self.seconds = time.perf_counter(), None, 0.0
+        self.made, self.seconds, self.start, self.end = time.perf_counter(), {}, None, None
+        self._inner = [0.0]  # seconds of the parts that ended within each part that is open, from the outermost on
+        self._busy_before = 0.0
 
     @contextlib.contextmanager
-    def busy(self):
-        """Compiling, running (the way of its arguments to the device included) and evaluating go here."""
+    def part(self, name):
+        """What is done in this context belongs to the part `name`."""
         start = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - start
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner.pop()
+            self._inner[-1] += elapsed
+
+    def begin(self):
+        """All is prepared: from here on the devices are to be kept at work."""
+        self.start, self._busy_before = time.perf_counter(), self._busy()
 
     def stop(self):
         """The rounds are over: what is written after them keeps no device waiting."""
         self.end = time.perf_counter()
 
+    def _busy(self):
+        return sum(self.seconds.get(name, 0.0) for name in BUSY)
+
+    def parts(self):
+        """{part: seconds} of all time since the clock was made, in the order in which the parts first ended."""
+        elapsed = time.perf_counter() - self.made
+        return self.seconds | {"all else": elapsed - sum(self.seconds.values())}
+
     def in_words(self):
         """What to say at the end."""
+        parts = self.parts()
+        yield f"{sum(parts.values()):.0f} s: " + ", ".join(f"{name} {spent:.1f}" for name, spent in parts.items()) + "."
         elapsed = (self.end or time.perf_counter()) - self.start
-        waited = elapsed - self.seconds
+        waited = elapsed - (self._busy() - self._busy_before)
         share = f"{waited:.1f} s of {elapsed:.1f} s ({waited / elapsed:.1%})"
-        return f"The devices waited {share} for input, keys, ledger and checkpoints."
+        yield f"The devices waited {share} for input, keys, ledger and checkpoints."

@@ -219,10 +219,11 @@ def _call(job, state, keys, length):
     """One call of the program of `length` rounds, compiled if it is the first -> (state, (private, valid), seconds)."""
     p = job.prepared
     arguments = (state, p.params, p.placement.clients, p.placement.data, keys)
-    with job.clock.busy():
-        diagnostics = job.config.execution.private_diagnostics
+    diagnostics = job.config.execution.private_diagnostics
+    with job.clock.part("compiling"):
         program = compiled(job.programs, job.config, p.rounds, p.mesh, arguments, diagnostics=diagnostics)
-        start = time.perf_counter()
+    start = time.perf_counter()
+    with job.clock.part("rounds"):
         state, (_, private, valid) = jax.block_until_ready(program(*arguments))
     return state, (private, valid), time.perf_counter() - start
 

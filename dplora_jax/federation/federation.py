@@ -54,18 +54,20 @@ class Federation:
     (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled
     rounds, and `memo` what the frozen layers made of records: given the same dicts, federations that differ
     in no more than records and `seed` share them.
-    `base_name` is what others know the base model by, for the adapter's files.
+    `base_name` is what others know the base model by, for the adapter's files; `clock` (a `clock.Clock`) tells where time goes.
 
     Raises InputError where the configuration has no guarantee, or no meaning.
     """
 
-    def __init__(self, model, params, loss, config=None, *, base_name=None, programs=None, memo=None):
+    def __init__(
+        self, model, params, loss, config=None, *, base_name=None, programs=None, memo=None, clock=None
+    ):  # fmt: skip
         self.config = config_checks.settle(config or FederationConfig())
         self.model, self.params, self.loss = model, params, loss
         self.mesh = mesh.make(self.config.execution.mesh, self.config.schedule.clients, model)
         self._programs, self._memo = {} if programs is None else programs, memo
         self.base_name, self.stopped, self._released = base_name, False, None
-        self.history, self.prepared, self.clock = [], None, None
+        self.history, self.prepared, self.clock = [], None, clock or Clock()
         self._state = self._held = None
 
     def plan(self, sizes):
@@ -116,8 +118,9 @@ class Federation:
             training, held = held_out.split(self.config, shards, keys)
             prepared = self.prepare(training, kept.stored, held)
             wanted = evaluate and self.config.execution.eval_every
-            evaluated = self._measuring(prepared, evaluate) if wanted else _nothing
-            probed = self._measuring(prepared, probe) if probe else None
+            with self.clock.part("frozen layers"):  # of the public test set
+                evaluated = self._measuring(prepared, evaluate) if wanted else _nothing
+                probed = self._measuring(prepared, probe) if probe else None
             job = self._job(prepared, kept, keys, describe)
             score = score or functools.partial(private_scores.of_rows, self.loss)
             begin = functools.partial(preparation.begun, prepared, start)
@@ -161,7 +164,7 @@ class Federation:
         already, whose mechanisms are kept. Raises InputError."""
         self._check_count(shards)
         prepared = preparation.prepare(
-            self.config, self.model, self.params, self.loss, self.mesh, shards, stored, self._memo
+            self.config, self.model, self.params, self.loss, self.mesh, shards, stored, self._memo, self.clock
         )
         self._held, self.prepared = held, private_scores.covered(prepared, held)
         return self.prepared
@@ -200,7 +203,7 @@ class Federation:
             kept.ledger.seal_with(b"".join(keys))
             kept.ledger.promise()
         inputs = dispatch.keyed_inputs(keys, prepared.base_digest, preparation.records_digest(prepared, keys))
-        self.clock = Clock()  # preparing is no waiting of the devices
+        self.clock.begin()  # preparing is no waiting of the devices
         return dispatch.Job(config, prepared, kept, keys, inputs, described, self.clock, self._programs)
 
     def _measuring(self, prepared, evaluate):
@@ -231,7 +234,7 @@ class Federation:
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             last = done == config.schedule.rounds
             if config.execution.eval_every and (done % config.execution.eval_every == 0 or last):
-                with job.clock.busy():
+                with job.clock.part("evaluating"):
                     fresh[-1] |= evaluate(state, done, ends=last)
             if last:
                 fresh[-1] |= processes.agree(functools.partial(metrics_lines.charged, job))
@@ -249,7 +252,7 @@ class Federation:
         restored = job.storage.restore(job.prepared.state)
         if restored is None:
             line = metrics_lines.base_line(job.config.schedule.clients)
-            with job.clock.busy():
+            with job.clock.part("evaluating"):
                 state = begin()
                 line |= evaluate(state, 0, ends=True)
             anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
@@ -281,7 +284,8 @@ class Federation:
             if job.storage.directory is not None:
                 self.save(job.storage.directory / "adapter")
             if closing:
-                closing()
+                with job.clock.part("report"):
+                    closing()
             job.ledger.append(entry="end", round=last["round"])
             job.storage.finish()
         if changed:

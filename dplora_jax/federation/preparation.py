@@ -23,6 +23,7 @@ from dplora_jax.federation import (
     trust,
     units,
 )
+from dplora_jax.federation.clock import Clock
 from dplora_jax.privacy import secrets
 
 
@@ -51,9 +52,10 @@ class Prepared(NamedTuple):
         return dataclasses.replace(self.model, start=0)
 
 
-def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
+def prepare(config, model, params, loss, grid, shards, stored=None, memo=None, clock=None):
     """The Prepared of `shards` (see `Federation.fit`) on the mesh `grid`. `stored` is the config.json (a dict) of a run that was
-    charged already, whose mechanisms are kept. Raises InputError."""
+    charged already, whose mechanisms are kept; `clock` (a `clock.Clock`) learns how long its parts took. Raises InputError."""
+    clock = clock or Clock()
     count = config.schedule.clients
     layout = units.layout(config)
     digests = {k: fingerprints.digest_arrays(shard) for k, shard in enumerate(shards) if shard is not None}
@@ -67,7 +69,8 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     length = table["attention_mask"].shape[1]
     adapter, params, lora_config, wave = adapter_and_wave(config, grid, model, params, length)
     _warn_of_delta(config, max(sizes))
-    mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
+    with clock.part("calibrating"):
+        mechanisms = calibration.kept(stored, sizes) if stored else calibration.mechanisms(config, sizes)
     most = layout.most_rows(sum(sizes))
     streamed = processes.agree(lambda: streaming.wanted(config, grid, table, most))
     base_digest = fingerprints.digest_base(model, params)
@@ -75,7 +78,8 @@ def prepare(config, model, params, loss, grid, shards, stored=None, memo=None):
     # Records of one process alone go through its own copy of the base: what lies on all processes' mesh only all can run.
     local = on_mesh if processes.count() == 1 else params
     model, through = frozen_layers.split(config, model, local, most, length, memo, sum(counts.values()))
-    table = through(table)
+    with clock.part("frozen layers"):
+        table = through(table)
     placed = _shards(table, counts, count)
     parts = trust.mode(config).shares(config, sizes, mechanisms)
     placement = mesh.place(

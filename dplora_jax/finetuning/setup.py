@@ -10,6 +10,7 @@ import numpy as np
 from dplora_jax import models
 from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
+from dplora_jax.federation.clock import Clock
 from dplora_jax.federation.federation import Federation
 from dplora_jax.finetuning import dealing, objectives, public_tests, public_text, warm_start
 from dplora_jax.models import features, pretrained
@@ -47,13 +48,19 @@ class Base(NamedTuple):
     labels: Any
 
 
-def prepare(config, stored=None, memo=None, dealt=None, programs=None, command=""):
+def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="", clock=None):
     """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and
     `programs`, dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in
-    for the records that the fields name. Raises InputError."""
+    for the records that the fields name, and `clock` (a `clock.Clock`) learns where time goes. Raises InputError."""
+    clock = clock or Clock()
+    with clock.part("reading"):
+        return _prepared(config, stored, memo, dealt, programs, command, clock)
+
+
+def _prepared(config, stored, memo, dealt, programs, command, clock):
     processes.at("reading the base model and the records")
     dealt = dealt or dealing.deal(config)
-    base = read_base(config, dealt.corpus, stored, memo)
+    base = read_base(config, dealt.corpus, stored, memo, clock)
     model, params, tokenizer, objective, corpus, test, labels = base
     evaluated = config.execution.eval_every and (test is not None or not config.private_test.share)
     federation = Federation(
@@ -64,6 +71,7 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
         base_name=pretrained.hub_id(config.base.name),
         programs=programs,
         memo=memo,
+        clock=clock,
     )
     # No other client's text is looked at.
     table, shares = dealt.read(federation.local_clients(config.data.max_length))
@@ -87,9 +95,9 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     return FineTuning(federation, shards, evaluate, probe, describe, start, corpus, tokenizer)
 
 
-def read_base(config, corpus, stored=None, memo=None):
-    """Read and check the base model for the task of `corpus` -> Base; no private record is looked at. `stored` and `memo` as for
-    `prepare`. Raises InputError."""
+def read_base(config, corpus, stored=None, memo=None, clock=None):
+    """Read and check the base model for the task of `corpus` -> Base; no private record is looked at. `stored`, `memo` and
+    `clock` as for `prepare`. Raises InputError."""
     classifies = objectives.kind(config, corpus.task) == objectives.CLASSIFIER
     labels = corpus.label_names if classifies else None
     name, dtype, quantize = config.base.name, config.base.dtype, config.base.quantize
@@ -103,7 +111,8 @@ def read_base(config, corpus, stored=None, memo=None):
     objective = objectives.make(config, corpus.task, tokenizer)
     wanted = config.execution.eval_every or config.base.feature_norm or config.lora.core or objective.words
     test = objective.test(corpus.test) if wanted and corpus.test else None
-    params = public_text.with_measured(config, model, params, objective, test, memo, stored)
+    with (clock or Clock()).part("public text"):
+        params = public_text.with_measured(config, model, params, objective, test, memo, stored)
     return Base(model, params, tokenizer, objective, corpus, test, labels)
 
 

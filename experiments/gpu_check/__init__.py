@@ -49,7 +49,9 @@ def define():
     flags.DEFINE_string("out", "gpu_check.json", "file for everything that is found", flag_values=values)
     flags.DEFINE_boolean("small", False, "a rehearsal on a CPU at small shapes", flag_values=values)
     flags.DEFINE_list("parts", list(PARTS), "what to do", flag_values=values)
-    flags.DEFINE_integer("limit", 480, "seconds in all, five times as long with --small", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "limit", 480, "seconds in all, five times as long with --small", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_string("part", None, "do this part alone, in this process: its lines of JSON", flag_values=values)
     flags.DEFINE_string("folder", None, "with --part: where parts leave files for each other", flag_values=values)
     return values

@@ -15,9 +15,13 @@ STOPPED = 75
 
 def main(argv=None):
     """Run the command line `argv` (default: this process's) -> exit code."""
-    from dplora_jax import guard, private_files
-    from dplora_jax.federation import processes, storage
-    from experiments import cli
+    from dplora_jax.federation.clock import Clock
+
+    clock = Clock()
+    with clock.part("starting"):
+        from dplora_jax import guard, private_files
+        from dplora_jax.federation import processes, storage
+        from experiments import cli
 
     guard.begin(processes.primary, cli.as_flags)
     arguments = sys.argv[1:] if argv is None else argv
@@ -30,7 +34,7 @@ def main(argv=None):
         with storage.open_workdir(config.output.workdir, config) as workdir:
             folder = workdir.directory
             with private_files.reasons_in(folder):
-                code = run(config, workdir, " ".join(["python -m experiments.run", *arguments]))
+                code = run(config, workdir, " ".join(["python -m experiments.run", *arguments]), clock)
                 processes.leave(code)
                 return code
     except Exception as error:
@@ -38,8 +42,8 @@ def main(argv=None):
         return exits.say_and_code(error, folder)
 
 
-def run(config, workdir, command):
-    """Start, resume or find finished the run of `workdir` (a `storage.Workdir`) -> exit code."""
+def run(config, workdir, command, clock):
+    """Start, resume or find finished the run of `workdir` (a `storage.Workdir`) -> exit code. `clock` learns where time goes."""
     from dplora_jax.federation import processes
     from experiments.run import progress, summary, tensorboard
 
@@ -49,9 +53,10 @@ def run(config, workdir, command):
         if processes.primary():
             print(f"This run is finished, nothing was done. {summary.line(workdir.directory)}")
         return 0
-    from dplora_jax.finetuning import setup
+    with clock.part("starting"):
+        from dplora_jax.finetuning import setup
 
-    job = setup.prepare(config, workdir.stored, command=command)
+    job = setup.prepare(config, workdir.stored, command=command, clock=clock)
     asked = _on_sigterm()
     with progress.bar(config.schedule.rounds, None if processes.primary() else True) as show:
         documents = lambda: _write_documents(config, workdir.directory, job)  # noqa: E731
@@ -62,7 +67,7 @@ def run(config, workdir, command):
     if job.federation.stopped:
         return STOPPED
     if processes.primary():
-        print(job.federation.clock.in_words())
+        print(*clock.in_words(), sep="\n")
         done, rounds = job.federation.history[-1]["round"], config.schedule.rounds
         if done < rounds:
             missing = f"rounds {done + 1} to {rounds} were not run"

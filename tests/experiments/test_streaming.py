@@ -24,7 +24,7 @@ def test_a_streamed_run_comes_to_the_same_adapter_and_says_how_long_it_waited(ti
     ]  # fmt: skip
     fit([*command, f"--workdir={tmp_path / 'there'}"])
     made = fit([*command, "--stream", f"--workdir={tmp_path / 'streamed'}"])
-    assert "The devices waited " in made.federation.clock.in_words()
+    assert "The devices waited " in "".join(made.federation.clock.in_words())
     there, streamed = (
         safetensors.numpy.load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("there", "streamed")

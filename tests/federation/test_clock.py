@@ -1,12 +1,54 @@
-"""What counts as the devices' waiting."""
+"""Where the time of a run goes, and what counts as the devices' waiting."""
 
+import contextlib
 import time
 
 import pytest
 
+from dplora_jax.federation import clock
 from tests.federation import small_federation as small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture
+def turn(monkeypatch):
+    """A function that moves the time on by so many seconds."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_a_part_within_a_part_counts_once(turn):
+    made = clock.Clock()
+    turn(1)
+    with made.part("reading"):
+        turn(2)
+        with made.part("public text"):
+            turn(4)
+        with contextlib.suppress(KeyError), made.part("public text"):
+            turn(8)
+            raise KeyError
+    turn(16)
+    assert made.parts() == {"public text": 12.0, "reading": 2.0, "all else": 17.0}
+
+
+def test_the_devices_wait_where_no_busy_part_is_open_between_the_first_round_and_the_last(turn):
+    made = clock.Clock()
+    with made.part("evaluating"):
+        turn(3)  # before the rounds
+    made.begin()
+    turn(1)
+    with made.part("rounds"):
+        turn(6)
+    with made.part("report"):
+        turn(1)
+    made.stop()
+    turn(5)
+    assert list(made.in_words()) == [
+        "16 s: evaluating 3.0, rounds 6.0, report 1.0, all else 6.0.",
+        "The devices waited 2.0 s of 8.0 s (25.0%) for input, keys, ledger and checkpoints.",
+    ]
 
 
 def test_neither_what_is_prepared_nor_what_is_written_at_the_end_keeps_a_device_waiting(tmp_path, monkeypatch):
@@ -15,3 +57,4 @@ def test_neither_what_is_prepared_nor_what_is_written_at_the_end_keeps_a_device_
     monkeypatch.setattr(made, "prepare", lambda *args: (prepare(*args), prepared.append(time.perf_counter()))[0])
     list(made.fit(small.shards(), tmp_path / "run", closing=lambda: written.append(time.perf_counter())))
     assert prepared[0] < made.clock.start < made.clock.end < written[0]
+    assert {"calibrating", "compiling", "rounds", "report"} <= {*made.clock.parts()}
