@@ -30,7 +30,7 @@ from dplora_jax.files import to_json
 from dplora_jax.models import pretrained
 from dplora_jax.privacy.clipping import FORMS
 from experiments import cli
-from experiments.benchmark import correlated_noise, memory, roofline, scale
+from experiments.benchmark import correlated_noise, federations, memory, roofline, scale
 from experiments.benchmark import rounds as benchmark_rounds
 from experiments.benchmark import steps as benchmark_steps
 from experiments.benchmark import table as benchmark_table
@@ -38,7 +38,7 @@ from experiments.cli import exits
 from experiments.plan import models as plan_models
 from experiments.text import formats
 
-MEASURES = ("step", "round", "roofline", "memory", "clients", "mailbox", "correlated_noise")
+MEASURES = ("step", "round", "federation", "roofline", "memory", "clients", "mailbox", "correlated_noise")
 
 
 def define():
@@ -63,6 +63,9 @@ def define():
         "out", None, "file of a sweep's finished cells, a line each; a plot lies beside it", flag_values=values
     )
     flags.DEFINE_boolean("peers", False, "also PyTorch with PEFT, Opacus, jax_privacy", flag_values=values)
+    flags.DEFINE_string("flower_python", None, "Python with flwr[simulation], peft and opacus", flag_values=values)
+    flags.DEFINE_string("pfl_python", None, "Python with pfl and peft", flag_values=values)
+    flags.DEFINE_integer("rounds", 4, "rounds of a turn, --measure=federation", lower_bound=1, flag_values=values)
     flags.DEFINE_string("profile", None, "directory for a trace that Perfetto and TensorBoard read", flag_values=values)
     flags.DEFINE_list("chips", ["h100", "v5e"], "chips to estimate a step for", flag_values=values)
     flags.DEFINE_enum("measure", "step", MEASURES, "what to measure", flag_values=values)
@@ -108,9 +111,23 @@ def chosen(config):
         return scale.table(config.model, counts, scale.WAVES, config.records, config.length, config.repeats)
     if config.measure == "roofline":
         return roofline.lines(case(config), config.chips)
+    if config.measure == "federation":
+        return federations.table(case(config), counts, config.rounds, config.repeats, _other_federations(config))
     if config.measure == "round":
         return benchmark_rounds.table(case(config), counts, config.repeats)
     return one(config)
+
+
+def _other_federations(config):
+    """{program of `peer_clients`: (its interpreter, threads of a client)} of those that are asked for."""
+    cores = federations.cores()
+    asked = {"with_flower": (config.flower_python, 1), "with_pfl": (config.pfl_python, cores)}
+    found = {name: (python, threads) for name, (python, threads) in asked.items() if config.peers and python}
+    if config.peers and not found:
+        raise InputError(
+            "--peers of a federation needs --flower_python or --pfl_python: interpreters of their environments."
+        )
+    return found
 
 
 def one(config):

@@ -17,6 +17,7 @@ from experiments.benchmark import steps as benchmark_steps
 from experiments.text.tables import Table
 
 RECORDS = 10  # of a client, as a multiple of its expected batch
+RATE = 0.1  # of the clients' SGD
 
 
 def federation(case, clients, records, expected, wave=1, pooled=False, microbatch=None):
@@ -37,7 +38,7 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
     local = LocalConfig(1, placed.records, placed.capacity, clipping.Clip(1.0), microbatch=microbatch)
     rows = pool.Pooled(pool.rows(mechanisms)) if pooled else APART
-    optimizer = aggregation.groups({"layers": optax.sgd(0.1), "head": optax.sgd(0.1)})
+    optimizer = aggregation.groups({"layers": optax.sgd(RATE), "head": optax.sgd(RATE)})
     made = round.Rounds(model, benchmark_steps.loss_of(case), local, optimizer, optax.sgd(1.0), 0.9, wave, rows=rows)
     keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, 2), 0)
     keys = mesh.place_keys(grid, keys, placed.clients.size.shape[0])

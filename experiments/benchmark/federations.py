@@ -1,0 +1,224 @@
+"""Rounds a second of a whole federation, beside those of other simulators: Flower's engine with clients of PEFT and Opacus, and
+pfl-research with its local differential privacy.
+
+    python -m experiments.benchmark --measure=federation --model=gpt2 --layers=2 --batch=8 --length=32 --clients=5,50 \\
+        --peers --flower_python=FLOWER/bin/python --pfl_python=PFL/bin/python
+
+The peers need environments of their own, with torch, transformers, peft and opacus: `pip install 'flwr[simulation]'` in one, `pip
+install pfl` in the other. All start from the same weights, and each client takes the same rows in the same round. First all run
+without noise, and what comes out is compared. Then rounds with noise are timed in turn.
+
+Letters: K clients, R rounds of a turn, B rows that a client expects in a step.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from dplora_jax import lora, peft
+from dplora_jax.errors import InputError
+from dplora_jax.federation import mesh, round
+from dplora_jax.files import to_json
+from dplora_jax.models import hf_checkpoint, pretrained
+from dplora_jax.privacy import clipping, secrets
+from experiments.benchmark import rounds as benchmark_rounds
+from experiments.benchmark import steps as benchmark_steps
+from experiments.plan import models as plan_models
+from experiments.text.tables import Table
+
+ALLOWED = 1e-3  # how far a peer's change of the adapter may be from ours, as a share of its norm
+CLIENTS = pathlib.Path(__file__).parent / "peer_clients"
+SETTINGS = {
+    "PYTHONPATH": str(CLIENTS),  # of Ray's actors too
+    "HF_HUB_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "PFL_PYTORCH_DEVICE": "cpu",
+}
+HEAD = {"bias": "head.bias", "kernel": "head.weight"}  # as peer_clients/torch_client.py names a classifier's head
+
+
+def cores():
+    """Processor cores of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class Ours:
+    """Rounds of this project's program, R of them in each call: with or without noise, and with clipping or without."""
+
+    def __init__(self, case, clients, rounds):
+        records = benchmark_rounds.RECORDS * case.batch
+        made, self.grid, (state, params, placed, data, _) = benchmark_rounds.federation(
+            case, clients, records, case.batch, clients, True, _at_a_time(case)
+        )
+        keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, rounds + 1), 0)
+        keys = mesh.place_keys(self.grid, keys, placed.size.shape[0])
+        self.made, self.state, self.rest = made, state, (params, placed, data, keys)
+        self.programs = {}
+
+    def picked(self):
+        """(the rows that join, round by round and in it client by client; where each client's begin: those of client k in round r
+        at entry r K + k)."""
+        _, clients, data, keys = self.rest
+        local = self.made.local
+        picks = jax.jit(jax.vmap(lambda keys: local.batches.first_picks(local, data, clients, keys)[1:]))
+        rows, weights = map(np.asarray, picks(keys))  # [R, K, capacity]
+        capacity = rows.shape[-1]
+        pairs = zip(rows.reshape(-1, capacity), weights.reshape(-1, capacity) > 0, strict=True)
+        taken = [rows[joins] for rows, joins in pairs]
+        return np.concatenate(taken), np.cumsum([0, *map(len, taken)])
+
+    def __call__(self, noise=True, clips=True):
+        """The state after R rounds from the start."""
+        params, clients, data, keys = self.rest
+        made = self.made
+        if not clips:
+            local = dataclasses.replace(made.local, clipper=clipping.Clip(1e9))
+            made = dataclasses.replace(made, local=local)
+        if not noise:
+            clients = clients._replace(noise_std=jnp.zeros_like(clients.noise_std))
+        arguments = (jax.tree.map(jnp.copy, self.state), params, clients, data, keys)
+        if clips not in self.programs:
+            self.programs[clips] = round.make(made, self.grid).lower(*arguments).compile()
+        return jax.block_until_ready(self.programs[clips](*arguments)[0])
+
+
+def _at_a_time(case):
+    """Rows that are taken at a time: more gain nothing on a CPU."""
+    return max(case.batch, 32)
+
+
+class Peer:
+    """A program of `peer_clients` in the environment of the interpreter `python`, which waits for turns."""
+
+    def __init__(self, program, python, folder, threads):
+        self.name, self.folder = program, folder
+        command = [str(python), str(CLIENTS / f"{program}.py"), str(folder), str(threads)]
+        self.errors = open(folder / f"{program}.errors", "w+")  # noqa: SIM115 - it is read where the program fails
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | SETTINGS, start_new_session=True, **pipes)
+
+    def __call__(self, rounds, noise):
+        """The seconds of `rounds` rounds with the noise multiplier `noise`. Raises InputError where the program ends."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{rounds} {noise}\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        self.errors.seek(0)
+        said = [line for line in self.errors.read().splitlines() if line.strip()]
+        raise InputError(f"{self.name} ended: {said[-1] if said else 'without a word'}")
+
+    def trained(self):
+        """{name: array} of what its last rounds came to."""
+        return safetensors.numpy.load_file(self.folder / f"{self.name}.safetensors")
+
+    def close(self):
+        """End it, and what it started."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, 15)
+        self.process.wait()
+        self.errors.close()
+
+
+def table(case, counts, rounds, repeats, peers):
+    """Lines: for each K of `counts`, seconds of a round of ours, and how many times that each of `peers` ({program: (interpreter,
+    threads of a client)}) takes: medians of `repeats` turns of R = `rounds` rounds, interleaved, with quartiles."""
+    body, columns = [], [*peers]
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            folder, ours = pathlib.Path(folder), Ours(case, count, rounds)
+            write(folder, case, count, rounds, ours)
+            started = {name: Peer(name, *peers[name][:1], folder, peers[name][1]) for name in columns}
+            for peer in started.values():
+                stack.callback(peer.close)
+            off = [compare(case, ours, peer, rounds) for peer in started.values()]
+            times = {"ours": []} | {name: [] for name in columns}
+            for _ in range(repeats):
+                start = time.perf_counter()
+                ours()
+                times["ours"].append(time.perf_counter() - start)
+                for name, peer in started.items():
+                    times[name].append(peer(rounds, 1.0))
+        times = {name: np.array(values) / rounds for name, values in times.items()}
+        row = [str(count), f"{np.median(times['ours']):.3f}"]
+        for name, distance in zip(columns, off, strict=True):
+            low, middle, high = np.quantile(times[name] / times["ours"], [0.25, 0.5, 0.75])
+            row += [f"{middle:.2f} ({low:.2f} .. {high:.2f})", f"{distance:.1e}"]
+        body.append(row)
+    head = ["K", "ours, s a round", *(text for name in columns for text in (f"{name} / ours", "off by"))]
+    yield Table(head, body).text()
+
+
+def write(folder, case, clients, rounds, ours):
+    """Lay down in `folder` what the peers read."""
+    model, params, adapter, _ = benchmark_steps.arguments(case._replace(batch=1))
+    hf = plan_models.KNOWN.get(case.model) or pretrained.config(pretrained.locate(case.model))
+    if case.layers is not None:
+        hf = hf | {name: case.layers for name in pretrained.DEPTH if name in hf}
+    classes = benchmark_steps.CLASSES if case.task == "classification" else 0
+    (folder / "base").mkdir()
+    hf_checkpoint.save(folder / "base", model, params, hf)
+    layers = {"layers": adapter["layers"]}
+    peft.save(folder / "adapter", model, layers, lora_config(case))
+    if classes:  # the peers' model is the encoder alone
+        path = folder / "adapter" / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load_file(path)
+        safetensors.numpy.save_file({name.replace(f".{model.base}.", "."): x for name, x in tensors.items()}, path)
+    if classes:
+        head = {HEAD[part]: np.asarray(value) for part, value in adapter["head"].items()}
+        head = {name.removeprefix("head."): np.ascontiguousarray(value.T) for name, value in head.items()}
+        safetensors.numpy.save_file(head, folder / "head.safetensors")
+    picked, starts = ours.picked()
+    rows = {name: np.asarray(ours.rest[2][name]) for name in ("input_ids", "labels") if name in ours.rest[2]}
+    np.savez(folder / "rows.npz", picked=picked, starts=starts, **rows)
+    setting = {
+        "clients": clients, "rounds": rounds, "batch": case.batch, "classes": classes, "clip_norm": 1.0,
+        "rate": benchmark_rounds.RATE, "normalize": getattr(model.config, "normalize", False),
+    }  # fmt: skip
+    (folder / "setting.json").write_text(to_json(setting))
+
+
+def compare(case, ours, peer, rounds):
+    """How far the peer's change of what is trained is from ours after R rounds without noise, as a share of ours' norm. Raises
+    InputError where it is more than ALLOWED."""
+    peer(rounds, 0.0)
+    state = ours(noise=False, clips=peer.name != "with_pfl")
+    before, after = (named(ours.made.model, tree, lora_config(case)) for tree in (ours.state.adapter, state.adapter))
+    theirs = {_ending(name): value for name, value in peer.trained().items()}
+    if before.keys() != theirs.keys():
+        raise InputError(f"{peer.name} trains other arrays: {min(before.keys() ^ theirs.keys())} is not in both.")
+    moved = sum(np.square(after[name] - before[name]).sum() for name in before) ** 0.5
+    off = sum(np.square(after[name] - theirs[name]).sum() for name in before) ** 0.5 / moved
+    if not off <= ALLOWED:
+        raise InputError(f"{peer.name} comes to another adapter: off by {off:.2g} of the change.")
+    return off
+
+
+def lora_config(case):
+    """The LoraConfig that `steps.arguments` has."""
+    return lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
+
+
+def named(model, tree, config):
+    """{name: array} of an adapter, under the ends of the peers' names."""
+    layers = peft.to_state_dict(model, {"layers": tree["layers"]}, config)
+    return {_ending(name): value for name, value in layers.items()} | {
+        HEAD[part]: np.asarray(value).T for part, value in tree.get("head", {}).items()
+    }
+
+
+def _ending(name):
+    """A name from the layer on, without what each program puts before and PEFT's name of the adapter."""
+    name = name.replace(".default.", ".")
+    return name[name.index(".layer.") :] if ".layer." in name else name[name.index(".h.") :] if ".h." in name else name
