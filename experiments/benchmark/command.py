@@ -11,9 +11,10 @@ A --model is a name of `plan.models.KNOWN` (random weights; --layers of them) or
 GPU and TPU.
 
 --peers adds PyTorch with PEFT, Opacus and jax_privacy (the `bench` extra); --profile=DIR writes a trace of the steps. Other
-measures: --measure=round, a whole federated round beside its local steps (rounds.py); roofline, what the step should
-take on chips that are not at hand (roofline.py); memory (memory.py); clients, many of them (scale.py); mailbox, what it adds to
-a round between machines (mailbox.py); correlated_noise, what it would leave in the released average (correlated_noise.py).
+measures: --measure=round, a whole federated round beside its local steps (rounds.py); federation, whole federations, with --peers
+beside Flower's and pfl-research's simulators (federations.py); roofline, what the step should take on chips that are not at hand
+(roofline.py); memory (memory.py); clients, many of them (scale.py); mailbox, what it adds to a round between machines
+(mailbox.py); correlated_noise, what it would leave in the released average (correlated_noise.py).
 """
 
 import itertools
