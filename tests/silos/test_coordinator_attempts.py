@@ -10,6 +10,8 @@ from dplora_jax.silos.office import Office
 from tests.silos import small_silos
 from tests.silos.small_silos import MODES, charges
 
+GONE = 8  # seconds after which a site counts as missing: longer than one that is there takes on a busy machine
+
 pytestmark = pytest.mark.usefixtures("quick_compile", "compiled")
 
 
@@ -35,7 +37,7 @@ def goes_missing(site, request, answer):
 
 def test_without_a_site_that_is_missing_the_others_go_on(tmp_path):
     made = small_silos.Federation(tmp_path)
-    done = made.run(goes_missing, without=4)
+    done = made.run(goes_missing, without=GONE)
     assert done.past.round == 3
     assert done.past.members == {0, 2}
     assert charges(made) == [3, 1, 3]
@@ -44,7 +46,7 @@ def test_without_a_site_that_is_missing_the_others_go_on(tmp_path):
 def test_masked_the_others_go_on_in_a_new_attempt_that_they_pay_for(tmp_path):
     """Their first upload of the round stays under the masks of the one that is missing, for ever."""
     made = small_silos.Federation(tmp_path, seed=None, **small_silos.MASKED)
-    done = made.run(goes_missing, without=4)
+    done = made.run(goes_missing, without=GONE)
     assert done.past.members == {0, 2}
     north = Ledger(made.folder / "north" / "privacy_ledger.jsonl", mend=False)
     assert [entry["rounds"][0] for entry in north.begun[:3]] == [1, 2, 2]
@@ -56,7 +58,7 @@ def test_masked_the_others_go_on_in_a_new_attempt_that_they_pay_for(tmp_path):
 def test_a_site_that_never_came_costs_the_others_nothing(tmp_path):
     """It is not in any attempt's masks until it says hello."""
     made = small_silos.Federation(tmp_path, seed=None, **small_silos.MASKED)
-    done = made.run(lambda site, request, answer: b"" if site == 1 else answer(request), without=3)
+    done = made.run(lambda site, request, answer: b"" if site == 1 else answer(request), without=GONE)
     assert done.past.round == 3
     assert done.early is None
     assert charges(made) == [3, 0, 3]
@@ -69,7 +71,7 @@ def test_a_site_that_comes_back_is_asked_again(tmp_path):
     def carry(site, request, answer):
         return b"" if site == 1 and messages.HEAD.unpack_from(request)[3] == 2 else answer(request)
 
-    done = made.run(carry, without=4)
+    done = made.run(carry, without=GONE)
     assert done.past.members == {0, 1, 2}
     assert charges(made) == [3, 2, 3]
 
@@ -78,7 +80,7 @@ def test_half_of_the_sites_are_no_federation(tmp_path):
     """Else two groups could go on apart, each shown its own adapters."""
     made = small_silos.Federation(tmp_path)
     with pytest.raises(Stopped, match="needs 2 sites or more, and north, south did not answer"):
-        made.run(lambda site, request, answer: b"" if site < 2 else answer(request), without=2)
+        made.run(lambda site, request, answer: b"" if site < 2 else answer(request), without=GONE)
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -134,7 +136,7 @@ def test_a_site_that_never_gives_an_upload_stops_the_run(tmp_path, code):
 def test_masked_fewer_than_the_survivors_stop(tmp_path):
     made = small_silos.Federation(tmp_path, **small_silos.MASKED | {"survivors": 3})
     with pytest.raises(Stopped, match="needs 3 sites or more, and south did not answer"):
-        made.run(goes_missing, without=4)
+        made.run(goes_missing, without=GONE)
 
 
 def test_a_site_that_lost_its_upload_is_asked_anew(tmp_path):

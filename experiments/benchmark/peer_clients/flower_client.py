@@ -37,7 +37,11 @@ def app(folder, threads):
         )
         batch = work.batch(config["server-round"] - 1, context.node_config["partition-id"])
         optimizer.zero_grad(set_to_none=True)
-        hooked(**batch).sum().backward()
+        if len(batch["input_ids"]):
+            hooked(**batch).sum().backward()
+        else:  # nothing was drawn: noise alone
+            for part in trained.values():
+                part.grad_sample = torch.zeros(0, *part.shape)
         optimizer.step()
         content = {
             "arrays": ArrayRecord({name: part.detach() for name, part in trained.items()}),

@@ -29,6 +29,8 @@ class Learner(Losses):
         self.batch_size = work.setting["batch"]
 
     def loss(self, *rows):
+        if not len(rows[0]):  # nothing was drawn
+            return sum(0 * part.sum() for part in self.trained().values())
         return self(*rows).sum() / self.batch_size
 
     def metrics(self, *rows):
