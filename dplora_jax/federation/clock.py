@@ -15,7 +15,7 @@ class Clock:
     def __init__(self):
         self.made, self.seconds, self.start, self.end = time.perf_counter(), {}, None, None
         self._inner = [0.0]  # seconds of the parts that ended within each part that is open, from the outermost on
-        self._busy_before = 0.0
+        self._busy_before = self._busy_within = 0.0
 
     @contextlib.contextmanager
     def part(self, name):
@@ -31,11 +31,11 @@ class Clock:
 
     def begin(self):
         """All is prepared: from here on the devices are to be kept at work."""
-        self.start, self._busy_before = time.perf_counter(), self._busy()
+        self.start, self.end, self._busy_before = time.perf_counter(), None, self._busy()
 
     def stop(self):
-        """The rounds are over: what is written after them keeps no device waiting."""
-        self.end = time.perf_counter()
+        """The rounds are over: what is done after them keeps no device waiting."""
+        self.end, self._busy_within = time.perf_counter(), self._busy() - self._busy_before
 
     def _busy(self):
         return sum(self.seconds.get(name, 0.0) for name in BUSY)
@@ -49,7 +49,9 @@ class Clock:
         """What to say at the end."""
         parts = self.parts()
         yield f"{sum(parts.values()):.0f} s: " + ", ".join(f"{name} {spent:.1f}" for name, spent in parts.items()) + "."
+        if self.start is None:  # no round was run
+            return
         elapsed = (self.end or time.perf_counter()) - self.start
-        waited = elapsed - (self._busy() - self._busy_before)
+        waited = elapsed - (self._busy() - self._busy_before if self.end is None else self._busy_within)
         share = f"{waited:.1f} s of {elapsed:.1f} s ({waited / elapsed:.1%})"
         yield f"The devices waited {share} for input, keys, ledger and checkpoints."

@@ -63,7 +63,9 @@ def define():
     flags.DEFINE_string(
         "out", None, "file of a sweep's finished cells, a line each; a plot lies beside it", flag_values=values
     )
-    flags.DEFINE_boolean("peers", False, "also PyTorch with PEFT, Opacus, jax_privacy", flag_values=values)
+    flags.DEFINE_boolean(
+        "peers", False, "also PyTorch with PEFT, Opacus, jax_privacy; of federations Flower, pfl", flag_values=values
+    )
     flags.DEFINE_string("flower_python", None, "Python with flwr[simulation], peft and opacus", flag_values=values)
     flags.DEFINE_string("pfl_python", None, "Python with pfl and peft", flag_values=values)
     flags.DEFINE_integer("rounds", 4, "rounds of a turn, --measure=federation", lower_bound=1, flag_values=values)
@@ -124,10 +126,12 @@ def _other_federations(config):
     cores = federations.cores()
     asked = {"with_flower": (config.flower_python, 1), "with_pfl": (config.pfl_python, cores)}
     found = {name: (python, threads) for name, (python, threads) in asked.items() if config.peers and python}
-    if config.peers and not found:
+    if bool(config.peers) != bool(config.flower_python or config.pfl_python):
         raise InputError(
-            "--peers of a federation needs --flower_python or --pfl_python: interpreters of their environments."
+            "--peers of a federation goes with --flower_python or --pfl_python: Pythons of their environments."
         )
+    if found and jax.default_backend() != "cpu":
+        raise InputError("the peers' federations run on the CPU: compare there, with JAX_PLATFORMS=cpu.")
     return found
 
 

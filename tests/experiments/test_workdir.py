@@ -40,7 +40,7 @@ def test_nothing_that_config_json_says_is_kept_before_the_first_charge(tmp_path,
     """An edited row of a mechanism, the features, the release: all of it is made anew, and config.json and round 0 with it."""
     seen = []
 
-    def prepare(config, stored, command):
+    def prepare(config, stored, command, clock):
         seen.append(stored)
         raise InputError("seen.")
 

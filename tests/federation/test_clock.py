@@ -44,11 +44,25 @@ def test_the_devices_wait_where_no_busy_part_is_open_between_the_first_round_and
     with made.part("report"):
         turn(1)
     made.stop()
-    turn(5)
+    with made.part("evaluating"):
+        turn(5)  # after the rounds
     assert list(made.in_words()) == [
-        "16 s: evaluating 3.0, rounds 6.0, report 1.0, all else 6.0.",
+        "16 s: evaluating 8.0, rounds 6.0, report 1.0, all else 1.0.",
         "The devices waited 2.0 s of 8.0 s (25.0%) for input, keys, ledger and checkpoints.",
     ]
+
+
+def test_rounds_that_begin_again_are_counted_anew(turn):
+    made = clock.Clock()
+    assert len(list(made.in_words())) == 1, "no round was run, so nothing waited"
+    for _ in range(2):
+        made.begin()
+        turn(1)
+        with made.part("rounds"):
+            turn(3)
+        assert list(made.in_words())[1].startswith("The devices waited 1.0 s of 4.0 s")
+        made.stop()
+        turn(100)
 
 
 def test_neither_what_is_prepared_nor_what_is_written_at_the_end_keeps_a_device_waiting(tmp_path, monkeypatch):

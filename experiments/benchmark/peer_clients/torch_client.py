@@ -73,17 +73,14 @@ class Losses(torch.nn.Module):
         return {name: part for name, part in self.named_parameters() if part.requires_grad}
 
 
-def save(work, arrays):
-    """Write {name: array} of what was trained, for the benchmark to compare."""
-    tensors = {name: torch.as_tensor(value).contiguous() for name, value in arrays.items()}
-    safetensors.torch.save_file(tensors, work.folder / f"{pathlib.Path(sys.argv[0]).stem}.safetensors")
-
-
-def serve(run):
+def serve(work, run):
     """For each line "ROUNDS NOISE" of standard input, answer with the seconds that `run(rounds, noise)` took, in a line that
-    begins with "seconds"."""
+    begins with "seconds". What it returns, {name: array} of what was trained, is written down, which takes no part of them."""
     for line in sys.stdin:
         rounds, noise = line.split()
         start = time.perf_counter()
-        run(int(rounds), float(noise))
-        print(f"seconds {time.perf_counter() - start}", flush=True)
+        trained = run(int(rounds), float(noise))
+        seconds = time.perf_counter() - start
+        tensors = {name: torch.as_tensor(value).contiguous() for name, value in trained.items()}
+        safetensors.torch.save_file(tensors, work.folder / f"{pathlib.Path(sys.argv[0]).stem}.safetensors")
+        print(f"seconds {seconds}", flush=True)

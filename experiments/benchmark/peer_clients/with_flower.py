@@ -7,6 +7,7 @@ sends its arrays back for FedAvg. An actor (a process of Ray's) keeps its model 
 """
 
 import logging
+import os
 import sys
 
 import flower_client
@@ -14,7 +15,18 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from torch_client import Losses, Work, save, serve
+from torch_client import Losses, Work, serve
+
+
+class AllOrNothing(FedAvg):
+    """FedAvg that ends the program where a client failed: it would go on with the others, and look fast."""
+
+    def aggregate_train(self, server_round, replies):
+        replies = list(replies)
+        if len(replies) < self.min_available_nodes or any(reply.has_error() for reply in replies):
+            print("a client of Flower's failed", file=sys.stderr, flush=True)
+            os._exit(1)  # this is a thread of the engine's
+        return super().aggregate_train(server_round, replies)
 
 
 def server_app(folder):
@@ -25,14 +37,15 @@ def server_app(folder):
     def main(grid, context):
         work = Work(folder)
         first = ArrayRecord({name: part.detach() for name, part in Losses(work).trained().items()})
-        strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_available_nodes=work.setting["clients"])
+        count = work.setting["clients"]
+        strategy = AllOrNothing(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=count)
 
         def run(rounds, noise):
             config = ConfigRecord({"noise": noise})
             arrays = strategy.start(grid, first, num_rounds=rounds, train_config=config).arrays
-            save(work, arrays.to_torch_state_dict())
+            return arrays.to_torch_state_dict()
 
-        serve(run)
+        serve(work, run)
 
     return app
 
@@ -45,5 +58,8 @@ if __name__ == "__main__":
         server_app(folder),
         flower_client.app(folder, threads),
         Work(folder).setting["clients"],
-        backend_config={"client_resources": resources, "init_args": {"log_to_driver": False}},
+        backend_config={
+            "client_resources": resources,
+            "init_args": {"log_to_driver": False, "num_cpus": len(os.sched_getaffinity(0))},
+        },
     )

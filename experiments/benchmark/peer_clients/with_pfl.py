@@ -18,7 +18,7 @@ from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNTrainHyperParams
 from pfl.model.pytorch import PyTorchModel
 from pfl.privacy.gaussian_mechanism import GaussianMechanism
-from torch_client import Losses, Work, save, serve
+from torch_client import Losses, Work, serve
 
 
 class Learner(Losses):
@@ -72,9 +72,9 @@ def main(folder, threads):
             NNTrainHyperParams(local_num_epochs=1, local_learning_rate=setting["rate"], local_batch_size=None),
             send_metrics_to_platform=False,
         )
-        save(work, {name: part.detach() for name, part in learner.trained().items()})
+        return {name: part.detach() for name, part in learner.trained().items()}
 
-    serve(run)
+    serve(work, run)
 
 
 if __name__ == "__main__":
