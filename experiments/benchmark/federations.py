@@ -39,6 +39,7 @@ from experiments.plan import models as plan_models
 from experiments.text.tables import Table
 
 ALLOWED = 1e-2  # how far a peer's change of the adapter may be from ours, as a share of its norm
+RATE = 10.0  # of the clients' SGD: changes are large beside the rounding of what was there
 CLIENTS = pathlib.Path(__file__).parent / "peer_clients"
 SETTINGS = {
     "PYTHONPATH": str(CLIENTS),  # of Ray's actors too
@@ -61,7 +62,7 @@ class Ours:
     def __init__(self, case, clients, rounds):
         records = benchmark_rounds.RECORDS * case.batch
         made, self.grid, (state, params, placed, data, _) = benchmark_rounds.federation(
-            case, clients, records, case.batch, clients, True, _at_a_time(case)
+            case, clients, records, case.batch, clients, True, _at_a_time(case), RATE
         )
         keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, rounds + 1), 0)
         keys = mesh.place_keys(self.grid, keys, placed.size.shape[0])
@@ -222,7 +223,7 @@ def write(folder, case, clients, rounds, ours):
     np.savez(folder / "rows.npz", picked=picked, starts=starts, **rows)
     setting = {
         "clients": clients, "rounds": rounds, "batch": case.batch, "classes": classes, "clip_norm": 1.0,
-        "rate": benchmark_rounds.RATE, "normalize": getattr(model.config, "normalize", False),
+        "rate": RATE, "normalize": getattr(model.config, "normalize", False),
     }  # fmt: skip
     (folder / "setting.json").write_text(to_json(setting))
 

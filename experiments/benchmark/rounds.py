@@ -17,11 +17,10 @@ from experiments.benchmark import steps as benchmark_steps
 from experiments.text.tables import Table
 
 RECORDS = 10  # of a client, as a multiple of its expected batch
-RATE = 0.1  # of the clients' SGD
 
 
-def federation(case, clients, records, expected, wave=1, pooled=False, microbatch=None):
-    """A round of `clients` clients of `records` random rows each, one local step of `expected` rows, on one device ->
+def federation(case, clients, records, expected, wave=1, pooled=False, microbatch=None, rate=0.1):
+    """A round of `clients` clients of `records` random rows each, one local step of `expected` rows at `rate`, on one device ->
     (Rounds, mesh, (state, params, clients, data, keys))."""
     model, params, adapter, _ = benchmark_steps.arguments(case._replace(batch=1))
     grid = mesh.make("1x1", clients, model)
@@ -38,7 +37,7 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
     local = LocalConfig(1, placed.records, placed.capacity, clipping.Clip(1.0), microbatch=microbatch)
     rows = pool.Pooled(pool.rows(mechanisms)) if pooled else APART
-    optimizer = aggregation.groups({"layers": optax.sgd(RATE), "head": optax.sgd(RATE)})
+    optimizer = aggregation.groups({"layers": optax.sgd(rate), "head": optax.sgd(rate)})
     made = round.Rounds(model, benchmark_steps.loss_of(case), local, optimizer, optax.sgd(1.0), 0.9, wave, rows=rows)
     keys = secrets.round_keys(secrets.from_seed(0, clients), range(1, 2), 0)
     keys = mesh.place_keys(grid, keys, placed.clients.size.shape[0])

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from dplora_jax.errors import InputError
 from dplora_jax.privacy import clipping
-from experiments.benchmark import federations, rounds, steps
+from experiments.benchmark import federations, steps
 
 CLIENTS, ROUNDS = 3, 2
 
@@ -48,10 +48,10 @@ def test_a_round_by_hand_on_the_rows_that_peers_are_given_comes_to_the_same(case
             batch = {name: rows[name][picked] for name in ("input_ids", "labels")}
             batch["attention_mask"] = np.ones_like(batch["input_ids"])
             total, _, _ = clipping.clipped_grad_sum(loss, adapter, batch, 1.0 if clips else 1e9)
-            uploads.append(jax.tree.map(lambda g: -rounds.RATE * g / case.batch, total))
+            uploads.append(jax.tree.map(lambda g: -federations.RATE * g / case.batch, total))
         adapter = jax.tree.map(lambda a, *moves: a + sum(moves) / CLIENTS, adapter, *uploads)
     state = ours(noise=False, clips=clips)
-    assert distance(adapter, state.adapter) < 2e-6
+    assert distance(adapter, state.adapter) < 2e-4
     assert distance(ours.state.adapter, state.adapter) > 1e-3
 
 
@@ -126,8 +126,8 @@ def test_a_peer_that_comes_to_another_adapter_is_refused(case, ours, peer, tmp_p
 def test_what_is_written_is_read_by_the_peers_names(case, ours, tmp_path):
     federations.write(tmp_path, case, CLIENTS, ROUNDS, ours)
     setting = json.loads((tmp_path / "setting.json").read_text())
-    assert setting | {"rate": 0.1} == {
-        "clients": 3, "rounds": 2, "batch": 4, "classes": 3, "clip_norm": 1.0, "rate": 0.1, "normalize": False,
+    assert setting | {"rate": 10.0} == {
+        "clients": 3, "rounds": 2, "batch": 4, "classes": 3, "clip_norm": 1.0, "rate": 10.0, "normalize": False,
     }  # fmt: skip
     names = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.encoder.layer.") for name in names)
