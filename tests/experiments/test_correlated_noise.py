@@ -60,15 +60,13 @@ def test_the_least_noise_of_a_flat_sum_falls_with_the_root_of_the_bands():
     assert correlated_noise.least_last(np.ones(12), 12) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("name", "bands", "most"), [("finance", 5, 1.03), ("phrasebank", 5, 1.002), ("medical", 4, 1.002)]
-)
-def test_the_matrix_that_is_built_leaves_hardly_more_in_the_last_average_than_the_optimised_one(name, bands, most):
-    """With momentum 0.9 2 in 1,000, with 0.5 (finance) 3 in 100."""
+@pytest.mark.parametrize(("name", "bands"), [("finance", 5), ("phrasebank", 5), ("medical", 4)])
+def test_the_matrix_that_is_built_leaves_no_more_in_the_last_average_than_the_optimised_one(name, bands):
+    """Up to 2 in 1,000."""
     setting = SHIPPED[name]
     averages, _ = correlated_noise.responses(setting)
     c = sum(np.eye(setting.rounds, k=-k) * float(x) for k, x in enumerate(coefficients(bands, setting.momentum)))
     built, best = (
         np.linalg.norm(averages[-1] @ np.linalg.inv(m)) for m in (c, correlated_noise.factor(averages, bands))
     )
-    assert built <= most * best
+    assert built <= 1.002 * best
