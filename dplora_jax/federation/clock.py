@@ -48,7 +48,8 @@ class Clock:
     def in_words(self):
         """What to say at the end."""
         parts = self.parts()
-        yield f"{sum(parts.values()):.0f} s: " + ", ".join(f"{name} {spent:.1f}" for name, spent in parts.items()) + "."
+        said = [f"{name} {spent:.1f}" for name, spent in parts.items() if spent >= 0.05]
+        yield f"{sum(parts.values()):.0f} s: {', '.join(said)}."
         if self.start is None:  # no round was run
             return
         elapsed = (self.end or time.perf_counter()) - self.start
