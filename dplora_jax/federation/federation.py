@@ -273,7 +273,7 @@ class Federation:
         config, last = self.config, dict(self.history[-1])
         if config.execution.eval_every and not {*finite.METRICS, held_out.SPENT} & {*last}:
             # `eval_every` was 0 until this start, or the budget ended early
-            with job.clock.part("evaluating"):
+            with self.clock.part("evaluating"):
                 last |= evaluate(state, last["round"], ends=True)
         last |= processes.agree(functools.partial(metrics_lines.charged, job))
         changed = last != self.history[-1]
