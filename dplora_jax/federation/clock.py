@@ -3,7 +3,8 @@
 import contextlib
 import time
 
-BUSY = "compiling", "rounds", "evaluating"  # what keeps the devices at work, or is no waiting
+# What keeps the devices at work, or is no waiting.
+BUSY = "public records", "compiling", "rounds", "evaluating"
 
 
 class Clock:
@@ -15,7 +16,7 @@ class Clock:
     def __init__(self):
         self.made, self.seconds, self.start, self.end = time.perf_counter(), {}, None, None
         self._inner = [0.0]  # seconds of the parts that ended within each part that is open, from the outermost on
-        self._busy_before = self._busy_within = 0.0
+        self._busy_before = self._waited = 0.0
 
     @contextlib.contextmanager
     def part(self, name):
@@ -35,7 +36,8 @@ class Clock:
 
     def stop(self):
         """The rounds are over: what is done after them keeps no device waiting."""
-        self.end, self._busy_within = time.perf_counter(), self._busy() - self._busy_before
+        self.end = time.perf_counter()
+        self._waited = self.end - self.start - (self._busy() - self._busy_before)
 
     def _busy(self):
         return sum(self.seconds.get(name, 0.0) for name in BUSY)
@@ -46,13 +48,11 @@ class Clock:
         return self.seconds | {"all else": elapsed - sum(self.seconds.values())}
 
     def in_words(self):
-        """What to say at the end."""
+        """Lines to say at the end: the parts, and, where rounds have come to their end, how long the devices waited."""
         parts = self.parts()
         said = [f"{name} {spent:.1f}" for name, spent in parts.items() if spent >= 0.05]
         yield f"{sum(parts.values()):.0f} s: {', '.join(said)}."
-        if self.start is None:  # no round was run
-            return
-        elapsed = (self.end or time.perf_counter()) - self.start
-        waited = elapsed - (self._busy() - self._busy_before if self.end is None else self._busy_within)
-        share = f"{waited:.1f} s of {elapsed:.1f} s ({waited / elapsed:.1%})"
-        yield f"The devices waited {share} for input, keys, ledger and checkpoints."
+        if self.end is not None:
+            elapsed = self.end - self.start
+            share = f"{self._waited:.1f} s of {elapsed:.1f} s ({self._waited / elapsed:.1%})"
+            yield f"The devices waited {share} for input, keys, ledger and checkpoints."

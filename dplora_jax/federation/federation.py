@@ -52,16 +52,14 @@ class Federation:
 
     `model` and `params` come from `models.from_pretrained`; `loss` makes the local loss, (model, params) -> loss
     (`losses.classification`, `losses.language_model`); `config` is a FederationConfig. `programs`, a dict, keeps compiled
-    rounds, and `memo` what the frozen layers made of records: given the same dicts, federations that differ
-    in no more than records and `seed` share them.
-    `base_name` is what others know the base model by, for the adapter's files; `clock` (a `clock.Clock`) tells where time goes.
+    rounds, and `memo` what the frozen layers made of records: given the same dicts, federations that differ in no more than
+    records and `seed` share them. `base_name` is what others know the base model by, for the adapter's files; `clock` (a
+    `clock.Clock`) learns where time goes.
 
     Raises InputError where the configuration has no guarantee, or no meaning.
     """
 
-    def __init__(
-        self, model, params, loss, config=None, *, base_name=None, programs=None, memo=None, clock=None
-    ):  # fmt: skip
+    def __init__(self, model, params, loss, config=None, *, base_name=None, programs=None, memo=None, clock=None):
         self.config = config_checks.settle(config or FederationConfig())
         self.model, self.params, self.loss = model, params, loss
         self.mesh = mesh.make(self.config.execution.mesh, self.config.schedule.clients, model)
@@ -234,7 +232,7 @@ class Federation:
                 fresh[-1]["clip_norm"] = state.clip_norms.tolist()  # public: it follows from released counts
             last = done == config.schedule.rounds
             if config.execution.eval_every and (done % config.execution.eval_every == 0 or last):
-                with job.clock.part("evaluating"):
+                with self.clock.part("evaluating"):
                     fresh[-1] |= evaluate(state, done, ends=last)
             if last:
                 fresh[-1] |= processes.agree(functools.partial(metrics_lines.charged, job))
@@ -242,7 +240,7 @@ class Federation:
             dispatch.commit(job, done, state, self.history, shown, (rounds, attempt))
             yield from map(_round, fresh)
         self.stopped &= done < config.schedule.rounds
-        job.clock.stop()
+        self.clock.stop()
         if not self.stopped:
             yield from self._finish(job, state, evaluate, probe, closing)
 
@@ -252,11 +250,11 @@ class Federation:
         restored = job.storage.restore(job.prepared.state)
         if restored is None:
             line = metrics_lines.base_line(job.config.schedule.clients)
-            with job.clock.part("evaluating"):
+            with self.clock.part("public records"):  # where it starts from them
                 state = begin()
+            with self.clock.part("evaluating"):
                 line |= evaluate(state, 0, ends=True)
-            anchor = job.ledger.anchor if job.ledger else None  # process 0 writes the notes
-            done, notes = 0, {"lines": [line], "ledger": anchor}
+            done, notes = 0, {"lines": [line], "ledger": job.ledger and job.ledger.anchor}  # process 0 writes the notes
             job.storage.save(0, state, notes)
         else:
             done, state, notes = restored
@@ -285,8 +283,7 @@ class Federation:
             if job.storage.directory is not None:
                 self.save(job.storage.directory / "adapter")
             if closing:
-                with job.clock.part("report"):
-                    closing()
+                closing()
             job.ledger.append(entry="end", round=last["round"])
             job.storage.finish()
         if changed:

@@ -52,12 +52,6 @@ def prepare(config, stored=None, memo=None, dealt=None, programs=None, command="
     """Read and check everything -> FineTuning. `stored` is the config.json of a run that was charged already; `memo` and
     `programs`, dicts, carry what the frozen layers made of a table, and compiled rounds, to the next call; `dealt` stands in
     for the records that the fields name, and `clock` (a `clock.Clock`) learns where time goes. Raises InputError."""
-    clock = clock or Clock()
-    with clock.part("reading"):
-        return _prepared(config, stored, memo, dealt, programs, command, clock)
-
-
-def _prepared(config, stored, memo, dealt, programs, command, clock):
     processes.at("reading the base model and the records")
     dealt = dealt or dealing.deal(config)
     base = read_base(config, dealt.corpus, stored, memo, clock)

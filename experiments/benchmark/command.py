@@ -122,11 +122,13 @@ def chosen(config):
 
 
 def _other_federations(config):
-    """{program of `peer_clients`: (its interpreter, threads of a client)} of those that are asked for."""
-    cores = federations.cores()
-    asked = {"with_flower": (config.flower_python, 1), "with_pfl": (config.pfl_python, cores)}
-    found = {name: (python, threads) for name, (python, threads) in asked.items() if config.peers and python}
-    if bool(config.peers) != bool(config.flower_python or config.pfl_python):
+    """The `federations.Program`s that are asked for."""
+    known = (
+        federations.Program("with_flower", config.flower_python, 1, clips=True),  # a client on each core
+        federations.Program("with_pfl", config.pfl_python, benchmark_steps.cores(), clips=False),
+    )
+    found = [program for program in known if program.python]
+    if config.peers != bool(found):
         raise InputError(
             "--peers of a federation goes with --flower_python or --pfl_python: Pythons of their environments."
         )

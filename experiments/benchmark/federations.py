@@ -17,17 +17,19 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from dplora_jax import lora, peft
+from dplora_jax import peft
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.files import to_json
@@ -51,9 +53,14 @@ SETTINGS = {
 HEAD = {"bias": "head.bias", "kernel": "head.weight"}  # as peer_clients/torch_client.py names a classifier's head
 
 
-def cores():
-    """Processor cores of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+class Program(NamedTuple):
+    """A program of `peer_clients`: the interpreter of its environment, the threads of each of its clients, and whether it clips
+    every row's gradient."""
+
+    name: str
+    python: str
+    threads: int
+    clips: bool
 
 
 class Ours:
@@ -113,20 +120,20 @@ def _moved(adapter):
 
 
 class Peer:
-    """A program of `peer_clients` in the environment of the interpreter `python`, which waits for turns."""
+    """A Program at work on what `write` laid down in `folder`: it waits for turns."""
 
-    def __init__(self, program, python, folder, threads):
-        self.name, self.folder = program, folder
-        command = [str(python), str(CLIENTS / f"{program}.py"), str(folder), str(threads)]
+    def __init__(self, program, folder):
+        self.program, self.folder, name = program, folder, program.name
+        command = [program.python, str(CLIENTS / f"{name}.py"), str(folder), str(program.threads)]
         # Files and no pipes: what the program started may hold a pipe open when the program has ended.
-        self.answers, self.errors = ((folder / f"{program}.{kind}").open("w+") for kind in ("answers", "errors"))
+        self.answers, self.errors = ((folder / f"{name}.{kind}").open("w+") for kind in ("answers", "errors"))
         files = {"stdin": subprocess.PIPE, "stdout": self.answers, "stderr": self.errors, "text": True}
-        self.reader = (folder / f"{program}.answers").open()
+        self.reader = (folder / f"{name}.answers").open()
         try:
             self.process = subprocess.Popen(command, env=os.environ | SETTINGS, start_new_session=True, **files)
         except OSError as error:
             self._close_files()
-            raise InputError(f"{program} cannot be started by {python}: {error.strerror}.") from None
+            raise InputError(f"{name} cannot be started by {program.python}: {error.strerror}.") from None
 
     def __call__(self, rounds, noise):
         """The seconds of `rounds` rounds with the noise multiplier `noise`. Raises InputError where the program ends."""
@@ -142,11 +149,11 @@ class Peer:
             time.sleep(0.01)
         self.errors.seek(0)
         said = [line for line in self.errors.read().splitlines() if line.strip()]
-        raise InputError(f"{self.name} ended: {said[-1] if said else 'without a word'}")
+        raise InputError(f"{self.program.name} ended: {said[-1] if said else 'without a word'}")
 
     def trained(self):
         """{name: array} of what its last rounds came to."""
-        return safetensors.numpy.load_file(self.folder / f"{self.name}.safetensors")
+        return safetensors.numpy.load_file(self.folder / f"{self.program.name}.safetensors")
 
     def close(self):
         """End it, and what it started."""
@@ -162,19 +169,20 @@ class Peer:
 
 
 def table(case, counts, rounds, repeats, peers):
-    """Lines: for each K of `counts`, seconds of a round of ours, and how many times that each of `peers` ({program: (interpreter,
-    threads of a client)}) takes: medians of `repeats` turns of R = `rounds` rounds, interleaved, with quartiles."""
-    body, columns = [], [*peers]
+    """Lines: for each K of `counts`, seconds of a round of ours, and how many times that each of `peers` (Programs) takes:
+    medians of `repeats` turns of R = `rounds` rounds, interleaved, with quartiles."""
+    body, columns = [], [peer.name for peer in peers]
     for count in counts:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             folder, ours = pathlib.Path(folder), Ours(case, count, rounds)
-            write(folder, case, count, rounds, ours)
+            if peers:
+                write(folder, case, count, rounds, ours)
             turns, off = {"ours": functools.partial(_seconds, ours)}, []
-            for name, (python, threads) in peers.items():
-                peer = Peer(name, python, folder, threads)
+            for program in peers:
+                peer = Peer(program, folder)
                 stack.callback(peer.close)
                 off.append(compare(case, ours, peer, rounds))
-                turns[name] = functools.partial(peer, rounds, 1.0)
+                turns[program.name] = functools.partial(peer, rounds, 1.0)
             times = {name: [] for name in turns}
             for repeat in range(repeats + 1):
                 for name, turn in turns.items():
@@ -200,26 +208,20 @@ def _seconds(call):
 
 def write(folder, case, clients, rounds, ours):
     """Lay down in `folder` what the peers read."""
-    model, params, _, _ = benchmark_steps.arguments(case._replace(batch=1))
-    adapter = ours.state.adapter
+    model, adapter, (params, _, data, _) = ours.made.model, ours.state.adapter, ours.rest
     hf = plan_models.KNOWN.get(case.model) or pretrained.config(pretrained.locate(case.model))
-    if case.layers is not None:
-        hf = hf | {name: case.layers for name in pretrained.DEPTH if name in hf}
     classes = benchmark_steps.CLASSES if case.task == "classification" else 0
     (folder / "base").mkdir()
-    hf_checkpoint.save(folder / "base", model, params, hf)
-    layers = {"layers": adapter["layers"]}
-    peft.save(folder / "adapter", model, layers, lora_config(case))
+    hf_checkpoint.save(folder / "base", model, params, plan_models.with_layers(hf, case.layers))
+    peft.save(folder / "adapter", model, {"layers": adapter["layers"]}, benchmark_steps.lora_config(case))
     if classes:  # the peers' model is the encoder alone
         path = folder / "adapter" / "adapter_model.safetensors"
         tensors = safetensors.numpy.load_file(path)
         safetensors.numpy.save_file({name.replace(f".{model.base}.", "."): x for name, x in tensors.items()}, path)
-    if classes:
-        head = {HEAD[part]: np.asarray(value) for part, value in adapter["head"].items()}
-        head = {name.removeprefix("head."): np.ascontiguousarray(value.T) for name, value in head.items()}
+        head = {name.removeprefix("head."): np.ascontiguousarray(value) for name, value in _head(adapter).items()}
         safetensors.numpy.save_file(head, folder / "head.safetensors")
     picked, starts = ours.picked()
-    rows = {name: np.asarray(ours.rest[2][name]) for name in ("input_ids", "labels") if name in ours.rest[2]}
+    rows = {name: np.asarray(data[name]) for name in ("input_ids", "labels") if name in data}
     np.savez(folder / "rows.npz", picked=picked, starts=starts, **rows)
     setting = {
         "clients": clients, "rounds": rounds, "batch": case.batch, "classes": classes, "clip_norm": 1.0,
@@ -232,32 +234,34 @@ def compare(case, ours, peer, rounds):
     """How far the peer's change of A, of B or of the head is from ours after R rounds without noise, as a share of the norm of
     ours: the largest of these. Raises InputError where it is more than ALLOWED."""
     peer(rounds, 0.0)
-    state = ours(noise=False, clips=peer.name != "with_pfl")
-    before, after = (named(ours.made.model, tree, lora_config(case)) for tree in (ours.state.adapter, state.adapter))
-    theirs = {_ending(name): value for name, value in peer.trained().items()}
+    state, config, name = (
+        ours(noise=False, clips=peer.program.clips),
+        benchmark_steps.lora_config(case),
+        peer.program.name,
+    )
+    before, after = (named(ours.made.model, tree, config) for tree in (ours.state.adapter, state.adapter))
+    theirs = {_ending(array): value for array, value in peer.trained().items()}
     if before.keys() != theirs.keys():
-        raise InputError(f"{peer.name} trains other arrays: {min(before.keys() ^ theirs.keys())} is not in both.")
+        raise InputError(f"{name} trains other arrays: {min(before.keys() ^ theirs.keys())} is not in both.")
     off = 0.0
-    for part in {_part(name) for name in before}:
-        names = [name for name in before if _part(name) == part]
-        moved = sum(np.square(after[name] - before[name]).sum() for name in names) ** 0.5
-        off = max(off, sum(np.square(after[name] - theirs[name]).sum() for name in names) ** 0.5 / moved)
+    for part in {_part(array) for array in before}:
+        arrays = [array for array in before if _part(array) == part]
+        moved = sum(np.square(after[array] - before[array]).sum() for array in arrays) ** 0.5
+        off = max(off, sum(np.square(after[array] - theirs[array]).sum() for array in arrays) ** 0.5 / moved)
     if not off <= ALLOWED:
-        raise InputError(f"{peer.name} comes to another adapter: off by {off:.2g} of the change.")
+        raise InputError(f"{name} comes to another adapter: off by {off:.2g} of the change.")
     return off
-
-
-def lora_config(case):
-    """The LoraConfig that `steps.arguments` has."""
-    return lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
 
 
 def named(model, tree, config):
     """{name: array} of an adapter, under the ends of the peers' names."""
     layers = peft.to_state_dict(model, {"layers": tree["layers"]}, config)
-    return {_ending(name): value for name, value in layers.items()} | {
-        HEAD[part]: np.asarray(value).T for part, value in tree.get("head", {}).items()
-    }
+    return {_ending(name): value for name, value in layers.items()} | _head(tree)
+
+
+def _head(tree):
+    """{name: array} of an adapter's head, as the peers have it."""
+    return {HEAD[part]: np.asarray(value).T for part, value in tree.get("head", {}).items()}
 
 
 def _part(name):
@@ -267,5 +271,5 @@ def _part(name):
 
 def _ending(name):
     """A name from the layer on, without what each program puts before and PEFT's name of the adapter."""
-    name = name.replace(".default.", ".")
-    return name[name.index(".layer.") :] if ".layer." in name else name[name.index(".h.") :] if ".h." in name else name
+    layered = re.search(r"\.(?:layers?|h)\..*", name.replace(".default.", "."))
+    return layered[0] if layered else name

@@ -9,7 +9,6 @@ as XLA has. Every step ends in an update by SGD.
 
 import contextlib
 import importlib.util
-import os
 import sys
 import warnings
 
@@ -17,7 +16,6 @@ import jax
 import numpy as np
 
 from dplora_jax.errors import InputError
-from dplora_jax.models import pretrained
 from experiments.benchmark import steps as benchmark_steps
 from experiments.plan import models as plan_models
 
@@ -37,7 +35,7 @@ def calls(case):
     except ImportError:
         raise InputError("--peers needs PyTorch, PEFT and Opacus: pip install -e '.[bench]'.") from None
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    torch.set_num_threads(benchmark_steps.cores())
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, _hf(case)["vocab_size"], (case.batch, case.length)))
     runs = {}
     for name, make in PEERS.items():
@@ -70,8 +68,7 @@ def peft_alone(case):
 
 
 def _hf(case):
-    hf = plan_models.KNOWN[case.model]
-    return hf if case.layers is None else hf | {name: case.layers for name in pretrained.DEPTH if name in hf}
+    return plan_models.with_layers(plan_models.KNOWN[case.model], case.layers)
 
 
 def _model(case, device="cpu"):

@@ -3,6 +3,7 @@
 Letters: B rows, T tokens.
 """
 
+import os
 import time
 from typing import NamedTuple
 
@@ -58,9 +59,7 @@ def arguments(case):
         params = jax.jit(model.init)(jax.random.key(0))
     else:
         model, params = models.from_pretrained(case.model, jnp.dtype(case.dtype), classes)
-    adapter = lora.init(
-        jax.random.key(1), model, params, lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
-    )
+    adapter = lora.init(jax.random.key(1), model, params, lora_config(case))
     if case.freeze_a:
         params, adapter = lora.freeze_a(params, adapter)
     shape, rng = (case.batch, case.length), np.random.default_rng(0)
@@ -68,6 +67,16 @@ def arguments(case):
     if classes:
         batch["labels"] = rng.integers(0, classes, case.batch)
     return model, params, adapter, {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+
+
+def lora_config(case):
+    """The LoraConfig of the case's adapter."""
+    return lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
+
+
+def cores():
+    """Processor cores of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def loss_of(case):

@@ -43,8 +43,7 @@ def build(base, classes, layers=None):
                 f"--model={base.name} is neither a directory with config.json nor one of {', '.join(KNOWN)}."
             )
         hf = pretrained.config(place)
-    if layers is not None:
-        hf = hf | {name: layers for name in pretrained.DEPTH if name in hf}
+    hf = with_layers(hf, layers)
     there = place.is_dir() and bool(weight_files(place))  # then it is looked up which tensors there are
     with SafetensorsCheckpoint(place) if there else contextlib.nullcontext(NoWeights(place)) as checkpoint:
         model = pretrained.build(hf, checkpoint, classes, jnp.dtype(base.dtype))
@@ -54,6 +53,11 @@ def build(base, classes, layers=None):
     if base.quantize:
         params = jax.eval_shape(functools.partial(quantized.quantize, model=model, kind=base.quantize), params)
     return model, params
+
+
+def with_layers(hf, layers):
+    """config.json `hf` (a dict) with so many layers; as it is, where `layers` is None."""
+    return hf if layers is None else hf | {name: layers for name in pretrained.DEPTH if name in hf}
 
 
 def default_task(name):

@@ -56,10 +56,15 @@ def run(config, workdir, command, clock):
     with clock.part("starting"):
         from dplora_jax.finetuning import setup
 
-    job = setup.prepare(config, workdir.stored, command=command, clock=clock)
+    with clock.part("reading"):
+        job = setup.prepare(config, workdir.stored, command=command, clock=clock)
     asked = _on_sigterm()
     with progress.bar(config.schedule.rounds, None if processes.primary() else True) as show:
-        documents = lambda: _write_documents(config, workdir.directory, job)  # noqa: E731
+
+        def documents():
+            with clock.part("report"):
+                _write_documents(config, workdir.directory, job)
+
         for round in job.fit(workdir, stop=lambda: bool(asked), closing=documents):
             show(round)
             if config.output.tensorboard and processes.primary():

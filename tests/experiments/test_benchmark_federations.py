@@ -77,7 +77,7 @@ for line in sys.stdin:
 def peer(tmp_path, monkeypatch):
     monkeypatch.setattr(federations, "CLIENTS", tmp_path)
     (tmp_path / "with_pfl.py").write_text(PEER)
-    made = federations.Peer("with_pfl", sys.executable, tmp_path, 1)
+    made = federations.Peer(federations.Program("with_pfl", sys.executable, 1, False), tmp_path)
     yield made
     made.close()
 
@@ -101,13 +101,13 @@ def test_a_peer_is_ended_with_what_it_started(peer, tmp_path):
 
 def test_a_peer_that_cannot_be_started_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="with_pfl cannot be started by /nowhere/python: No such file or directory"):
-        federations.Peer("with_pfl", "/nowhere/python", tmp_path, 1)
+        federations.Peer(federations.Program("with_pfl", "/nowhere/python", 1, False), tmp_path)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "head", None])
 def test_a_peer_that_comes_to_another_adapter_is_refused(case, ours, peer, tmp_path, part):
     """By a tenth of the change of any of its parts."""
-    config = federations.lora_config(case)
+    config = steps.lora_config(case)
     state = ours(noise=False, clips=False).adapter
     trained = federations.named(ours.made.model, state, config)
     before = federations.named(ours.made.model, ours.state.adapter, config)
