@@ -200,13 +200,6 @@ def _records(config):
     """(holds, what to say if not) for the fields of a run that a federation alone has not."""
     data, clients = config.data, config.schedule.clients
     yield (
-        not config.base.feature_norm or math.isfinite(config.privacy.clip_norm),
-        (
-            "`feature_norm` cannot be used with clip_norm=inf, since it makes long gradients: give a finite `clip_norm`, "
-            "or leave it out."
-        ),
-    )
-    yield (
         data.party == 0 or (clients == 1 and 0 < data.party < (data.parties or 1)),
         f"party={data.party} must be one of `parties`, with clients=1.",
     )

@@ -2,16 +2,20 @@
 directions texts differ."""
 
 import base64
+import math
+import warnings
 
 import jax
 import numpy as np
 
 from dplora_jax import evaluation, losses
-from dplora_jax.errors import InputError
+from dplora_jax.data import demos
+from dplora_jax.errors import InputError, InputWarning
 from dplora_jax.federation import fingerprints, frozen_layers, processes, program
 from dplora_jax.models import features, public_bases
 
 FEATURE_ROWS, WORD_ROWS, BASES_ROWS = 512, 64, 96  # of public text that are looked at, evenly spaced
+STAND_IN = "finance_demo"  # whose text tells where features lie, where there is no public test set
 OUTPUTS = 4  # of a classifier or of label words, by whose gradients bases are chosen, at most
 
 
@@ -19,6 +23,13 @@ def with_measured(config, model, params, objective, test, memo, stored):
     """`params` with what is measured, if anything is, under `features.KEY`: as an earlier start had it (its checkpoints go with
     it), else as process 0 measures it on `test`, the rows of the public test set, whose labels are not used. `stored` and `memo`
     as for `setup.prepare`. Raises InputError."""
+    if config.base.feature_norm and not centres(config, params):
+        warnings.warn(
+            f"feature_norm={config.base.feature_norm:g} changes nothing here: only a classifier whose head has a bias, such as "
+            "BERT's, has features to centre.",
+            InputWarning,
+            stacklevel=2,
+        )
     if stored:
         measured = _fitting(stored["federation"].get(features.KEY), config, model, params, objective)
     else:
@@ -26,8 +37,19 @@ def with_measured(config, model, params, objective, test, memo, stored):
         measured = arrays(processes.agree(lambda: _measured(config, model, params, objective, test, memo)))
     if not measured:
         return params
-    head = {"head": features.inward(params["head"], measured)} if config.base.feature_norm else {}
+    head = {"head": features.inward(params["head"], measured)} if centres(config, params) else {}
     return params | {features.KEY: measured} | head
+
+
+def centres(config, params):
+    """Whether the head's features are centred and scaled: `feature_norm` asks for it, and the model has a head with a bias."""
+    return bool(config.base.feature_norm) and "bias" in params.get("head", {})
+
+
+def norm(config):
+    """What the head's features are scaled to. Without clipping that is 1 at most: long features would make long gradients."""
+    asked = config.base.feature_norm
+    return asked if math.isfinite(config.privacy.clip_norm) else min(asked, 1.0)
 
 
 def said(params):
@@ -50,8 +72,7 @@ def _fitting(measured, config, model, params, objective):
     """Arrays of what config.json, or a plan that another party wrote, says was measured. Raises InputError where that is not all
     that `config` asks for, of the model's shapes and finite."""
     expected = {}
-    if config.base.feature_norm:
-        _check_head(params)
+    if centres(config, params):
         expected |= {"center": params["head"]["kernel"].shape[:1], "scale": ()}
     if objective.words:
         expected["bias"] = (len(objective.words),)
@@ -85,8 +106,8 @@ def _plain(tree):
 def _measured(config, model, params, objective, test, memo):
     """All that `config` asks for, as JSON."""
     measured = {}
-    if config.base.feature_norm:
-        measured |= _features(config, model, params, test, memo)
+    if centres(config, params):
+        measured |= _features(config, model, params, objective, test, memo)
     if objective.words:
         rows = _some(objective.blank if test is None else test, WORD_ROWS)
         named = (*_base(config), objective.words)
@@ -140,23 +161,18 @@ def _bases(config, model, params, objective, texts):
     return {features.BASES: _plain(found)}
 
 
-def _features(config, model, params, test, memo):
-    """`features.measure` of some public rows, as JSON. Raises InputError."""
-    _check_head(params)
+def _features(config, model, params, objective, test, memo):
+    """`features.measure` of some public rows, as JSON: of the embedded headlines where there is no public test set. Raises
+    InputError."""
     if test is None:
-        raise InputError("`feature_norm` needs a public test set to be measured on: give `test_data`.")
+        test = objective.test(demos.load(STAND_IN, 0).test)
     named, rows = (features.KEY, *_base(config)), _some(test, FEATURE_ROWS)
     pooled = frozen_layers.remembered(memo, named, jax.jit(model.features), params, rows)
     try:
-        measured = features.measure(pooled, config.base.feature_norm)
+        measured = features.measure(pooled, norm(config))
     except ValueError as error:
         raise InputError(f"feature_norm={config.base.feature_norm:g}: {error}") from None
     return {name: value.tolist() for name, value in measured.items()}
-
-
-def _check_head(params):
-    if "bias" not in params.get("head", {}):
-        raise InputError("`feature_norm` needs a classifier whose head has a bias, such as BERT's: leave it out.")
 
 
 def _bias(objective, model, params, rows):

@@ -131,10 +131,11 @@ def describe(config, base, train_records, command, public=None):
         "method": [],
         "command": command,
     }
-    if config.base.feature_norm:
+    if public_text.centres(config, params):
+        of = f"the embedded {public_text.STAND_IN}" if base.test is None else "the public test set that the metrics are of"
         described["method"].append(
-            f"the head's features centred, and scaled to norm {config.base.feature_norm:g}, by the text of the public test set "
-            "that the metrics are of (its labels unused)"
+            f"the head's features centred, and scaled to norm {public_text.norm(config):g}, by the text of {of} (its labels "
+            "unused)"
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)

@@ -208,7 +208,7 @@ def _seconds(call):
 
 def write(folder, case, clients, rounds, ours):
     """Lay down in `folder` what the peers read."""
-    model, adapter, (params, _, data, _) = ours.made.model, ours.state.adapter, ours.rest
+    model, adapter, params = ours.made.model, ours.state.adapter, ours.rest[0]
     hf = plan_models.KNOWN.get(case.model) or pretrained.config(pretrained.locate(case.model))
     classes = benchmark_steps.CLASSES if case.task == "classification" else 0
     (folder / "base").mkdir()
@@ -221,7 +221,8 @@ def write(folder, case, clients, rounds, ours):
         head = {name.removeprefix("head."): np.ascontiguousarray(value) for name, value in _head(adapter).items()}
         safetensors.numpy.save_file(head, folder / "head.safetensors")
     picked, starts = ours.picked()
-    rows = {name: np.asarray(data[name]) for name in ("input_ids", "labels") if name in data}
+    rows = benchmark_rounds.random_rows(case, model, clients * benchmark_rounds.RECORDS * case.batch)
+    del rows["attention_mask"]  # every token is attended
     np.savez(folder / "rows.npz", picked=picked, starts=starts, **rows)
     setting = {
         "clients": clients, "rounds": rounds, "batch": case.batch, "classes": classes, "clip_norm": 1.0,

@@ -91,7 +91,9 @@ def _model(case, device="cpu"):
         if case.remat:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
+        depth = config.num_hidden_layers
         options = peft.LoraConfig(
+            layers_to_transform=case.last_layers and list(range(depth - case.last_layers, depth)),
             r=case.rank,
             lora_alpha=2 * case.rank,
             target_modules=MODULES[family][targets],

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dplora_jax.federation import aggregation, mesh, pool, round, waves
+from dplora_jax.config import RunConfig, replace
+from dplora_jax.federation import aggregation, frozen_layers, mesh, pool, round, waves
 from dplora_jax.federation.client import APART, LocalConfig
 from dplora_jax.privacy import accounting, clipping, secrets
 from experiments.benchmark import steps as benchmark_steps
@@ -23,15 +24,12 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     """A round of `clients` clients of `records` random rows each, one local step of `expected` rows at `rate`, on one device ->
     (Rounds, mesh, (state, params, clients, data, keys))."""
     model, params, adapter, _ = benchmark_steps.arguments(case._replace(batch=1))
+    config = replace(RunConfig(), last_layers=case.last_layers)
+    rows = random_rows(case, model, clients * records)
+    model, through = frozen_layers.split(config, model, params, clients * records, case.length)
+    rows = through(rows)
     grid = mesh.make("1x1", clients, model)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
-    rng, shape = np.random.default_rng(0), (clients * records, case.length)
-    rows = {
-        "input_ids": rng.integers(0, model.config.vocab_size, shape, np.int32),
-        "attention_mask": np.ones(shape, np.int32),
-    }
-    if case.task == "classification":
-        rows["labels"] = rng.integers(0, benchmark_steps.CLASSES, shape[0], np.int32)
     shards = [{key: value[k * records : (k + 1) * records] for key, value in rows.items()} for k in range(clients)]
     mechanisms = _mechanisms(clients, records, expected)
     placed = mesh.place(grid, shards, mechanisms, 1.0, wave)
@@ -43,6 +41,18 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     keys = mesh.place_keys(grid, keys, placed.clients.size.shape[0])
     state = jax.device_put(made.init(adapter), NamedSharding(grid, PartitionSpec()))
     return made, grid, (state, params, placed.clients, placed.data, keys)
+
+
+def random_rows(case, model, count):
+    """`count` rows {name: [count, ...]}, every token attended; the same at each call."""
+    rng, shape = np.random.default_rng(0), (count, case.length)
+    rows = {
+        "input_ids": rng.integers(0, model.config.vocab_size, shape, np.int32),
+        "attention_mask": np.ones(shape, np.int32),
+    }
+    if case.task == "classification":
+        rows["labels"] = rng.integers(0, benchmark_steps.CLASSES, count, np.int32)
+    return rows
 
 
 def _mechanisms(clients, records, expected):

@@ -38,6 +38,7 @@ class Case(NamedTuple):
     task: str
     dtype: str
     remat: bool
+    last_layers: int | None = None  # are adapted, of all
 
 
 class Step(NamedTuple):
@@ -71,7 +72,7 @@ def arguments(case):
 
 def lora_config(case):
     """The LoraConfig of the case's adapter."""
-    return lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets))
+    return lora.LoraConfig(case.rank, 2.0 * case.rank, tuple(case.targets), case.last_layers)
 
 
 def cores():

@@ -1,15 +1,17 @@
 """A run with --feature_norm: measured on public text alone, and gone from what is released."""
 
-import pathlib
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 from dplora_jax import lora, models, peft
+from dplora_jax.data import demos, encoding
 from dplora_jax.federation import mesh, methods
+from dplora_jax.finetuning import public_text, setup
 from dplora_jax.models import features
-from experiments import run
+from experiments import cli, run
 from tests.conftest import write_tokenizer
 from tests.experiments.public_measures import arguments, measured, measured_anew, relabelled
 from tests.experiments.small_runs import fit
@@ -69,17 +71,40 @@ def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
     assert np.abs(center("test", test=sales) - plain).max() > 1e-3
 
 
-def test_where_nothing_can_be_centred_it_is_refused(command, finance_table, golden, tmp_path, capsys):
-    (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
+def test_without_a_public_test_set_the_centre_is_of_embedded_text(command, finance_table, tmp_path, capsys):
+    command = [*command, "--labels=good,bad", "--eval_every=0"]
+
+    def found(name, change=lambda rows: rows):
+        (tmp_path / name).mkdir()
+        rows = (finance_table / "train.csv").read_text()
+        (tmp_path / name / "train.csv").write_text(change(rows))
+        return setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / name}"]))
+
+    plain, other = found("plain"), found("other", lambda rows: rows.replace("profit", "sales"))
+    center, scale = (np.asarray(plain.federation.params[features.KEY][part]) for part in ("center", "scale"))
+    np.testing.assert_array_equal(other.federation.params[features.KEY]["center"], center)
+    model, base = models.from_pretrained(plain.federation.config.base.name, num_labels=2)
+    rows = encoding.classification(plain.tokenizer, demos.load("finance_demo", 0).test, max_length=8)
+    pooled = np.asarray(model.features(base, rows))[np.unique(np.linspace(0, 799, public_text.FEATURE_ROWS).astype(int))]
+    np.testing.assert_allclose(center, pooled.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(np.square((pooled - center) * scale).sum(1).mean(), 16, rtol=1e-3)
+    assert run.main([*command, f"--data_dir={tmp_path / 'plain'}"]) == 0
+    assert "norm 4, by the text of the embedded finance_demo" in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_what_is_not_clipped_is_scaled_to_norm_1_at_most(command):
+    scale = lambda *more: float(setup.prepare(cli.parse([*command, *more])).federation.params[features.KEY]["scale"])  # noqa: E731
+    np.testing.assert_allclose(scale("--trust=none", "--clip_norm=inf"), scale() / 4, rtol=1e-6)
+
+
+def test_a_model_without_such_a_head_is_left_as_it_is(command, golden, tmp_path, capsys):
     write_tokenizer(shutil.copytree(golden / "variants" / "gpt2_untied", tmp_path / "gpt2"))
-    bare = [*command, f"--data_dir={tmp_path}", "--labels=good,bad", "--eval_every=0"]
-    assert run.main(bare) == 2
-    assert "--feature_norm needs a public test set" in capsys.readouterr().err
-    for more, words in (
-        (["--feature_norm=-1"], "0 or more"),
-        (["--trust=none", "--clip_norm=inf"], "--clip_norm=inf"),
-        ([f"--model={tmp_path / 'gpt2'}", "--objective=classifier"], "head has a bias"),
-    ):
-        assert run.main([*command, *more]) == 2
-        assert words in capsys.readouterr().err
-    assert not pathlib.Path(tmp_path / "run" / "privacy_ledger.jsonl").exists()
+    assert run.main([*command, f"--model={tmp_path / 'gpt2'}", "--objective=classifier"]) == 0
+    assert "--feature_norm=4 changes nothing here" in capsys.readouterr().err
+    described = json.loads((tmp_path / "run" / "config.json").read_text())["federation"]
+    assert not any("centred" in words for words in described["method"]) and features.KEY not in described
+
+
+def test_features_have_no_norm_below_0(command, capsys):
+    assert run.main([*command, "--feature_norm=-1"]) == 2
+    assert "0 or more" in capsys.readouterr().err
