@@ -32,8 +32,13 @@ def distance(here, there):
     return max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (here, there)), strict=True))
 
 
-@pytest.mark.parametrize("clips", [True, False])
-def test_a_round_by_hand_on_the_rows_that_peers_are_given_comes_to_the_same(case, ours, tmp_path, clips):
+@pytest.mark.parametrize(("clips", "last_layers"), [(True, None), (False, None), (True, 1)])
+def test_a_round_by_hand_on_the_rows_that_peers_are_given_comes_to_the_same(
+    case, tmp_path, clips, last_layers, quick_compile
+):
+    case = case._replace(last_layers=last_layers)
+    ours = federations.Ours(case, CLIENTS, ROUNDS)
+    assert ours.made.model.start == (1 if last_layers else 0)
     federations.write(tmp_path, case, CLIENTS, ROUNDS, ours)
     rows = np.load(tmp_path / "rows.npz")
     model, params, _, _ = steps.arguments(case)
