@@ -107,9 +107,10 @@ def for_run(config, given):
     kind = objectives.kind(config, dealt.corpus.task)
     refused = {refusal.field for refusal in methods.BY_NAME[config.aggregation.method].refuses}
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
-    able = kind == objectives.CLASSIFIER and public >= PUBLIC and pretrained.bidirectional(config.base.name)
-    if able and ("feature_norm" in given or not given & {"head_lr", "clip_norm"}):  # rates fit one of the two ways
-        kind = CENTRED
+    if kind == objectives.CLASSIFIER and pretrained.bidirectional(config.base.name):
+        free = public >= PUBLIC and not given & {"head_lr", "clip_norm"}  # rates fit one of the two ways
+        if config.base.feature_norm if "feature_norm" in given else free:
+            kind = CENTRED
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
         own = given & {"core", "freeze_a", "ranks", "client_lr", "clip_norm"}  # each fits an adapter, or a core
         if public >= PUBLIC and "core" not in refused and (not own or ("core" in given and config.lora.core)):

@@ -12,7 +12,7 @@ from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.clock import Clock
 from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import dealing, objectives, public_tests, public_text, warm_start
+from dplora_jax.finetuning import dealing, objectives, public_tests, public_text, recipe, warm_start
 from dplora_jax.models import features, pretrained
 
 
@@ -132,10 +132,10 @@ def describe(config, base, train_records, command, public=None):
         "command": command,
     }
     if public_text.centres(config, params):
-        of = f"the embedded {public_text.STAND_IN}" if base.test is None else "the public test set that the metrics are of"
         described["method"].append(
-            f"the head's features centred, and scaled to norm {public_text.norm(config):g}, by the text of {of} (its labels "
-            "unused)"
+            f"the head's features centred, and scaled to norm {public_text.norm(config):g}, by public text, its labels unused: the "
+            f"test set that the metrics are of, or the embedded {public_text.STAND_IN} where that has fewer than "
+            f"{recipe.PUBLIC} records"
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)

@@ -7,7 +7,8 @@ with its local differential privacy, which clips no record's gradient.
 The peers need environments of their own, with torch, transformers, peft and opacus: `pip install 'flwr[simulation]'` in one, `pip
 install pfl` in the other. All start from the same weights, and each client takes the same rows in the same round. First all run
 without noise, and what comes out is compared. Then rounds with noise are timed in turn. A turn of ours is the compiled rounds and
-their adapter on the host: no keys are drawn in it, and there is no ledger and no checkpoint (the peers have neither).
+their adapter on the host: no keys are drawn in it, and there is no ledger and no checkpoint (the peers have neither). With
+--last_layers the layers below have run before it, once for every record; the table says in how many seconds.
 
 Letters: K clients, R rounds of a turn, B rows that a client expects in a step.
 """

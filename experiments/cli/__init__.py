@@ -31,7 +31,7 @@ GROUPS = {  # the sections of a RunConfig, as --help heads them
 }
 EXAMPLES = """examples:
   python -m experiments.run --flagfile=finance.flags
-  python -m experiments.run --flagfile=finance.flags --epsilon=2 --rounds=20 --workdir=runs/two
+  python -m experiments.run --flagfile=finance.flags --epsilon=2 --rounds=10 --workdir=runs/two
   python -m experiments.run --flagfile=finance.flags --dataset=csv --data_dir=my_data --text_column=body \\
       --label_column=class --labels=complaint,praise,other --workdir=runs/mine
 """

@@ -32,8 +32,7 @@ class Cell(NamedTuple):
 
 def controls(config):
     """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
-    # Rates that fit scaled features are for clipped gradients; --auto chooses others for what is not clipped.
-    unclipped = "" if config.base.feature_norm and not config.output.auto else " --clip_norm=inf"
+    unclipped = " --clip_norm=inf"
     pooled = (
         f"{ONE} --partition=iid --expected_batch_size={config.schedule.clients * config.schedule.expected_batch_size:g}"
     )

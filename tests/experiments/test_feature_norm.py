@@ -8,6 +8,7 @@ import pytest
 
 from dplora_jax import lora, models, peft
 from dplora_jax.data import demos, encoding
+from dplora_jax.errors import InputWarning
 from dplora_jax.federation import mesh, methods
 from dplora_jax.finetuning import public_text, setup
 from dplora_jax.models import features
@@ -71,7 +72,8 @@ def test_the_centre_is_of_public_text_alone(command, finance_table, tmp_path):
     assert np.abs(center("test", test=sales) - plain).max() > 1e-3
 
 
-def test_without_a_public_test_set_the_centre_is_of_embedded_text(command, finance_table, tmp_path, capsys):
+def test_without_a_public_test_set_the_centre_is_of_embedded_text(command, finance_table, tmp_path):
+    """Nor where it has hardly any records."""
     command = [*command, "--labels=good,bad", "--eval_every=0"]
 
     def found(name, change=lambda rows: rows):
@@ -80,16 +82,21 @@ def test_without_a_public_test_set_the_centre_is_of_embedded_text(command, finan
         (tmp_path / name / "train.csv").write_text(change(rows))
         return setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / name}"]))
 
-    plain, other = found("plain"), found("other", lambda rows: rows.replace("profit", "sales"))
+    with pytest.warns(InputWarning, match="centred by embedded finance headlines, for lack of 20"):
+        plain, other = found("plain"), found("other", lambda rows: rows.replace("profit", "sales"))
     center, scale = (np.asarray(plain.federation.params[features.KEY][part]) for part in ("center", "scale"))
-    np.testing.assert_array_equal(other.federation.params[features.KEY]["center"], center)
+    (tmp_path / "plain" / "test.csv").write_text("".join((finance_table / "test.csv").open().readlines()[:2]))
+    tiny = setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / 'plain'}"]))
+    for job in other, tiny:
+        np.testing.assert_array_equal(job.federation.params[features.KEY]["center"], center)
+        np.testing.assert_array_equal(job.federation.params[features.KEY]["scale"], scale)
     model, base = models.from_pretrained(plain.federation.config.base.name, num_labels=2)
     rows = encoding.classification(plain.tokenizer, demos.load("finance_demo", 0).test, max_length=8)
     pooled = np.asarray(model.features(base, rows))[np.unique(np.linspace(0, 799, public_text.FEATURE_ROWS).astype(int))]
     np.testing.assert_allclose(center, pooled.mean(0), rtol=1e-4)
     np.testing.assert_allclose(np.square((pooled - center) * scale).sum(1).mean(), 16, rtol=1e-3)
     assert run.main([*command, f"--data_dir={tmp_path / 'plain'}"]) == 0
-    assert "norm 4, by the text of the embedded finance_demo" in (tmp_path / "run" / "config.json").read_text()
+    assert "norm 4, by public text" in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_what_is_not_clipped_is_scaled_to_norm_1_at_most(command):

@@ -72,6 +72,16 @@ def test_without_public_text_no_features_are_centred(command, finance_table, tmp
     )
 
 
+@pytest.mark.parametrize(("norm", "kind"), [("8", recipe.CENTRED), ("0", "classifier")])
+def test_rates_are_of_the_features_that_are_asked_for(command, finance_table, tmp_path, norm, kind):
+    (tmp_path / "train.csv").write_text((finance_table / "train.csv").read_text())
+    bare = [*command, "--epsilon=2", f"--feature_norm={norm}", f"--data_dir={tmp_path}"]
+    without = cli.parse([*bare, "--labels=good,bad", "--eval_every=0"])
+    (tmp_path / "test.csv").write_text((finance_table / "test.csv").read_text())
+    assert without.optimizer.head_lr == cli.parse(bare).optimizer.head_lr
+    assert without.optimizer.head_lr == recipe.chosen([30, 30], 2, 2.0, kind)["head_lr"]
+
+
 def test_other_records_of_the_same_sizes_choose_the_same(command, finance_table, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()

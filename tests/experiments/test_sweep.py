@@ -87,12 +87,12 @@ def test_settings_are_the_flags_whatever_the_seed(command):
     assert sweep_cells.settings(auto) == sweep_cells.settings(other)
 
 
-def test_scaled_features_are_clipped_without_privacy_too(command):
+def test_no_privacy_is_no_clipping_where_features_are_scaled_too(command):
     plain = [word for word in command if not word.startswith(("--case", "--vary"))]
     cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
-    assert {cell.config.privacy.clip_norm for cell in cells} == {1.0}
-    cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls"])
-    assert {cell.config.privacy.clip_norm for cell in cells} == {1.0, math.inf}
+    norms = {cell.name["case"]: cell.config.privacy.clip_norm for cell in cells}
+    assert norms["no privacy"] == norms[sweep_cells.BEST] == math.inf
+    assert norms["clipped, no noise"] == 1.0
 
 
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
