@@ -196,9 +196,19 @@ def table(case, counts, rounds, repeats, peers):
         for name, distance in zip(columns, off, strict=True):
             low, middle, high = np.quantile(times[name] / times["ours"], [0.25, 0.5, 0.75])
             row += [f"{middle:.2f} ({low:.2f} .. {high:.2f})", f"{distance:.1e}"]
+        row += [f"{_frozen_seconds(case, count):.3f}"] if case.last_layers else []
         body.append(row)
     head = ["K", "ours, s a round", *(text for name in columns for text in (f"{name} / ours", "off by"))]
-    yield Table(head, body).text()
+    yield Table(head + ["frozen layers before it, s"] * bool(case.last_layers), body).text()
+
+
+def _frozen_seconds(case, clients):
+    """Seconds that all rows of `clients` clients take through the frozen layers, once in a whole run."""
+    model, params, _, _ = benchmark_steps.arguments(case._replace(batch=1))
+    rows = benchmark_rounds.random_rows(case, model, clients * benchmark_rounds.RECORDS * case.batch)
+    _, through = benchmark_rounds.frozen(case, model, params, len(rows["input_ids"]))
+    through(rows)  # compiles
+    return _seconds(lambda: through(rows))
 
 
 def _seconds(call):

@@ -24,9 +24,8 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     """A round of `clients` clients of `records` random rows each, one local step of `expected` rows at `rate`, on one device ->
     (Rounds, mesh, (state, params, clients, data, keys))."""
     model, params, adapter, _ = benchmark_steps.arguments(case._replace(batch=1))
-    config = replace(RunConfig(), last_layers=case.last_layers)
     rows = random_rows(case, model, clients * records)
-    model, through = frozen_layers.split(config, model, params, clients * records, case.length)
+    model, through = frozen(case, model, params, clients * records)
     rows = through(rows)
     grid = mesh.make("1x1", clients, model)
     params = jax.device_put(params, mesh.base_sharding(grid, params))
@@ -41,6 +40,12 @@ def federation(case, clients, records, expected, wave=1, pooled=False, microbatc
     keys = mesh.place_keys(grid, keys, placed.clients.size.shape[0])
     state = jax.device_put(made.init(adapter), NamedSharding(grid, PartitionSpec()))
     return made, grid, (state, params, placed.clients, placed.data, keys)
+
+
+def frozen(case, model, params, count):
+    """`frozen_layers.split` of the case for `count` rows: (the model above the frozen layers, what takes rows through them)."""
+    config = replace(RunConfig(), last_layers=case.last_layers)
+    return frozen_layers.split(config, model, params, count, case.length)
 
 
 def random_rows(case, model, count):
