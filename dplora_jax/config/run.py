@@ -27,8 +27,8 @@ class Base:
     feature_norm: float = field(
         0.0,
         "BERT classifiers: centre the head's features and scale them to this norm, both as measured on the text of the public "
-        "test set, not its labels (without one, on embedded headlines); 1 at most where nothing is clipped; the released head has "
-        "it folded in; 0 changes nothing",
+        "test set, not its labels (of fewer than 20 records: of embedded headlines); to 1 at most where nothing is clipped; the "
+        "released head has it folded in; 0 changes nothing",
         least=0.0, below=math.inf,
     )  # fmt: skip
 

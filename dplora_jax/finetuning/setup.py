@@ -133,8 +133,8 @@ def describe(config, base, train_records, command, public=None):
     }
     if public_text.centres(config, params):
         described["method"].append(
-            f"the head's features centred, and scaled to norm {public_text.norm(config):g}, by public text, its labels unused: the "
-            f"test set that the metrics are of, or the embedded {public_text.STAND_IN} where that has fewer than "
+            f"the head's features centred, and scaled to norm {public_text.norm(config):g}, by public text, its labels unused: "
+            f"the test set that the metrics are of, or the embedded {public_text.STAND_IN} where that has fewer than "
             f"{recipe.PUBLIC} records"
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):

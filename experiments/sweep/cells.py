@@ -32,17 +32,17 @@ class Cell(NamedTuple):
 
 def controls(config):
     """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
-    unclipped = " --clip_norm=inf"
+    bare = f"{NO_PRIVACY} --clip_norm=inf"
     pooled = (
         f"{ONE} --partition=iid --expected_batch_size={config.schedule.clients * config.schedule.expected_batch_size:g}"
     )
     cases = {
         BASE: (NO_PRIVACY, True),
-        "no privacy": (NO_PRIVACY + unclipped, True),
+        "no privacy": (bare, True),
         "clipped, no noise": (NO_PRIVACY, True),
         "all data in one client": (pooled, False),
         "first client alone": (f"{ONE} --parties={config.schedule.clients}", False),
-        BEST: (f"{ONE} {NO_PRIVACY}{unclipped} --parties={config.schedule.clients}", True),
+        BEST: (f"{ONE} {bare} --parties={config.schedule.clients}", True),
     }
     if _has_head(config):
         cases["head alone"] = ("--head_only", False)
