@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "finance": Setting(640, 128, 40, 0.9, 0.2, 0.8, (2, 4, 5, 8, 16, 40)),
+    "finance": Setting(640, 128, 18, 0.5, 0.2, 0.8, (2, 4, 5, 8, 16, 18)),
     "phrasebank": Setting(775, 155, 30, 0.9, 1.0, 0.8, (2, 3, 5, 8, 16, 30)),
     "medical": Setting(200, 32, 8, 0.9, 1.0, 0.5, (2, 4, 6, 8)),
 }

