@@ -84,9 +84,9 @@ def test_without_a_public_test_set_the_centre_is_of_embedded_text(command, finan
 
     with pytest.warns(InputWarning, match="centred by embedded finance headlines, for lack of 20"):
         plain, other = found("plain"), found("other", lambda rows: rows.replace("profit", "sales"))
+        (tmp_path / "plain" / "test.csv").write_text("".join((finance_table / "test.csv").open().readlines()[:2]))
+        tiny = setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / 'plain'}"]))
     center, scale = (np.asarray(plain.federation.params[features.KEY][part]) for part in ("center", "scale"))
-    (tmp_path / "plain" / "test.csv").write_text("".join((finance_table / "test.csv").open().readlines()[:2]))
-    tiny = setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / 'plain'}"]))
     for job in other, tiny:
         np.testing.assert_array_equal(job.federation.params[features.KEY]["center"], center)
         np.testing.assert_array_equal(job.federation.params[features.KEY]["scale"], scale)
