@@ -76,16 +76,17 @@ def test_without_a_public_test_set_the_centre_is_of_embedded_text(command, finan
     """Nor where it has hardly any records."""
     command = [*command, "--labels=good,bad", "--eval_every=0"]
 
-    def found(name, change=lambda rows: rows):
+    def found(name, change=lambda rows: rows, test_lines=0):
         (tmp_path / name).mkdir()
-        rows = (finance_table / "train.csv").read_text()
-        (tmp_path / name / "train.csv").write_text(change(rows))
+        (tmp_path / name / "train.csv").write_text(change((finance_table / "train.csv").read_text()))
+        if test_lines:
+            lines = (finance_table / "test.csv").read_text().splitlines()[:test_lines]
+            (tmp_path / name / "test.csv").write_text("\n".join(lines))
         return setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / name}"]))
 
+    sales = lambda rows: rows.replace("profit", "sales")  # noqa: E731
     with pytest.warns(InputWarning, match="centred by embedded finance headlines, for lack of 20"):
-        plain, other = found("plain"), found("other", lambda rows: rows.replace("profit", "sales"))
-        (tmp_path / "plain" / "test.csv").write_text("".join((finance_table / "test.csv").open().readlines()[:2]))
-        tiny = setup.prepare(cli.parse([*command, f"--data_dir={tmp_path / 'plain'}"]))
+        plain, other, tiny = found("plain"), found("other", sales), found("tiny", test_lines=2)
     center, scale = (np.asarray(plain.federation.params[features.KEY][part]) for part in ("center", "scale"))
     for job in other, tiny:
         np.testing.assert_array_equal(job.federation.params[features.KEY]["center"], center)
