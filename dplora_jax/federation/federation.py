@@ -121,6 +121,7 @@ class Federation:
                 probed = self._measuring(prepared, probe) if probe else None
             job = self._job(prepared, kept, keys, describe)
             score = score or functools.partial(private_scores.of_rows, self.loss)
+            start = start and self.clock.part("public records")(start)
             begin = functools.partial(preparation.begun, prepared, start)
             yield from self._run(job, begin, private_scores.beside(evaluated, job, held, score), probed, stop, closing)
 
@@ -250,8 +251,7 @@ class Federation:
         restored = job.storage.restore(job.prepared.state)
         if restored is None:
             line = metrics_lines.base_line(job.config.schedule.clients)
-            with self.clock.part("public records"):  # where it starts from them
-                state = begin()
+            state = begin()
             with self.clock.part("evaluating"):
                 line |= evaluate(state, 0, ends=True)
             done, notes = 0, {"lines": [line], "ledger": job.ledger and job.ledger.anchor}  # process 0 writes the notes

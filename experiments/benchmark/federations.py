@@ -246,11 +246,8 @@ def compare(case, ours, peer, rounds):
     """How far the peer's change of A, of B or of the head is from ours after R rounds without noise, as a share of the norm of
     ours: the largest of these. Raises InputError where it is more than ALLOWED."""
     peer(rounds, 0.0)
-    state, config, name = (
-        ours(noise=False, clips=peer.program.clips),
-        benchmark_steps.lora_config(case),
-        peer.program.name,
-    )
+    state = ours(noise=False, clips=peer.program.clips)
+    config, name = benchmark_steps.lora_config(case), peer.program.name
     before, after = (named(ours.made.model, tree, config) for tree in (ours.state.adapter, state.adapter))
     theirs = {_ending(array): value for array, value in peer.trained().items()}
     if before.keys() != theirs.keys():

@@ -72,3 +72,11 @@ def test_neither_what_is_prepared_nor_what_is_written_at_the_end_keeps_a_device_
     list(made.fit(small.shards(), tmp_path / "run", closing=lambda: written.append(time.perf_counter())))
     assert prepared[0] < made.clock.start < made.clock.end < written[0]
     assert {"calibrating", "frozen layers", "compiling", "rounds"} <= {*made.clock.parts()}
+
+
+def test_public_records_take_time_where_a_run_begins_with_them_alone(tmp_path):
+    plain, warm = small.federation(), small.federation()
+    list(plain.fit(small.shards(), tmp_path / "plain"))
+    list(warm.fit(small.shards(), tmp_path / "warm", start=lambda prepared: prepared.adapter))
+    assert "public records" not in plain.clock.parts()
+    assert "public records" in warm.clock.parts()
