@@ -147,7 +147,9 @@ def _membership(options, config, folder):
         raise InputError("--membership needs a configuration: give --flagfile, with a test set or --test_fraction.")
     if not trust.mode(config).private:
         raise InputError("--membership compares a private run with one without: give --epsilon or --noise_multiplier.")
-    bare = replace(config, trust="none", epsilon=None, noise_multiplier=None, clip_norm=float("inf"))
+    bare = replace(config, trust="none", epsilon=None, noise_multiplier=None)
+    if not config.base.feature_norm:  # whose rates are for clipped gradients, and would train too little to attack
+        bare = replace(bare, clip_norm=float("inf"))
     print(private_files.NOTE)
     print(f"{'run':>14}{'TPR at 0.1% FPR':>18}{'at 1% FPR':>12}{'AUC':>8}")
     lines = []

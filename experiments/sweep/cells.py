@@ -32,13 +32,16 @@ class Cell(NamedTuple):
 
 def controls(config):
     """{name: (flags, whether it has no privacy to spend)} of what a table of `config` should be read beside."""
-    bare = f"{NO_PRIVACY} --clip_norm=inf"
+    # Rates that fit scaled features are too small for gradients that are not clipped; --auto chooses others for these.
+    clipped = config.base.feature_norm and _has_head(config) and not config.output.auto
+    bare = NO_PRIVACY if clipped else f"{NO_PRIVACY} --clip_norm=inf"
     pooled = (
         f"{ONE} --partition=iid --expected_batch_size={config.schedule.clients * config.schedule.expected_batch_size:g}"
     )
-    cases = {
-        BASE: (NO_PRIVACY, True),
-        "no privacy": (bare, True),
+    cases = {BASE: (NO_PRIVACY, True)}
+    if not clipped:
+        cases["no privacy"] = (bare, True)
+    cases |= {
         "clipped, no noise": (NO_PRIVACY, True),
         "all data in one client": (pooled, False),
         "first client alone": (f"{ONE} --parties={config.schedule.clients}", False),

@@ -87,12 +87,17 @@ def test_settings_are_the_flags_whatever_the_seed(command):
     assert sweep_cells.settings(auto) == sweep_cells.settings(other)
 
 
-def test_no_privacy_is_no_clipping_where_features_are_scaled_too(command):
+def test_scaled_features_are_clipped_without_privacy_too_and_no_control_is_run_twice(command):
     plain = [word for word in command if not word.startswith(("--case", "--vary"))]
-    cells, _ = sweep_cells.parse([*plain, "--epsilon=8", "--controls", "--feature_norm=8"])
-    norms = {cell.name["case"]: cell.config.privacy.clip_norm for cell in cells}
-    assert norms["no privacy"] == norms[sweep_cells.BEST] == math.inf
-    assert norms["clipped, no noise"] == 1.0
+    norms = lambda *more: {  # noqa: E731
+        cell.name["case"]: cell.config.privacy.clip_norm
+        for cell in sweep_cells.parse([*plain, "--epsilon=8", "--controls", *more])[0]
+    }
+    scaled, usual = norms("--feature_norm=8"), norms()
+    assert {*scaled.values()} == {1.0}
+    assert usual.keys() - scaled.keys() == {"no privacy"}
+    assert usual["no privacy"] == usual[sweep_cells.BEST] == math.inf
+    assert usual["clipped, no noise"] == 1.0
 
 
 def test_controls_without_privacy_are_run_once_for_all_budgets(command):
