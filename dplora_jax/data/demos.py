@@ -6,7 +6,7 @@ from dplora_jax.data import finance_demo, general_demo, medical_demo, tasks
 from dplora_jax.data.records import Corpus, Records
 
 FINANCE = tasks.Task(
-    tasks.LABELS, tasks.label_words(finance_demo.LABEL_NAMES, "Sentiment"), label_names=finance_demo.LABEL_NAMES
+    tasks.LABELS, tasks.label_words(finance_demo.LABEL_NAMES, tasks.SENTIMENT), label_names=finance_demo.LABEL_NAMES
 )
 DEMOS = {
     "finance_demo": (finance_demo, FINANCE),

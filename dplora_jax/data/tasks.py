@@ -80,15 +80,18 @@ def label_of(value):
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip())
 
 
-def label_words(names, question="Label"):
-    """`ask` of a text and its label: one of the labels' words follows the text and `question`.
+SENTIMENT = "Overall, the sentiment of this news is"  # a base model reads more from it than from "Sentiment:"
 
-    >>> label_words(("bad", "good"), "Sentiment")({"text": "Profit rose.", "label": 1}).prompts[0]
+
+def label_words(names, lead="Label:"):
+    """`ask` of a text and its label: one of the labels' words follows the text and, on a line of its own, `lead`.
+
+    >>> label_words(("bad", "good"), "Sentiment:")({"text": "Profit rose.", "label": 1}).prompts[0]
     'Profit rose.\\nSentiment:'
     """
 
     def ask(row):
-        return Asked((f"{row['text']}\n{question}:",) * len(names), tuple(f" {n}" for n in names), row["label"])
+        return Asked((f"{row['text']}\n{lead}",) * len(names), tuple(f" {n}" for n in names), row["label"])
 
     return ask
 
@@ -112,7 +115,7 @@ def plain_text(row):
 
 
 def _sentiment(hub, text, label, names, **more):
-    return Task(LABELS, label_words(names, "Sentiment"), hub, (("text", text), ("label", label)), names, **more)
+    return Task(LABELS, label_words(names, SENTIMENT), hub, (("text", text), ("label", label)), names, **more)
 
 
 def _questions(hub, prompt, answer, **more):

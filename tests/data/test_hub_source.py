@@ -70,12 +70,13 @@ ALPACA = (
 )
 ASKED = {"message_id": "a", "parent_id": None, "user_id": "u", "text": "Hi?", "role": "prompter", "lang": "en"}
 REPLY = {"message_id": "b", "parent_id": "a", "user_id": "v", "text": "Hello.", "role": "assistant", "lang": "en"}
+SAID = "\nOverall, the sentiment of this news is"
 # A row of each public task as the hub's table has it, and what its first prompt and right answer must be.
 ROWS = {
-    "financial_phrasebank": ({"sentence": "Profit rose.", "label": 2}, "Profit rose.\nSentiment:", " positive"),
-    "twitter_financial_news_sentiment": ({"text": "$XY falls", "label": 0}, "$XY falls\nSentiment:", " bearish"),
-    "fiqa_sa": ({"sentence": "Flat.", "sentiment_score": 0.05}, "Flat.\nSentiment:", " neutral"),
-    "nwgi": ({"news": "Up.", "label": "strong positive"}, "Up.\nSentiment:", " positive"),
+    "financial_phrasebank": ({"sentence": "Profit rose.", "label": 2}, f"Profit rose.{SAID}", " positive"),
+    "twitter_financial_news_sentiment": ({"text": "$XY falls", "label": 0}, f"$XY falls{SAID}", " bearish"),
+    "fiqa_sa": ({"sentence": "Flat.", "sentiment_score": 0.05}, f"Flat.{SAID}", " neutral"),
+    "nwgi": ({"news": "Up.", "label": "strong positive"}, f"Up.{SAID}", " positive"),
     "meddialog": ({"src": "It hurts.", "tgt": "Rest."}, "Question: It hurts.\nAnswer:", " Rest."),
     "medquad": ({"question": "Why?", "answer": "So."}, "Question: Why?\nAnswer:", " So."),
     "liveqa": (

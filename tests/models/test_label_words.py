@@ -99,7 +99,7 @@ def tokenizer(tmp_path_factory):
 
 
 def asked(*names, text="the text"):
-    return tasks.label_words(names, "Sentiment")({"text": text, "label": len(names) - 1})
+    return tasks.label_words(names, "Sentiment:")({"text": text, "label": len(names) - 1})
 
 
 def test_what_all_labels_begin_with_stands_behind_the_prompt(tokenizer):
