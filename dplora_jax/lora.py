@@ -27,15 +27,13 @@ class LoraConfig:
     """What an adapter is: W + (alpha / rank) B A on every matrix named by `targets` (Hu et al. 2021, section 4.1).
 
     `targets` are a family's short names ("q", "v"), or ("all-linear",); empty means no matrix (a head alone).
-    `last_layers` adapts only that many layers nearest the output (and what is named above them); None adapts all. Of these,
-    `spare_layers` nearest the output are left as they are.
+    `last_layers` adapts only that many layers nearest the output (and what is named above them); None adapts all.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = ("q", "v")
     last_layers: int | None = None
-    spare_layers: int = 0
 
     def __post_init__(self):
         if self.rank < 1:
@@ -51,7 +49,6 @@ class Pair:
     b: Any
     scale: float = struct.field(pytree_node=False)
     core: Any = None
-    spared: int = struct.field(default=0, pytree_node=False)  # layers above those that are adapted
 
 
 def product(x, pair):
@@ -106,8 +103,6 @@ def init(key, model, params, config):
         depth = model.config.num_layers if config.last_layers is None else config.last_layers
         if not 1 <= depth <= model.config.num_layers:
             raise ValueError(f"last_layers must lie in 1..{model.config.num_layers}, not {depth}.")
-        if not 0 <= config.spare_layers < depth:
-            raise ValueError(f"spare_layers must lie in 0..{depth - 1}, below last_layers, not {config.spare_layers}.")
         adapter["layers"] = {}
         for index, (name, (inputs, outputs)) in enumerate(sorted(resolve_targets(model, config.targets).items())):
             if config.rank > min(inputs, outputs):
@@ -116,13 +111,12 @@ def init(key, model, params, config):
                     InputWarning,
                     stacklevel=2,
                 )
-            bound, spared = inputs**-0.5, config.spare_layers if model.targets[name].layered else 0
-            layers = depth - spared if model.targets[name].layered else 1
+            bound, layers = inputs**-0.5, depth if model.targets[name].layered else 1
             a = jax.random.uniform(
                 jax.random.fold_in(key, index), (layers, config.rank, inputs), jnp.float32, -bound, bound
             )
             b = jnp.zeros((layers, outputs, config.rank), jnp.float32)
-            adapter["layers"][name] = Pair(a, b, config.alpha / config.rank, spared=spared)
+            adapter["layers"][name] = Pair(a, b, config.alpha / config.rank)
     if "head" in params:
         adapter["head"] = jax.tree.map(lambda x: x.astype(jnp.float32), params["head"])
     if not adapter:
@@ -235,7 +229,6 @@ def merge(model, params, adapter, config):
             model.targets[name],
             (pair.a, pair.b),
             lambda factors, scale=pair.scale: scale * jnp.einsum("or,ri->io", factors[1], factors[0], precision=EXACT),
-            pair.spared,
         )
     return merged
 
@@ -247,28 +240,27 @@ def shifted(model, params, change):
     return params
 
 
-def _added(params, target, parts, delta, spared=0):
+def _added(params, target, parts, delta):
     if target.layered:
-        return {**params, "layers": _add_at(params["layers"], target.path, parts, delta, spared)}
-    return _add_at(params, target.path, parts, delta, 0)
+        return {**params, "layers": _add_at(params["layers"], target.path, parts, delta)}
+    return _add_at(params, target.path, parts, delta)
 
 
-def _add_at(tree, path, parts, delta, spared):
-    """`tree` with `delta` of each layer's `parts` (a pytree of [L, ...]) added to the last layers below the `spared` ones of the
-    kernel at `path`, in float32, a layer at a time; a kernel that is not stacked is one layer's."""
+def _add_at(tree, path, parts, delta):
+    """`tree` with `delta` of each layer's `parts` (a pytree of [L, ...]) added to the last layers of the kernel at `path`, in
+    float32, a layer at a time; a kernel that is not stacked is one layer's."""
     if path:
-        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], parts, delta, spared)}
+        return {**tree, path[0]: _add_at(tree[path[0]], path[1:], parts, delta)}
     if not isinstance(tree, jax.Array | np.ndarray):
         raise ValueError("an adapter does not merge into quantised matrices: load the base unquantised.")
     kernels = jnp.asarray(tree) if tree.ndim == 3 else jnp.asarray(tree)[None]
-    last = kernels.shape[0] - spared
-    first = last - jax.tree.leaves(parts)[0].shape[0]
+    first = kernels.shape[0] - jax.tree.leaves(parts)[0].shape[0]
 
     def one(layer):
         kernel, pair = layer
         return (kernel.astype(jnp.float32) + delta(pair)).astype(kernel.dtype)
 
-    return kernels.at[first:last].set(jax.lax.map(one, (kernels[first:last], parts))).reshape(tree.shape)
+    return kernels.at[first:].set(jax.lax.map(one, (kernels[first:], parts))).reshape(tree.shape)
 
 
 def count(tree):

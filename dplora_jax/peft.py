@@ -15,7 +15,7 @@ import safetensors.numpy
 from dplora_jax import lora
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, read_json, to_json
-from dplora_jax.lora import LoraConfig
+from dplora_jax.lora import LoraConfig, Pair
 from dplora_jax.models.decoder import Decoder
 from dplora_jax.peft_config import PeftConfig
 from dplora_jax.privacy.chain import replace_durably
@@ -38,15 +38,15 @@ def save(path, model, adapter, config, base=None):
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in to_state_dict(model, adapter, config).items()}
     depth = model.config.num_layers
-    adapted = range(depth - (config.last_layers or depth), depth - config.spare_layers)
-    modules = _target_modules(model, adapter.get("layers", {}), adapted)
+    first = depth - (config.last_layers or depth)
+    modules = _target_modules(model, adapter.get("layers", {}), first)
     alphas = {t: pair.scale * config.rank for t, pair in adapter.get("layers", {}).items()}
     document = {
         "peft_type": "LORA", "task_type": _task_type(model),
         "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": 0.0,
         "target_modules": modules,
         # PEFT refuses layer numbers next to a regular expression, which names the layers itself.
-        "layers_to_transform": list(adapted) if len(adapted) < depth and isinstance(modules, list) else None,
+        "layers_to_transform": list(range(first, depth)) if first and isinstance(modules, list) else None,
         "modules_to_save": [model.head_module] if "head" in adapter else None,
         "bias": "none", "fan_in_fan_out": getattr(model, "fan_in_fan_out", False), "inference_mode": True,
         "init_lora_weights": True, "use_dora": False, "use_rslora": False,
@@ -71,7 +71,7 @@ def _task_type(model):
     return "CAUSAL_LM" if isinstance(model, Decoder) else None
 
 
-def _target_modules(model, chosen, adapted):
+def _target_modules(model, chosen, first):
     """PEFT's list of module suffixes; a regular expression where a suffix would also match a matrix that is not adapted."""
     if not chosen:
         return "dummy-target-modules"  # PEFT's own word for an adapter without matrices: it refuses an empty list
@@ -79,9 +79,9 @@ def _target_modules(model, chosen, adapted):
     suffixes = [names[target].split(".")[-1] if names[target].endswith(target) else names[target] for target in chosen]
     greedy = any(f".{names[t]}".endswith(f".{s}") for t in model.targets if t not in chosen for s in suffixes)
     above = any(not model.targets[target].layered for target in chosen)  # PEFT's layer numbers leave out what has none
-    if not greedy and not (len(adapted) < model.config.num_layers and above):
+    if not greedy and not (first and above):
         return suffixes
-    layers = f"({'|'.join(map(str, adapted))})"
+    layers = f"({'|'.join(map(str, range(first, model.config.num_layers)))})"
     return "|".join(model.targets[t].module.replace(".", r"\.").replace("{}", layers) for t in chosen)
 
 
@@ -114,9 +114,9 @@ def _head_names(model, head):
 def load(path, model, params):
     """An adapter directory -> (adapter, LoraConfig), float32. A head that the file lacks is the base's own.
 
-    Matrices of several ranks are filled up to the largest, and layers that the file leaves out between its first and its last as
-    well, as a fresh adapter begins: A drawn, B zero, which adds nothing. Raises InputError where a file is missing or damaged,
-    does not fit the model, or uses what is not implemented.
+    Matrices of several ranks are filled up to the largest, and layers that the file leaves out above its first as well, as a
+    fresh adapter begins: A drawn, B zero, which adds nothing. Raises InputError where a file is missing or damaged, does not fit
+    the model, or uses what is not implemented.
     """
     path = pathlib.Path(path)
     document, file = read_json(_file(path, "adapter_config.json")), _file(path, "adapter_model.safetensors")
@@ -219,9 +219,11 @@ def _stacked(model, params, matrices, described):
     if described.stabilised or rank != described.rank:
         alpha = described.scale(alpha, described.rank) * rank
     depth = model.config.num_layers
-    layered = [layer for target, by_layer in matrices.items() if model.targets[target].layered for layer in by_layer]
-    first, last = min(layered, default=0), max(layered, default=depth - 1)
-    config = LoraConfig(rank, alpha, tuple(sorted(matrices)), depth - first if first else None, depth - 1 - last)
+    first = min(
+        (layer for target, by_layer in matrices.items() if model.targets[target].layered for layer in by_layer),
+        default=0,
+    )
+    config = LoraConfig(rank, alpha, tuple(sorted(matrices)), depth - first if first else None)
     if not matrices:
         return {}, config
     bare = {name: value for name, value in params.items() if name != "head"}
@@ -236,5 +238,5 @@ def _stacked(model, params, matrices, described):
             # Layers of one kind share a scale; where the file gives one another, the ratio goes into its B.
             same = math.isclose(layer_scale, scale, rel_tol=1e-12)
             b[at, :, :width] = layer_b if same else layer_b * np.float32(layer_scale / scale)
-        layers[target] = layers[target].replace(a=jnp.asarray(a), b=jnp.asarray(b), scale=scale)
+        layers[target] = Pair(jnp.asarray(a), jnp.asarray(b), scale)
     return layers, config

@@ -15,7 +15,6 @@ SHAPES = {
     "q and v": lora.LoraConfig(4, 8, ("q", "v")),
     "all-linear": lora.LoraConfig(2, 3, ("all-linear",)),
     "last layer": lora.LoraConfig(4, 8, ("q", "down"), last_layers=1),
-    "spared layer": lora.LoraConfig(4, 8, ("q", "down"), last_layers=2, spare_layers=1),
     "head alone": lora.LoraConfig(4, 8, ()),
 }
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -99,7 +98,7 @@ def test_merging_adds_alpha_over_rank_b_a(classifier):
 def test_leaves_are_exactly_a_b_and_the_head(classifier, config):
     model, params, _ = classifier
     adapter = lora.init(jax.random.key(0), model, params, config)
-    depth = (config.last_layers or 3) - config.spare_layers
+    depth = config.last_layers or 3
     expected = [params["head"]["kernel"].shape, (3,)]
     for inputs, outputs in lora.resolve_targets(model, config.targets).values():
         expected += [(depth, config.rank, inputs), (depth, outputs, config.rank)]

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 CONFIGS = {
     "all layers": lora.LoraConfig(4, 8, ("q", "v")),
     "last layers": lora.LoraConfig(3, 5, ("q", "v"), last_layers=2),
-    "spared layer": lora.LoraConfig(3, 5, ("q", "v"), last_layers=2, spare_layers=1),
-    "spared layers below a pooler": lora.LoraConfig(2, 4, ("all-linear",), spare_layers=2),
     "head alone": lora.LoraConfig(4, 8, ()),
     "all-linear": lora.LoraConfig(2, 1.5, ("all-linear",)),
     "one of two that end alike": lora.LoraConfig(2, 4, ("down", "k"), last_layers=1),
@@ -57,7 +55,7 @@ def test_loading_what_was_saved_gives_it_back_exactly(classifier, tmp_path, conf
     loaded, read = peft.load(tmp_path, model, params)
     assert_same(loaded, adapter)
     assert (read.rank, read.alpha) == (config.rank, config.alpha)
-    assert (read.last_layers, read.spare_layers) == (config.last_layers, config.spare_layers)
+    assert read.last_layers == config.last_layers
     assert lora.resolve_targets(model, read.targets) == lora.resolve_targets(model, config.targets)
     assert_same(lora.init(jax.random.key(0), model, params, read), lora.init(jax.random.key(0), model, params, config))
 
@@ -139,11 +137,11 @@ SUBSETS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("last_layers", "spared"), [(None, 0), (1, 0), (2, 0), (None, 2), (2, 1)])
+@pytest.mark.parametrize("last_layers", [None, 1, 2])
 @pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
-def test_target_modules_select_exactly_the_adapted_matrices(classifier, tmp_path, targets, last_layers, spared):
+def test_target_modules_select_exactly_the_adapted_matrices(classifier, tmp_path, targets, last_layers):
     model, params = classifier
-    config = lora.LoraConfig(2, 4, targets, last_layers, spared)
+    config = lora.LoraConfig(2, 4, targets, last_layers)
     adapter = lora.init(jax.random.key(0), model, params, config)
     peft.save(tmp_path, model, adapter, config)
     document = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -151,7 +149,7 @@ def test_target_modules_select_exactly_the_adapted_matrices(classifier, tmp_path
     adapted = {n.removeprefix(peft.PREFIX).removesuffix(".lora_A.weight") for n in names if "lora_A" in n}
     assert selected_by_peft(document) == adapted
     chosen = lora.resolve_targets(model, targets)
-    assert len(adapted) == sum((last_layers or 3) - spared if model.targets[name].layered else 1 for name in chosen)
+    assert len(adapted) == sum((last_layers or 3) if model.targets[name].layered else 1 for name in chosen)
     assert document["target_modules"] != []  # PEFT refuses an adapter that lists no module
 
 

@@ -96,7 +96,7 @@ def test_it_adds_what_pefts_formula_says_and_keeps_it_through_files_and_merging(
     peft.save(again, model, adapter, config)
     assert not json.loads((again / "adapter_config.json").read_text())["use_rslora"]
     second, read = peft.load(again, model, params)
-    assert read == config
+    assert (read.rank, read.targets, read.last_layers) == (config.rank, config.targets, config.last_layers)
     np.testing.assert_allclose(apply(model, params, BATCH, second), expected, atol=2e-5)
     assert np.abs(apply(model, params, BATCH) - expected).max() > 1e-3
 
@@ -116,13 +116,12 @@ def test_what_the_file_leaves_out_begins_as_a_fresh_adapter(classifier, tmp_path
     model, params = classifier
     written(tmp_path, {(QUERY, 1): 2, (DOWN, 0): 4}, rank_pattern={"query": 2})
     adapter, config = peft.load(tmp_path, model, params)
-    assert (config.last_layers, config.spare_layers, len(adapter["layers"]["query"].a)) == (None, 1, 2)
     fresh = lora.init(jax.random.key(0), model, params, config)["layers"]["query"]
     pair = adapter["layers"]["query"]
     np.testing.assert_array_equal(pair.a[0], fresh.a[0])
     np.testing.assert_array_equal(pair.a[1, 2:], fresh.a[1, 2:])  # a component that B lets grow
     assert np.all(np.any(np.asarray(pair.a) != 0, -1))
-    assert not np.any(pair.b[0])
+    assert not np.any(pair.b[jnp.array([0, 2])])
     assert not np.any(pair.b[1, :, 2:])
 
 

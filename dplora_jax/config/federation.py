@@ -14,7 +14,6 @@ class Lora:
     alpha: float = field(8.0, "LoRA alpha: the adapter's product is scaled by alpha / rank", above=0.0, below=math.inf)
     targets: tuple[str, ...] = field(("q", "v"), "comma-separated matrices to adapt, or all-linear")
     last_layers: int | None = field(None, "adapt only this many layers nearest the output", least=1)
-    spare_layers: int = field(0, "leave this many layers nearest the output as they are", least=0)
     freeze_a: bool = field(False, "train B alone (FFA-LoRA)")
     core: bool = field(
         False,

@@ -2,7 +2,6 @@
 
 Metrics use its head on features as the run prepares them (`models.features`); files hold that head for the base's features."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +67,7 @@ def save(folder, config, model, lora_config, parts, base):
     held = parts.adapter
     if len(parts.residual):  # a PEFT file has no place for what was folded into the base
         held, rank = exact.whole(held, parts.residual)
-        lora_config = dataclasses.replace(lora_config, rank=rank, alpha=float(rank))
+        lora_config = lora.LoraConfig(rank, float(rank), lora_config.targets, lora_config.last_layers)
     peft.save(folder, model, held, lora_config, base)
     method = methods.BY_NAME[config.aggregation.method]
     if method.personal:

@@ -37,8 +37,7 @@ MOMENTS = (0.9, 0.99, 1e-3)
 
 def lora_config(config):
     """The LoraConfig of a configuration."""
-    own = config.lora
-    return lora.LoraConfig(own.rank, own.alpha, own.trained_targets, own.last_layers, own.spare_layers)
+    return lora.LoraConfig(config.lora.rank, config.lora.alpha, config.lora.trained_targets, config.lora.last_layers)
 
 
 def adapter(config, model, params):

@@ -132,31 +132,22 @@ def run_layers(block, params, x, adapter=None, remat=False, states=None):
     however deep the model (unrolled when very shallow) -> (x, states).
 
     `params` leaves are [L, ...], and those of `states` (None, or what each layer remembers, as keys and values). `adapter` is
-    {target: lora.Pair} with leaves [L', ...] for the last L' <= L layers below those that it spares: those below take no part in
-    the backward pass.
+    {target: lora.Pair} with leaves [L', ...] for the last L' <= L layers: those below take no part in the backward pass.
     """
     body = jax.checkpoint(block) if remat else block
     depth = jax.tree.leaves(params)[0].shape[0]
-    first, last = _adapted(adapter, depth)
-    parts = []
-    for span, own in ((slice(0, first), None), (slice(first, last), adapter), (slice(last, depth), None)):
-        if span.start < span.stop:
-            x, part = _span(body, params, x, own, states, span)
-            parts.append(part)
+    adapted = jax.tree.leaves(adapter)[0].shape[0] if adapter else 0
+    x, below = _span(body, params, x, None, states, slice(depth - adapted))
+    x, above = _span(body, params, x, adapter, states, slice(depth - adapted, depth))
+    parts = [part for part, layers in ((below, depth - adapted), (above, adapted)) if layers]
     return x, parts[0] if len(parts) == 1 else jax.tree.map(lambda *s: jnp.concatenate(s), *parts) if parts else states
-
-
-def _adapted(adapter, depth):
-    """(first, last + 1) of the layers that `adapter` has, of `depth`."""
-    if not adapter:
-        return depth, depth
-    last = depth - next(iter(adapter.values())).spared
-    return last - jax.tree.leaves(adapter)[0].shape[0], last
 
 
 def _span(body, params, x, adapter, states, span):
     """The layers of `span` alone; `adapter` holds just theirs."""
-    depth = span.stop - span.start
+    depth = span.stop - (span.start or 0)
+    if not depth:
+        return x, None
     layers, states = jax.tree.map(lambda p: p[span], (params, states))
     stack = layers, adapter, states
     # Unrolled, a compiler expands the few-bit kernels of all layers at once.

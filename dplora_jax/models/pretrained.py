@@ -144,6 +144,14 @@ def depth(name_or_path):
     return sizes(hf, next((name for name in DEPTH if name in hf), DEPTH[0]))[0]
 
 
+def matrices(name_or_path):
+    """The short names of the model's matrices that an adapter may name, by its config and the names of its tensors."""
+    place = locate(name_or_path)
+    with _opened(place) as checkpoint:
+        targets = build(config(place), checkpoint, None, jnp.dtype(jnp.float32)).targets
+    return {alias for target in targets.values() for alias in target.aliases}
+
+
 def file_digests(name_or_path):
     """{file name: SHA-256 in hex} of the weights, config and tokenizer of a model, looked for as `from_pretrained` does: where
     two parties' are equal, they start from the same base. Reads all weights. InputError as `from_pretrained` raises it."""

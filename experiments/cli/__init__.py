@@ -11,7 +11,7 @@ import textwrap
 from absl import flags
 
 from dplora_jax import config_checks, private_files
-from dplora_jax.config import FIELDS, RunConfig, from_text, replace
+from dplora_jax.config import FIELDS, RunConfig, from_text, replace, to_flat
 from dplora_jax.errors import InputError
 from experiments.cli import flagfile_reader
 
@@ -96,8 +96,10 @@ def chosen(values, say=print):
 
     with speaking_of_flags():
         choices = recipe.for_run(given, {name for name in values if values[name].present})
-    say("--auto chose " + " ".join(f"--{name}={value}" for name, value in choices.items()))
-    return replace(given, **choices)
+    config = replace(given, **choices)
+    said = to_flat(config)  # as flags have it
+    say(" ".join(["--auto chose", *(f"--{name}={said[name]}" for name in choices if said[name] is not None)]))
+    return config
 
 
 def without_auto(config):

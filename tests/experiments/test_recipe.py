@@ -121,7 +121,22 @@ def test_a_language_model_that_says_labels_trains_a_core_where_there_is_public_t
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
     monkeypatch.setattr(recipe, "PUBLIC", 1)
     config = cli.parse([*command, "--epsilon=8"])
-    assert (config.lora.core, config.lora.freeze_a, config.lora.targets) == (True, False, ("q", "o"))
+    assert (config.lora.core, config.lora.freeze_a, config.lora.targets) == (
+        True,
+        False,
+        ("q", "o", "up"),
+    )  # BERT has no gate
+    assert (config.schedule.rounds, config.optimizer.lr_decay) == (12, 0.1)
+
+
+@pytest.mark.parametrize("kind", [objectives.CLASSIFIER, objectives.LANGUAGE_MODEL])
+def test_what_is_said_can_be_given_as_flags(command, monkeypatch, capsys, kind):
+    monkeypatch.setattr(objectives, "kind", lambda *_: kind)
+    monkeypatch.setattr(recipe, "PUBLIC", 1)
+    config = cli.parse([*command, "--epsilon=8"])
+    said = capsys.readouterr().out.removeprefix("--auto chose ").split()
+    again = cli.parse([*(word for word in command if word != "--auto"), "--epsilon=8", *said])
+    assert again == replace(config, auto=False)
 
 
 @pytest.mark.parametrize("more", [["--aggregation=rolora", "--local_steps=1"], []])

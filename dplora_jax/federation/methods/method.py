@@ -29,7 +29,6 @@ MEAN_PRODUCT = tuple(
     for field, usual, reason in (
         ("server_lr", 1.0, "the mean product is taken as it is"),
         ("lr_decay", 1.0, "the mean product is taken as it is"),
-        ("spare_layers", 0, "its products are of the layers up to the output"),
         ("ema", 0.0, "factors of several rounds do not average to their products' mean"),
         ("robust", "none", "a robust mean would replace the mean that it needs"),
     )
