@@ -6,6 +6,7 @@
   ones cost time and gain little.
 - Thirty rounds (ten or twelve of a language model), one local step each. At a fixed epsilon, noise grows as the root of the
   rounds, so the noise in where training ends depends on learning rate times rounds (the way gone) and hardly on either alone.
+  Rates are constant, but those of label words fall to a tenth, and their way is half as long.
 - That way is as long as the noise allows, x^2 / (x^2 + HALF^2) of the full one for x = n_k epsilon sqrt(K): noise falls as 1 / x,
   and with signal S and noise N / x a quadratic loss is least at S^2 / (S^2 + (N / x)^2) of the way to its optimum. A head on
   centred features takes x / (x + HEAD_HALF) of a longer one, which fits what was measured.
@@ -34,7 +35,7 @@ COMMON = {
 }  # fmt: skip
 CENTRED = "classifier with `feature_norm`"
 WORDS = "language model by label words"
-WORDS_HALF = 4_000  # the same of a core between public bases (docs/core.md)
+WORDS_HALF = 4_000  # the same of a core between public bases
 CLASSIFIER = {"clip_norm": 1.0, "client_lr": 1.0, "head_lr": 8.0, "last_layers": 3}
 BY_OBJECTIVE = {
     "classifier": CLASSIFIER,
@@ -128,7 +129,7 @@ def for_run(config, given):
     if config.privacy.unit_column:
         recipe["unit_rows"] = UNIT_ROWS
     recipe["last_layers"] = min(recipe["last_layers"], pretrained.depth(config.base.name))
-    if "targets" in recipe:  # not every family has all of them
+    if "targets" in recipe and "targets" not in given:  # not every family has all of them
         known = pretrained.matrices(config.base.name)
         recipe["targets"] = tuple(name for name in recipe["targets"] if name in known)
     if "freeze_a" in refused:

@@ -65,7 +65,7 @@ def bases(outputs, model, params, config, rows, seed=0):
 
 
 def _gradients(outputs, params, pairs, letter, rows):
-    """The gradients of each output of each row by `letter` ("a" or "b") of each pair -> {target: [L, N, M, ...]} float64."""
+    """The gradients of each output of each row by `letter` ("a" or "b") of each pair -> {target: [L, N, M, ...]} float32."""
 
     def of_row(params, row):
         def run(trained):
@@ -79,13 +79,12 @@ def _gradients(outputs, params, pairs, letter, rows):
     count = len(next(iter(rows.values())))
     chunks = [{name: x[start : start + CHUNK] for name, x in rows.items()} for start in range(0, count, CHUNK)]
     parts = [jax.device_get(run(params, chunk)) for chunk in chunks]
-    together = {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in pairs}
-    return {name: np.moveaxis(gradients, 2, 0) for name, gradients in together.items()}
+    return {name: np.moveaxis(np.concatenate([part.pop(name) for part in parts]), 2, 0) for name in pairs}
 
 
 def _whitened(gradients, rank):
     """[R, I]: the directions in which gradients [N, M, P, I] of one layer differ, each divided by its spread."""
-    gradients = gradients.reshape(len(gradients), -1, gradients.shape[-1])
+    gradients = gradients.reshape(len(gradients), -1, gradients.shape[-1]).astype(np.float64)
     mean = gradients.mean(0)
     apart = (gradients - mean).reshape(-1, mean.shape[1])
     if min(apart.shape) < rank:

@@ -126,7 +126,14 @@ def test_a_language_model_that_says_labels_trains_a_core_where_there_is_public_t
         False,
         ("q", "o", "up"),
     )  # BERT has no gate
-    assert (config.schedule.rounds, config.optimizer.lr_decay) == (12, 0.1)
+    words = {eps: recipe.chosen([775] * 5, 5, eps, recipe.WORDS) for eps in (2.0, 8.0, None)}
+    assert {eps: chosen["client_lr"] for eps, chosen in words.items()} == {
+        2.0: 14.9,
+        8.0: 24.8,
+        None: 32.0,
+    }  # docs/core.md
+    tuned = {"rounds": 12, "lr_decay": 0.1, "last_layers": 12, "rank": 16, "alpha": 16.0, "clip_norm": 1.0, "ema": 0.8}
+    assert words[8.0].items() >= tuned.items()
 
 
 @pytest.mark.parametrize("kind", [objectives.CLASSIFIER, objectives.LANGUAGE_MODEL])
@@ -135,6 +142,7 @@ def test_what_is_said_can_be_given_as_flags(command, monkeypatch, capsys, kind):
     monkeypatch.setattr(recipe, "PUBLIC", 1)
     config = cli.parse([*command, "--epsilon=8"])
     said = capsys.readouterr().out.removeprefix("--auto chose ").split()
+    assert not any(word.endswith("=None") for word in said)
     again = cli.parse([*(word for word in command if word != "--auto"), "--epsilon=8", *said])
     assert again == replace(config, auto=False)
 

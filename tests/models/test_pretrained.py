@@ -1,5 +1,6 @@
 """What is read from a checkpoint, and the one sentence for each way in which it may be broken."""
 
+import itertools
 import json
 
 import jax
@@ -10,6 +11,7 @@ import safetensors.numpy
 
 from dplora_jax import models
 from dplora_jax.errors import InputError
+from dplora_jax.models import pretrained
 from tests.conftest import GOLDEN
 from tests.models.checkpoints import CLASSIFIER, TENSORS, assert_same, write
 
@@ -231,3 +233,19 @@ def test_a_classifier_of_transformers_reads_its_pooler_though_a_sentence_models_
 ):
     sentence_modules(write(tmp_path))  # fine-tuned in a sentence model's folder
     assert_same(models.from_pretrained(tmp_path), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "has", "lacks"),
+    [
+        ("llama_tiny", {"q", "o", "up", "gate"}, {"c_attn"}),
+        ("gpt2_tiny", {"q", "o", "up"}, {"gate"}),
+        ("families/phi3", {"q", "o", "up", "gate"}, set()),
+        ("bert_tiny_classifier", {"q", "o", "up"}, {"gate"}),
+    ],
+)
+def test_the_matrices_that_adapters_may_name_are_known_without_weights(name, has, lacks):
+    found = pretrained.matrices(GOLDEN / name)
+    assert has <= found
+    assert not lacks & found
+    assert has <= set(itertools.chain(*(t.aliases for t in models.from_pretrained(GOLDEN / name)[0].targets.values())))
