@@ -145,7 +145,7 @@ def depth(name_or_path):
 
 
 def matrices(name_or_path):
-    """The short names of the model's matrices that an adapter may name, by its config and the names of its tensors."""
+    """The names of a language model's matrices by which an adapter may have them; no weight is read."""
     place = locate(name_or_path)
     with _opened(place) as checkpoint:
         targets = build(config(place), checkpoint, None, jnp.dtype(jnp.float32)).targets
