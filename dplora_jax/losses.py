@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from dplora_jax import next_token
+from dplora_jax.models import products
 from dplora_jax.models.label_words import LabelWords
 
 
@@ -48,7 +49,7 @@ class LanguageModelLoss(ModelLoss):
         if not hasattr(self.model, "vocabulary"):
             return super().__call__(adapter, batch)
         hidden_BxTxD = self.model.hidden(self.params, batch, adapter)
-        vocabulary = self.model.vocabulary(self.params).astype(hidden_BxTxD.dtype)
+        vocabulary = products.factors(hidden_BxTxD, self.model.vocabulary(self.params))[1]
         cap = getattr(self.model, "logit_cap", None)
         return next_token.loss(hidden_BxTxD, vocabulary, *next_token.targets(batch), self.max_targets, cap=cap)
 

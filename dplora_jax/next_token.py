@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dplora_jax.models import products
 from dplora_jax.models.layers import soft_cap
 
 CHUNK_BYTES = 64 << 20  # of float32 logits that exist at a time
@@ -83,7 +84,8 @@ _weighted.defvjp(_forward, _backward)
 
 
 def _logits(hidden_BxCxD, vocabulary_VxD, cap):
-    return soft_cap(jnp.einsum("bcd,vd->bcv", hidden_BxCxD, vocabulary_VxD, preferred_element_type=jnp.float32), cap)
+    factors = products.factors(hidden_BxCxD, vocabulary_VxD)
+    return soft_cap(jnp.einsum("bcd,vd->bcv", *factors, preferred_element_type=jnp.float32), cap)
 
 
 def _cross_entropy(logits, targets):

@@ -18,7 +18,10 @@ class Base:
         common=True,
     )
     dtype: str = field(
-        "float32", "number type of the base's weights and of matrix products", choices=("float32", "bfloat16")
+        "float32",
+        "number type of the base's weights, of products with them, and of what flows between; mixed: weights and their products "
+        "in bfloat16, the rest in float32, which is faster where the processor multiplies bfloat16",
+        choices=("float32", "bfloat16", "mixed"),
     )
     quantize: str | None = field(
         None, "store the frozen matrices in 8 or 4 bits; default: in `dtype`", choices=("int8", "nf4")

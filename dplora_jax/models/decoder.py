@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dplora_jax import lora
+from dplora_jax.models import products
 from dplora_jax.models.family import Weight
 from dplora_jax.models.layers import at_last, attended, run_layers, soft_cap
 
@@ -52,6 +53,7 @@ class Decoder:
     config: Any
     dtype: jnp.dtype = jnp.float32
     start: int = 0
+    param_dtype: jnp.dtype | None = None
 
     head_name = "score"  # the classification head's module in the Hugging Face layout
     head_has_bias = False
@@ -75,7 +77,7 @@ class Decoder:
                 params["head"]["bias"] = jnp.zeros(c.num_labels)
         elif not c.tied:
             params["lm_head"] = normal(keys[2], c.vocab_size, c.width)
-        return jax.tree.map(lambda p: p.astype(self.dtype), params)
+        return jax.tree.map(lambda p: p.astype(self.param_dtype or self.dtype), params)
 
     def apply(self, params, batch, adapter=None):
         """Logits, float32: [B, T, V] of a language model, [B, num_labels] of a classifier.
@@ -107,8 +109,8 @@ class Decoder:
 
     def logits(self, params, hidden, tokens=slice(None)):
         """Next-token logits [..., V] float32 of hidden states [..., D]; of some `tokens` (their ids [V']) alone, if given."""
-        vocabulary = self.vocabulary(params)[tokens].astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, vocabulary, preferred_element_type=jnp.float32)
+        factors = products.factors(hidden, self.vocabulary(params)[tokens])
+        logits = jnp.einsum("...d,vd->...v", *factors, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.logit_cap)
 
     @property

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dplora_jax import lora
-from dplora_jax.models import features, sentence
+from dplora_jax.models import features, products, sentence
 from dplora_jax.models.family import Weight
 from dplora_jax.models.layers import attended, run_layers
 
@@ -31,6 +31,7 @@ class Encoder:
     config: Any
     dtype: jnp.dtype = jnp.float32
     start: int = 0
+    param_dtype: jnp.dtype | None = None
 
     base: ClassVar[str] = ""  # the bare model's name within the others, in the Hugging Face layout
     head_module: ClassVar[str] = "classifier"  # what PEFT trains and saves whole of a classifier
@@ -63,7 +64,7 @@ class Encoder:
                 params[self.pooler_key] = self.init_pooler(keys[1])
             kernel = 0.02 * jax.random.normal(keys[2], (c.width, c.num_labels))
             params["head"] = {"kernel": kernel, "bias": jnp.zeros(c.num_labels)}
-        return jax.tree.map(lambda p: p.astype(self.dtype), params)
+        return jax.tree.map(lambda p: p.astype(self.param_dtype or self.dtype), params)
 
     def apply(self, params, batch, adapter=None):
         """Logits, float32: [B, T, V] of a masked language model, [B, num_labels] of a classifier.
@@ -76,8 +77,8 @@ class Encoder:
         x = self._layers(params, x.astype(self.dtype), mask, slice(self.start, None), adapter.get("layers"))
         if self.config.num_labels is None:
             x = self.transform(params, x)
-            vocabulary = params["embed"]["word"].astype(x.dtype)
-            logits = jnp.einsum("btd,vd->btv", x, vocabulary, preferred_element_type=jnp.float32)
+            factors = products.factors(x, params["embed"]["word"])
+            logits = jnp.einsum("btd,vd->btv", *factors, preferred_element_type=jnp.float32)
             return logits + params["mlm"]["bias"].astype(jnp.float32)
         head = adapter.get("head", params["head"])
         dense, pair = head.get("dense", params.get(lora.HEAD_DENSE)), adapter.get("layers", {}).get("pooler")

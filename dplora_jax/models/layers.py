@@ -1,7 +1,7 @@
 """What the model families share: dense layers that take an adapter, norms, attention, activations, the stack of layers.
 
 Letters: B rows, T tokens, S tokens that may be attended, L layers, D width, H query heads, G key and value heads, K head
-width. Matrix products run in the input's dtype; norms, rotations and softmax in float32.
+width. Matrix products run in the narrower dtype of input and weights; norms, rotations and softmax in float32.
 """
 
 import functools
@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from dplora_jax import lora
-from dplora_jax.models import quantized
+from dplora_jax.models import products, quantized
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -41,7 +41,7 @@ class Dense(nn.Module):
             kernel = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        y = quantized.matmul(x, kernel) if quantized.is_quantized(kernel) else x @ kernel.astype(x.dtype)
+        y = (quantized if quantized.is_quantized(kernel) else products).matmul(x, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y if pair is None else y + lora.product(x, pair)

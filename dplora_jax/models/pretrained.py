@@ -1,5 +1,6 @@
 """From a name to parameters: where a model lies, what its config says, its tensors read one by one into the stacked layout."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import read_json
-from dplora_jax.models import digests, gguf_file, labels, registry, two_places
+from dplora_jax.models import digests, gguf_file, labels, products, registry, two_places
 from dplora_jax.models.family import check_kinds, sizes
 from dplora_jax.models.parameters import read_params
 from dplora_jax.models.safetensors_file import SafetensorsCheckpoint
@@ -75,7 +76,9 @@ def _from_hub(hub_id, name):
 
 
 def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=None, label_names=None):
-    """The model of a directory, GGUF file, package or hub id -> (model, params); params' leaves are `dtype`, stacked over layers.
+    """The model of a directory, GGUF file, package or hub id -> (model, params); params' leaves are stacked over layers.
+
+    `dtype` is that of the weights and of what flows between them, or "mixed" (`products`): bfloat16 and float32.
 
     `num_labels` makes a classifier; None takes what the checkpoint is: a classifier if its architecture says so, else a
     language model. A classifier's head that the checkpoint has is read; one that it lacks is zero. `label_names` makes a
@@ -92,9 +95,9 @@ def from_pretrained(name_or_path, dtype=jnp.float32, num_labels=None, quantize=N
         num_labels = len(labels.names(hf))
     with _opened(place) as checkpoint:
         two_places.refuse_others(hf, checkpoint)
-        model = two_places.untied(build(hf, checkpoint, num_labels, jnp.dtype(dtype)), checkpoint)
+        model = two_places.untied(build(hf, checkpoint, num_labels, dtype), checkpoint)
         stored = None if label_names is None else _stored_labels(model, checkpoint)
-        reader = model if stored is None else build(hf, checkpoint, stored, model.dtype)
+        reader = model if stored is None else build(hf, checkpoint, stored, dtype)
         params = read_params(reader, checkpoint, quantize)
         checkpoint.refuse_unread(reader.idle)
     if stored is not None:
@@ -170,7 +173,7 @@ def config(place):
 
 
 def build(hf, checkpoint, num_labels, dtype):
-    """The model that config.json `hf` describes; InputError where it is not supported."""
+    """The model that config.json `hf` describes, in `dtype` (`products.types`); InputError where it is not supported."""
     kind = hf.get("model_type")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method")
@@ -182,4 +185,6 @@ def build(hf, checkpoint, num_labels, dtype):
     if kind not in registry.FAMILIES:
         known = ", ".join(registry.FAMILIES)
         raise InputError(f"{checkpoint.directory}: model_type={kind!r} is not supported; known: {known}.")
-    return registry.FAMILIES[kind].build(hf, checkpoint, num_labels, dtype)
+    weights, between = products.types(dtype)
+    model = registry.FAMILIES[kind].build(hf, checkpoint, num_labels, between)
+    return model if weights == between else dataclasses.replace(model, param_dtype=weights)

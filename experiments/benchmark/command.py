@@ -53,7 +53,9 @@ def define():
     flags.DEFINE_list("targets", ["q", "v"], "matrices to adapt", flag_values=values)
     flags.DEFINE_integer("last_layers", None, "adapt so many layers, not all", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("freeze_a", False, "train B alone", flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "type of the frozen base", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16", "mixed"], "type of the frozen base", flag_values=values
+    )
     flags.DEFINE_boolean("remat", False, "make a layer's activations again in the backward pass", flag_values=values)
     flags.DEFINE_enum(
         "task", None, ["language_model", "classification"], "what is trained; BERT: classes", flag_values=values

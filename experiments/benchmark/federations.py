@@ -34,7 +34,7 @@ from dplora_jax import peft
 from dplora_jax.errors import InputError
 from dplora_jax.federation import mesh, round
 from dplora_jax.files import to_json
-from dplora_jax.models import hf_checkpoint, pretrained
+from dplora_jax.models import hf_checkpoint, pretrained, products
 from dplora_jax.privacy import clipping, secrets
 from experiments.benchmark import rounds as benchmark_rounds
 from experiments.benchmark import steps as benchmark_steps
@@ -237,7 +237,7 @@ def write(folder, case, clients, rounds, ours):
     np.savez(folder / "rows.npz", picked=picked, starts=starts, **rows)
     setting = {
         "clients": clients, "rounds": rounds, "batch": case.batch, "classes": classes, "clip_norm": 1.0,
-        "rate": RATE, "normalize": getattr(model.config, "normalize", False),
+        "rate": RATE, "normalize": getattr(model.config, "normalize", False), "mixed": case.dtype == products.MIXED,
     }  # fmt: skip
     (folder / "setting.json").write_text(to_json(setting))
 

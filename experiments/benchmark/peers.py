@@ -4,7 +4,7 @@
     python -m experiments.benchmark --model=gpt2 --batch=8 --length=128 --rank=8 --peers
 
 Same shapes and random weights (GPT-2 and Llama as transformers builds them), same process, PyTorch with a thread for each core,
-as XLA has. Every step ends in an update by SGD.
+as XLA has. Every step ends in an update by SGD. With --dtype=mixed PyTorch holds float32 and multiplies bfloat16 (its autocast).
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dplora_jax.errors import InputError
+from dplora_jax.models import products
 from experiments.benchmark import steps as benchmark_steps
 from experiments.plan import models as plan_models
 
@@ -28,8 +29,9 @@ MODULES = {
 def calls(case):
     """{name: a function without arguments that runs one step} of the PEERS that can. Raises InputError where none could, or they
     are not installed."""
-    if case.task != "language_model" or case.dtype != "float32" or case.freeze_a or case.model not in plan_models.KNOWN:
-        raise InputError("--peers runs language models of random weights in float32, with A and B trained.")
+    known = case.dtype in ("float32", products.MIXED) and case.model in plan_models.KNOWN
+    if case.task != "language_model" or case.freeze_a or not known:
+        raise InputError("--peers runs language models of random weights in float32 or mixed, with A and B trained.")
     try:
         import torch
     except ImportError:
@@ -87,7 +89,8 @@ def _model(case, device="cpu"):
         config = transformers.LlamaConfig(**hf, use_cache=False)
     with _quiet():
         with torch.device(device):
-            model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, case.dtype))
+            dtype = torch.float32 if case.dtype == products.MIXED else getattr(torch, case.dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
         if case.remat:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
@@ -123,13 +126,20 @@ def _sgd(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=benchmark_steps.RATE)
 
 
-def _step(model, optimizer, ids):
+def _logits(case, model, ids):
+    import torch
+
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=case.dtype == products.MIXED):
+        return model(input_ids=ids).logits
+
+
+def _step(case, model, optimizer, ids):
     """A function that runs one step."""
     import torch
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        _row_losses(model(input_ids=ids).logits, ids).sum().backward()
+        _row_losses(_logits(case, model, ids), ids).sum().backward()
         optimizer.step()
         if ids.is_cuda:
             torch.cuda.synchronize()
@@ -139,7 +149,7 @@ def _step(model, optimizer, ids):
 
 def _plain(case, ids):
     model = _model(case, ids.device).to(ids.device)
-    return _step(model, _sgd(model), ids)
+    return _step(case, model, _sgd(model), ids)
 
 
 def _opacus_hooks(case, ids):
@@ -148,7 +158,7 @@ def _opacus_hooks(case, ids):
 
     with _quiet():
         model = GradSampleModule(_model(case), loss_reduction="sum", strict=False)
-    return _step(model, DPOptimizer(_sgd(model), **_private(case)), ids)
+    return _step(case, model, DPOptimizer(_sgd(model), **_private(case)), ids)
 
 
 def _private(case):
@@ -175,7 +185,7 @@ def _opacus_ghost(case, ids):
 
     def step():  # Opacus' own stand-in for a loss, which has no sum
         optimizer.zero_grad(set_to_none=True)
-        loss(model(input_ids=ids).logits, ids).backward()
+        loss(_logits(case, model, ids), ids).backward()
         optimizer.step()
 
     return step

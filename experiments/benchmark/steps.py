@@ -14,6 +14,7 @@ import optax
 
 from dplora_jax import lora, losses, models
 from dplora_jax.config import Base
+from dplora_jax.models import products
 from dplora_jax.privacy import clipping, noise
 from experiments.plan import flops
 from experiments.plan import models as plan_models
@@ -59,7 +60,7 @@ def arguments(case):
         model, _ = plan_models.build(Base(case.model, case.dtype, remat=case.remat), classes, case.layers)
         params = jax.jit(model.init)(jax.random.key(0))
     else:
-        model, params = models.from_pretrained(case.model, jnp.dtype(case.dtype), classes)
+        model, params = models.from_pretrained(case.model, case.dtype, classes)
     adapter = lora.init(jax.random.key(1), model, params, lora_config(case))
     if case.freeze_a:
         params, adapter = lora.freeze_a(params, adapter)
@@ -120,8 +121,9 @@ def compiled(function, *args, donate=1):
 def matmul(dtype):
     """The machine's limit: a product of two large square matrices -> (function without arguments, its operations)."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((side, side), dtype)
-    run = jax.jit(lambda a: a @ a).lower(a).compile()
+    narrow, wide = products.types(dtype)
+    a = jnp.ones((side, side), narrow)
+    run = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=wide)).lower(a).compile()
     return lambda: run(a), 2 * side**3
 
 

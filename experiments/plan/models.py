@@ -7,7 +7,6 @@ import pathlib
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dplora_jax.errors import InputError
 from dplora_jax.files import find, read_json
@@ -46,7 +45,7 @@ def build(base, classes, layers=None):
     hf = with_layers(hf, layers)
     there = place.is_dir() and bool(weight_files(place))  # then it is looked up which tensors there are
     with SafetensorsCheckpoint(place) if there else contextlib.nullcontext(NoWeights(place)) as checkpoint:
-        model = pretrained.build(hf, checkpoint, classes, jnp.dtype(base.dtype))
+        model = pretrained.build(hf, checkpoint, classes, base.dtype)
     if base.remat:
         model = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=True))
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -43,11 +43,11 @@ class Losses(torch.nn.Module):
 
     def __init__(self, work):
         super().__init__()
-        base, self.normalize = work.folder / "base", work.setting["normalize"]
+        base, self.normalize, self.mixed = work.folder / "base", work.setting["normalize"], work.setting["mixed"]
         if work.setting["classes"]:
-            base = transformers.AutoModel.from_pretrained(base, add_pooling_layer=False)
+            base = transformers.AutoModel.from_pretrained(base, add_pooling_layer=False, dtype=torch.float32)
         else:
-            base = transformers.AutoModelForCausalLM.from_pretrained(base)
+            base = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             base.config.use_cache = False
         for part in base.modules():
             if isinstance(part, torch.nn.Dropout):
@@ -59,6 +59,10 @@ class Losses(torch.nn.Module):
         self.train()
 
     def forward(self, input_ids, labels=None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
+            return self.losses(input_ids, labels)
+
+    def losses(self, input_ids, labels):
         if labels is not None:
             states = self.adapted(input_ids=input_ids).last_hidden_state
             pooled = states.mean(1)

@@ -1,0 +1,118 @@
+"""Products with weights narrower than what flows between them: what is rounded, what is not, and whole models of such weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dplora_jax import lora, losses, models
+from dplora_jax.models import products
+from dplora_jax.privacy import clipping
+from tests.conftest import GOLDEN
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(3, 5, 96)), jnp.float32)
+KERNEL = jnp.asarray(RNG.normal(size=(96, 40)), jnp.bfloat16)
+G = jnp.asarray(RNG.normal(size=(3, 5, 40)), jnp.float32)
+FAMILIES = ["families/modernbert_mlm", "families/distilbert_classifier", "families/gemma2", "variants/gpt2_untied"]
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(params=[True, False], ids=["a CPU that multiplies bfloat16", "one that does not"])
+def native(request, monkeypatch):
+    monkeypatch.setattr(products, "cpu_multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+def exact(x, kernel, rounded):
+    """Their product in double precision; `x` rounded to bfloat16 first, if `rounded`."""
+    x = x.astype(jnp.bfloat16) if rounded else x
+    return np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+
+
+def test_a_product_rounds_its_factors_and_neither_the_sum_nor_the_result(native):
+    y, back = jax.vjp(lambda x: products.matmul(x, KERNEL), X)
+    for found, expected in ((y, exact(X, KERNEL, native)), (back(G)[0], exact(G, KERNEL.T, native))):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def operands(function, *arguments):
+    """The number types of the factors of each matrix product that is compiled."""
+    text = jax.jit(function).lower(*arguments).as_text()
+    return [line.split(": (")[1].split(")")[0] for line in text.splitlines() if "dot_general" in line]
+
+
+def test_both_passes_multiply_bfloat16_where_the_cpu_can(native):
+    gradient = jax.grad(lambda x: jnp.square(products.matmul(x, KERNEL)).sum())
+    found = operands(gradient, X)
+    assert len(found) == 2
+    assert all(("bf16" in types) == native for types in found)
+    assert all(types.count("xbf16>") in (0, 2) for types in found)  # mixed factors would be widened one by one
+
+
+def test_equal_types_are_multiplied_as_they_are():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, kernel = X.astype(dtype), KERNEL.astype(dtype)
+        np.testing.assert_array_equal(products.matmul(x, kernel), x @ kernel)
+    low = products.matmul(X.astype(jnp.bfloat16), KERNEL.astype(jnp.float32))
+    np.testing.assert_array_equal(low, X.astype(jnp.bfloat16) @ KERNEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 avx512vnni", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512vnni", False),
+        (None, False),
+    ],
+)
+def test_what_the_processor_says_of_itself_is_read(monkeypatch, text, known):
+    def read_text(path):
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(products.pathlib.Path, "read_text", read_text)
+    assert products.cpu_multiplies_bfloat16.__wrapped__() == known
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_mixed_model_is_near_the_wide_one(name, native):
+    with np.load(GOLDEN / name / "golden.npz") as file:
+        batch = {key: file[key] for key in ("input_ids", "attention_mask")}
+    (model, params), (wide, exact_params) = (models.from_pretrained(GOLDEN / name, d) for d in ("mixed", "float32"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert model.dtype == jnp.float32
+    expected = np.asarray(wide.apply(exact_params, batch))
+    found = np.asarray(jax.jit(model.apply)(params, batch))
+    if expected.ndim == 3:
+        expected, found = (logits[batch["attention_mask"] == 1] for logits in (expected, found))
+    assert 0 < np.square(found - expected).mean() < 0.05**2 * np.square(expected).mean()
+
+
+@pytest.mark.parametrize("form", clipping.FORMS[1:])
+def test_rows_of_a_mixed_model_are_clipped_to_the_norm(form, native):
+    model, params = models.from_pretrained(GOLDEN / "variants/llama_mqa", "mixed")
+    adapter = lora.init(jax.random.key(0), model, params, lora.LoraConfig(2, 4, ("q", "down")))
+    adapter = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)
+    batch = {"input_ids": RNG.integers(0, 61, (3, 9)), "attention_mask": np.ones((3, 9), np.int32)}
+    clip_norm = 0.01
+
+    @jax.jit
+    def clipped(weights):
+        loss = losses.language_model(model, params)
+        return clipping.clipped_grad_sum(loss, adapter, batch, clip_norm, weights, form)
+
+    total, norms, _ = clipped(jnp.ones(3))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(total))
+    assert min(norms) > clip_norm
+    for row in range(3):
+        alone = clipped(jnp.arange(3) == row)[0]
+        assert (
+            0.99 * clip_norm
+            < np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(alone)))
+            <= clip_norm * (1 + 1e-6)
+        )
