@@ -128,11 +128,13 @@ def test_a_peer_that_comes_to_another_adapter_is_refused(case, ours, peer, tmp_p
             federations.compare(case, ours, peer, ROUNDS)
 
 
-def test_what_is_written_is_read_by_the_peers_names(case, ours, tmp_path):
-    federations.write(tmp_path, case, CLIENTS, ROUNDS, ours)
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_what_is_written_is_read_by_the_peers_names(case, ours, tmp_path, dtype):
+    federations.write(tmp_path, case._replace(dtype=dtype), CLIENTS, ROUNDS, ours)
     setting = json.loads((tmp_path / "setting.json").read_text())
     assert setting | {"rate": 10.0} == {
         "clients": 3, "rounds": 2, "batch": 4, "classes": 3, "clip_norm": 1.0, "rate": 10.0, "normalize": False,
+        "mixed": dtype == "mixed",
     }  # fmt: skip
     names = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.encoder.layer.") for name in names)
