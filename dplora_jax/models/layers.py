@@ -5,6 +5,7 @@ width. Matrix products run in the narrower dtype of input and weights; norms, ro
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,8 +16,29 @@ from flax import linen as nn
 from dplora_jax import lora
 from dplora_jax.models import products, quantized
 
+
+@jax.custom_jvp
+def gelu(x):
+    """x times the normal distribution's own function of x (GELU, Hendrycks and Gimpel 2016), by erf in float32, in x's dtype.
+    jax.nn.gelu takes erfc: with its gradient, three times as long on a CPU."""
+    wide = x.astype(jnp.float32)
+    return (wide * _normal(wide)).astype(x.dtype)
+
+
+def _normal(x):
+    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+
+
+@gelu.defjvp
+def _gelu_slope(primals, tangents):
+    (x,), (change,) = primals, tangents
+    wide = x.astype(jnp.float32)
+    slope = _normal(wide) + wide * jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return gelu(x), change * slope.astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
