@@ -84,7 +84,7 @@ def parse(argv):
         "push_to_hub": "repository of the Hugging Face hub (NAME/REPO) to upload the written files to, and no others; only of a "
         "finished run whose ledger confirms it and that is for release; a new one is private",
         "labels": "comma-separated names of a classifier's labels, in order; default: the run's, or the base's",
-        "dtype": "float32, bfloat16 or float16; default: the run's, else float32",
+        "dtype": "float32, bfloat16 or float16; default: the run's (of a mixed one float32), else float32",
     }
     for name, help_text in text.items():
         flags.DEFINE_string(name, None, help_text, flag_values=values)
@@ -119,7 +119,10 @@ def _job(given):
     labels = labels or (run and tuple(map(str, run.stored.description["data"]["labels"]))) or _noted_labels(adapter)
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
-    dtype = given.dtype or (run.stored.config.base.dtype if run else "float32")
+    own = run.stored.config.base.dtype if run else "float32"
+    dtype = given.dtype or (
+        "float32" if own == "mixed" else own
+    )  # what flowed between the weights, with which they were used
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known: {', '.join(DTYPES)}.")
     out = pathlib.Path(given.out)

@@ -158,8 +158,12 @@ def test_a_run_on_a_base_in_few_bits_is_merged_into_the_base_itself(finished, tm
 
 
 def test_the_runs_dtype_is_the_exports_unless_another_is_asked_for(finished, tmp_path):
-    folder = altered(finished, tmp_path / "run", dtype="bfloat16")
-    for name, more in {"bfloat16": (), "float16": ("--dtype=float16",)}.items():
+    for own, name, more in (
+        ("bfloat16", "bfloat16", ()),
+        ("bfloat16", "float16", ("--dtype=float16",)),
+        ("mixed", "float32", ()),
+    ):
+        folder = altered(finished, tmp_path / f"run {name}", dtype=own)
         assert export.main([f"--workdir={folder}", f"--out={tmp_path / name}", *more]) == 0
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
 

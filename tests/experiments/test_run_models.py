@@ -1,4 +1,4 @@
-"""The main job on what a person already has: other families, few-bit bases, bfloat16."""
+"""The main job on what a person already has: other families, few-bit bases, bfloat16, mixed numbers."""
 
 import json
 import shutil
@@ -8,9 +8,10 @@ import pytest
 import safetensors.numpy
 
 from dplora_jax import models, peft
+from dplora_jax.models import products
 from experiments import run
 from tests.conftest import GOLDEN, write_tokenizer
-from tests.experiments.small_runs import fit
+from tests.experiments.small_runs import adapter_of, fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -62,6 +63,25 @@ def test_a_decoder_becomes_a_classifier_and_leaves_an_adapter_that_peft_reads(ba
     full = safetensors.numpy.load_file(tmp_path / "base" / "model.safetensors")
     own = sum(v.size for k, v in full.items() if k != "lm_head.weight") + tensors["base_model.model.score.weight"].size
     assert facts["full_parameters"] == own
+
+
+def test_mixed_numbers_learn_what_wide_ones_do_on_any_cpu(finance_table, tmp_path, monkeypatch):
+    learned = {}
+    for name, dtype, native in (
+        ("wide", "float32", True),
+        ("narrow", "mixed", True),
+        ("widened", "mixed", False),
+    ):
+        monkeypatch.setattr(products, "cpu_multiplies_bfloat16", lambda native=native: native)
+        (tmp_path / name).mkdir()
+        flags = (f"--dtype={dtype}", "--last_layers=1", "--seed=1", "--noise_multiplier=none", "--epsilon=inf")
+        fit(job("variants/gpt2_untied", finance_table, tmp_path / name, *flags))
+        learned[name] = adapter_of(tmp_path / name / "run")
+    for name in ("narrow", "widened"):
+        for part, value in learned["wide"].items():
+            off = np.abs(learned[name][part] - value).max()
+            assert off < 0.1 * np.abs(value).max(), (name, part)
+    assert any((learned["narrow"][part] != learned["widened"][part]).any() for part in learned["wide"])
 
 
 @pytest.mark.parametrize(
