@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from dplora_jax import next_token
-from dplora_jax.models import products
 from dplora_jax.models.label_words import LabelWords
 
 
@@ -49,7 +48,7 @@ class LanguageModelLoss(ModelLoss):
         if not hasattr(self.model, "vocabulary"):
             return super().__call__(adapter, batch)
         hidden_BxTxD = self.model.hidden(self.params, batch, adapter)
-        vocabulary = products.factors(hidden_BxTxD, self.model.vocabulary(self.params))[1]
+        vocabulary = self.model.vocabulary(self.params)
         cap = getattr(self.model, "logit_cap", None)
         return next_token.loss(hidden_BxTxD, vocabulary, *next_token.targets(batch), self.max_targets, cap=cap)
 

@@ -84,8 +84,7 @@ _weighted.defvjp(_forward, _backward)
 
 
 def _logits(hidden_BxCxD, vocabulary_VxD, cap):
-    factors = products.factors(hidden_BxCxD, vocabulary_VxD)
-    return soft_cap(jnp.einsum("bcd,vd->bcv", *factors, preferred_element_type=jnp.float32), cap)
+    return soft_cap(products.einsum("bcd,vd->bcv", hidden_BxCxD, vocabulary_VxD), cap)
 
 
 def _cross_entropy(logits, targets):
@@ -100,8 +99,7 @@ def _error(logits_BxCxV, targets_BxC, weights_BxC, cap):
 
 
 def _grad_hidden(logits, targets, weights, vocabulary, cap):
-    error = _error(logits, targets, weights, cap).astype(vocabulary.dtype)
-    return jnp.einsum("bcv,vd->bcd", error, vocabulary, preferred_element_type=jnp.float32)
+    return products.einsum("bcv,vd->bcd", _error(logits, targets, weights, cap), vocabulary)
 
 
 def _over_chunks(one, carry, arrays, size):

@@ -19,8 +19,8 @@ class Base:
     )
     dtype: str = field(
         "float32",
-        "number type of the base's weights, of products with them, and of what flows between; mixed: weights and their products "
-        "in bfloat16, the rest in float32, which is faster where the processor multiplies bfloat16",
+        "number type of the base's weights and of what flows between them; mixed: weights in bfloat16, the rest in float32, with "
+        "products of bfloat16 where the processor has them, which are faster",
         choices=("float32", "bfloat16", "mixed"),
     )
     quantize: str | None = field(

@@ -48,6 +48,7 @@ class Decoder:
     `vocab_size`, `num_kv_heads`, `head_width`, `tied`, `remat` and `num_labels`. Hashable, so that it can be closed over.
     `start` is the first layer that `apply` runs: with it, batches carry `hidden` [B, T, D], what `prefix` made of the layers
     below; `input_ids` are then needed for targets alone (and by ChatGLM-6B, for positions and mask).
+    `dtype` is that of what flows between the weights, and the weights' own where `param_dtype` is None.
     """
 
     config: Any
@@ -109,8 +110,7 @@ class Decoder:
 
     def logits(self, params, hidden, tokens=slice(None)):
         """Next-token logits [..., V] float32 of hidden states [..., D]; of some `tokens` (their ids [V']) alone, if given."""
-        factors = products.factors(hidden, self.vocabulary(params)[tokens])
-        logits = jnp.einsum("...d,vd->...v", *factors, preferred_element_type=jnp.float32)
+        logits = products.einsum("...d,vd->...v", hidden, self.vocabulary(params)[tokens])
         return soft_cap(logits, self.logit_cap)
 
     @property

@@ -26,6 +26,8 @@ class Encoder:
 
     `start` is the first layer that `apply` runs: with it, batches carry `hidden` [B, T, D], what `prefix` made of the layers
     below, in place of `input_ids`. Layers that nothing adapts are run once for each record so, not once for each step.
+
+    `dtype` is that of what flows between the weights, and the weights' own where `param_dtype` is None.
     """
 
     config: Any
@@ -77,8 +79,7 @@ class Encoder:
         x = self._layers(params, x.astype(self.dtype), mask, slice(self.start, None), adapter.get("layers"))
         if self.config.num_labels is None:
             x = self.transform(params, x)
-            factors = products.factors(x, params["embed"]["word"])
-            logits = jnp.einsum("btd,vd->btv", *factors, preferred_element_type=jnp.float32)
+            logits = products.einsum("btd,vd->btv", x, params["embed"]["word"])
             return logits + params["mlm"]["bias"].astype(jnp.float32)
         head = adapter.get("head", params["head"])
         dense, pair = head.get("dense", params.get(lora.HEAD_DENSE)), adapter.get("layers", {}).get("pooler")

@@ -64,7 +64,7 @@ def config(model, hf, labels=None, pad_token_id=None):
     InputError where that lacks, and on rotary frequencies of a GGUF file that transformers has no name for.
     """
     out = {name: value for name, value in hf.items() if name not in ("torch_dtype", "num_labels")}
-    out |= {"architectures": [class_name(model, hf)], "dtype": str(model.dtype)}
+    out |= {"architectures": [class_name(model, hf)], "dtype": str(model.param_dtype or model.dtype)}
     scaling = hf.get("rope_scaling") or {}
     if scaling.get("rope_type") == "frequency_factors":
         out["rope_scaling"] = LLAMA3_ROPE | {"rope_type": "llama3", "factor": max(scaling["factors"])}

@@ -1,8 +1,8 @@
 """Products with frozen matrices that are held in a narrower number type than what flows between them.
 
-`dtype="mixed"` holds weights in bfloat16 and all that flows between them in float32. Where the processor multiplies bfloat16
-(AVX-512 BF16, AMX, GPUs, TPUs), such a product takes half of a float32 product's time or less; where it does not, the weights
-are widened. What is added up, normed, rotated or summed over rows keeps float32 in any case.
+`dtype="mixed"` holds weights in bfloat16. Embeddings are added up in it; what flows from the first layer on is float32. On a CPU
+that multiplies bfloat16, and on every other kind of device, both factors of a product with a weight are bfloat16 and their
+products are added up in float32. Any other CPU widens the weight, since a narrow product would take longer there.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 MIXED = "mixed"
-CPU_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}  # of Linux' names: those that XLA's CPU kernels multiply bfloat16 by
+CPU_FEATURES = {"avx512_bf16", "amx_bf16"}  # as Linux names them
 
 
 def types(dtype):
@@ -22,47 +22,47 @@ def types(dtype):
     return jnp.dtype(dtype), jnp.dtype(dtype)
 
 
-def factors(x, weight):
-    """Both in the number type of the narrower."""
-    dtype = min(x.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
-    return x.astype(dtype), weight.astype(dtype)
-
-
 def matmul(x, kernel):
-    """x [..., I] times a frozen kernel [I, O] -> [..., O], in x's dtype. Where the kernel is the narrower, x is rounded to its
-    dtype (on a CPU without such products the kernel is widened), and what is multiplied is added up in float32."""
+    """x [..., I] times a frozen kernel [I, O] -> [..., O], in x's dtype; a kernel that is not the narrower is cast to it."""
     if kernel.dtype.itemsize >= x.dtype.itemsize:
         return x @ kernel.astype(x.dtype)
-    return _narrow_or_wide(x, kernel)
+    return _mixed(x, kernel)
+
+
+def einsum(letters, x, weight):
+    """`jnp.einsum` of x and a frozen weight, added up in float32 -> float32; a weight that is not the narrower is cast to x's
+    dtype."""
+    if weight.dtype.itemsize >= x.dtype.itemsize:
+        return jnp.einsum(letters, x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def narrow(x, weight):
+        return jnp.einsum(letters, x.astype(weight.dtype), weight, preferred_element_type=jnp.float32)
+
+    def wide(x, weight):
+        return jnp.einsum(letters, x, weight.astype(x.dtype))
+
+    if cpu_multiplies_bfloat16():
+        return narrow(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=wide, default=narrow)
 
 
 @jax.custom_vjp
-def _narrow_or_wide(x, kernel):
-    if cpu_multiplies_bfloat16():
-        return _narrow(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=_wide, default=_narrow)
-
-
-def _narrow(x, kernel):
-    return jnp.matmul(*factors(x, kernel), preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _wide(x, kernel):
-    return x @ kernel.astype(x.dtype)
+def _mixed(x, kernel):
+    return einsum("...i,io->...o", x, kernel)
 
 
 def _forward(x, kernel):
-    return _narrow_or_wide(x, kernel), (x, kernel)
+    return _mixed(x, kernel), (x, kernel)
 
 
 def _backward(residuals, g):
     # Left to itself, JAX would multiply the cotangent with the kernel widened.
     x, kernel = residuals
     grad_kernel = jnp.einsum("...i,...o->io", x, g).astype(kernel.dtype)  # nobody asks for it, and it is not computed
-    return _narrow_or_wide(g, kernel.T), grad_kernel
+    return _mixed(g, kernel.T), grad_kernel
 
 
-_narrow_or_wide.defvjp(_forward, _backward)
+_mixed.defvjp(_forward, _backward)
 
 
 @functools.cache

@@ -122,7 +122,7 @@ def _job(given):
     own = run.stored.config.base.dtype if run else "float32"
     dtype = given.dtype or (
         "float32" if own == "mixed" else own
-    )  # what flowed between the weights, with which they were used
+    )  # a mixed run rounds its own copy of the weights alone
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known: {', '.join(DTYPES)}.")
     out = pathlib.Path(given.out)

@@ -177,7 +177,7 @@ def _changes(config, devices):
         yield {"wave": 1}
     if not config.base.remat:
         yield {"remat": True}
-    if config.base.dtype == "float32":
+    if config.base.dtype != "bfloat16":
         yield {"dtype": "bfloat16"}
     if config.execution.microbatch != 1:
         yield {"microbatch": 1}
