@@ -15,8 +15,8 @@
 - A language model that says labels trains a core between bases from public text (docs/core.md), on a way x / (x + WORDS_HALF).
 - The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled); a
   language model's, of a mean over tokens, near a tenth.
-- Momentum 0.9 at the server and an average of the released adapters, both free. Momentum 0.9 takes ten rounds to reach its stride;
-  label words, whose rates fall, have 0.5.
+- Momentum 0.9 at the server and an average of the released adapters, both free. It takes ten rounds to reach its stride: label
+  words, whose rates fall, have 0.5.
 """
 
 import math
