@@ -174,10 +174,6 @@ def _budget(config):
         "`targets` is empty: name matrices, or give `head_only` to train the head alone.",
     )
     yield (
-        not config.base.quantize or config.base.dtype != "mixed",
-        "`quantize` multiplies in `dtype`, where dtype=mixed has two: use dtype=bfloat16 or float32.",
-    )
-    yield (
         not config.lora.core or not (config.lora.head_only or config.lora.freeze_a),
         "`core` trains neither A nor B: leave out `freeze_a` and `head_only`.",
     )
@@ -219,6 +215,10 @@ def _records(config):
     yield (
         not names or config.public.data,
         "`public_labels` names labels of `public_data`: give that too, or leave it out.",
+    )
+    yield (
+        not config.base.quantize or config.base.dtype != "mixed",
+        "`quantize` multiplies in `dtype`, where dtype=mixed has two: use dtype=bfloat16 or float32.",
     )
 
 

@@ -90,6 +90,7 @@ def test_mixed_numbers_learn_what_wide_ones_do_on_any_cpu(finance_table, tmp_pat
         ("chatglm2_tiny", (), "has no classifier here"),
         ("variants/gpt2_untied", ("--dtype=float8",), "--dtype=float8 is not known"),
         ("variants/gpt2_untied", ("--quantize=int3",), "--quantize=int3 is not known"),
+        ("variants/gpt2_untied", ("--quantize=int8", "--dtype=mixed"), "use --dtype=bfloat16 or float32"),
         ("variants/gpt2_untied", ("--targets=query",), "unknown target 'query'"),
     ],
 )
