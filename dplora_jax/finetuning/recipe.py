@@ -13,10 +13,10 @@
 - Rank 4 with A frozen (FFA-LoRA): half the noisy coordinates, and no product of two noises.
 - A head's features are centred and scaled by public text, where there is some: of what noise leaves, more then tells texts apart.
 - A language model that says labels trains a core between bases from public text (docs/core.md), on a way x / (x + WORDS_HALF).
-- The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled); a
-  language model's, of a mean over tokens, near a tenth.
-- Momentum 0.9 at the server and an average of the released adapters, both free. It takes ten rounds to reach its stride: label
-  words, whose rates fall, have 0.5.
+- The clip norm is near the gradients' own norms or below: a head's on pooled features are near 1 at first (more once scaled), a
+  core's near 0.8; a language model's, of a mean over tokens, near a tenth.
+- Momentum 0.9 at the server and an average of the released adapters, both free. That momentum takes ten rounds to reach its
+  stride: label words, whose rates fall, have 0.5.
 """
 
 import math

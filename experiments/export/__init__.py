@@ -120,9 +120,8 @@ def _job(given):
     if labels and len(set(labels)) < len(labels):
         raise InputError(f"the labels {', '.join(labels)} are not all different.")
     own = run.stored.config.base.dtype if run else "float32"
-    dtype = given.dtype or (
-        "float32" if own == "mixed" else own
-    )  # a mixed run rounds its own copy of the weights alone
+    own = "float32" if own == "mixed" else own  # such a run rounds its own copy of the weights alone
+    dtype = given.dtype or own
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known: {', '.join(DTYPES)}.")
     out = pathlib.Path(given.out)

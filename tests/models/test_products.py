@@ -77,6 +77,7 @@ def test_equal_types_are_multiplied_as_they_are():
     ("text", "known"),
     [
         ("flags\t\t: fpu avx2 avx512f avx512_bf16 avx512vnni", True),
+        ("flags\t\t: fpu avx2 avx512f amx_tile amx_bf16", True),
         ("Features\t: fp asimd", False),
         ("flags\t\t: fpu avx2 avx512f avx512vnni", False),
         (None, False),
