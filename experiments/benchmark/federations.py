@@ -218,8 +218,11 @@ def _seconds(call):
 
 
 def write(folder, case, clients, rounds, ours):
-    """Lay down in `folder` what the peers read."""
-    model, adapter, params = ours.made.model, ours.state.adapter, ours.rest[0]
+    """Lay down in `folder` what the peers read. Raises InputError for a classifier that they do not have."""
+    model = ours.made.model
+    if case.task == "classification" and getattr(model.config, "pooling", None) != "mean":
+        raise InputError("the peers classify by the mean of an encoder's states alone: give --task=language_model.")
+    adapter, params = ours.state.adapter, ours.rest[0]
     hf = plan_models.KNOWN.get(case.model) or pretrained.config(pretrained.locate(case.model))
     classes = benchmark_steps.CLASSES if case.task == "classification" else 0
     (folder / "base").mkdir()

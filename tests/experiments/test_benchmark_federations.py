@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -126,6 +127,13 @@ def test_a_peer_that_comes_to_another_adapter_is_refused(case, ours, peer, tmp_p
     else:
         with pytest.raises(InputError, match="with_pfl comes to another adapter: off by"):
             federations.compare(case, ours, peer, ROUNDS)
+
+
+@pytest.mark.parametrize("config", [SimpleNamespace(pooling="pooler"), SimpleNamespace()], ids=["pooler", "decoder"])
+def test_a_classifier_that_the_peers_do_not_have_is_refused(case, tmp_path, config):
+    ours = SimpleNamespace(made=SimpleNamespace(model=SimpleNamespace(config=config)))
+    with pytest.raises(InputError, match="the peers classify by the mean of an encoder's states alone"):
+        federations.write(tmp_path, case, CLIENTS, ROUNDS, ours)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])
