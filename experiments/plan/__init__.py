@@ -25,7 +25,7 @@ from experiments.text import formats
 from experiments.text.tables import Table
 
 GIB = 1 << 30
-TASKS = ("language_model", "classification")
+TASKS = ("language_model", "classification", "label_words")
 
 
 class Chip(NamedTuple):
@@ -65,18 +65,18 @@ def parse(argv):
     text = {
         "topology": "TPU slice to plan for: v5e:2x4, v5p:2x2x1, v6e:4x4, ...",
         "records": "records of each client, comma-separated, or of every one of --clients; default: 10000",
-        "task": f"what is trained: {' or '.join(TASKS)}; default: classification for BERT, else language_model",
+        "task": f"what is trained: {', '.join(TASKS)}; default: classification for BERT, else language_model",
     }
     for name, help_text in text.items():
         absl_flags.DEFINE_string(name, None, help_text, flag_values=values)
-    absl_flags.DEFINE_integer("classes", 3, "labels of a classifier, without --labels", flag_values=values)
+    absl_flags.DEFINE_integer("classes", 3, "how many labels, without --labels", flag_values=values)
     absl_flags.DEFINE_boolean("search", True, "where it does not fit, try flags that may help", flag_values=values)
     absl_flags.DEFINE_boolean("json", False, "print everything as one JSON object", flag_values=values)
     cli.read(argv, values, "python -m experiments.plan --topology=v5e:2x4 --model=llama2-7b [flags of a run]")
     if not values.topology:
         raise InputError(f"--topology is missing: a TPU slice, as in v5e:2x4, of {', '.join(CHIPS)}.")
     if values.task not in (None, *TASKS):
-        raise InputError(f"--task={values.task} is not known: {' or '.join(TASKS)}.")
+        raise InputError(f"--task={values.task} is not known: {', '.join(TASKS)}.")
     config = cli.without_auto(cli.raw(values))
     if trust.mode(config).private and config.privacy.epsilon is None and config.privacy.noise_multiplier is None:
         config = replace(config, noise_multiplier=1.0)

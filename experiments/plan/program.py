@@ -19,9 +19,11 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, frozen_layers, mesh, participation, program, round, trust
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.models import features, public_bases
+from experiments.plan import TASKS, flops
 from experiments.plan import collectives as plan_collectives
-from experiments.plan import flops
 from experiments.plan import models as plan_models
+
+LANGUAGE_MODEL, CLASSIFICATION, LABEL_WORDS = TASKS
 
 
 class Program(NamedTuple):
@@ -62,15 +64,21 @@ class Measured(NamedTuple):
 
 def abstract(config, devices, sizes, task, classes):
     """The Program of one round of `config` on `devices`, its K clients having `sizes` records. Raises InputError."""
-    model, params = plan_models.build(config.base, classes if task == "classification" else None)
+    model, params = plan_models.build(config.base, classes if task == CLASSIFICATION else None)
     if config.data.max_length > model.config.max_positions:
         raise InputError(
             f"--max_length={config.data.max_length} is more than the model's {model.config.max_positions}."
         )
     grid = mesh.make(config.execution.mesh, config.schedule.clients, model, devices)
     mechanisms = calibration.mechanisms(config, sizes)
+    if task == LABEL_WORDS and plan_models.default_task(config.base.name) == CLASSIFICATION:
+        raise InputError(
+            "--task=label_words needs a model that reads from left to right: an encoder says no next word."
+        )
+    measured = {"bias": jax.ShapeDtypeStruct((classes,), np.float32)} if task == LABEL_WORDS else {}  # of each word
     if config.lora.core:
-        params |= {features.KEY: {features.BASES: public_bases.shapes(model, params, program.lora_config(config))}}
+        measured |= {features.BASES: public_bases.shapes(model, params, program.lora_config(config))}
+    params |= {features.KEY: measured} if measured else {}
     adapter, params = jax.eval_shape(lambda params: program.adapter(config, model, params)[:2], params)
     model, row = _rows(config, model, task, sum(sizes))
     wave = program.wave(config, grid, model, adapter, config.data.max_length)
@@ -86,7 +94,9 @@ def abstract(config, devices, sizes, task, classes):
         return placement.clients, placement.data
 
     clients, data = jax.eval_shape(place)
-    loss = losses.classification if task == "classification" else losses.language_model
+    # Which tokens the words are decides no byte.
+    words = losses.label_words(range(classes))
+    loss = {CLASSIFICATION: losses.classification, LABEL_WORDS: words}.get(task, losses.language_model)
     federation = program.federation(config, model, loss, mechanisms, adapter, limits[0], config.data.max_length, wave)
     state = jax.eval_shape(lambda adapter: federation.init(adapter, config.schedule.clients), adapter)
     count = clients.size.shape[0]
@@ -112,14 +122,16 @@ def _rows(config, model, task, records):
     """The model that the rounds run, and a row of each of its arrays {name: (shape, dtype)}: as `data.tasks` makes them, above
     the frozen layers where a run would go through those once."""
     length, integers = (config.data.max_length,), np.int32
+    tokens = {"input_ids": (length, integers)}
     row = {"attention_mask": (length, integers)}
-    row |= {"labels": ((), integers)} if task == "classification" else {"loss_mask": (length, integers)}
+    row |= {"loss_mask": (length, integers)} if task == LANGUAGE_MODEL else {"labels": ((), integers)}
     start = frozen_layers.first_adapted(config, model)
     fits = frozen_layers.fit_in_memory(model, records, config.data.max_length)
-    if start and config.execution.cache_frozen and fits and task == "classification":
-        hidden = ((*length, model.config.width), model.dtype)
-        return dataclasses.replace(model, start=start), row | {"hidden": hidden}
-    return model, row | {"input_ids": (length, integers)}
+    if not (start and config.execution.cache_frozen and fits):
+        return model, row | tokens
+    row |= {"hidden": ((*length, model.config.width), model.dtype)}
+    read = task == LANGUAGE_MODEL or getattr(model, "reads_ids", False)
+    return dataclasses.replace(model, start=start), row | (tokens if read else {})
 
 
 def _keys(config, local, adapter, count):

@@ -1,6 +1,7 @@
 """The plan compiles the program of a run, and reads rightly what the compiled program says of itself."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from experiments import cli, plan
 from experiments.plan import collectives as plan_collectives
 from experiments.plan import models as plan_models
 from experiments.plan import program as plan_program
+from tests.conftest import GOLDEN, WORDS, write_tokenizer
 
 TPU_TEXT = """
 %fused (param_0: bf16[64,512], param_1: bf16[10,512,256], param_2: s32[]) -> bf16[64,256] {
@@ -103,17 +105,45 @@ def small(tiny_bert, finance_table):
 
 def test_the_plan_is_of_the_very_program_that_runs(small, quick_compile):
     """Shapes, types, placement and every static choice are those that `setup.prepare` makes from data and weights."""
-    job = setup.prepare(small)
+    same_program(small, "classification", "loss")
+
+
+@pytest.mark.parametrize("task", ["language_model", "label_words"])
+@pytest.mark.parametrize("last_layers", [1, 2])
+def test_so_is_a_language_models(task, last_layers, tmp_path, quick_compile):
+    """With frozen layers, which a run goes through once, and without."""
+    shutil.copytree(GOLDEN / "variants/llama_mqa", tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    rows = [{"text": f"{noun} again", "label": verb} for noun in WORDS[5:9] for verb in ("rose", "fell")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row | {"text": f"{row['text']} {name}"}) + "\n" for row in rows)
+        )
+    words = f"--model={tmp_path}/base --dataset=jsonl --data_dir={tmp_path} --text_column=text --max_length=16"
+    more = f"--clients=3 --rounds=2 --expected_batch_size=2 --noise_multiplier=1 --rank=2 --last_layers={last_layers}"
+    labels = ["--label_column=label", "--labels=rose,fell"] if task == "label_words" else []
+    made = same_program(cli.parse([*words.split(), *more.split(), *labels]), task)
+    assert made.federation.model.start == 2 - last_layers
+
+
+def same_program(config, task, *names):
+    """The Program of a plan, once it is seen to be that of a run."""
+    job = setup.prepare(config)
     prepared = job.federation.prepare(job.shards)
-    program = plan_program.abstract(small, jax.devices(), prepared.sizes, "classification", 2)
+    program = plan_program.abstract(config, jax.devices(), prepared.sizes, task, 2)
     real = (prepared.state, prepared.params, prepared.placement.clients, prepared.placement.data)
     assert jax.tree.structure(real) == jax.tree.structure(program.arguments[:4])
     for have, planned in zip(jax.tree.leaves(real), jax.tree.leaves(program.arguments[:4]), strict=True):
         assert (have.shape, have.dtype) == (planned.shape, planned.dtype)
         assert have.sharding.is_equivalent_to(planned.sharding, have.ndim)
-    names = ("model", "loss", "local", "ema", "wave", "rule", "method", "attendance", "rows")
-    for name in names:
+    for name in ("model", "local", "ema", "wave", "rule", "method", "attendance", "rows", *names):
         assert getattr(prepared.rounds, name) == getattr(program.federation, name), name
+    return program
+
+
+def test_an_encoder_says_no_words(small):
+    with pytest.raises(InputError, match="label_words needs a model that reads from left to right"):
+        plan_program.abstract(small, jax.devices(), [20, 30, 10], "label_words", 2)
 
 
 @pytest.mark.slow
