@@ -5,10 +5,11 @@ with its local differential privacy, which clips no record's gradient.
         --peers --flower_python=FLOWER/bin/python --pfl_python=PFL/bin/python
 
 The peers need environments of their own, with torch, transformers, peft and opacus: `pip install 'flwr[simulation]'` in one, `pip
-install pfl` in the other. All start from the same weights, and each client takes the same rows in the same round. First all run
-without noise, and what comes out is compared. Then rounds with noise are timed in turn. A turn of ours is the compiled rounds and
-their adapter on the host: no keys are drawn in it, and there is no ledger and no checkpoint (the peers have neither). With
---last_layers the layers below have run before it, once for every record; the table says in how many seconds.
+install pfl` in the other. They classify by the mean of an encoder's states, or train a decoder's next tokens. All start from the
+same weights, and each client takes the same rows in the same round. First all run without noise, and what comes out is compared.
+Then rounds with noise are timed in turn. A turn of ours is the compiled rounds and their adapter on the host: no keys are drawn
+in it, and there is no ledger and no checkpoint (the peers have neither). With --last_layers the layers below have run before it,
+once for every record; the table says in how many seconds.
 
 Letters: K clients, R rounds of a turn, B rows that a client expects in a step.
 """
@@ -218,10 +219,14 @@ def _seconds(call):
 
 
 def write(folder, case, clients, rounds, ours):
-    """Lay down in `folder` what the peers read. Raises InputError for a classifier that they do not have."""
+    """Lay down in `folder` what the peers read. Raises InputError for a model that they do not have."""
     model = ours.made.model
-    if case.task == "classification" and getattr(model.config, "pooling", None) != "mean":
-        raise InputError("the peers classify by the mean of an encoder's states alone: give --task=language_model.")
+    pooling = getattr(model.config, "pooling", None)  # of an encoder
+    if pooling != ("mean" if case.task == "classification" else None):
+        raise InputError(
+            f"--model={case.model} cannot be compared: the peers classify by the mean of an encoder's states (as in "
+            "all-MiniLM-L6-v2), or train a decoder with --task=language_model."
+        )
     adapter, params = ours.state.adapter, ours.rest[0]
     hf = plan_models.KNOWN.get(case.model) or pretrained.config(pretrained.locate(case.model))
     classes = benchmark_steps.CLASSES if case.task == "classification" else 0

@@ -65,7 +65,7 @@ def parse(argv):
     text = {
         "topology": "TPU slice to plan for: v5e:2x4, v5p:2x2x1, v6e:4x4, ...",
         "records": "records of each client, comma-separated, or of every one of --clients; default: 10000",
-        "task": f"what is trained: {', '.join(TASKS)}; default: classification for BERT, else language_model",
+        "task": f"what is trained: {', '.join(TASKS)}; default: as the model, --objective, --head_only and --core say",
     }
     for name, help_text in text.items():
         absl_flags.DEFINE_string(name, None, help_text, flag_values=values)
@@ -139,12 +139,19 @@ def plan(config, options, chip, devices):
     """Measure the run, and where it does not fit what might help -> all that is told, as plain values."""
     from experiments.plan import models as plan_models
 
-    task = options["task"] or plan_models.default_task(config.base.name)
+    task = options["task"] or _task(config, plan_models.default_task(config.base.name))
     measured, program = _measure(config, options, task, chip, devices)
     planned = tell(config, options["topology"], task, chip, program, measured)
     if not measured.fits and options["search"]:
         planned["tried"] = search(config, options, task, chip, devices)
     return planned
+
+
+def _task(config, models):
+    """What a run of `config` trains, as far as flags tell, where its model does `models`."""
+    if config.lora.head_only or config.data.objective == "classifier":
+        return "classification"
+    return "label_words" if config.lora.core and models == "language_model" else models
 
 
 def _measure(config, options, task, chip, devices):

@@ -64,6 +64,10 @@ class Measured(NamedTuple):
 
 def abstract(config, devices, sizes, task, classes):
     """The Program of one round of `config` on `devices`, its K clients having `sizes` records. Raises InputError."""
+    if task != CLASSIFICATION and plan_models.default_task(config.base.name) == CLASSIFICATION:
+        raise InputError(f"--task={task} needs a model that reads from left to right: an encoder says no next token.")
+    if task == LANGUAGE_MODEL and config.lora.core:
+        raise InputError("--core needs labels: give --task=label_words.")
     model, params = plan_models.build(config.base, classes if task == CLASSIFICATION else None)
     if config.data.max_length > model.config.max_positions:
         raise InputError(
@@ -71,10 +75,6 @@ def abstract(config, devices, sizes, task, classes):
         )
     grid = mesh.make(config.execution.mesh, config.schedule.clients, model, devices)
     mechanisms = calibration.mechanisms(config, sizes)
-    if task == LABEL_WORDS and plan_models.default_task(config.base.name) == CLASSIFICATION:
-        raise InputError(
-            "--task=label_words needs a model that reads from left to right: an encoder says no next word."
-        )
     measured = {"bias": jax.ShapeDtypeStruct((classes,), np.float32)} if task == LABEL_WORDS else {}  # of each word
     if config.lora.core:
         measured |= {features.BASES: public_bases.shapes(model, params, program.lora_config(config))}
@@ -94,10 +94,14 @@ def abstract(config, devices, sizes, task, classes):
         return placement.clients, placement.data
 
     clients, data = jax.eval_shape(place)
-    # Which tokens the words are decides no byte.
-    words = losses.label_words(range(classes))
-    loss = {CLASSIFICATION: losses.classification, LABEL_WORDS: words}.get(task, losses.language_model)
-    federation = program.federation(config, model, loss, mechanisms, adapter, limits[0], config.data.max_length, wave)
+    kinds = {
+        CLASSIFICATION: losses.classification,
+        LANGUAGE_MODEL: losses.language_model,
+        LABEL_WORDS: losses.label_words(range(classes)),  # which tokens the words are decides no byte
+    }
+    federation = program.federation(
+        config, model, kinds[task], mechanisms, adapter, limits[0], config.data.max_length, wave
+    )
     state = jax.eval_shape(lambda adapter: federation.init(adapter, config.schedule.clients), adapter)
     count = clients.size.shape[0]
     keys = _keys(config, federation.local, adapter, count)
@@ -166,20 +170,26 @@ def measure(program, hbm, compiling=lambda lowered: lowered.compile()):
     memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs, memory.generated_code_size_in_bytes)
-    work = _work(program, base, compiled.as_text())
+    work = _work(program, compiled.as_text())
     return Measured(sum(parts) <= hbm, sum(parts), parts[0], base, *parts[1:], seconds, work)
 
 
-def _work(program, base, text):
+def _read_bytes(program):
+    """Bytes of the base that a pass over rows reads on one device: the layers that have not run before, and all else."""
+    model, params = program.federation.model, program.arguments[1]
+    return device_bytes(params) - device_bytes(params["layers"]) * model.start / model.config.num_layers
+
+
+def _work(program, text):
     """The Work of a compiled program. Products are those of the traced round, which a model axis splits evenly; each pass over
-    rows reads the `base` bytes twice (forward, backward) and the adapter three times (the update too)."""
+    rows reads the base twice (forward, backward) and the adapter three times (the update too)."""
     step, local = round.make(program.federation, program.mesh), program.federation.local
     products, exact = (flops.count(step, *program.arguments, exact=exact) for exact in (False, True))
     split = program.mesh.shape[mesh.MODEL]
     rows = local.microbatch or local.capacity
     passes = local.local_steps * math.ceil(program.clients / program.federation.wave) * math.ceil(local.capacity / rows)
     adapter = device_bytes(program.arguments[0].adapter)
-    memory = passes * (2 * base + 3 * adapter)
+    memory = passes * (2 * _read_bytes(program) + 3 * adapter)
     return Work(products / split, (products + 5 * exact) / split, memory, plan_collectives.sent(text))
 
 

@@ -129,11 +129,18 @@ def test_a_peer_that_comes_to_another_adapter_is_refused(case, ours, peer, tmp_p
             federations.compare(case, ours, peer, ROUNDS)
 
 
-@pytest.mark.parametrize("config", [SimpleNamespace(pooling="pooler"), SimpleNamespace()], ids=["pooler", "decoder"])
-def test_a_classifier_that_the_peers_do_not_have_is_refused(case, tmp_path, config):
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        ("classification", SimpleNamespace(pooling="pooler")),
+        ("classification", SimpleNamespace()),  # of a decoder
+        ("language_model", SimpleNamespace(pooling="mean")),
+    ],
+)
+def test_a_model_that_the_peers_do_not_have_is_refused(case, tmp_path, task, config):
     ours = SimpleNamespace(made=SimpleNamespace(model=SimpleNamespace(config=config)))
-    with pytest.raises(InputError, match="the peers classify by the mean of an encoder's states alone"):
-        federations.write(tmp_path, case, CLIENTS, ROUNDS, ours)
+    with pytest.raises(InputError, match="cannot be compared: the peers classify by the mean of an encoder's states"):
+        federations.write(tmp_path, case._replace(task=task), CLIENTS, ROUNDS, ours)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed"])

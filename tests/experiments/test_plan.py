@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,13 @@ def test_so_is_a_language_models(task, last_layers, tmp_path, quick_compile):
     words = f"--model={tmp_path}/base --dataset=jsonl --data_dir={tmp_path} --text_column=text --max_length=16"
     more = f"--clients=3 --rounds=2 --expected_batch_size=2 --noise_multiplier=1 --rank=2 --last_layers={last_layers}"
     labels = ["--label_column=label", "--labels=rose,fell"] if task == "label_words" else []
-    made = same_program(cli.parse([*words.split(), *more.split(), *labels]), task)
+    config = cli.parse([*words.split(), *more.split(), *labels])
+    made, prepared = same_program(config, task, *(["loss"] if task == "language_model" else []))
     assert made.federation.model.start == 2 - last_layers
+    if task == "label_words":
+        planned, real = made.federation.loss, prepared.rounds.loss
+        assert planned.func is real.func
+        assert len(planned.args[0]) == len(real.args[0]) == 2
 
 
 def same_program(config, task, *names):
@@ -138,12 +144,50 @@ def same_program(config, task, *names):
         assert have.sharding.is_equivalent_to(planned.sharding, have.ndim)
     for name in ("model", "local", "ema", "wave", "rule", "method", "attendance", "rows", *names):
         assert getattr(prepared.rounds, name) == getattr(program.federation, name), name
-    return program
+    return program, prepared
 
 
-def test_an_encoder_says_no_words(small):
-    with pytest.raises(InputError, match="label_words needs a model that reads from left to right"):
-        plan_program.abstract(small, jax.devices(), [20, 30, 10], "label_words", 2)
+@pytest.mark.parametrize("task", ["language_model", "label_words"])
+def test_an_encoder_says_nothing(small, task):
+    with pytest.raises(InputError, match=f"{task} needs a model that reads from left to right"):
+        plan_program.abstract(small, jax.devices(), [20, 30, 10], task, 2)
+
+
+ON_ONE_CHIP = ["--topology=v5e:1x1", "--model=smollm2-135m", "--mesh=1x1", "--max_length=16", "--records=20"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "task"),
+    [
+        ([], "language_model"),
+        (["--objective=classifier"], "classification"),
+        (["--head_only"], "classification"),
+        (["--core", "--rank=2"], "label_words"),
+    ],
+)
+def test_what_is_trained_follows_the_flags_of_a_run(monkeypatch, flags, task):
+    monkeypatch.setattr(plan_program, "measure", lambda program, hbm: SimpleNamespace(fits=True))
+    monkeypatch.setattr(plan, "tell", lambda config, name, task, *rest: task)
+    config, options = plan.parse([*ON_ONE_CHIP, *flags])
+    assert plan.plan(config, options, plan.CHIPS["v5e"], jax.devices()[:1]) == task
+
+
+def test_a_core_without_labels_is_refused():
+    config, options = plan.parse([*ON_ONE_CHIP, "--core", "--rank=2", "--task=language_model"])
+    with pytest.raises(InputError, match="--core needs labels"):
+        plan.plan(config, options, plan.CHIPS["v5e"], jax.devices()[:1])
+
+
+def test_a_pass_reads_the_layers_that_have_not_run_before():
+    every, six = (
+        plan_program.abstract(plan.parse([*ON_ONE_CHIP, *more])[0], jax.devices()[:1], [20] * 5, "language_model", 2)
+        for more in ([], ["--last_layers=6"])
+    )
+    whole = plan_program.device_bytes(every.arguments[1])
+    layers = plan_program.device_bytes(every.arguments[1]["layers"])
+    assert 0.7 * whole < layers < whole
+    assert plan_program._read_bytes(every) == whole
+    assert plan_program._read_bytes(six) == whole - layers * 24 / 30
 
 
 @pytest.mark.slow
