@@ -26,6 +26,11 @@ def fit_in_memory(model, rows, length):
     return 4 * rows * length * model.config.width <= CACHE_BYTES
 
 
+def reads_tokens(model, table):
+    """Whether the layers above, or the loss, read the tokens of `table` beside `hidden`: they are a language model's targets."""
+    return "labels" not in table or getattr(model, "reads_ids", False)
+
+
 def split(config, model, params, rows, length, memo=None, held=0):
     """The model above the frozen layers, and a function that takes a table {name: [N, ...]} through them, once for each row ->
     (model, run), where `config` lets `rows` rows of `length` tokens be kept; else (model, what leaves a table as it is). Where
@@ -55,7 +60,7 @@ def split(config, model, params, rows, length, memo=None, held=0):
         else:
             hidden = np.zeros((0, length, model.config.width), model.dtype)
         above = {"hidden": hidden, **table}
-        if "labels" in table and not getattr(model, "reads_ids", False):  # a language model's targets are its tokens
+        if not reads_tokens(model, table):
             del above["input_ids"]
         return above
 

@@ -25,7 +25,7 @@ from experiments.text import formats
 from experiments.text.tables import Table
 
 GIB = 1 << 30
-TASKS = ("language_model", "classification", "label_words")
+LANGUAGE_MODEL, CLASSIFICATION, LABEL_WORDS = TASKS = "language_model", "classification", "label_words"
 
 
 class Chip(NamedTuple):
@@ -137,9 +137,7 @@ def links(name):
 
 def plan(config, options, chip, devices):
     """Measure the run, and where it does not fit what might help -> all that is told, as plain values."""
-    from experiments.plan import models as plan_models
-
-    task = options["task"] or _task(config, plan_models.default_task(config.base.name))
+    task = options["task"] or _task(config)
     measured, program = _measure(config, options, task, chip, devices)
     planned = tell(config, options["topology"], task, chip, program, measured)
     if not measured.fits and options["search"]:
@@ -147,11 +145,14 @@ def plan(config, options, chip, devices):
     return planned
 
 
-def _task(config, models):
-    """What a run of `config` trains, as far as flags tell, where its model does `models`."""
+def _task(config):
+    """What a run of `config` trains, as far as its model and flags tell."""
+    from experiments.plan import models as plan_models
+
     if config.lora.head_only or config.data.objective == "classifier":
-        return "classification"
-    return "label_words" if config.lora.core and models == "language_model" else models
+        return CLASSIFICATION
+    usual = plan_models.default_task(config.base.name)
+    return LABEL_WORDS if config.lora.core and usual == LANGUAGE_MODEL else usual
 
 
 def _measure(config, options, task, chip, devices):

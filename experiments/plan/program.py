@@ -19,11 +19,9 @@ from dplora_jax.errors import InputError
 from dplora_jax.federation import calibration, frozen_layers, mesh, participation, program, round, trust
 from dplora_jax.federation.aggregation import CLIENTS
 from dplora_jax.models import features, public_bases
-from experiments.plan import TASKS, flops
+from experiments.plan import CLASSIFICATION, LABEL_WORDS, LANGUAGE_MODEL, flops
 from experiments.plan import collectives as plan_collectives
 from experiments.plan import models as plan_models
-
-LANGUAGE_MODEL, CLASSIFICATION, LABEL_WORDS = TASKS
 
 
 class Program(NamedTuple):
@@ -134,8 +132,7 @@ def _rows(config, model, task, records):
     if not (start and config.execution.cache_frozen and fits):
         return model, row | tokens
     row |= {"hidden": ((*length, model.config.width), model.dtype)}
-    read = task == LANGUAGE_MODEL or getattr(model, "reads_ids", False)
-    return dataclasses.replace(model, start=start), row | (tokens if read else {})
+    return dataclasses.replace(model, start=start), row | (tokens if frozen_layers.reads_tokens(model, row) else {})
 
 
 def _keys(config, local, adapter, count):
@@ -174,7 +171,7 @@ def measure(program, hbm, compiling=lambda lowered: lowered.compile()):
     return Measured(sum(parts) <= hbm, sum(parts), parts[0], base, *parts[1:], seconds, work)
 
 
-def _read_bytes(program):
+def read_bytes(program):
     """Bytes of the base that a pass over rows reads on one device: the layers that have not run before, and all else."""
     model, params = program.federation.model, program.arguments[1]
     return device_bytes(params) - device_bytes(params["layers"]) * model.start / model.config.num_layers
@@ -189,7 +186,7 @@ def _work(program, text):
     rows = local.microbatch or local.capacity
     passes = local.local_steps * math.ceil(program.clients / program.federation.wave) * math.ceil(local.capacity / rows)
     adapter = device_bytes(program.arguments[0].adapter)
-    memory = passes * (2 * _read_bytes(program) + 3 * adapter)
+    memory = passes * (2 * read_bytes(program) + 3 * adapter)
     return Work(products / split, (products + 5 * exact) / split, memory, plan_collectives.sent(text))
 
 
