@@ -91,8 +91,9 @@ class Stream:
 
 
 def calls(prepared, keys, rounds):
-    """What the compiled program of `prepared` (`setup.Prepared`) is called with for the `rounds` rounds of `keys`: (keys on the
-    mesh, of how many rounds, seconds that they were waited for), all rounds at once, or one by one where records are streamed."""
+    """What the compiled program of `prepared` (`preparation.Prepared`) is called with for the `rounds` rounds of `keys`: (keys on
+    the mesh, of how many rounds, seconds that they were waited for), all rounds at once, or one by one where records are
+    streamed."""
     if prepared.stream is None:
         yield mesh.place_keys(prepared.mesh, keys, prepared.placement.clients.size.shape[0]), rounds, 0.0
         return

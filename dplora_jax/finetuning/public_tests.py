@@ -14,7 +14,7 @@ STEP = 32  # lengths of benchmarks are rounded up to a multiple of it
 
 
 def evaluator(config, objective, corpus, private, tokenizer, test, prepared):
-    """A function (adapter, residual, ends) -> public metrics of a `federation.Prepared` run; with `ends`, which is for the
+    """A function (adapter, residual, ends) -> public metrics of a run's `preparation.Prepared`; with `ends`, which is for the
     first and the last, those too that take longer: written answers, and `benchmarks`. `test` is `objective.test(corpus.test)`.
     `private` is a list of Records, those of each client that this process trains for: no public task may hold them all, or one
     client's."""

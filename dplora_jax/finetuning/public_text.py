@@ -12,11 +12,11 @@ from dplora_jax import evaluation, losses
 from dplora_jax.data import demos
 from dplora_jax.errors import InputError, InputWarning
 from dplora_jax.federation import fingerprints, frozen_layers, processes, program
-from dplora_jax.finetuning import recipe
 from dplora_jax.models import features, public_bases
 
 FEATURE_ROWS, WORD_ROWS, BASES_ROWS = 512, 64, 96  # of public text that are looked at, evenly spaced
-STAND_IN = "finance_demo"  # whose text tells where features lie, where fewer than recipe.PUBLIC records are public
+ENOUGH = 20  # public test records, from which on their text tells where features lie
+STAND_IN = "finance_demo"  # whose text tells it where there are fewer
 OUTPUTS = 4  # of a classifier or of label words, by whose gradients bases are chosen, at most
 
 
@@ -164,10 +164,10 @@ def _bases(config, model, params, objective, texts):
 
 def _features(config, model, params, objective, test, memo):
     """`features.measure` of some public rows, as JSON: of the embedded headlines where the public test set has fewer than
-    `recipe.PUBLIC` records. Raises InputError."""
-    if test is None or len(test["attention_mask"]) < recipe.PUBLIC:
+    ENOUGH records. Raises InputError."""
+    if test is None or len(test["attention_mask"]) < ENOUGH:
         warnings.warn(
-            f"features are centred by embedded finance headlines, for lack of {recipe.PUBLIC} public test records: give "
+            f"features are centred by embedded finance headlines, for lack of {ENOUGH} public test records: give "
             "`test_data`, or feature_norm=0 where your text is of another kind.",
             InputWarning,
             stacklevel=2,

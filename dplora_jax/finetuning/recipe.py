@@ -29,7 +29,6 @@ SHARE = 0.2  # of a client's records, in an expected batch
 BATCHES = 8, 256  # the least and the most of that
 HALF = 1700  # n_k epsilon sqrt(K), where half the way is best
 HEAD_HALF = 19_000  # the same of a head on centred features, which can use all the way that there is
-PUBLIC = 20  # public test records, from which on their text tells where the features' centre is
 UNIT_ROWS = 4  # of a person's rows, in a step: how many there are is private, and more cost compute alone
 COMMON = {
     "rounds": 30, "local_steps": 1, "rank": 4, "alpha": 8.0, "freeze_a": True, "server_momentum": 0.9, "ema": 0.8,
@@ -89,7 +88,7 @@ def for_run(config, given):
     """{field: value} that the recipe sets in `config` (a RunConfig as given), but for the fields that `given` names."""
     from dplora_jax.data import partition, tasks
     from dplora_jax.federation import held_out, methods, trust
-    from dplora_jax.finetuning import dealing, objectives
+    from dplora_jax.finetuning import dealing, objectives, public_text
     from dplora_jax.models import pretrained
 
     if config.data.partition == partition.FOLDERS:
@@ -113,18 +112,17 @@ def for_run(config, given):
     refused = {refusal.field for refusal in methods.BY_NAME[config.aggregation.method].refuses}
     public = len(dealt.corpus.test.texts) if dealt.corpus.test else 0
     if kind == objectives.CLASSIFIER and pretrained.bidirectional(config.base.name):
-        free = public >= PUBLIC and not given & {"head_lr", "clip_norm"}  # rates fit one of the two ways
+        free = public >= public_text.ENOUGH and not given & {"head_lr", "clip_norm"}  # rates fit one of the two ways
         if config.base.feature_norm if "feature_norm" in given else free:
             kind = CENTRED
     if kind == objectives.LANGUAGE_MODEL and dealt.corpus.task.kind == tasks.LABELS:
-        own = given & {"core", "freeze_a", "ranks", "client_lr", "clip_norm"}  # each fits an adapter, or a core
-        if public >= PUBLIC and "core" not in refused and (not own or ("core" in given and config.lora.core)):
+        why = _why_no_core(config, given, refused, public, public_text.ENOUGH)
+        if why is None:
             kind = WORDS
         else:
             warnings.warn(
-                "`auto` knows how a language model says labels by a core, aggregation=fedavg and a public test set. What it sets "
-                "here was tuned on answers; of labels it learned little more than which label is common "
-                "(docs/results/language.md).",
+                f"`auto` trains no `core` here, since {why}. What it sets was tuned on answers, and learned little more of "
+                "labels than which of them is common (docs/core.md).",
                 InputWarning,
                 stacklevel=1,
             )
@@ -138,3 +136,19 @@ def for_run(config, given):
     if "freeze_a" in refused:
         del recipe["freeze_a"]
     return {name: value for name, value in recipe.items() if name not in given}
+
+
+def _why_no_core(config, given, refused, public, least):
+    """Why no core is to learn label words, in words; None where one is. `refused` are the fields that the aggregation cannot
+    have; there are `public` test records to measure bases on, and must be `least`."""
+    if "core" in given:
+        return None if config.lora.core else "core=false is given"
+    if "core" in refused:
+        return f"aggregation={config.aggregation.method} has none"
+    if public < least:
+        return f"there are fewer than {least} public test records to measure it by"
+    own = sorted(given & {"freeze_a", "ranks", "client_lr", "clip_norm"})  # each fits an adapter, or a core
+    if own:
+        named = " and ".join(f"`{name}`" for name in own)
+        return f"what is right for {named} is another with a core (give `core` with it, or leave it out)"
+    return None

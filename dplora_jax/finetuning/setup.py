@@ -12,7 +12,7 @@ from dplora_jax.data import encoding, records
 from dplora_jax.federation import finite, processes
 from dplora_jax.federation.clock import Clock
 from dplora_jax.federation.federation import Federation
-from dplora_jax.finetuning import dealing, objectives, public_tests, public_text, recipe, warm_start
+from dplora_jax.finetuning import dealing, objectives, public_tests, public_text, warm_start
 from dplora_jax.models import features, pretrained
 
 
@@ -135,7 +135,7 @@ def describe(config, base, train_records, command, public=None):
         described["method"].append(
             f"the head's features centred, and scaled to norm {public_text.norm(config):g}, by public text, its labels unused: "
             f"the test set that the metrics are of, or the embedded {public_text.STAND_IN} where that has fewer than "
-            f"{recipe.PUBLIC} records"
+            f"{public_text.ENOUGH} records"
         )
     if labels is not None and (start := pretrained.head_start(config.base.name, labels)):
         described["method"].append(start)
@@ -160,9 +160,10 @@ def _label_reading(base):
     bias = np.asarray(base.params[features.KEY]["bias"]).tolist()
     three = zip(tokens, base.corpus.label_names, bias, strict=True)
     each = ", ".join(f"{token} ({name}) less {taken_off:.4g}" for token, name, taken_off in three)
+    rows = "behind a prompt without a text" if base.test is None else "on public text, its labels unused"
     return (
         f"a label said by the token behind the prompt {prompt!r}: the largest of the logits of {each}; what is taken off is the "
-        "token's mean log-probability among these on public text, its labels unused"
+        f"token's mean log-probability among these {rows}"
     )
 
 

@@ -147,8 +147,8 @@ def test_a_model_that_the_peers_do_not_have_is_refused(case, tmp_path, task, con
 def test_what_is_written_is_read_by_the_peers_names(case, ours, tmp_path, dtype):
     federations.write(tmp_path, case._replace(dtype=dtype), CLIENTS, ROUNDS, ours)
     setting = json.loads((tmp_path / "setting.json").read_text())
-    assert setting | {"rate": 10.0} == {
-        "clients": 3, "rounds": 2, "batch": 4, "classes": 3, "clip_norm": 1.0, "rate": 10.0, "normalize": False,
+    assert setting == {
+        "clients": 3, "rounds": 2, "batch": 4, "classes": 3, "clip_norm": 1.0, "rate": federations.RATE, "normalize": False,
         "mixed": dtype == "mixed",
     }  # fmt: skip
     names = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")

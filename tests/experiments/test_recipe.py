@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dplora_jax.config import field_value, replace
-from dplora_jax.finetuning import objectives, recipe
+from dplora_jax.finetuning import objectives, public_text, recipe
 from experiments import budget, cli, run
 from tests.experiments.small_runs import fit
 
@@ -119,7 +119,7 @@ def test_it_goes_by_what_the_run_will_be(command):
 
 def test_a_language_model_that_says_labels_trains_a_core_where_there_is_public_text(command, monkeypatch):
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
-    monkeypatch.setattr(recipe, "PUBLIC", 1)
+    monkeypatch.setattr(public_text, "ENOUGH", 1)
     config = cli.parse([*command, "--epsilon=8"])
     assert (config.lora.core, config.lora.freeze_a) == (True, False)
     assert config.lora.targets == ("q", "o", "up")  # BERT has no gate
@@ -136,7 +136,7 @@ def test_what_a_core_is_trained_by_is_what_was_measured():
 @pytest.mark.parametrize("kind", [objectives.CLASSIFIER, objectives.LANGUAGE_MODEL])
 def test_what_is_said_can_be_given_as_flags(command, monkeypatch, capsys, kind):
     monkeypatch.setattr(objectives, "kind", lambda *_: kind)
-    monkeypatch.setattr(recipe, "PUBLIC", 1)
+    monkeypatch.setattr(public_text, "ENOUGH", 1)
     config = cli.parse([*command, "--epsilon=8"])
     said = capsys.readouterr().out.removeprefix("--auto chose ").split()
     assert not any(word.endswith("=None") for word in said)
@@ -144,12 +144,30 @@ def test_what_is_said_can_be_given_as_flags(command, monkeypatch, capsys, kind):
     assert again == replace(config, auto=False)
 
 
-@pytest.mark.parametrize("more", [["--aggregation=rolora", "--local_steps=1"], []])
-def test_what_it_was_not_measured_on_is_said(command, monkeypatch, more):
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ("--aggregation=rolora --local_steps=1", "since aggregation=rolora has none"),
+        ("--data_dir={few}", "since there are fewer than 20 public test records"),
+        ("--client_lr=40", "since what is right for `client_lr` is another with a core"),
+        ("--nocore", "since core=false is given"),
+    ],
+)
+def test_why_label_words_get_no_core_is_said(command, finance_table, monkeypatch, tmp_path, more, why):
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
-    monkeypatch.setattr(recipe, "PUBLIC", 1 if more else 10**6)
-    with pytest.warns(UserWarning, match="which label is common"):
-        assert not cli.parse([*command, "--epsilon=8", *more]).lora.core
+    for name, lines in (("train.csv", 61), ("test.csv", 20)):
+        rows = (finance_table / name).read_text().splitlines()
+        (tmp_path / name).write_text("\n".join(rows[:lines]))
+    with pytest.warns(UserWarning, match=why):
+        config = cli.parse([*command, "--epsilon=8", *more.format(few=tmp_path).split()])
+    assert not config.lora.core
+    assert config.lora.targets == ("q", "v")
+
+
+def test_a_core_that_is_asked_for_takes_a_rate_that_is_given(command, monkeypatch):
+    monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
+    config = cli.parse([*command, "--epsilon=8", "--core", "--client_lr=40"])
+    assert (config.optimizer.client_lr, config.lora.rank, config.schedule.rounds) == (40, 16, 20)
 
 
 def test_commands_that_read_no_records_ask_for_the_choices(command, capsys):

@@ -101,7 +101,7 @@ def test_each_kind_has_its_metrics_and_longer_ones_at_both_ends_alone(kind, done
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_is_a_causal_language_models_in_pefts_format_and_learned(kind, base, done):
+def test_the_adapter_is_a_causal_language_models_in_pefts_format_and_not_the_fresh_one(kind, base, done):
     folder = done(kind) / "adapter"
     assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     model, params = models.from_pretrained(base)

@@ -71,7 +71,7 @@ def mean_loss(job, adapter, table):
 
 WAYS = {
     "plain": [], "freeze_a": ["--freeze_a"], "head_only": ["--head_only"], "feature_norm": ["--feature_norm=4"],
-    "uncached": ["--cache_frozen=false"],
+    "uncached": ["--cache_frozen=false"], "core": ["--core"],
 }  # fmt: skip
 
 
