@@ -15,6 +15,7 @@ import numpy as np
 from scipy import optimize
 
 from dplora_jax.privacy import accounting
+from dplora_jax.privacy.banded_rounds import coefficients
 from experiments.text.tables import Table
 
 EPSILONS = (1, 2, 4, 8)
@@ -94,6 +95,11 @@ def factor(workload, bands):
     return normalised(optimize.minimize(error, start, jac=True, method="L-BFGS-B", options=options).x)[0]
 
 
+def built(setting, bands):
+    """The C that `noise=banded_rounds` has."""
+    return sum(np.eye(setting.rounds, k=-k) * float(c) for k, c in enumerate(coefficients(bands, setting.momentum)))
+
+
 @functools.cache
 def noise_std(setting, epsilon, bands=1):
     """The noise's std on a round's mean gradient, in clip norms."""
@@ -102,11 +108,11 @@ def noise_std(setting, epsilon, bands=1):
     return made.noise_multiplier / batch
 
 
-def ratios(setting, bands, curvature=0.0):
-    """Over independent noise: the std of the last average and the root mean square of the adapters on the way, with the C that
-    is best for the averages of all rounds, and the least std of the last average -> three of [epsilons]."""
+def ratios(setting, bands, curvature=0.0, c=None):
+    """Over independent noise: the std of the last average and the root mean square of the adapters on the way, with the matrix
+    `c` (default: what is best for the averages of all rounds), and the least std of the last average -> three of [epsilons]."""
     averages, adapters = responses(setting, curvature)
-    inverse = np.linalg.inv(factor(averages, bands))
+    inverse = np.linalg.inv(factor(averages, bands) if c is None else c)
     gain = lambda rows: np.linalg.norm(rows @ inverse) / np.linalg.norm(rows)  # noqa: E731
     cost = np.array([noise_std(setting, e, bands) / noise_std(setting, e) for e in EPSILONS])
     least = least_last(averages[-1], bands) / np.linalg.norm(averages[-1])
@@ -114,7 +120,8 @@ def ratios(setting, bands, curvature=0.0):
 
 
 def tables():
-    """The lines of each setting's tables: by bands, and the least over bands by how much of the signal is learned."""
+    """The lines of each setting's tables: by bands, with the matrix that is built, and the least over bands by how much of the
+    signal is learned."""
     head = [f"epsilon {epsilon}" for epsilon in EPSILONS]
     for name, setting in SETTINGS.items():
         full = setting._replace(batch=setting.records)
@@ -126,6 +133,13 @@ def tables():
             ["all records, independent", *(f"{noise_std(full, e) / noise_std(setting, e):.2f}" for e in EPSILONS)]
         )
         yield f"\n{name}: last average, adapters on the way, least last average\n"
+        yield Table(["bands", *head], rows).markdown()
+        rows = []
+        for bands in setting.bands:
+            if bands * setting.batch <= setting.records:  # others are refused
+                ours, best = ratios(setting, bands, c=built(setting, bands))[0], ratios(setting, bands)[0]
+                rows.append([str(bands), *(f"{a:.3f}, {b:.3f}" for a, b in zip(ours, best, strict=True))])
+        yield f"\n{name}: last average as it is built, and with the best matrix\n"
         yield Table(["bands", *head], rows).markdown()
         rows = []
         for share in (0, *LEARNED):

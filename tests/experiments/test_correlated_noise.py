@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from dplora_jax.config import FederationConfig, replace
+from dplora_jax.data import demos
 from dplora_jax.federation import aggregation, program
-from dplora_jax.privacy.banded_rounds import coefficients
 from experiments import cli
 from experiments.benchmark import correlated_noise
 
@@ -18,6 +18,9 @@ def test_the_settings_are_the_shipped_ones(name):
     config = cli.parse([f"--flagfile={name}.flags"])
     setting = SHIPPED[name]
     assert (config.schedule.rounds, config.schedule.local_steps) == (setting.rounds, 1)
+    assert config.schedule.expected_batch_size == setting.batch
+    if config.data.dataset in demos.DEMOS:
+        assert len(demos.load(config.data.dataset, 0).train.texts) == config.schedule.clients * setting.records
     assert config.aggregation.server_momentum == setting.momentum
     assert (config.optimizer.lr_decay, config.aggregation.ema) == (setting.lr_decay, setting.ema)
 
@@ -65,7 +68,8 @@ def test_the_matrix_that_is_built_leaves_no_more_in_the_last_average_than_the_op
     """Up to 2 in 100."""
     setting = SHIPPED[name]
     averages, _ = correlated_noise.responses(setting)
-    c = sum(np.eye(setting.rounds, k=-k) * float(x) for k, x in enumerate(coefficients(bands, setting.momentum)))
+    c = correlated_noise.built(setting, bands)
+    assert np.linalg.norm(c, axis=0).max() <= 1
     built, best = (
         np.linalg.norm(averages[-1] @ np.linalg.inv(m)) for m in (c, correlated_noise.factor(averages, bands))
     )
