@@ -25,6 +25,17 @@ def digest_arrays(tree):
     return digest.digest()
 
 
+def remembered(memo, named, tree, make):
+    """`make()`, which depends on the arrays of `tree` and on what `named` says, and on nothing else; `memo` (a dict, or None)
+    keeps it for the next call with both the same."""
+    if memo is None:
+        return make()
+    key = (named, digest_arrays(tree))
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
+
+
 def digest_base(model, params):
     """SHA-256 of a model's config and parameters."""
     return hashlib.sha256(repr((model.config, digest_arrays(params))).encode()).digest()

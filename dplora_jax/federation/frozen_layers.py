@@ -68,13 +68,11 @@ def split(config, model, params, rows, length, memo=None, held=0):
 
 
 def remembered(memo, named, run, params, inputs):
-    """`run(params, batch)` of all rows of `inputs` {name: [N, ...]}, N > 0, on the host; `memo` (a dict, or None) keeps it
-    for the next call with the same rows and the same `named`, which says all else."""
-    key = None if memo is None else (named, fingerprints.digest_arrays(inputs))
-    if key is not None and key in memo:
-        return memo[key]
-    chunks = [np.asarray(run(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
-    outputs = np.concatenate(chunks)[: len(inputs["input_ids"])]
-    if key is not None:
-        memo[key] = outputs
-    return outputs
+    """`run(params, batch)` of all rows of `inputs` {name: [N, ...]}, N > 0, on the host; `memo` and `named`, which says all else,
+    as for `fingerprints.remembered`."""
+
+    def outputs():
+        chunks = [np.asarray(run(params, chunk)) for chunk in evaluation.padded_batches(inputs, CHUNK)]
+        return np.concatenate(chunks)[: len(inputs["input_ids"])]
+
+    return fingerprints.remembered(memo, named, inputs, outputs)

@@ -2,6 +2,7 @@
 directions texts differ."""
 
 import base64
+import functools
 import math
 import warnings
 
@@ -111,33 +112,23 @@ def _measured(config, model, params, objective, test, memo):
         measured |= _features(config, model, params, objective, test, memo)
     if objective.words:
         rows = _some(objective.blank if test is None else test, WORD_ROWS)
-        named = (*_base(config), objective.words)
-        measured |= _once(memo, named, rows, lambda: _bias(objective, model, params, rows))
+        named = ("bias", *_base(config), objective.words)
+        measured |= fingerprints.remembered(memo, named, rows, lambda: _bias(objective, model, params, rows))
     if config.lora.core:
         if test is None:
             raise InputError("`core` needs a public test set, whose text gives its A and B: give `test_data`.")
         if "labels" not in test:
             raise InputError("`core` needs a task with labels, whose logits tell texts apart: leave it out.")
         texts = _some(test, BASES_ROWS)
-        named = (*_base(config), objective.words, program.lora_config(config))
-        measured |= _once(memo, named, texts, lambda: _bases(config, model, params, objective, texts))
+        named = (features.BASES, *_base(config), objective.words, program.lora_config(config))
+        make = functools.partial(_bases, config, model, params, objective, texts)
+        measured |= fingerprints.remembered(memo, named, texts, make)
     return measured
 
 
 def _base(config):
     """What says which base model it is, in this process."""
     return config.base.name, config.base.dtype, config.base.quantize
-
-
-def _once(memo, named, rows, make):
-    """`make()`, a dict as JSON, of public `rows` {name: [N, ...]}; `memo` (a dict, or None) keeps it for the next call with the
-    same rows and the same `named`."""
-    if memo is None:
-        return make()
-    key = ("public text", named, fingerprints.digest_arrays(rows))
-    if key not in memo:
-        memo[key] = make()
-    return memo[key]
 
 
 def _bases(config, model, params, objective, texts):

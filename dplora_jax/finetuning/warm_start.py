@@ -62,14 +62,12 @@ def trained(config, objective, public, memo, prepared):
     linearly to 0. Raises InputError where it comes to numbers that are not finite. All processes must call it.
     """
     table = {name: array for name, array in objective.train(public).items() if name != records.UNIT}
+    make = functools.partial(_passes, config, objective.loss, table, prepared)
     if memo is None:
-        return _passes(config, objective.loss, table, prepared)
+        return make()
     fields = (config.public, config.schedule.split_seed, objective.kind, objective.words)
     base = (prepared.base_digest, prepared.mesh, jax.tree.structure(prepared.adapter))
-    key = (fields, base, fingerprints.digest_arrays((table, prepared.adapter)))
-    if key not in memo:
-        memo[key] = _passes(config, objective.loss, table, prepared)
-    return memo[key]
+    return fingerprints.remembered(memo, (fields, base), (table, prepared.adapter), make)
 
 
 def _passes(config, loss, table, prepared):

@@ -18,8 +18,9 @@ class LabelWords:
 
     Of all its next-token logits it keeps those of `words`, one token for each label, so that a record's gradient speaks of which
     label it has, and not of how to answer. A model likes some words better than others whatever the text says:
-    `params["measured"]["bias"]` [K], the words' mean log-probabilities over public text, is taken off (contextual
-    calibration, Zhao et al. 2021, arXiv 2102.09690; over text of the task's kind, Fei et al. 2023, arXiv 2305.19148).
+    `params["measured"]["bias"]` [K], the words' mean log-probabilities, is taken off: over public text of the task's kind
+    (Fei et al. 2023, arXiv 2305.19148), or behind a prompt without a text (contextual calibration, Zhao et al. 2021,
+    arXiv 2102.09690).
     """
 
     model: Any
