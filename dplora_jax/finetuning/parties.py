@@ -3,7 +3,7 @@ and the public test set."""
 
 import types
 
-from dplora_jax.data import sources
+from dplora_jax.data import records, sources
 from dplora_jax.errors import InputError
 from dplora_jax.federation import frozen_layers, mesh, program
 from dplora_jax.finetuning import dealing, public_tests, setup, warm_start
@@ -22,7 +22,10 @@ def own_records(config):
     """This party's records as they were read, from `data_dir`/train.*; no model. Raises InputError, also where the public test
     set holds them all."""
     _check(config)
-    return sources.load(dealing.source_of(config), need_test=False).train
+    corpus = sources.load(dealing.source_of(config), need_test=False)
+    if corpus.test is not None:  # `load` asked for the whole table, and this party may train on a few rows of it
+        records.refuse_copy([corpus.train], records.columns_of(corpus.test))
+    return corpus.train
 
 
 def evaluator(config, base):

@@ -160,10 +160,10 @@ def _label_reading(base):
     bias = np.asarray(base.params[features.KEY]["bias"]).tolist()
     three = zip(tokens, base.corpus.label_names, bias, strict=True)
     each = ", ".join(f"{token} ({name}) less {taken_off:.4g}" for token, name, taken_off in three)
-    rows = "behind a prompt without a text" if base.test is None else "on public text, its labels unused"
     return (
         f"a label said by the token behind the prompt {prompt!r}: the largest of the logits of {each}; what is taken off is the "
-        f"token's mean log-probability among these {rows}"
+        "token's mean log-probability among these on the texts of the public test set, its labels unused, or, where there was "
+        "none, behind a prompt without a text"
     )
 
 

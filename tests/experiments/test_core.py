@@ -14,7 +14,7 @@ from dplora_jax.models import public_bases
 from dplora_jax.privacy.clipping import clipped_grad_sum
 from experiments import cli
 from experiments.plan import program as plan
-from tests.conftest import GOLDEN, mostly_slow, write_tokenizer
+from tests.conftest import GOLDEN, write_tokenizer
 from tests.experiments.public_measures import arguments, measured, measured_anew, relabelled
 from tests.experiments.small_runs import fit
 
@@ -134,12 +134,17 @@ def gained(job):
     return before - after
 
 
-@pytest.mark.parametrize(
-    "more",
-    mostly_slow([""], ["", "--dtype=bfloat16", "--quantize=int8", SMALL_NOISE, "--clipping=adaptive"]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--dtype=bfloat16", "--quantize=int8", SMALL_NOISE, "--clipping=adaptive"])
 def test_a_core_learns_whatever_numbers_trust_and_clipping(command, more):
     assert gained(fit([*command, *NO_NOISE, *more.split()])) > 0.01
+
+
+@pytest.mark.slow
+def test_a_core_goes_through_rounds_with_hardened_noise(command):
+    job = fit([*command, "--trust=distributed", "--noise=hardened"])
+    cores = [np.asarray(pair.core) for pair in job.federation._state.adapter["layers"].values()]
+    assert all(core.any() and np.isfinite(core).all() for core in cores)
 
 
 @pytest.mark.slow
@@ -152,7 +157,6 @@ def test_a_core_of_encoders_whose_head_has_more_layers_learns(finance_table, tmp
     assert gained(job) > 0.001
 
 
-@pytest.mark.slow
 def test_a_language_model_that_says_labels_learns_by_a_core(finance_table, tmp_path):
     shutil.copytree(GOLDEN / "variants/llama_mqa", tmp_path / "model")
     write_tokenizer(tmp_path / "model")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dplora_jax.config import field_value, replace
-from dplora_jax.finetuning import objectives, public_text, recipe
+from dplora_jax.finetuning import objectives, recipe
 from experiments import budget, cli, run
 from tests.experiments.small_runs import fit
 
@@ -119,7 +119,6 @@ def test_it_goes_by_what_the_run_will_be(command):
 
 def test_a_language_model_that_says_labels_trains_a_core_where_there_is_public_text(command, monkeypatch):
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
-    monkeypatch.setattr(public_text, "ENOUGH", 1)
     config = cli.parse([*command, "--epsilon=8"])
     assert (config.lora.core, config.lora.freeze_a) == (True, False)
     assert config.lora.targets == ("q", "o", "up")  # BERT has no gate
@@ -136,7 +135,6 @@ def test_what_a_core_is_trained_by_is_what_was_measured():
 @pytest.mark.parametrize("kind", [objectives.CLASSIFIER, objectives.LANGUAGE_MODEL])
 def test_what_is_said_can_be_given_as_flags(command, monkeypatch, capsys, kind):
     monkeypatch.setattr(objectives, "kind", lambda *_: kind)
-    monkeypatch.setattr(public_text, "ENOUGH", 1)
     config = cli.parse([*command, "--epsilon=8"])
     said = capsys.readouterr().out.removeprefix("--auto chose ").split()
     assert not any(word.endswith("=None") for word in said)
@@ -155,18 +153,26 @@ def test_what_is_said_can_be_given_as_flags(command, monkeypatch, capsys, kind):
 )
 def test_why_label_words_get_no_core_is_said(command, finance_table, monkeypatch, tmp_path, more, why):
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
-    for name, lines in (("train.csv", 61), ("test.csv", 20)):
-        rows = (finance_table / name).read_text().splitlines()
-        (tmp_path / name).write_text("\n".join(rows[:lines]))
+    write_few(finance_table, tmp_path)
     with pytest.warns(UserWarning, match=why):
         config = cli.parse([*command, "--epsilon=8", *more.format(few=tmp_path).split()])
     assert not config.lora.core
     assert config.lora.targets == ("q", "v")
 
 
-def test_a_core_that_is_asked_for_takes_a_rate_that_is_given(command, monkeypatch):
+def write_few(finance_table, folder):
+    """The table with 19 public test records."""
+    for name, lines in (("train.csv", 61), ("test.csv", 20)):
+        rows = (finance_table / name).read_text().splitlines()
+        (folder / name).write_text("\n".join(rows[:lines]))
+
+
+def test_a_core_that_is_asked_for_takes_a_rate_that_is_given_and_few_public_records(
+    command, finance_table, tmp_path, monkeypatch
+):
     monkeypatch.setattr(objectives, "kind", lambda *_: objectives.LANGUAGE_MODEL)
-    config = cli.parse([*command, "--epsilon=8", "--core", "--client_lr=40"])
+    write_few(finance_table, tmp_path)
+    config = cli.parse([*command, "--epsilon=8", "--core", "--client_lr=40", f"--data_dir={tmp_path}"])
     assert (config.optimizer.client_lr, config.lora.rank, config.schedule.rounds) == (40, 16, 20)
 
 

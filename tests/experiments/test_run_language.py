@@ -154,6 +154,7 @@ def test_a_label_is_the_likeliest_word_less_how_likely_it_is_on_public_text(base
     np.testing.assert_allclose(described["measured"]["bias"], bias, atol=1e-5)
     assert all(f"{verb} ({verb}) less" in described["label_reading"] for verb in VERBS)
     assert described["label_reading"] in described["method"]
+    assert "on the texts of the public test set, its labels unused" in described["label_reading"]
     best = [int(np.argmax(words_of(base, done("labels"), row) - bias)) for row in rows]
     right = np.mean([VERBS[index] == row["way"] for index, row in zip(best, rows, strict=True)])
     assert metrics(done("labels"))[-1]["accuracy"] == pytest.approx(right)

@@ -1,6 +1,5 @@
 """What is measured of a base model where no text is public, and what cannot be."""
 
-import json
 import shutil
 
 import numpy as np
@@ -13,7 +12,6 @@ from dplora_jax.models import features
 from experiments import cli
 from tests.conftest import GOLDEN, write_tokenizer
 from tests.experiments.public_measures import arguments
-from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 WAYS = {"nothing is measured on": ["--eval_every=0"], "scores are private": ["--private_test=0.2", "--eval_every=1"]}
@@ -52,12 +50,6 @@ def test_without_public_text_words_are_measured_behind_a_prompt_without_one(word
     bare = {name: part for name, part in federation.params.items() if name != features.KEY}
     expected = evaluation.label_likelihoods(reader, bare, None, rows)[0]
     np.testing.assert_allclose(bias, expected, atol=1e-5)
-
-
-def test_what_label_words_were_measured_behind_is_said(words, tmp_path):
-    fit([*words(), "--eval_every=0"])
-    said = json.loads((tmp_path / "run" / "config.json").read_text())["federation"]["label_reading"]
-    assert said.endswith("among these behind a prompt without a text")
 
 
 def test_a_core_cannot_be_measured_without_public_text(words):
