@@ -15,7 +15,7 @@ from dplora_jax.privacy.clipping import clipped_grad_sum
 from experiments import cli
 from experiments.plan import program as plan
 from tests.conftest import GOLDEN, write_tokenizer
-from tests.experiments.public_measures import arguments, measured, measured_anew, relabelled
+from tests.experiments.public_measures import arguments, labelled_by_words, measured, measured_anew, relabelled
 from tests.experiments.small_runs import fit
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -161,8 +161,7 @@ def test_a_language_model_that_says_labels_learns_by_a_core(finance_table, tmp_p
     shutil.copytree(GOLDEN / "variants/llama_mqa", tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     for name in ("train.csv", "test.csv"):
-        rows = (finance_table / name).read_text().replace(",good", ",rose").replace(",bad", ",fell")
-        (tmp_path / name).write_text(rows)
+        (tmp_path / name).write_text(labelled_by_words((finance_table / name).read_text()))
     own = [f"--data_dir={tmp_path}", "--labels=rose,fell", "--max_length=12", "--targets=q,o", "--core"]
     job = fit(
         [*arguments(tmp_path / "model", finance_table, tmp_path), *own, *NO_NOISE, "--rounds=20", "--client_lr=1"]

@@ -11,7 +11,7 @@ from dplora_jax.finetuning import setup
 from dplora_jax.models import features
 from experiments import cli
 from tests.conftest import GOLDEN, write_tokenizer
-from tests.experiments.public_measures import arguments
+from tests.experiments.public_measures import arguments, labelled_by_words
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 WAYS = {"nothing is measured on": ["--eval_every=0"], "scores are private": ["--private_test=0.2", "--eval_every=1"]}
@@ -26,8 +26,7 @@ def words(finance_table, tmp_path):
     def of(change=lambda rows: rows):
         folder = tmp_path / f"table{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        rows = (finance_table / "train.csv").read_text().replace(",good", ",rose").replace(",bad", ",fell")
-        (folder / "train.csv").write_text(change(rows))
+        (folder / "train.csv").write_text(change(labelled_by_words((finance_table / "train.csv").read_text())))
         common = arguments(tmp_path / "model", finance_table, tmp_path)
         return [*common, f"--data_dir={folder}", "--labels=rose,fell", "--max_length=12"]
 
@@ -36,7 +35,7 @@ def words(finance_table, tmp_path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_without_public_text_words_are_measured_behind_a_prompt_without_one(words, way):
-    """So private texts change nothing, and it is said."""
+    """So private texts change nothing."""
     changes = (str, lambda rows: rows.replace("profit", "sales"), lambda rows: rows.replace("today", "again"))
     jobs = [setup.prepare(cli.parse([*words(change), *WAYS[way]])) for change in changes]
     bias, *others = (job.federation.params[features.KEY]["bias"] for job in jobs)
@@ -44,8 +43,7 @@ def test_without_public_text_words_are_measured_behind_a_prompt_without_one(word
         np.testing.assert_array_equal(other, bias)
     federation, objective = jobs[0].federation, jobs[0].describe.args[1].objective
     reader = losses.reader(objective.loss, federation.model, federation.params)
-    prompt = "\nLabel:"
-    ids = np.array([jobs[0].tokenizer(prompt).input_ids], np.int32)
+    ids = np.array([jobs[0].tokenizer("\nLabel:").input_ids], np.int32)
     rows = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     bare = {name: part for name, part in federation.params.items() if name != features.KEY}
     expected = evaluation.label_likelihoods(reader, bare, None, rows)[0]
